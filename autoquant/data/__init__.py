@@ -1,0 +1,1 @@
+"""Text sources, tokenization and the three disjoint token splits."""

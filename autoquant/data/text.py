@@ -1,0 +1,120 @@
+"""Where calibration text comes from: the standard library, a file, a folder, or a `datasets` id."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from autoquant.data import stdlib
+from autoquant.errors import SourceError
+
+STDLIB = "stdlib"
+"""Name of the default source: held-out modules of the running interpreter's standard library."""
+
+MAX_DOCUMENTS = 100_000
+"""Documents taken from a streamed hub data set: far more than any search reads."""
+
+TEXT_SUFFIXES = (".txt", ".md", ".py", ".raw", ".utf8", ".text")
+RECORD_SUFFIXES = (".jsonl", ".json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """Documents in a fixed order."""
+
+    name: str
+    documents: tuple[str, ...]
+
+
+def load_corpus(calibration: str = STDLIB) -> Corpus:
+    """Read the documents of `calibration`.
+
+    Args:
+        calibration: `stdlib`, a text or JSONL file, a folder of those, or a `datasets` id with an
+            optional split: `org/name` or `org/name:split`.
+
+    Raises:
+        SourceError: nothing there, unreadable, or without text.
+    """
+    path = Path(calibration)
+    if calibration == STDLIB:
+        documents = tuple(text for _, text in stdlib.held_out_documents())
+    elif path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES + RECORD_SUFFIXES)
+        documents = tuple(text for file in files for text in _read_file(file))
+    elif path.is_file():
+        documents = tuple(_read_file(path))
+    else:
+        documents = tuple(_read_hub(calibration))
+    documents = tuple(text for text in documents if text.strip())
+    if not documents:
+        raise SourceError(
+            f"calibration {calibration!r} holds no text.",
+            fix=f"pass a file or folder of {', '.join(TEXT_SUFFIXES + RECORD_SUFFIXES)}.",
+        )
+    return Corpus(name=calibration, documents=documents)
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(
+            f"calibration file {path} cannot be read as UTF-8 text: {error}",
+            fix="convert it to UTF-8 or pass another file.",
+        ) from error
+    if path.suffix not in RECORD_SUFFIXES:
+        yield text
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            yield _record_text(_parse_line(path, number, line), f"{path}:{number}")
+
+
+def _parse_line(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SourceError(
+            f"{path}:{number} is not a JSON record: {error}",
+            fix="write one JSON object per line (JSONL).",
+        ) from error
+
+
+def _record_text(record: Any, origin: str) -> str:
+    """The text of a record: `text`, the turns of `messages`, or all its strings in order."""
+    if isinstance(record, str):
+        return record
+    if isinstance(record, dict):
+        if isinstance(record.get("text"), str):
+            return str(record["text"])
+        if isinstance(record.get("messages"), list):
+            return "\n".join(str(turn.get("content", "")) for turn in record["messages"])
+        strings = [value for value in record.values() if isinstance(value, str)]
+        if strings:
+            return "\n".join(strings)
+    raise SourceError(
+        f"{origin} has no text field.",
+        fix='write {"text": ...} or {"messages": [{"content": ...}]} per line.',
+    )
+
+
+def _read_hub(calibration: str) -> Iterator[str]:
+    name, _, split = calibration.partition(":")
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset(name, split=split or "train", streaming=True)
+        for number, record in enumerate(islice(rows, MAX_DOCUMENTS)):
+            yield _record_text(record, f"{calibration} row {number}")
+    except SourceError:
+        raise
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(
+            f"calibration {calibration!r} is no file or folder here, and loading it as a data set "
+            f"failed: {summary}",
+            fix="check the path, or pass a data set id as org/name:split with the hub reachable.",
+        ) from error

@@ -1,0 +1,63 @@
+"""Layer groups: the linears that serving engines fuse, and so must share a format."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from autoquant.formats import Format, stored_bytes, why_illegal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """One weight matrix of the checkpoint, by its name on disk."""
+
+    name: str
+    """Module name on disk: `model.layers.3.self_attn.q_proj`."""
+    out_features: int
+    in_features: int
+    weight_scale_set: str
+    """Linears of the same set share a bit-identical weight scale (`weight_scale_2`)."""
+    input_scale_set: str
+    """Linears of the same set share a bit-identical `input_scale`."""
+    tensor: str = ""
+    """Tensor name on disk; `{name}.weight` unless the checkpoint says otherwise."""
+
+    def __post_init__(self) -> None:
+        if not self.tensor:
+            object.__setattr__(self, "tensor", f"{self.name}.weight")
+
+    @property
+    def elements(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerGroup:
+    """Linears that must share a format, because serving engines fuse them."""
+
+    name: str
+    """Checkpoint name up to the fused part: `model.layers.3.self_attn.qkv`."""
+    role: str
+    """What the group does in its block: `qkv`, `o`, `gate_up`, `down`, `experts`, `head`, ..."""
+    layer: int | None
+    """Index of the decoder block, or None outside of them."""
+    linears: tuple[Linear, ...] = field(repr=False)
+
+    @cached_property
+    def elements(self) -> int:
+        """Stored elements of all members, padding excluded."""
+        return sum(linear.elements for linear in self.linears)
+
+    def bytes_in(self, format: Format) -> int:
+        """Bytes of every tensor that the members store in `format`, scales included."""
+        return sum(
+            stored_bytes(format, linear.out_features, linear.in_features)
+            for linear in self.linears
+        )
+
+    def why_illegal(self, format: Format) -> str | None:
+        """Why the group cannot take `format`, or None if it can."""
+        for linear in self.linears:
+            reason = why_illegal(format, linear.in_features)
+            if reason is not None:
+                return f"{linear.name}: {reason}"
+        return None
