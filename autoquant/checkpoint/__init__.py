@@ -1,0 +1,1 @@
+"""Checkpoints on disk: headers, streaming reads, export and verification."""

@@ -1,0 +1,219 @@
+"""Names, dtypes, shapes and byte ranges of a safetensors file, read without its weights.
+
+Format: https://huggingface.co/docs/safetensors. Eight bytes hold the header's length N (little
+endian), N bytes hold a JSON object, and the tensors follow without gaps.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from autoquant.errors import SourceError
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+    "C64": 8,
+}
+
+LARGEST_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library itself."""
+
+_LENGTH_BYTES = 8
+_METADATA = "__metadata__"
+_DOWNLOAD_AGAIN = "download or save the file again."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorHeader:
+    """One tensor of a checkpoint, and where its bytes are."""
+
+    name: str
+    dtype: str
+    """safetensors spelling: `BF16`, `F8_E4M3`, ..."""
+    shape: tuple[int, ...]
+    file: Path
+    """The safetensors file that holds it."""
+    begin: int
+    """Offset of the first byte, from the start of the file."""
+    end: int
+    """Offset behind the last byte, from the start of the file."""
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headers:
+    """Every tensor of a checkpoint by name, in the order of its files and byte ranges."""
+
+    tensors: Mapping[str, TensorHeader] = field(repr=False)
+    metadata: Mapping[Path, Mapping[str, str]]
+    """Free-text metadata of each file; its keys are the files, in the order of their names."""
+
+    @classmethod
+    def read(cls, files: tuple[Path, ...]) -> Self:
+        """Read the headers of `files`.
+
+        Raises:
+            SourceError: a damaged file, or one tensor in two files.
+        """
+        tensors: dict[str, TensorHeader] = {}
+        metadata: dict[Path, Mapping[str, str]] = {}
+        for file in files:
+            entries, metadata[file] = read_file_header(file)
+            for entry in entries:
+                if entry.name in tensors:
+                    raise SourceError(
+                        f"tensor {entry.name} is in {tensors[entry.name].file.name} "
+                        f"and in {file.name}: a tensor is stored once.",
+                        fix="remove the file that does not belong to this checkpoint.",
+                    )
+                tensors[entry.name] = entry
+        return cls(tensors=tensors, metadata=metadata)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(self.metadata)
+
+    @cached_property
+    def elements(self) -> int:
+        return sum(tensor.elements for tensor in self.tensors.values())
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of all tensor data, the files' own headers excluded."""
+        return sum(tensor.bytes for tensor in self.tensors.values())
+
+    def __getitem__(self, name: str) -> TensorHeader:
+        return self.tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[TensorHeader]:
+        return iter(self.tensors.values())
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def read_file_header(file: Path) -> tuple[list[TensorHeader], dict[str, str]]:
+    """The tensors of one file in byte order, and the file's metadata.
+
+    Raises:
+        SourceError: the file is unreadable, truncated, or breaks the format.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+            if size < _LENGTH_BYTES or length > LARGEST_HEADER:
+                raise _damaged(
+                    file, f"promises a header of {length:,} bytes; at most {LARGEST_HEADER:,} can be"
+                )
+            if _LENGTH_BYTES + length > size:
+                raise _damaged(
+                    file, f"is truncated: its header has {length:,} bytes, the file {size:,}"
+                )
+            text = stream.read(length)
+    except OSError as error:
+        raise SourceError(
+            f"{file} cannot be read: {error.strerror or error}.",
+            fix="check the path, its permissions and the disk.",
+        ) from error
+    header = _parse(file, text)
+    metadata = header.pop(_METADATA, None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(file, f"has a {_METADATA} that is not a mapping of text to text")
+    base = _LENGTH_BYTES + length
+    entries = [_entry(file, name, value, base) for name, value in header.items()]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    _require_no_gaps(file, entries, base, size)
+    return entries, metadata
+
+
+def _parse(file: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise _damaged(file, f"names {name} twice in its header")
+            found[name] = value
+        return found
+
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, f"has a header that is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _damaged(file, "has a header that is not a JSON object")
+    return header
+
+
+def _entry(file: Path, name: str, value: Any, base: int) -> TensorHeader:
+    try:
+        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(file, f"describes {name} without dtype, shape or data_offsets") from None
+    if dtype not in DTYPE_BYTES:
+        raise SourceError(
+            f"{file}: tensor {name} has dtype {dtype!r}, which is not one of "
+            f"{', '.join(DTYPE_BYTES)}.",
+            fix="save the model in bfloat16.",
+        )
+    numbers = (*shape, begin, end)
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise _damaged(file, f"gives {name} shape {list(shape)} and offsets {begin}, {end}")
+    needed = math.prod(shape) * DTYPE_BYTES[dtype]
+    if end - begin != needed:
+        raise _damaged(
+            file,
+            f"gives {name} {end - begin:,} bytes; {dtype} {list(shape)} takes {needed:,}",
+        )
+    return TensorHeader(
+        name=name, dtype=dtype, shape=shape, file=file, begin=base + begin, end=base + end
+    )
+
+
+def _require_no_gaps(file: Path, entries: list[TensorHeader], base: int, size: int) -> None:
+    position = base
+    for entry in entries:
+        if entry.begin < position:
+            raise _damaged(file, f"has tensors that overlap at {entry.name}")
+        if entry.begin > position:
+            raise _damaged(file, f"leaves {entry.begin - position:,} unused bytes at {entry.name}")
+        position = entry.end
+    if position > size:
+        raise _damaged(
+            file, f"is truncated: its tensors end at byte {position:,}, the file at {size:,}"
+        )
+    if position < size:
+        raise _damaged(file, f"has {size - position:,} bytes behind its last tensor")
+
+
+def _damaged(file: Path, what: str) -> SourceError:
+    return SourceError(f"{file} {what}.", fix=_DOWNLOAD_AGAIN)

@@ -1,0 +1,135 @@
+"""The model to be quantized: a folder or a hub id, opened without reading its weights."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from autoquant.checkpoint.headers import Headers
+from autoquant.checkpoint.json_file import read_json_object
+from autoquant.checkpoint.shards import inside, read_checkpoint_headers
+from autoquant.errors import SourceError
+
+CONFIG_FILE = "config.json"
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+"""Dtypes of the weights that can be quantized."""
+
+_OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
+_SAMPLES_PER_FILE = 16
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint folder that has been checked as far as its headers and its config go."""
+
+    model: str
+    """The folder or the hub id, as the user wrote it."""
+    path: Path
+    config: Mapping[str, Any] = field(repr=False)
+    headers: Headers = field(repr=False)
+    revision: str | None
+    """Commit on the hub, or None for a plain folder."""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the config, the headers and sixteen 4-KiB samples of each weight file.
+
+        The samples tell models of one architecture apart at the cost of a few reads.
+        """
+        content = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, tensor in sorted(self.headers.tensors.items()):
+            content.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        for file in self.headers.files:
+            content.update(_sample(file))
+        return content.hexdigest()
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The language model's part of the config, which multimodal models nest."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+
+def open_source(model: str | Path, *, revision: str | None = None) -> Source:
+    """Open a folder, or fetch a hub id into the Hugging Face cache and open it.
+
+    Args:
+        model: a folder, or an id such as `Qwen/Qwen3-8B`. `HF_HOME`, `HF_HUB_OFFLINE` and
+            `HF_TOKEN` work as they do elsewhere.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        SourceError: not found, incomplete, damaged, or already quantized.
+    """
+    path = Path(model)
+    if not path.is_dir():
+        path = _download(model, revision)
+    if not (path / CONFIG_FILE).exists():
+        raise SourceError(
+            f"{path} holds no {CONFIG_FILE}.", fix="pass a model folder as save_pretrained writes."
+        )
+    config = read_json_object(inside(path, CONFIG_FILE))
+    headers = read_checkpoint_headers(path)
+    _require_unquantized(path, config, headers)
+    return Source(
+        model=str(model), path=path, config=config, headers=headers, revision=_revision(path)
+    )
+
+
+def _download(model: str | Path, revision: str | None) -> Path:
+    path = Path(model)
+    if path.exists():
+        raise SourceError(f"{model} is a file.", fix="pass the folder that holds it.")
+    if isinstance(model, Path) or path.is_absolute() or model.startswith((".", "~")):
+        raise SourceError(f"the folder {model} does not exist.", fix="check the path.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=_OTHER_WEIGHTS))
+    except HFValidationError:
+        raise SourceError(
+            f"{model!r} is neither a folder nor a hub id.", fix="check the path."
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SourceError(
+            f"{model!r} is not a folder here, and the hub gave no model of that name: {reason}",
+            fix="check the name and the connection; HF_TOKEN opens gated models, and with "
+            "HF_HUB_OFFLINE the model has to be in the cache.",
+        ) from error
+
+
+def _require_unquantized(path: Path, config: Mapping[str, Any], headers: Headers) -> None:
+    if any(tensor.name.endswith("weight_scale_inv") for tensor in headers):
+        raise SourceError(
+            f"{path} stores block-scaled FP8 weights, which are not read yet.",
+            fix="pass the BF16 version of the model.",
+        )
+    method = config.get("quantization_config")
+    if method is not None:
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        raise SourceError(
+            f"{path} is already quantized (quantization_config: {name}).",
+            fix="pass the unquantized model.",
+        )
+
+
+def _revision(path: Path) -> str | None:
+    snapshot = path.absolute()
+    return snapshot.name if snapshot.parent.name == "snapshots" else None
+
+
+def _sample(file: Path) -> bytes:
+    size = file.stat().st_size
+    step = max(1, (size - _SAMPLE_BYTES) // (_SAMPLES_PER_FILE - 1))
+    content = hashlib.sha256()
+    with file.open("rb", buffering=0) as stream:
+        for index in range(_SAMPLES_PER_FILE):
+            stream.seek(min(index * step, size))
+            content.update(stream.read(_SAMPLE_BYTES))
+    return content.digest()
