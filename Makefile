@@ -1,0 +1,45 @@
+# Every target sets itself up in $(VENV) and works alone in a clean checkout.
+
+VENV ?= .venv
+EXTRAS ?= test
+PYTEST_ARGS ?=
+
+# Empty unless an interpreter of a supported version can make virtual environments.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	2>/dev/null && { echo $$python; break; }; done)
+
+demo_stamp := $(VENV)/.installed
+test_stamp := $(VENV)/.installed-$(EXTRAS)
+requirements := pyproject.toml constraints.txt $(wildcard setup.py kernels/autoquant_kernels/*.cpp)
+
+.PHONY: demo test lint format clean
+
+demo: $(demo_stamp)
+	$(VENV)/bin/autoquant search --budget-bpe 5.0
+
+test: $(test_stamp)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(test_stamp)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(test_stamp)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/bin/python:
+	$(or $(PYTHON),$(error AutoQuant needs Python 3.11, 3.12 or 3.13 with venv: install one, or set PYTHON)) -m venv $(VENV)
+
+$(demo_stamp): $(VENV)/bin/python $(requirements)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(test_stamp): $(VENV)/bin/python $(requirements)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@ $(demo_stamp)

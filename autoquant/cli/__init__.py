@@ -1,0 +1,37 @@
+"""The command line: one module per command, loaded when it is called."""
+
+import signal
+
+import click
+
+import autoquant
+from autoquant.cli.group import LazyGroup
+
+MODULES = {
+    "env": "autoquant.cli.environment",
+}
+"""Command to module, in the order of `--help`; each module defines the click command `command`."""
+
+
+@click.group(
+    cls=LazyGroup,
+    modules=MODULES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(autoquant.__version__, prog_name="autoquant")
+@click.option("--debug", is_flag=True, help="On an error, print the traceback.")
+def cli(debug: bool) -> None:
+    r"""Choose NVFP4, FP8 or BF16 for every layer of a language model, by measured KL.
+
+    \b
+    Examples:
+      autoquant search --budget-bpe 5.0                  the bundled reference model
+      autoquant search Qwen/Qwen3-8B --budget-bpe 5.0    a model of the hub
+      autoquant plan ./my-model                          sizes and limits, no weights read
+    """
+
+
+def main() -> None:
+    """Entry point of the console script; a termination request is an interrupt, so runs resume."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    cli.main(prog_name="autoquant")

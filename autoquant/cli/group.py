@@ -1,0 +1,129 @@
+"""The command group: commands loaded when called, errors turned into two lines and an exit code."""
+
+import errno
+import importlib
+import sys
+from collections.abc import Mapping
+from typing import IO, Any
+
+import click
+
+from autoquant.errors import AutoQuantError, OutOfMemory, SourceError
+
+INTERRUPTED_EXIT_CODE = 130
+
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    a bug in AutoQuant
+  2    a flag, configuration file or search space is wrong
+  3    the budget cannot be met
+  4    model or data unavailable or damaged
+  5    the run directory belongs to another search
+  6    out of memory
+  130  interrupted; the same command goes on where it stopped"""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a command that can be continued.
+
+    Args:
+        resume: the command line that goes on where this one stopped.
+    """
+
+    def __init__(self, resume: str) -> None:
+        super().__init__()
+        self.resume = resume
+
+
+class Failure(click.ClickException):
+    """An error as the user sees it: one line that says what is wrong, one with the way out."""
+
+    def __init__(self, message: str, fix: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.fix = fix
+        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print both lines to `file`, standard error by default."""
+        click.echo(f"error: {self.message}\n  fix: {self.fix}", file=file or sys.stderr)
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called or listed.
+
+    Args:
+        modules: command name to the module whose `command` it is, in the order of `--help`.
+    """
+
+    def __init__(self, *args: Any, modules: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, epilog=EXIT_CODES, **kwargs)
+        self.modules = modules
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every command in table order."""
+        return list(self.modules)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, imported now."""
+        if cmd_name not in self.modules:
+            return None
+        command = importlib.import_module(self.modules[cmd_name]).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an error leaves as a `Failure`, or as it is with `--debug`."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt as interrupt:
+            _show_interrupt(interrupt)
+            ctx.exit(INTERRUPTED_EXIT_CODE)
+        except Exception as error:
+            if ctx.params["debug"]:
+                raise
+            raise _failure(error) from error
+
+
+def _show_interrupt(interrupt: KeyboardInterrupt) -> None:
+    if isinstance(interrupt, Interrupted):
+        click.echo(f"\ninterrupted; to go on from here:\n  {interrupt.resume}", file=sys.stderr)
+    else:
+        click.echo("\ninterrupted", file=sys.stderr)
+
+
+def _failure(error: Exception) -> Failure:
+    if isinstance(error, AutoQuantError):
+        return Failure(error.message, error.fix, error.exit_code)
+    line = str(error).strip().partition("\n")[0] or type(error).__name__
+    if _is_out_of_memory(error):
+        return Failure(
+            f"out of memory: {line}",
+            "free memory, use a larger machine or shorter sequences; "
+            "a search goes on where it stopped.",
+            OutOfMemory.exit_code,
+        )
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return Failure(
+            f"the disk is full: {line}",
+            "free space; a search goes on where it stopped.",
+            SourceError.exit_code,
+        )
+    return Failure(
+        f"AutoQuant failed on something that it should have handled: "
+        f"{type(error).__name__}: {line}",
+        "report it with the traceback (`autoquant --debug ...`) and `autoquant env`.",
+        AutoQuantError.exit_code,
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: Python's, an accelerator's, or PyTorch's CPU allocator's."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

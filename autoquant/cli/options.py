@@ -1,0 +1,251 @@
+"""Options that commands share, headed groups in `--help`, and settings from a file.
+
+A setting comes from its flag, else from `--config FILE`, else it is the default.
+"""
+
+import difflib
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from autoquant.errors import ConfigError
+
+HEADINGS = ("Model", "Budget", "Search", "Data", "Tracking", "Output")
+"""Headed groups of options, in the order of `--help`."""
+
+CONFIG_SCHEMA_VERSION = 1
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class GroupedOption(click.Option):
+    """An option that `--help` lists under a heading.
+
+    Args:
+        heading: one of `HEADINGS`.
+        setting: whether a configuration file may hold it; False for what concerns one call.
+    """
+
+    def __init__(self, *args: Any, heading: str, setting: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if heading not in HEADINGS:
+            raise ValueError(f"heading {heading!r} is none of {HEADINGS}")
+        self.heading = heading
+        self.setting = setting
+
+
+class GroupedCommand(click.Command):
+    """A command whose `--help` lists options under headings, with examples below.
+
+    Args:
+        examples: (command line, what it does) in the order shown.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[tuple[str, str]] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write each heading with its options, and what has none under "Other"."""
+        records: dict[str, list[tuple[str, str]]] = {
+            heading: [] for heading in (*HEADINGS, "Other")
+        }
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                records[getattr(param, "heading", "Other")].append(record)
+        for heading, rows in records.items():
+            if rows:
+                with formatter.section(heading):
+                    formatter.write_dl(rows)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the worked examples."""
+        if self.examples:
+            with formatter.section("Examples"):
+                for line, purpose in self.examples:
+                    formatter.write_text(purpose)
+                    with formatter.indentation():
+                        formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+        super().format_epilog(ctx, formatter)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; an error in a value from the configuration file names the file."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.BadParameter as error:
+            origin = ctx.meta.get("autoquant.config")
+            name = error.param.name if error.param else None
+            if origin and name and ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP:
+                raise ConfigError(
+                    f"{origin}: {name}: {error.message}", fix=f"correct `{name}` in the file."
+                ) from error
+            raise
+
+
+def option(*declarations: str, heading: str, **attributes: Any) -> Decorator:
+    """Declare an option under `heading`; its default is shown unless told otherwise."""
+    attributes.setdefault("show_default", True)
+    return click.option(*declarations, cls=GroupedOption, heading=heading, **attributes)
+
+
+def model_argument(*, required: bool) -> Decorator:
+    """The argument MODEL: a folder or a hub id, passed on as `model: str | None`."""
+    return click.argument("model", required=required, metavar="MODEL" if required else "[MODEL]")
+
+
+def budget_options(*, required: bool) -> Decorator:
+    """`--budget-bpe` (float, bits per element) and `--budget-scope` (checkpoint or searched)."""
+    return _stack(
+        option(
+            "--budget-bpe",
+            heading="Budget",
+            required=required,
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="BITS",
+            help="Most stored bits per element of the source model, scales included.",
+        ),
+        option(
+            "--budget-scope",
+            heading="Budget",
+            type=click.Choice(["checkpoint", "searched"]),
+            default="checkpoint",
+            help="What the budget counts: the whole checkpoint, or the layers left open.",
+        ),
+    )
+
+
+def tracking_options() -> Decorator:
+    """`--mlflow/--no-mlflow`, `--mlflow-experiment` and `--mlflow-trials`."""
+    return _stack(
+        option(
+            "--mlflow/--no-mlflow",
+            heading="Tracking",
+            default=True,
+            help="Record the search in MLflow: MLFLOW_TRACKING_URI, else mlflow.db beside the run.",
+        ),
+        option(
+            "--mlflow-experiment",
+            heading="Tracking",
+            default="autoquant",
+            metavar="NAME",
+            help="Experiment to record under.",
+        ),
+        option(
+            "--mlflow-trials",
+            heading="Tracking",
+            type=click.Choice(["all", "best", "none"]),
+            default="best",
+            help="Trials that get a child run of their own.",
+        ),
+    )
+
+
+def format_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--format human|json`, passed on as `format: str`."""
+    return option(
+        "--format",
+        heading="Output",
+        setting=False,
+        type=click.Choice(["human", "json"]),
+        default="human",
+        help="How to print the result.",
+    )(function)
+
+
+def config_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--config FILE`: YAML settings below the flags, keys as in `config.resolved.yaml`."""
+    return option(
+        "--config",
+        heading="Output",
+        setting=False,
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        metavar="FILE",
+        is_eager=True,
+        expose_value=False,
+        callback=_load_config,
+        help="YAML file of settings; flags win over it.",
+    )(function)
+
+
+def resolved_settings(ctx: click.Context) -> dict[str, Any]:
+    """Every setting of the call with the value in force, as `--config` reads it back."""
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name in _setting_names(ctx.command)
+        if (value := ctx.params[name]) is not None
+    }
+    return {"schema_version": CONFIG_SCHEMA_VERSION, **settings}
+
+
+def _stack(*decorators: Decorator) -> Decorator:
+    """One decorator that applies all; the first is listed first."""
+    return lambda function: functools.reduce(
+        lambda wrapped, decorate: decorate(wrapped), reversed(decorators), function
+    )
+
+
+def _setting_names(command: click.Command) -> list[str]:
+    return [
+        param.name
+        for param in command.params
+        if param.name and (isinstance(param, click.Argument) or getattr(param, "setting", False))
+    ]
+
+
+def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    settings = _read_yaml_mapping(path)
+    version = settings.pop("schema_version", CONFIG_SCHEMA_VERSION)
+    if version != CONFIG_SCHEMA_VERSION:
+        raise ConfigError(
+            f"{path} has schema_version {version!r}, this version reads {CONFIG_SCHEMA_VERSION}.",
+            fix=f"set schema_version: {CONFIG_SCHEMA_VERSION} after checking the file.",
+        )
+    names = _setting_names(ctx.command)
+    for key in settings:
+        if key not in names:
+            raise ConfigError(
+                f"{path}: {key!r} is not a setting of `{ctx.info_name}`.", fix=_nearest(key, names)
+            )
+    ctx.meta["autoquant.config"] = str(path)
+    ctx.default_map = {
+        key: _as_written(value) for key, value in settings.items() if value is not None
+    }
+
+
+def _read_yaml_mapping(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"configuration {path} cannot be read: {' '.join(str(error).split())}",
+            fix="write YAML, one `setting: value` a line.",
+        ) from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"configuration {path} holds a {type(settings).__name__}, not a mapping.",
+            fix="write YAML, one `setting: value` a line.",
+        )
+    return {str(key): value for key, value in settings.items()}
+
+
+def _nearest(key: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(key.replace("-", "_"), names, n=1)
+    return f"write {close[0]!r}." if close else f"settings are: {', '.join(sorted(names))}."
+
+
+def _as_written(value: Any) -> Any:
+    """The value as a flag would give it, so that flags and file pass the same checks."""
+    if isinstance(value, list):
+        return [_as_written(item) for item in value]
+    return value if isinstance(value, bool) else str(value)

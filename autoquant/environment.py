@@ -1,0 +1,144 @@
+"""Facts of the machine and the installation that a bug report or a run record needs."""
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import autoquant
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "optuna",
+    "mlflow",
+    "datasets",
+    "accelerate",
+    "huggingface_hub",
+    "triton",
+    "compressed-tensors",
+    "nvidia-modelopt",
+    "vllm",
+)
+
+VARIABLES = {
+    "HF_HOME": "where models and data sets are kept",
+    "HF_HUB_CACHE": "where models are kept",
+    "HF_HUB_OFFLINE": "1: use only what is on the disk",
+    "HF_TOKEN": "access to private and gated models",
+    "MLFLOW_TRACKING_URI": "where searches are recorded",
+    "CUDA_VISIBLE_DEVICES": "the GPUs that may be used",
+    "OMP_NUM_THREADS": "CPU threads of PyTorch and of the kernels",
+    "TRITON_INTERPRET": "1: run the Triton kernels on the CPU",
+    "NO_COLOR": "plain output",
+}
+"""Environment variables that change what a command does, and how."""
+
+_SECRET = frozenset({"HF_TOKEN"})
+
+_CPU_FLAGS = ("avx2", "f16c", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16")
+
+
+def describe() -> dict[str, Any]:
+    """Versions, machine, GPUs and environment variables, secrets redacted."""
+    return {
+        "autoquant": autoquant.__version__,
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "machine": machine(),
+        "gpus": gpus(),
+        "variables": variables(os.environ),
+    }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed version of every package that results depend on; None if it is absent."""
+    return {name: _installed(name) for name in PACKAGES}
+
+
+def machine() -> dict[str, Any]:
+    """Operating system, processor, cores that this process may use, and memory in bytes."""
+    cpuinfo = _read("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    flags = re.search(r"^flags\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    available = frozenset(flags.group(1).split()) if flags else frozenset()
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": model.group(1) if model else platform.processor() or None,
+        "cpu_flags": [flag for flag in _CPU_FLAGS if flag in available],
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, compute capability and memory in bytes of every CUDA device that PyTorch sees."""
+    import torch
+
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_bytes": properties.total_memory,
+            }
+        )
+    return devices
+
+
+def variables(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """Value of every variable that matters, None if unset; no secret is shown."""
+    return {
+        name: "set" if name in _SECRET and name in environment else redact(environment.get(name))
+        for name in VARIABLES
+    }
+
+
+def redact(uri: str | None) -> str | None:
+    """`uri` without the user and password that it may carry."""
+    return None if uri is None else re.sub(r"(://)[^/@]+@", r"\1***@", uri)
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that AutoQuant runs from, `+` if edited; None outside of one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return f"{commit}+" if _git(root, "status", "--porcelain", "-uno") else commit
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=10
+    ).stdout.strip()
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""

@@ -1,0 +1,261 @@
+"""The run directory: what a search leaves on disk, when it may go on, and who may write.
+
+Every file is written atomically, every JSON has `schema_version`, and line files survive a kill in
+the middle of a line. One process at a time holds the directory.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+import autoquant
+from autoquant.errors import ConfigError, RunConflict, SourceError
+from autoquant.files import sync_folder, to_json, write_atomic
+
+SCHEMA_VERSION = 1
+
+CONFIG = "config.resolved.yaml"
+GROUPS = "groups.json"
+SENSITIVITY_LOG = "sensitivity.jsonl"
+SENSITIVITY = "sensitivity.json"
+TRIALS = "trials.jsonl"
+ASSIGNMENT = "assignment.yaml"
+RESULT = "result.json"
+REPORT = "report.html"
+CHECKPOINT = "checkpoint"
+
+_IDENTITY = "run.json"
+_LOCK = ".lock"
+
+
+class Status(StrEnum):
+    """How far the search of a run directory has come."""
+
+    RUNNING = "running"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+    FINISHED = "finished"
+
+
+class RunDirectory:
+    """A locked run directory. Use `RunDirectory.open`, as a context manager.
+
+    Leaving the context records the status: finished, interrupted (KeyboardInterrupt) or failed.
+    """
+
+    def __init__(self, path: Path, lock: FileLock, identity: dict[str, Any]) -> None:
+        self.path = path
+        self._lock = lock
+        self._identity = identity
+
+    @classmethod
+    def open(cls, path: Path, signature: Mapping[str, Any], *, resume: bool = True) -> Self:
+        """Create the run directory, or go on in it.
+
+        Args:
+            path: the folder; created with its parents.
+            signature: JSON values that make a search the same: model digest, space, budget, seed...
+            resume: go on in a directory with the same signature. False sets an earlier run aside,
+                under its name with the time appended, and begins anew.
+
+        Raises:
+            RunConflict: the directory is in use, holds another search, or holds foreign files.
+            ConfigError: the folder cannot be created or written.
+        """
+        signature = json.loads(to_json(signature))
+        lock = _hold(path)
+        try:
+            identity = _read_identity(path)
+            if identity is not None and not resume:
+                lock = _set_aside(path, lock)
+                identity = None
+            if identity is None:
+                _refuse_foreign(path)
+                identity = {
+                    "autoquant": autoquant.__version__,
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "signature": signature,
+                }
+            else:
+                _refuse_other(path, identity["signature"], signature)
+            run = cls(path, lock, identity)
+            run.earlier_status = Status(identity["status"]) if "status" in identity else None
+            run._record(Status.RUNNING)
+        except BaseException:
+            lock.release()
+            raise
+        return run
+
+    earlier_status: Status | None = None
+    """Status found on opening: None for a new run, RUNNING after a kill."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close(Status.FINISHED)
+        elif issubclass(kind, KeyboardInterrupt):
+            self.close(Status.INTERRUPTED)
+        else:
+            self.close(Status.FAILED)
+
+    def close(self, status: Status) -> None:
+        """Record `status` and let go of the directory."""
+        try:
+            self._record(status)
+        finally:
+            self._lock.release()
+
+    @property
+    def signature(self) -> dict[str, Any]:
+        """What makes this search the same as another, as JSON values."""
+        signature: dict[str, Any] = self._identity["signature"]
+        return signature
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file whole."""
+        write_atomic(self.path / name, text)
+
+    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
+        """Write a JSON object whole, with its schema version; NaN and infinities become null."""
+        write_atomic(
+            self.path / name, to_json({"schema_version": SCHEMA_VERSION, **data}, indent=2) + "\n"
+        )
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """What `write_json` wrote under `name`, or None if nothing has.
+
+        Raises:
+            SourceError: the file is damaged or of another schema version.
+        """
+        path = self.path / name
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        return _parse(text, str(path))
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add a line to a line file; it is on the disk when this returns."""
+        path = self.path / name
+        is_new = not path.exists()
+        line = to_json({"schema_version": SCHEMA_VERSION, **record}) + "\n"
+        with path.open("ab") as file:
+            file.truncate(_whole_lines(path))
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            sync_folder(self.path)
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """Every record appended to `name`, in order; a line torn by a kill was never appended.
+
+        Raises:
+            SourceError: a line is damaged or of another schema version.
+        """
+        path = self.path / name
+        if not path.exists():
+            return []
+        lines = path.read_bytes()[: _whole_lines(path)].decode(errors="replace").splitlines()
+        return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+
+    def _record(self, status: Status) -> None:
+        self._identity["status"] = str(status)
+        self.write_json(_IDENTITY, self._identity)
+
+
+def _hold(path: Path) -> FileLock:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / _LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunConflict(
+            f"run directory {path} is in use by another process: one search writes at a time.",
+            fix="wait for it, or give another --out.",
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"run directory {path} cannot be written: {error.strerror}.",
+            fix="give another --out, or mend its permissions.",
+        ) from error
+    return lock
+
+
+def _read_identity(path: Path) -> dict[str, Any] | None:
+    try:
+        text = (path / _IDENTITY).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    identity = _parse(text, str(path / _IDENTITY))
+    if not isinstance(identity.get("signature"), dict):
+        raise SourceError(f"{path / _IDENTITY} has no signature.", fix="give another --out.")
+    return identity
+
+
+def _set_aside(path: Path, lock: FileLock) -> FileLock:
+    """Rename the earlier run and hold a new, empty directory in its place."""
+    aside = path.with_name(f"{path.name}.{datetime.now(UTC):%Y%m%dT%H%M%S.%f}")
+    path.rename(aside)
+    lock.release()
+    return _hold(path)
+
+
+def _refuse_foreign(path: Path) -> None:
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name != _LOCK)
+    if foreign:
+        raise RunConflict(
+            f"{path} is not empty and is no run directory (it holds {foreign[0]!r}).",
+            fix="give --out a new or empty folder.",
+        )
+
+
+def _refuse_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    differing = [
+        f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+    if differing:
+        raise RunConflict(
+            f"run directory {path} belongs to another search: {'; '.join(differing)}.",
+            fix="give another --out, or start anew with --fresh (the earlier run is set aside).",
+        )
+
+
+def _parse(text: str, origin: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise SourceError(
+            f"{origin} is damaged: it is not a JSON object.",
+            fix="start anew with --fresh (the earlier run is set aside), or restore the file.",
+        )
+    version = data.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise SourceError(
+            f"{origin} has schema_version {version!r}, this version reads {SCHEMA_VERSION}.",
+            fix="use the version of AutoQuant that wrote it, or start anew with --fresh.",
+        )
+    return data
+
+
+def _whole_lines(path: Path) -> int:
+    """Bytes up to and including the last newline."""
+    return path.read_bytes().rfind(b"\n") + 1
