@@ -1,7 +1,6 @@
-"""JSON files of a checkpoint folder: strict on the way in, durable on the way out."""
+"""JSON files of a checkpoint folder."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,3 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise SourceError(f"{path} is not a JSON object.", fix="download the file again.")
     return data
 
-
-def write_json(path: Path, data: Any) -> None:
-    """Write `data` and wait until the disk holds it."""
-    with path.open("w", encoding="utf-8") as stream:
-        json.dump(data, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -1,0 +1,119 @@
+"""Which linears serving engines fuse, and which tensors stay as they are, by name on disk.
+
+A new architecture is a row here. The rows follow the fused parameters of vLLM
+(`packed_modules_mapping`), SGLang and TensorRT-LLM.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+ROLES = (
+    "qkv_a",
+    "q_b",
+    "qkv",
+    "gdn_in",
+    "in",
+    "o",
+    "out",
+    "gate_up",
+    "down",
+    "experts",
+    "shared_gate_up",
+    "shared_down",
+    "other",
+    "head",
+)
+"""Every role, in the order in which a forward pass reaches it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """Linears of one parent module that engines multiply as one matrix."""
+
+    name: str
+    role: str
+    parts: tuple[str, ...]
+
+
+FUSED = (
+    Fused("qkv", "qkv", ("q_proj", "k_proj", "v_proj")),
+    Fused("qkv_a", "qkv_a", ("q_a_proj", "kv_a_proj_with_mqa")),
+    Fused("in_proj_qkvz", "gdn_in", ("in_proj_qkv", "in_proj_z")),
+    Fused("gate_up", "gate_up", ("gate_proj", "up_proj")),
+    Fused("w13", "gate_up", ("w1", "w3")),
+    Fused("c_fc", "gate_up", ("c_fc_0", "c_fc_1")),
+)
+
+SINGLE = {
+    "o_proj": "o",
+    "wo": "o",
+    "dense": "o",
+    "out_proj": "out",
+    "in_proj": "in",
+    "in_proj_qkvz": "gdn_in",
+    "q_b_proj": "q_b",
+    "qkv_proj": "qkv",
+    "query_key_value": "qkv",
+    "gate_up_proj": "gate_up",
+    "dense_h_to_4h": "gate_up",
+    "fc1": "gate_up",
+    "down_proj": "down",
+    "w2": "down",
+    "dense_4h_to_h": "down",
+    "fc2": "down",
+}
+"""Role of a linear that is multiplied alone, or that the checkpoint stores fused."""
+
+SHARED_EXPERT_ROLES = {"gate_up": "shared_gate_up", "down": "shared_down"}
+
+LAYER = re.compile(r"(?P<layer>(?:.*?\.)?(?:layers|h|blocks)\.(?P<index>\d+))\.(?P<rest>.+)")
+ROUTED_EXPERT = re.compile(r"(?P<container>.+\.experts)\.(?P<index>\d+)\.(?P<part>[^.]+)")
+FUSED_EXPERTS = re.compile(r".+\.experts\.[a-z_]+")
+SHARED_EXPERT = re.compile(r".+\.(shared_experts?|shared_mlp)\.(?P<part>[^.]+)")
+LINEAR = re.compile(r".*(proj|linear|dense|attn|mlp|fc\d*|[wW]qkv|w[qkvo0-9]).*")
+"""Last name of a matrix that is plausibly the weight of an `nn.Linear`."""
+
+HEADS = frozenset({"lm_head", "embed_out", "output"})
+TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+"""Model types whose matrices are stored [in, out]."""
+
+
+class Fixed(StrEnum):
+    """Why a tensor is copied as it is."""
+
+    MTP = "multi-token prediction heads"
+    TOWER = "vision and audio towers"
+    EMBEDDING = "embeddings"
+    TIED_HEAD = "output head tied to the embeddings"
+    BIAS = "biases"
+    VECTOR = "norms and other vectors"
+    CONVOLUTION = "convolutions"
+    FUSED_EXPERTS = "experts stored as one 3-D tensor, which cannot be quantized yet"
+    ROUTER = "routers and gates"
+    KV_B = "kv_b_proj, which engines absorb into attention"
+    STATE_SPACE = "state-space gates"
+    TRANSPOSED = "transposed matrices (Conv1D)"
+    DTYPE = "tensors that are not BF16, FP16 or FP32"
+    UNKNOWN = "tensors of an unknown kind"
+
+
+FIXED_COMPONENTS = (
+    (Fixed.MTP, re.compile(r"mtp.*|nextn.*")),
+    (
+        Fixed.TOWER,
+        re.compile(
+            r"(vision|visual|audio|speech|image|video|multi_modal|multimodal|mm)(_.*)?"
+            r"|talker|code2wav|token2wav|aligner|connector"
+        ),
+    ),
+)
+"""Parts of a model by any component of the tensor's name."""
+
+FIXED_MODULES = (
+    (Fixed.EMBEDDING, re.compile(r".*embed.*|wte|wpe")),
+    (Fixed.ROUTER, re.compile(r"gate|router|shared_expert_gate|wg|classifier")),
+    (Fixed.KV_B, re.compile(r"kv_b_proj")),
+    (Fixed.STATE_SPACE, re.compile(r"in_proj_(a|b|ba)|dt_proj|x_proj")),
+)
+"""Matrices by the last name of their module."""
