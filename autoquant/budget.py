@@ -167,8 +167,10 @@ def _what_holds_it_up(accounting: Accounting, scope: Scope) -> str:
         if scope is Scope.SEARCHED and group.name not in accounting.searched:
             continue
         choice = accounting.floor[group.name]
-        what = "layers fixed at BF16" if choice == BF16 else f"layers in {choice.format.upper()}"
-        parts[what] += accounting.group_bytes(group.name, choice)
+        what = "the output head" if group.role == "head" else "layers"
+        how = "fixed at" if choice == BF16 else "in"
+        size = accounting.group_bytes(group.name, choice)
+        parts[f"{what} {how} {choice.format.upper()}"] += size
     if scope is Scope.CHECKPOINT:
         for tensor in accounting.groups.fixed:
             header = accounting.headers[tensor.name]

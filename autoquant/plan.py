@@ -1,0 +1,99 @@
+"""What a search could do with a model: groups, sizes and limits, from headers alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from autoquant.assignment import Assignment
+from autoquant.budget import Accounting, Budget, Scope, require_feasible
+from autoquant.checkpoint.source import Source
+from autoquant.formats import Format
+from autoquant.grouping import Groups, find_groups
+from autoquant.groups import LayerGroup
+from autoquant.spaces import Options, SearchSpace
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A model under a search space."""
+
+    source: Source
+    space: SearchSpace
+    groups: Groups
+    options: Options = field(repr=False)
+    accounting: Accounting = field(repr=False)
+
+    @property
+    def floor(self) -> Assignment:
+        """The legal assignment of the fewest bytes."""
+        return self.accounting.floor
+
+    @property
+    def ceiling(self) -> Assignment:
+        """The legal assignment of the most bytes."""
+        return self.accounting.ceiling
+
+    def require_feasible(self, budget: Budget) -> None:
+        """Raise `InfeasibleBudget` if no legal assignment keeps the budget."""
+        require_feasible(self.accounting, budget)
+
+    @cached_property
+    def fixed_bytes(self) -> Mapping[str, int]:
+        """Bytes of the tensors outside of every group, by the reason why they are fixed."""
+        sizes: dict[str, int] = {}
+        for tensor in self.groups.fixed:
+            stored = self.source.headers[tensor.name].bytes
+            sizes[tensor.reason] = sizes.get(tensor.reason, 0) + stored
+        return sizes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types; sizes in bytes, BPE in bits per element."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.source.model,
+            "revision": self.source.revision,
+            "space": self.space.name,
+            "elements": self.accounting.elements,
+            "searched_elements": self.accounting.searched_elements,
+            "source_bytes": self.source.headers.bytes,
+            "floor": self._size(self.floor),
+            "ceiling": self._size(self.ceiling),
+            "groups": [self._group(group) for group in self.groups],
+            "fixed": dict(self.fixed_bytes),
+            "warnings": list(self.options.warnings),
+        }
+
+    def _size(self, assignment: Assignment) -> dict[str, Any]:
+        return {
+            "checkpoint_bytes": self.accounting.checkpoint_bytes(assignment),
+            "bpe": {str(scope): self.accounting.bpe(assignment, scope) for scope in Scope},
+        }
+
+    def _group(self, group: LayerGroup) -> dict[str, Any]:
+        choices = self.options.choices[group.name]
+        closed = self.options.closed[group.name]
+        sizes = {str(choice): self.accounting.group_bytes(group.name, choice) for choice in choices}
+        return {
+            "name": group.name,
+            "role": group.role,
+            "layer": group.layer,
+            "linears": len(group.linears),
+            "elements": group.elements,
+            "choices": sizes,
+            "closed": {str(format): closed[format] for format in Format if format in closed},
+        }
+
+
+def make_plan(source: Source, space: SearchSpace) -> Plan:
+    """Group the tensors of `source` and apply `space` to them.
+
+    Raises:
+        SourceError: the model has no linear that can be quantized.
+    """
+    groups = find_groups(source, shared_experts=space.shared_experts)
+    options = space.options(groups)
+    accounting = Accounting(headers=source.headers, groups=groups, choices=options.choices)
+    return Plan(source=source, space=space, groups=groups, options=options, accounting=accounting)
