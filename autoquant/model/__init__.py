@@ -1,0 +1,1 @@
+"""The model in memory: loading it, and putting formats on its linears."""

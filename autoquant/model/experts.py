@@ -1,0 +1,127 @@
+"""Mixture-of-experts forward over 3-D expert parameters, with a place for quantization.
+
+transformers keeps the experts of a block as `gate_up_proj [E, 2I, H]` and `down_proj [E, H, I]` and
+dispatches their forward by name. Registering our own makes every architecture that uses that
+mechanism run the code below, so that no kernel bypasses the fake quantization.
+
+Shapes: T tokens, R = T * top-k routed rows sorted by expert, E experts, H hidden, I expert width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from autoquant.errors import SourceError
+
+IMPLEMENTATION = "autoquant"
+"""Value of `config._experts_implementation` that selects `experts_forward`."""
+
+WIDE, DOWN = "wide", "down"
+"""The two products of an expert: gate and up (or up alone), then down."""
+
+
+class ExpertsHook:
+    """What happens to the operands of a block's experts; the default leaves them alone."""
+
+    def routed(self, counts: torch.Tensor) -> None:
+        """See the number of rows of each expert, [E] int64."""
+
+    def input(self, part: str, rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows [*, K] that the product `part` multiplies with."""
+        return rows
+
+    def weight(self, part: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight [E, N, K] that the product `part` multiplies with."""
+        return weight
+
+
+_PLAIN = ExpertsHook()
+
+
+def register() -> None:
+    """Make `experts_forward` known to transformers; harmless when repeated."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = experts_forward
+
+
+def experts_forward(
+    module: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Weighted sum of each token's experts, [T, H].
+
+    The sum over a token's experts runs in the model's dtype in order of their rank, as in
+    transformers' grouped implementation, so that results do not depend on the batch.
+    """
+    hook: ExpertsHook = getattr(module, "autoquant_hook", _PLAIN)
+    top_k = top_k_index.shape[-1]
+    expert_of_row = top_k_index.reshape(-1)
+    order = torch.argsort(expert_of_row, stable=True)
+    counts = torch.bincount(expert_of_row, minlength=module.num_experts)
+    hook.routed(counts)
+
+    inputs = hook.input(WIDE, hidden_states)[order // top_k]
+    wide = _grouped_linear(inputs, _operand(module, hook, WIDE), counts)
+    if module.has_bias:
+        wide = wide + _wide_bias(module)[expert_of_row[order]]
+    inner = module._apply_gate(wide) if module.has_gate else module.act_fn(wide)
+    rows = _grouped_linear(hook.input(DOWN, inner), _operand(module, hook, DOWN), counts)
+    if module.has_bias:
+        rows = rows + module.down_proj_bias[expert_of_row[order]]
+    rows = rows * top_k_weights.reshape(-1)[order, None].to(rows.dtype)
+    by_token = torch.empty_like(rows)
+    by_token[order] = rows
+    return by_token.view(-1, top_k, rows.shape[-1]).sum(dim=1)
+
+
+def parameter_name(module: Any, part: str) -> str:
+    """Name of the 3-D parameter behind `part`."""
+    if part == DOWN:
+        return "down_proj"
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def check_supported(name: str, module: Any) -> None:
+    """Raise unless the experts' layout is one that `experts_forward` computes.
+
+    Raises:
+        SourceError: transposed weights or a norm after each expert.
+    """
+    for trait in ("is_transposed", "has_post_expert_norm"):
+        if getattr(module, trait, False):
+            raise SourceError(
+                f"{name} ({type(module).__name__}) keeps its experts with {trait}, "
+                "which this version cannot fake-quantize.",
+                fix="fix its experts to bf16 in the search space.",
+            )
+
+
+def _operand(module: Any, hook: ExpertsHook, part: str) -> torch.Tensor:
+    return hook.weight(part, getattr(module, parameter_name(module, part)))
+
+
+def _wide_bias(module: Any) -> torch.Tensor:
+    bias: torch.Tensor = getattr(module, f"{parameter_name(module, WIDE)}_bias")
+    return bias
+
+
+def _grouped_linear(
+    rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor:
+    """Row r times the transposed weight of its expert: [R, K] x [E, N, K] -> [R, N]."""
+    if rows.is_cuda and rows.dtype is torch.bfloat16:
+        offsets = counts.cumsum(0).to(torch.int32)
+        grouped: Callable[..., torch.Tensor] = torch._grouped_mm
+        return grouped(rows, weight.transpose(-2, -1), offs=offsets)
+    out = rows.new_empty(len(rows), weight.shape[1])
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            stop = start + count
+            torch.mm(rows[start:stop], weight[expert].t(), out=out[start:stop])
+            start = stop
+    return out

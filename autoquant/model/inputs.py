@@ -1,0 +1,119 @@
+"""Inputs of quantized linears: calibrated ranges, shared fake quantization.
+
+An input scale set is what several linears read together (q, k and v; gate and up; the wide
+products of all experts): one static scale, and one fake quantization per forward for all of them.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Self
+
+import autoquant_kernels as kernels
+import torch
+
+from autoquant.errors import SourceError
+from autoquant.formats import Format
+
+
+class ActivationMode(StrEnum):
+    """Which inputs are quantized besides the weights."""
+
+    W4A4 = "w4a4"
+    """Every quantized linear's input, as Blackwell serves."""
+    W4A16 = "w4a16"
+    """FP8 inputs only: NVFP4 weights meet BF16 inputs, as Hopper serves."""
+
+    def quantizes_input(self, format: Format) -> bool:
+        """Whether a linear in `format` sees a quantized input."""
+        return format is Format.FP8 or (format is Format.NVFP4 and self is ActivationMode.W4A4)
+
+
+@dataclass(frozen=True, slots=True)
+class InputScales:
+    """Static scales of one input set, float32, one per format."""
+
+    nvfp4: float
+    fp8: float
+
+    @classmethod
+    def of_amax(cls, amax: float) -> Self:
+        """The scales that export stores for a calibrated range `amax`."""
+        return cls(
+            nvfp4=kernels.nvfp4_global_scale(amax).item(), fp8=kernels.fp8_scale(amax).item()
+        )
+
+
+@dataclass(slots=True)
+class InputSet:
+    """The state of one input scale set in a live model."""
+
+    name: str
+    scales: InputScales | None = None
+    observed: float | None = None
+    """Largest magnitude seen while observing."""
+    observing: bool = False
+    _seen: torch.Tensor | None = field(default=None, repr=False)
+    _quantized: dict[Format, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def quantize(self, x: torch.Tensor, format: Format) -> torch.Tensor:
+        """`x` as the quantized kernels of `format` see it; computed once per tensor and format."""
+        if x is not self._seen:
+            self.forget()
+            self._seen = x
+        if format not in self._quantized:
+            assert self.scales is not None, f"{self.name} was not calibrated"
+            if format is Format.NVFP4:
+                scale = torch.tensor(self.scales.nvfp4, device=x.device)
+                self._quantized[format] = kernels.fake_quant_nvfp4(x, scale)
+            else:
+                scale = torch.tensor(self.scales.fp8, device=x.device)
+                self._quantized[format] = kernels.fake_quant_fp8(x, scale)
+        return self._quantized[format]
+
+    def observe(self, x: torch.Tensor) -> None:
+        """Widen the range by `x`.
+
+        Raises:
+            SourceError: NaN or Inf reached this input in BF16.
+        """
+        if x is self._seen or x.numel() == 0:
+            return
+        self._seen = x
+        lowest, highest = torch.aminmax(x)
+        largest = torch.maximum(-lowest, highest).item()
+        if not largest < float("inf"):
+            raise SourceError(
+                f"the input of {self.name} holds NaN or Inf in BF16 on the calibration text.",
+                fix="check the weights of the layers before it; no scale can hold such a range.",
+            )
+        self.observed = max(largest, self.observed or 0.0)
+
+    def forget(self) -> None:
+        """Drop the tensors of the last forward."""
+        self._seen = None
+        self._quantized.clear()
+
+
+def fill_unseen(observed: Mapping[str, float | None]) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Ranges for every set: a set that no token reached takes its block's largest.
+
+    Returns:
+        The complete ranges, and the names of the sets that no calibration token reached.
+    """
+    unseen = tuple(name for name, amax in observed.items() if amax is None)
+    return {
+        name: amax if amax is not None else _largest_beside(name, observed)
+        for name, amax in observed.items()
+    }, unseen
+
+
+def _largest_beside(name: str, observed: Mapping[str, float | None]) -> float:
+    block = name.partition(".mlp")[0].partition(".block_sparse_moe")[0]
+    return _largest(a for n, a in observed.items() if n.startswith(f"{block}.")) or (
+        _largest(observed.values()) or 1.0
+    )
+
+
+def _largest(ranges: Iterable[float | None]) -> float:
+    return max((amax for amax in ranges if amax is not None), default=0.0)

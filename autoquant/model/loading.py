@@ -1,0 +1,132 @@
+"""Open a causal language model in BF16 for measurement."""
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoquant.errors import ConfigError, OutOfMemory, SourceError
+from autoquant.model import experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready for scoring: BF16, evaluation mode, our experts' forward."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    max_length: int
+    """Longest sequence that the position embedding was made for."""
+
+
+def choose_device(device: str | None) -> torch.device:
+    """The device asked for, or the first GPU, or the CPU.
+
+    Raises:
+        ConfigError: a device that this machine or this torch does not have.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {device!r} cannot be used: {str(error).splitlines()[0]}",
+            fix="pass --device cpu, or leave it out.",
+        ) from error
+    return chosen
+
+
+def load_model(path: Path, device: torch.device, *, trust_remote_code: bool = False) -> LoadedModel:
+    """Load model and tokenizer from a local folder.
+
+    Raises:
+        SourceError: no such architecture, no tokenizer, weights that do not fit the config, or a
+            weight that is NaN or infinite.
+        OutOfMemory: the weights do not fit the device.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    experts.register()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model: Any
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.bfloat16,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        model = model.to(device).eval().requires_grad_(False)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"{path} does not fit {device}: {str(error).splitlines()[0]}",
+            fix="use a larger device, or --device cpu.",
+        ) from error
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError) as error:
+        raise SourceError(
+            f"transformers cannot load {path}: {str(error).strip().splitlines()[0]}",
+            fix="check that config.json names an architecture of this transformers version; "
+            "pass --trust-remote-code if its code comes with the model.",
+        ) from error
+    _check_complete(path, report)
+    _check_finite(model)
+    if hasattr(model.config, "_experts_implementation"):
+        model.set_experts_implementation(experts.IMPLEMENTATION)
+    model.config.use_cache = False
+    return LoadedModel(
+        model=model,
+        tokenizer=_load_tokenizer(AutoTokenizer, path, trust_remote_code),
+        device=device,
+        max_length=int(getattr(model.config, "max_position_embeddings", 0) or 2**31),
+    )
+
+
+def release(model: Any) -> None:
+    """Give back the memory of a model that is no longer needed."""
+    model.to("meta")
+    gc.collect()
+
+
+def _load_tokenizer(auto: Any, path: Path, trust_remote_code: bool) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return auto.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
+        if (path / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
+        raise SourceError(
+            f"{path} has no tokenizer that transformers can load: {str(error).splitlines()[0]}",
+            fix="put tokenizer.json and tokenizer_config.json beside the weights.",
+        ) from error
+
+
+def _check_complete(path: Path, report: dict[str, Any]) -> None:
+    missing = sorted(report.get("missing_keys") or ())
+    mismatched = sorted(str(key) for key in report.get("mismatched_keys") or ())
+    if missing or mismatched:
+        raise SourceError(
+            f"{path}: {len(missing)} weights of the architecture are not in the checkpoint and "
+            f"{len(mismatched)} have another shape, first {(missing + mismatched)[0]}.",
+            fix="check that config.json belongs to these weights.",
+        )
+
+
+def _check_finite(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        lowest, highest = torch.aminmax(parameter.detach())
+        if not (torch.isfinite(lowest) and torch.isfinite(highest)):
+            raise SourceError(
+                f"weight {name} holds NaN or Inf.",
+                fix="repair or download the checkpoint again; such a model has no KL.",
+            )

@@ -1,0 +1,209 @@
+"""A live model whose layer groups can be put into any format and back.
+
+The BF16 parameters are never written to: a quantized linear multiplies with another tensor.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from autoquant.assignment import Assignment
+from autoquant.formats import BF16, Choice
+from autoquant.groups import LayerGroup
+from autoquant.model import weights
+from autoquant.model.binding import DenseSlot, ExpertsSlot, bind
+from autoquant.model.experts import WIDE, ExpertsHook
+from autoquant.model.inputs import ActivationMode, InputScales, InputSet
+from autoquant.model.weights import WeightStore
+
+
+@dataclass(slots=True)
+class GroupState:
+    """The choice that a group's linears follow at this moment."""
+
+    group: LayerGroup
+    choice: Choice = BF16
+
+
+@dataclass(slots=True)
+class ExpertCounts:
+    """Tokens that each expert of a block saw while observing, [E]."""
+
+    block: str
+    tokens: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class _Context:
+    """What all slots of a model share."""
+
+    mode: ActivationMode
+    store: WeightStore
+    inputs: dict[str, InputSet] = field(default_factory=dict)
+
+    def input_set(self, name: str) -> InputSet:
+        return self.inputs.setdefault(name, InputSet(name))
+
+    def read(self, x: torch.Tensor, inputs: InputSet, choice: Choice) -> torch.Tensor:
+        """The input as the linear sees it, observed on the way if the set is observing."""
+        if inputs.observing:
+            inputs.observe(x)
+        if self.mode.quantizes_input(choice.format):
+            return inputs.quantize(x, choice.format)
+        return x
+
+
+class _DenseForward:
+    """Replaces the forward of one `nn.Linear`."""
+
+    def __init__(self, slot: DenseSlot, state: GroupState, context: _Context, amax: float) -> None:
+        self.slot, self.state, self.context, self.amax = slot, state, context, amax
+        self.inputs = context.input_set(slot.linear.input_scale_set)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(*self.operands(x), self.slot.module.bias)
+
+    def operands(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input and weight that the linear multiplies at this moment."""
+        weight, choice = self.slot.module.weight, self.state.choice
+        x = self.context.read(x, self.inputs, choice)
+        if choice != BF16:
+            key = (self.slot.linear.name, choice)
+            compute = partial(weights.fake_quantize, weight, self.amax, choice)
+            weight = self.context.store.get(key, weight, compute)
+        return x, weight
+
+
+class _ExpertsForward(ExpertsHook):
+    """Stands between a block's experts and their operands."""
+
+    def __init__(self, slot: ExpertsSlot, state: GroupState, context: _Context) -> None:
+        self.slot, self.state, self.context = slot, state, context
+        self.inputs = {part: context.input_set(name) for part, name in slot.input_set.items()}
+        self.counts = ExpertCounts(slot.name)
+        self.amax: dict[str, list[float]] = {}
+
+    def routed(self, counts: torch.Tensor) -> None:
+        if self.inputs[WIDE].observing:
+            seen = self.counts.tokens
+            self.counts.tokens = counts.clone() if seen is None else seen + counts
+
+    def input(self, part: str, rows: torch.Tensor) -> torch.Tensor:
+        return self.context.read(rows, self.inputs[part], self.state.choice)
+
+    def weight(self, part: str, weight: torch.Tensor) -> torch.Tensor:
+        choice = self.state.choice
+        if choice == BF16:
+            return weight
+        if part not in self.amax:
+            self.amax[part] = [weights.largest_magnitude(expert) for expert in weight]
+        compute = partial(weights.fake_quantize_experts, weight, self.amax[part], choice)
+        return self.context.store.get((f"{self.slot.name}:{part}", choice), weight, compute)
+
+
+class QuantizedModel:
+    """Puts formats on a model's layer groups and takes them off, exactly.
+
+    Args:
+        model: a transformers causal language model in BF16, loaded by `load_model`.
+        groups: the groups that may leave BF16; the rest of the model is not touched.
+        mode: which inputs are quantized.
+        weight_cache_bytes: memory for fake-quantized weights beside the model.
+
+    Raises:
+        SourceError: a group's linear cannot be found or cannot be quantized.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        groups: Iterable[LayerGroup],
+        *,
+        mode: ActivationMode,
+        weight_cache_bytes: int = 2**31,
+    ) -> None:
+        self.model = model
+        self.mode = mode
+        self._context = _Context(mode=mode, store=WeightStore(weight_cache_bytes))
+        self._states: dict[str, GroupState] = {}
+        self._experts: list[_ExpertsForward] = []
+        for group in groups:
+            self._states[group.name] = GroupState(group)
+            self._install(self._states[group.name])
+
+    @property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        return tuple(state.group for state in self._states.values())
+
+    def apply(self, assignment: Assignment) -> None:
+        """Put every group into its choice; groups that the assignment lacks return to BF16."""
+        for name, state in self._states.items():
+            state.choice = assignment[name]
+
+    def choose(self, choices: Mapping[str, Choice]) -> None:
+        """Put the named groups into a choice and all others into BF16."""
+        self.apply(Assignment.of(choices))
+
+    def operands(self, module: nn.Linear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input and weight that `module` multiplies at this moment, whether searched or not."""
+        forward = module.__dict__.get("forward")
+        return forward.operands(x) if isinstance(forward, _DenseForward) else (x, module.weight)
+
+    def forget_inputs(self) -> None:
+        """Drop tensors of the last forward, so that no memory outlives it."""
+        for inputs in self._context.inputs.values():
+            inputs.forget()
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Collect input ranges and expert counts during the forwards inside."""
+        for inputs in self._context.inputs.values():
+            inputs.observing = True
+        try:
+            yield
+        finally:
+            for inputs in self._context.inputs.values():
+                inputs.observing = False
+            self.forget_inputs()
+
+    def observed_ranges(self) -> dict[str, float | None]:
+        """Largest input magnitude of each input set; None where no token arrived."""
+        return {name: inputs.observed for name, inputs in self._context.inputs.items()}
+
+    def expert_counts(self) -> dict[str, list[int]]:
+        """Tokens that each expert of each block saw while observing."""
+        return {
+            forward.counts.block: forward.counts.tokens.tolist()
+            for forward in self._experts
+            if forward.counts.tokens is not None
+        }
+
+    def set_input_scales(self, scales: Mapping[str, InputScales]) -> None:
+        """Fix the static scales of the named input sets."""
+        for name, value in scales.items():
+            self._context.input_set(name).scales = value
+
+    def _install(self, state: GroupState) -> None:
+        slots = bind(self.model, state.group)
+        ranges: dict[str, float] = {}
+        for slot in slots:
+            if isinstance(slot, DenseSlot):
+                name = slot.linear.weight_scale_set
+                own = weights.largest_magnitude(slot.module.weight)
+                ranges[name] = max(own, ranges.get(name, 0.0))
+        for slot in slots:
+            if isinstance(slot, DenseSlot):
+                amax = ranges[slot.linear.weight_scale_set]
+                slot.module.forward = _DenseForward(slot, state, self._context, amax)
+            else:
+                forward = _ExpertsForward(slot, state, self._context)
+                slot.module.autoquant_hook = forward
+                self._experts.append(forward)
+
+

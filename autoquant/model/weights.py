@@ -1,0 +1,78 @@
+"""Fake-quantized weights, computed as they will be exported and kept while memory allows."""
+
+from collections.abc import Callable, Sequence
+
+import autoquant_kernels as kernels
+import torch
+
+from autoquant.formats import Choice, Format, ScaleRule
+
+
+def fake_quantize(
+    weight: torch.Tensor, amax: float, choice: Choice, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The weight [N, K] that engines multiply with after exporting it in `choice`.
+
+    Args:
+        weight: BF16.
+        amax: largest magnitude over the weight's scale set.
+        out: where to write; allocated if absent.
+    """
+    if choice.format is Format.FP8:
+        scale = kernels.fp8_scale(amax).to(weight.device)
+        return kernels.fake_quant_fp8(weight, scale, out=out)
+    assert choice.scale_rule is not None
+    scale = kernels.nvfp4_global_scale(amax, choice.scale_rule).to(weight.device)
+    return kernels.fake_quant_nvfp4_weight(weight, scale, rule=choice.scale_rule, out=out)
+
+
+def fake_quantize_experts(
+    weight: torch.Tensor, amax: Sequence[float], choice: Choice, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`fake_quantize` of every expert of a [E, N, K] parameter with its own scale."""
+    out = torch.empty_like(weight) if out is None else out
+    for expert, largest in enumerate(amax):
+        fake_quantize(weight[expert], largest, choice, out=out[expert])
+    return out
+
+
+def largest_magnitude(weight: torch.Tensor) -> float:
+    """max |w| of a finite tensor, exact."""
+    lowest, highest = torch.aminmax(weight)
+    return torch.maximum(-lowest, highest).item()
+
+
+class WeightStore:
+    """Keeps fake-quantized weights up to a limit; beyond it they go through one scratch buffer.
+
+    A weight that was evicted or never fitted is computed anew for each use, which costs a few
+    per cent of its matrix product at the token counts of a search.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._kept: dict[tuple[str, Choice], torch.Tensor] = {}
+        self._kept_bytes = 0
+        self._scratch: torch.Tensor | None = None
+
+    def get(
+        self,
+        key: tuple[str, Choice],
+        like: torch.Tensor,
+        compute: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """The tensor of `key`, shaped like `like`; `compute(out)` writes it where it is absent."""
+        kept = self._kept.get(key)
+        if kept is not None:
+            return kept
+        size = like.numel() * like.element_size()
+        if self._kept_bytes + size > self.limit_bytes:
+            return compute(self._borrow(like))
+        self._kept[key] = compute(torch.empty_like(like))
+        self._kept_bytes += size
+        return self._kept[key]
+
+    def _borrow(self, like: torch.Tensor) -> torch.Tensor:
+        if self._scratch is None or self._scratch.numel() < like.numel():
+            self._scratch = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
+        return self._scratch[: like.numel()].view(like.shape)

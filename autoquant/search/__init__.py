@@ -1,0 +1,1 @@
+"""From sensitivities to one confirmed assignment."""
