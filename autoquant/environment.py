@@ -36,6 +36,7 @@ VARIABLES = {
     "MLFLOW_TRACKING_URI": "where searches are recorded",
     "CUDA_VISIBLE_DEVICES": "the GPUs that may be used",
     "OMP_NUM_THREADS": "CPU threads of PyTorch and of the kernels",
+    "AUTOQUANT_KERNELS": "the kernel backend, instead of the fastest that runs",
     "TRITON_INTERPRET": "1: run the Triton kernels on the CPU",
     "NO_COLOR": "plain output",
 }
@@ -55,6 +56,7 @@ def describe() -> dict[str, Any]:
         "packages": package_versions(),
         "machine": machine(),
         "gpus": gpus(),
+        "kernels": kernels(),
         "variables": variables(os.environ),
     }
 
@@ -96,6 +98,15 @@ def gpus() -> list[dict[str, Any]]:
             }
         )
     return devices
+
+
+def kernels() -> dict[str, str]:
+    """The kernel backend that serves each kind of device present."""
+    import torch
+    from autoquant_kernels import active_backend
+
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {device: active_backend(device) for device in devices}
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str | None]:

@@ -8,6 +8,7 @@ import autoquant
 from autoquant.cli.group import LazyGroup
 
 MODULES = {
+    "spaces": "autoquant.cli.spaces",
     "env": "autoquant.cli.environment",
 }
 """Command to module, in the order of `--help`; each module defines the click command `command`."""
@@ -16,19 +17,17 @@ MODULES = {
 @click.group(
     cls=LazyGroup,
     modules=MODULES,
+    examples=[
+        ("autoquant search --budget-bpe 5.0", "Search the bundled reference model:"),
+        ("autoquant search Qwen/Qwen3-8B --budget-bpe 5.0", "Search a model of the hub:"),
+        ("autoquant plan ./my-model", "See sizes and limits, no weights read:"),
+    ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(autoquant.__version__, prog_name="autoquant")
 @click.option("--debug", is_flag=True, help="On an error, print the traceback.")
 def cli(debug: bool) -> None:
-    r"""Choose NVFP4, FP8 or BF16 for every layer of a language model, by measured KL.
-
-    \b
-    Examples:
-      autoquant search --budget-bpe 5.0                  the bundled reference model
-      autoquant search Qwen/Qwen3-8B --budget-bpe 5.0    a model of the hub
-      autoquant plan ./my-model                          sizes and limits, no weights read
-    """
+    """Choose NVFP4, FP8 or BF16 for every layer of a language model, by measured KL."""
 
 
 def main() -> None:

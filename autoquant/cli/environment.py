@@ -15,7 +15,7 @@ from autoquant.cli.output import print_fields, print_json
 )
 @format_option
 def command(format: str) -> None:
-    """Print versions, machine, GPUs and the environment variables that matter."""
+    """Print versions, machine, GPUs, kernels and environment."""
     from autoquant.environment import describe
 
     facts = describe()
@@ -36,6 +36,7 @@ def _lines(facts: dict[str, Any]) -> dict[str, object]:
         "cpu flags": " ".join(machine["cpu_flags"]) or "-",
         "memory": _gib(machine["memory_bytes"]),
         "gpus": ", ".join(map(_gpu, facts["gpus"])) or "none",
+        "kernels": ", ".join(f"{device}: {name}" for device, name in facts["kernels"].items()),
         **{name: value or "-" for name, value in facts["variables"].items()},
     }
 

@@ -3,11 +3,12 @@
 import errno
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 import click
 
+from autoquant.cli.options import write_examples
 from autoquant.errors import AutoQuantError, OutOfMemory, SourceError
 
 INTERRUPTED_EXIT_CODE = 130
@@ -54,11 +55,19 @@ class LazyGroup(click.Group):
 
     Args:
         modules: command name to the module whose `command` it is, in the order of `--help`.
+        examples: (command line, what it does) in the order shown.
     """
 
-    def __init__(self, *args: Any, modules: Mapping[str, str], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        modules: Mapping[str, str],
+        examples: Sequence[tuple[str, str]],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, epilog=EXIT_CODES, **kwargs)
         self.modules = modules
+        self.examples = examples
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Every command in table order."""
@@ -71,6 +80,11 @@ class LazyGroup(click.Group):
         command = importlib.import_module(self.modules[cmd_name]).command
         assert isinstance(command, click.Command)
         return command
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the worked examples and the exit codes."""
+        write_examples(formatter, self.examples)
+        super().format_epilog(ctx, formatter)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an error leaves as a `Failure`, or as it is with `--debug`."""

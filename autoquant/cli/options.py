@@ -56,7 +56,7 @@ class GroupedCommand(click.Command):
         }
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
-            if record is not None:
+            if record is not None and not isinstance(param, click.Argument):
                 records[getattr(param, "heading", "Other")].append(record)
         for heading, rows in records.items():
             if rows:
@@ -65,12 +65,7 @@ class GroupedCommand(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the worked examples."""
-        if self.examples:
-            with formatter.section("Examples"):
-                for line, purpose in self.examples:
-                    formatter.write_text(purpose)
-                    with formatter.indentation():
-                        formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+        write_examples(formatter, self.examples)
         super().format_epilog(ctx, formatter)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -85,6 +80,15 @@ class GroupedCommand(click.Command):
                     f"{origin}: {name}: {error.message}", fix=f"correct `{name}` in the file."
                 ) from error
             raise
+
+
+def write_examples(formatter: click.HelpFormatter, examples: Sequence[tuple[str, str]]) -> None:
+    """Write (command line, what it does) pairs; command lines are never wrapped."""
+    if examples:
+        with formatter.section("Examples"):
+            for line, purpose in examples:
+                formatter.write_text(purpose)
+                formatter.write(f"{'':>{formatter.current_indent + 2}}{line}\n")
 
 
 def option(*declarations: str, heading: str, **attributes: Any) -> Decorator:
