@@ -37,9 +37,11 @@ $(VENV)/bin/python:
 	$(or $(PYTHON),$(error AutoQuant needs Python 3.11, 3.12 or 3.13 with venv: install one, or set PYTHON)) -m venv $(VENV)
 
 $(demo_stamp): $(VENV)/bin/python $(requirements)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	@echo "Installing AutoQuant into $(VENV): minutes the first time, then seconds"
+	$(VENV)/bin/python -m pip install -qq --constraint constraints.txt --editable .
 	touch $@
 
 $(test_stamp): $(VENV)/bin/python $(requirements)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@echo "Installing AutoQuant [$(EXTRAS)] into $(VENV): minutes the first time, then seconds"
+	$(VENV)/bin/python -m pip install -qq --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@ $(demo_stamp)

@@ -5,7 +5,7 @@ A setting comes from its flag, else from `--config FILE`, else it is the default
 
 import difflib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ def resolved_settings(ctx: click.Context) -> dict[str, Any]:
     """Every setting of the call with the value in force, as `--config` reads it back."""
     settings = {
         name: str(value) if isinstance(value, Path) else value
-        for name in _setting_names(ctx.command)
+        for name in _settings_of(ctx.command)
         if (value := ctx.params[name]) is not None
     }
     return {"schema_version": CONFIG_SCHEMA_VERSION, **settings}
@@ -193,12 +193,12 @@ def _stack(*decorators: Decorator) -> Decorator:
     )
 
 
-def _setting_names(command: click.Command) -> list[str]:
-    return [
-        param.name
+def _settings_of(command: click.Command) -> dict[str, click.Parameter]:
+    return {
+        param.name: param
         for param in command.params
         if param.name and (isinstance(param, click.Argument) or getattr(param, "setting", False))
-    ]
+    }
 
 
 def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
@@ -211,15 +211,17 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
             f"{path} has schema_version {version!r}, this version reads {CONFIG_SCHEMA_VERSION}.",
             fix=f"set schema_version: {CONFIG_SCHEMA_VERSION} after checking the file.",
         )
-    names = _setting_names(ctx.command)
+    known = _settings_of(ctx.command)
     for key in settings:
-        if key not in names:
+        if key not in known:
             raise ConfigError(
-                f"{path}: {key!r} is not a setting of `{ctx.info_name}`.", fix=_nearest(key, names)
+                f"{path}: {key!r} is not a setting of `{ctx.info_name}`.", fix=_nearest(key, known)
             )
     ctx.meta["autoquant.config"] = str(path)
     ctx.default_map = {
-        key: _as_written(value) for key, value in settings.items() if value is not None
+        key: _as_written(value, known[key], path)
+        for key, value in settings.items()
+        if value is not None
     }
 
 
@@ -243,13 +245,21 @@ def _read_yaml_mapping(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in settings.items()}
 
 
-def _nearest(key: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(key.replace("-", "_"), names, n=1)
-    return f"write {close[0]!r}." if close else f"settings are: {', '.join(sorted(names))}."
+def _nearest(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+    return f"write {close[0]!r}." if close else f"settings are: {', '.join(sorted(known))}."
 
 
-def _as_written(value: Any) -> Any:
-    """The value as a flag would give it, so that flags and file pass the same checks."""
-    if isinstance(value, list):
-        return [_as_written(item) for item in value]
-    return value if isinstance(value, bool) else str(value)
+def _as_written(value: Any, param: click.Parameter, path: Path) -> Any:
+    """The value as its flag would give it, so that flags and file pass the same checks."""
+    takes_many = getattr(param, "multiple", False)
+    values = value if takes_many and isinstance(value, list) else [value]
+    for item in values:
+        if isinstance(item, (list, dict)):
+            raise ConfigError(
+                f"{path}: {param.name} is {value!r}: it takes "
+                f"{'a list of single values' if takes_many else 'a single value'}.",
+                fix=f"correct `{param.name}` in the file.",
+            )
+    written = [item if isinstance(item, bool) else str(item) for item in values]
+    return written if takes_many else written[0]

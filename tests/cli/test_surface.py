@@ -1,0 +1,69 @@
+"""Every command and flag is a promise: adding or dropping one is a decision, made here."""
+
+from collections.abc import Iterator
+
+import click
+
+from autoquant.cli import cli
+
+SURFACE = {
+    "": {"--version", "--debug"},
+    "spaces": set(),
+    "spaces list": {"--format"},
+    "spaces show": {"NAME"},
+    "spaces schema": set(),
+    "env": {"--format"},
+}
+
+
+def commands(command: click.Command, path: str = "") -> Iterator[tuple[str, click.Command]]:
+    yield path, command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            assert child is not None
+            yield from commands(child, f"{path} {name}".strip())
+
+
+def surface(command: click.Command) -> set[str]:
+    return {
+        name
+        for param in command.params
+        for name in (
+            [param.human_readable_name]
+            if isinstance(param, click.Argument)
+            else [*param.opts, *param.secondary_opts]
+        )
+    }
+
+
+def test_commands_and_flags_are_the_promised_ones():
+    assert {path: surface(command) for path, command in commands(cli)} == SURFACE
+
+
+def test_every_option_says_what_it_does():
+    for path, command in commands(cli):
+        for param in command.params:
+            if isinstance(param, click.Option):
+                assert param.help, f"{path} {param.opts[0]}"
+
+
+def test_every_command_has_a_purpose_that_the_list_shows_whole():
+    for path, command in commands(cli):
+        assert command.help, path
+        assert not command.get_short_help_str(limit=66).endswith("..."), path
+
+
+def test_every_example_is_a_command_line_that_parses():
+    paths = dict(commands(cli))
+    for path, command in paths.items():
+        for line, _ in getattr(command, "examples", ()):
+            words = line.split(" > ")[0].split()
+            assert words[0] == "autoquant", line
+            depth = max(
+                (n for n in range(1, len(words)) if " ".join(words[1 : n + 1]) in paths), default=0
+            )
+            assert depth, f"`{line}` in the help of `{path or 'autoquant'}` names no command"
+            target = paths[" ".join(words[1 : depth + 1])]
+            target.make_context(words[depth], words[depth + 1 :], resilient_parsing=True)

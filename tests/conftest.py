@@ -1,0 +1,32 @@
+"""What every test runs under: no network, no settings of the person who runs it."""
+
+import os
+from collections.abc import Callable
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
+
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import settings
+
+from autoquant.cli import cli
+
+settings.register_profile("autoquant", deadline=None)  # a busy machine is no failure
+settings.load_profile("autoquant")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "AUTOQUANT_KERNELS", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+@pytest.fixture
+def autoquant() -> Callable[..., Result]:
+    """Call `autoquant` with these arguments in this process."""
+
+    def call(*arguments: object) -> Result:
+        return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+    return call
