@@ -34,15 +34,17 @@ class Fused:
     name: str
     role: str
     parts: tuple[str, ...]
+    engine_name: str
+    """What engines call the matrix; their exclusion lists are matched against it."""
 
 
 FUSED = (
-    Fused("qkv", "qkv", ("q_proj", "k_proj", "v_proj")),
-    Fused("qkv_a", "qkv_a", ("q_a_proj", "kv_a_proj_with_mqa")),
-    Fused("in_proj_qkvz", "gdn_in", ("in_proj_qkv", "in_proj_z")),
-    Fused("gate_up", "gate_up", ("gate_proj", "up_proj")),
-    Fused("w13", "gate_up", ("w1", "w3")),
-    Fused("c_fc", "gate_up", ("c_fc_0", "c_fc_1")),
+    Fused("qkv", "qkv", ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    Fused("qkv_a", "qkv_a", ("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
+    Fused("in_proj_qkvz", "gdn_in", ("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
+    Fused("gate_up", "gate_up", ("gate_proj", "up_proj"), "gate_up_proj"),
+    Fused("w13", "gate_up", ("w1", "w3"), "gate_up_proj"),
+    Fused("c_fc", "gate_up", ("c_fc_0", "c_fc_1"), "c_fc"),
 )
 
 SINGLE = {

@@ -51,7 +51,7 @@ def inside(folder: Path, name: str) -> Path:
         SourceError: the file is missing or lies elsewhere.
     """
     path = folder / name
-    if Path(name).name != name or not _stays_inside(folder, path):
+    if Path(name).name != name or not stays_inside(folder, path):
         raise SourceError(
             f"{folder} names the file {name!r}, which lies outside of the folder.",
             fix="copy the file into the folder; a checkpoint may not reach elsewhere.",
@@ -64,7 +64,8 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _stays_inside(folder: Path, path: Path) -> bool:
+def stays_inside(folder: Path, path: Path) -> bool:
+    """Whether `path`, links resolved, is in `folder` or in the blobs of its cache entry."""
     roots = [folder.resolve()]
     if folder.absolute().parent.name == "snapshots":
         roots.append(folder.absolute().parent.parent.resolve() / "blobs")

@@ -18,6 +18,7 @@ FLOAT_DTYPES = ("BF16", "F16", "F32")
 """Dtypes of the weights that can be quantized."""
 
 _OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
+_CACHE_ENTRY = "models--"
 _SAMPLES_PER_FILE = 16
 _SAMPLE_BYTES = 4096
 
@@ -46,6 +47,14 @@ class Source:
         for file in self.headers.files:
             content.update(_sample(file))
         return content.hexdigest()
+
+    @property
+    def hub_id(self) -> str | None:
+        """`Qwen/Qwen3-8B` for a snapshot in the Hugging Face cache, None for a plain folder."""
+        entry = self.path.absolute().parent.parent.name
+        if self.revision is None or not entry.startswith(_CACHE_ENTRY):
+            return None
+        return entry.removeprefix(_CACHE_ENTRY).replace("--", "/", 1)
 
     @property
     def text_config(self) -> Mapping[str, Any]:

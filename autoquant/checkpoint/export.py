@@ -1,0 +1,206 @@
+"""Export: the source checkpoint with the assigned linears quantized, streamed tensor by tensor."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import autoquant
+from autoquant.assignment import Assignment
+from autoquant.checkpoint.card import CardFacts, model_card
+from autoquant.checkpoint.companions import companion_files
+from autoquant.checkpoint.headers import TensorHeader
+from autoquant.checkpoint.layout_modelopt import (
+    QUANTIZATION_FILE,
+    StoredTensor,
+    quantization_files,
+    stored_tensors,
+)
+from autoquant.checkpoint.quantize import (
+    QuantizedLinear,
+    input_ranges,
+    read_weight,
+    weight_ranges,
+)
+from autoquant.checkpoint.shards import INDEX_FILE, SINGLE_FILE
+from autoquant.checkpoint.source import CONFIG_FILE, Source
+from autoquant.checkpoint.target import copy_file, new_folder
+from autoquant.checkpoint.writer import ShardWriter
+from autoquant.errors import ConfigError
+from autoquant.files import to_json, write_atomic
+from autoquant.formats import Format
+from autoquant.grouping import Groups
+
+AUTOQUANT_FILE = "autoquant.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportResult:
+    """What was written."""
+
+    path: Path
+    checkpoint_bytes: int
+    """Data of every tensor, the files' own headers excluded."""
+    bpe: float
+    """Bits per element of the source, scope `checkpoint`."""
+    uncalibrated: tuple[str, ...]
+    """Input sets that no calibration token reached; they took their layer's largest magnitude."""
+    left_out: tuple[Path, ...]
+    """Files of the source that hold the weights once more, in another form."""
+
+
+def export(
+    source: Source,
+    groups: Groups,
+    assignment: Assignment,
+    input_amax: Mapping[str, float],
+    target: Path,
+    *,
+    card: CardFacts | None = None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> ExportResult:
+    """Write `source` under `assignment` to the new folder `target`, in the ModelOpt layout.
+
+    Everything that the assignment does not name is copied byte for byte. Peak memory is a few times
+    the largest tensor. The folder appears when it is complete.
+
+    Args:
+        source: what to quantize; it is only read.
+        groups: the layer groups of `source`.
+        assignment: groups that it lacks stay as they are.
+        input_amax: largest calibration input magnitude of each input scale set.
+        target: a folder that does not exist yet, or an empty one.
+        card: what the model card says beyond the formats.
+        on_bytes: called with the number of source bytes that have just been read; their sum over
+            both passes is the size of the source plus that of its quantized weights.
+
+    Raises:
+        ConfigError: a group or format that the model does not allow, or `target` inside `source`.
+        SourceError: a NaN or infinite weight, a useless input magnitude, a source that changed.
+        RunConflict: `target` holds something, or another process is writing it.
+    """
+    _require_legal(groups, assignment)
+    inputs, uncalibrated = input_ranges(groups, assignment, input_amax)
+    files = quantization_files(source.headers, groups, assignment)
+    companions, left_out = companion_files(source.path)
+    with new_folder(target, source=source.path) as folder:
+        weights = weight_ranges(source.headers, groups, assignment, on_bytes)
+        quantized = {
+            linear.tensor: QuantizedLinear(
+                linear=linear,
+                choice=assignment[group.name],
+                weight_amax=weights[linear.weight_scale_set],
+                input_amax=inputs[linear.input_scale_set],
+            )
+            for group in groups
+            if assignment[group.name].format is not Format.BF16
+            for linear in group.linears
+        }
+        placed, size = _write_shards(source, quantized, folder, on_bytes)
+        for name in companions:
+            copy_file(source.path / name, folder / name)
+        result = ExportResult(
+            path=target.absolute(),
+            checkpoint_bytes=size,
+            bpe=8 * size / source.headers.elements,
+            uncalibrated=uncalibrated,
+            left_out=tuple(n for n in left_out if source.path / n not in source.headers.files),
+        )
+        write_atomic(folder / CONFIG_FILE, to_json(_config(source, files), indent=2))
+        if files is not None:
+            write_atomic(folder / QUANTIZATION_FILE, to_json(files[1], indent=2))
+        provenance = _provenance(source, groups, assignment, result, card)
+        write_atomic(folder / AUTOQUANT_FILE, to_json(provenance, indent=2))
+        write_atomic(folder / "README.md", model_card(source, groups, assignment, result.bpe, card))
+        if set(placed.values()) != {SINGLE_FILE}:
+            index = {"metadata": {"total_size": size}, "weight_map": placed}
+            write_atomic(folder / INDEX_FILE, to_json(index, indent=2))
+    return result
+
+
+def _require_legal(groups: Groups, assignment: Assignment) -> None:
+    for name, choice in assignment:
+        reason = groups[name].why_illegal(choice.format)
+        if reason is not None:
+            raise ConfigError(
+                f"the assignment puts {name} into {choice}: {reason}.", fix="choose fp8 or bf16."
+            )
+
+
+def _write_shards(
+    source: Source,
+    quantized: Mapping[str, QuantizedLinear],
+    folder: Path,
+    on_bytes: Callable[[int], None],
+) -> tuple[dict[str, str], int]:
+    """Write every weight file; the file of each tensor, and the bytes of all tensor data."""
+    placed: dict[str, str] = {}
+    size = 0
+    for file in source.headers.files:
+        headers = [header for header in source.headers if header.file == file]
+        stored = [tensor for header in headers for tensor in _announce(header, quantized)]
+        metadata = source.headers.metadata[file]
+        with ShardWriter(folder / file.name, stored, metadata) as shard:
+            for header in headers:
+                if header.name in quantized:
+                    tensors = quantized[header.name].tensors(read_weight(header))
+                    for name, tensor in tensors.items():
+                        shard.put(name, tensor)
+                else:
+                    shard.copy(header)
+                on_bytes(header.bytes)
+        placed |= dict.fromkeys((tensor.name for tensor in stored), file.name)
+        size += shard.data_bytes
+    return placed, size
+
+
+def _announce(
+    header: TensorHeader, quantized: Mapping[str, QuantizedLinear]
+) -> tuple[StoredTensor, ...]:
+    if header.name in quantized:
+        own = quantized[header.name]
+        return stored_tensors(own.linear, own.choice.format)
+    return (StoredTensor(name=header.name, dtype=header.dtype, shape=header.shape),)
+
+
+def _config(
+    source: Source, files: tuple[dict[str, Any], dict[str, Any]] | None
+) -> dict[str, Any]:
+    """The source's config; a quantized model computes in BF16, whatever the source was stored in."""
+    config = copy.deepcopy(dict(source.config))
+    if files is None:
+        return config
+    for part in (config, config.get("text_config")):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(part, dict) and key in part:
+                part[key] = "bfloat16"
+    if not {"dtype", "torch_dtype"} & config.keys():
+        config["torch_dtype"] = "bfloat16"
+    return config | {"quantization_config": files[0]}
+
+
+def _provenance(
+    source: Source,
+    groups: Groups,
+    assignment: Assignment,
+    result: ExportResult,
+    card: CardFacts | None,
+) -> dict[str, Any]:
+    """What autoquant.json says: enough to make the checkpoint again and to check it."""
+    complete = Assignment.of({group.name: assignment[group.name] for group in groups})
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "autoquant_version": autoquant.__version__,
+        "layout": "modelopt",
+        "base_model": source.hub_id,
+        "revision": source.revision,
+        "source_digest": source.digest,
+        "source_elements": source.headers.elements,
+        "checkpoint_bytes": result.checkpoint_bytes,
+        "bpe": result.bpe,
+        "assignment": complete.to_dict()["groups"],
+        "uncalibrated_inputs": list(result.uncalibrated),
+        "measured": card.to_dict() if card is not None else None,
+    }

@@ -1,0 +1,90 @@
+"""A folder that appears whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from autoquant.errors import ConfigError, RunConflict
+from autoquant.files import sync_folder
+
+_LOCK = ".autoquant-export"
+"""Marks an unfinished folder as ours, and is held while one is being written."""
+
+
+@contextmanager
+def new_folder(target: Path, *, source: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`, which takes its place when the block ends well.
+
+    What an export that was killed has left behind is removed; on an error nothing is left.
+
+    Raises:
+        ConfigError: `target` is inside `source` or holds it.
+        RunConflict: `target` holds something, or another process is writing it.
+    """
+    target = target.absolute()
+    _require_apart(target, source)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise RunConflict(
+            f"{target} exists and holds something.", fix="name a new folder, or remove this one."
+        )
+    temporary = target.parent / f".{target.name}.unfinished"
+    _require_ours(temporary)
+    temporary.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(temporary / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunConflict(
+            f"another export is writing {target}.", fix="wait for it, or name another folder."
+        ) from None
+    try:
+        _clear(temporary)
+        yield temporary
+        sync_folder(temporary)
+        (temporary / _LOCK).unlink(missing_ok=True)
+        if target.is_dir():
+            target.rmdir()
+        os.rename(temporary, target)
+        sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a file and wait until the disk holds it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as reader, target.open("xb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 20)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def _require_apart(target: Path, source: Path) -> None:
+    one, other = target.resolve(), source.resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise ConfigError(
+            f"the checkpoint {target} and the model {source} would share a folder.",
+            fix="name a folder apart from the model; nothing is ever written to a source.",
+        )
+
+
+def _require_ours(temporary: Path) -> None:
+    if temporary.exists() and not (temporary / _LOCK).exists():
+        raise RunConflict(
+            f"{temporary} exists and is not from AutoQuant.", fix="move it away, or export elsewhere."
+        )
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != _LOCK:
+            entry.unlink()
