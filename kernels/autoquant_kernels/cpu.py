@@ -1,0 +1,150 @@
+"""The C++ kernels, called through ctypes; one `CpuBackend` per instruction set."""
+
+import ctypes
+import logging
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from autoquant_kernels import build
+
+LEVELS = ("cpu-scalar", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16")
+RULES = ("max", "mse", "four_over_six")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+OPERATIONS = (
+    "fake_quant_nvfp4",
+    "fake_quant_nvfp4_weight",
+    "quantize_nvfp4",
+    "dequantize_nvfp4",
+    "fake_quant_fp8",
+    "quantize_fp8",
+    "dequantize_fp8",
+    "token_kl",
+)
+
+log = logging.getLogger("autoquant_kernels")
+
+
+class Job(ctypes.Structure):
+    """The arguments of every kernel, as `fused.cpp` declares them."""
+
+    _fields_ = (
+        ("source", ctypes.c_void_p),
+        ("source2", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("out2", ctypes.c_void_p),
+        ("elements", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+        ("rule", ctypes.c_int32),
+    )
+
+
+class CpuBackend:
+    """The kernels of one instruction set, on as many threads as torch uses."""
+
+    def __init__(self, library: ctypes.CDLL, level: int) -> None:
+        self._run_kernel = library.autoquant_run
+        self._level = level
+
+    def fake_quant_nvfp4(self, x: Tensor, global_scale: float, out: Tensor) -> None:
+        self._run("fake_quant_nvfp4", (x,), (out,), x, global_scale)
+
+    def fake_quant_nvfp4_weight(
+        self, x: Tensor, global_scale: float, rule: str, out: Tensor
+    ) -> None:
+        self._run("fake_quant_nvfp4_weight", (x,), (out,), x, global_scale, rule)
+
+    def quantize_nvfp4(
+        self, x: Tensor, global_scale: float, rule: str, codes: Tensor, block_scale: Tensor
+    ) -> None:
+        self._run("quantize_nvfp4", (x,), (codes, block_scale), x, global_scale, rule)
+
+    def dequantize_nvfp4(
+        self, codes: Tensor, block_scale: Tensor, global_scale: float, out: Tensor
+    ) -> None:
+        self._run("dequantize_nvfp4", (codes, block_scale), (out,), out, global_scale)
+
+    def fake_quant_fp8(self, x: Tensor, scale: float, out: Tensor) -> None:
+        self._run("fake_quant_fp8", (x,), (out,), x, scale)
+
+    def quantize_fp8(self, x: Tensor, scale: float, codes: Tensor) -> None:
+        self._run("quantize_fp8", (x,), (codes,), x, scale)
+
+    def dequantize_fp8(self, codes: Tensor, scale: float, out: Tensor) -> None:
+        self._run("dequantize_fp8", (codes,), (out,), out, scale)
+
+    def token_kl(self, reference: Tensor, logits: Tensor, out: Tensor) -> None:
+        self._run("token_kl", (reference, logits), (out,), logits)
+
+    def _run(
+        self,
+        operation: str,
+        sources: tuple[Tensor, ...],
+        outs: tuple[Tensor, ...],
+        unpacked: Tensor,
+        scale: float = 1.0,
+        rule: str = "max",
+    ) -> None:
+        by_row = operation == "token_kl"
+        job = Job(
+            sources[0].data_ptr(),
+            sources[-1].data_ptr(),
+            outs[0].data_ptr(),
+            outs[-1].data_ptr(),
+            unpacked.shape[1] if by_row else unpacked.numel(),
+            unpacked.shape[0] if by_row else 0,
+            scale,
+            DTYPES.index(unpacked.dtype),
+            RULES.index(rule),
+        )
+        self._run_kernel(
+            OPERATIONS.index(operation), self._level, ctypes.byref(job), torch.get_num_threads()
+        )
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, built if need be; None, with one line in the log, if that fails."""
+    try:
+        return _load_or_build()
+    except (build.BuildError, OSError) as error:
+        log.warning("C++ kernels are not available (%s); plain PyTorch is used, slower.", error)
+        return None
+
+
+def best_level(compiled: ctypes.CDLL) -> int:
+    """Index into `LEVELS` of the most capable instruction set of this processor."""
+    return int(compiled.autoquant_best_level())
+
+
+def _load_or_build() -> ctypes.CDLL:
+    shipped = build.shipped_library()
+    if build.is_intact(shipped):
+        try:
+            return ctypes.CDLL(str(shipped))
+        except OSError as error:
+            log.info("%s does not load here (%s); building it again.", shipped, error)
+    cached = build.cached_library()
+    if not build.is_intact(cached):
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with FileLock(cached.with_suffix(".lock")):
+                if not build.is_intact(cached):
+                    build.compile_library(cached)
+        except OSError:
+            return _built_for_this_process()
+    return ctypes.CDLL(str(cached))
+
+
+def _built_for_this_process() -> ctypes.CDLL:
+    """For a cache that cannot be written; a loaded library outlives its file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fused.so"
+        build.compile_library(path)
+        return ctypes.CDLL(str(path))
