@@ -58,9 +58,14 @@ class Source:
 
     @property
     def text_config(self) -> Mapping[str, Any]:
-        """The language model's part of the config, which multimodal models nest."""
-        nested = self.config.get("text_config")
-        return nested if isinstance(nested, dict) else self.config
+        """The language model's part of the config."""
+        return text_config(self.config)
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config, which multimodal models nest."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
 
 
 def open_source(model: str | Path, *, revision: str | None = None) -> Source:
