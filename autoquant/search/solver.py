@@ -67,6 +67,27 @@ class Knapsack:
         found = dict.fromkeys(map(self.fill, [self._optimum(), *_beam(self)]))
         return sorted(found, key=self.score)[:count]
 
+    def around(self, selection: Selection, group: int, option: int) -> Selection | None:
+        """The selection with one group changed, at the least further change that fits and fills.
+
+        Other groups give way, least loss per byte first, until the budget holds; what is then left
+        is spent on upgrades. None if the others cannot give enough.
+        """
+        chosen = [*selection]
+        chosen[group] = option
+        while (excess := self.cost(tuple(chosen)) - self.budget) > 0:
+            downgrades = [
+                ((self.scores[g][i] - self.scores[g][chosen[g]]) / min(saved, excess), g, i)
+                for g, costs in enumerate(self.costs)
+                for i, cost in enumerate(costs)
+                if g != group and (saved := costs[chosen[g]] - cost) > 0
+            ]
+            if not downgrades:
+                return None
+            _, g, i = min(downgrades)
+            chosen[g] = i
+        return self.fill(tuple(chosen), keep=group)
+
     def _optimum(self) -> Selection:
         if self.floor > self.budget:
             raise InfeasibleBudget(
@@ -75,16 +96,20 @@ class Knapsack:
             )
         return _solve_program(self)
 
-    def fill(self, selection: Selection) -> Selection:
+    def fill(self, selection: Selection, *, keep: int | None = None) -> Selection:
         """Spend what the budget leaves: upgrades that fit, best gain per byte first.
 
         Among options that cost more, the one with the lowest score is an upgrade even where
         noise makes its score no lower: more bits never carry less information.
+
+        Args:
+            selection: within the budget.
+            keep: a group whose option stays, unless nothing else is left to upgrade.
         """
         chosen, left = list(selection), self.budget - self.cost(selection)
         while True:
             upgrades = [
-                ((self.scores[g][chosen[g]] - self.scores[g][i]) / extra, -extra, -g, g, i)
+                (g != keep, (self.scores[g][chosen[g]] - self.scores[g][i]) / extra, -extra, g, i)
                 for g, costs in enumerate(self.costs)
                 for i, cost in enumerate(costs)
                 if 0 < (extra := cost - costs[chosen[g]]) <= left

@@ -1,0 +1,1 @@
+"""What each layer group, alone in each choice, does to the output."""

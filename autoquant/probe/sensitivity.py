@@ -1,0 +1,142 @@
+"""Sensitivities: the KL of every (group, choice), measured one group at a time from BF16."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoquant.data.tokens import Split
+from autoquant.formats import BF16, Choice
+from autoquant.groups import LayerGroup
+from autoquant.scoring.kl import TokenScores
+from autoquant.scoring.scorer import Scorer
+
+Key = tuple[str, Choice]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchProbe:
+    """One probe on one batch: the unit that is written to disk."""
+
+    batch: int
+    group: str
+    choice: Choice
+    kl_sum: float
+    """Nats, summed over the batch's tokens."""
+    tokens: int
+    sequence_kl: tuple[float, ...]
+    """Mean KL of each sequence, nats per token."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "batch": self.batch,
+            "group": self.group,
+            "choice": str(self.choice),
+            "kl_sum": self.kl_sum,
+            "tokens": self.tokens,
+            "sequence_kl": list(self.sequence_kl),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "BatchProbe":
+        return cls(
+            batch=data["batch"],
+            group=data["group"],
+            choice=Choice.parse(data["choice"]),
+            kl_sum=data["kl_sum"],
+            tokens=data["tokens"],
+            sequence_kl=tuple(data["sequence_kl"]),
+        )
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Mean KL of each (group, choice) over the search split, nats per token; BF16 is zero."""
+
+    kl: Mapping[Key, float]
+    stderr: Mapping[Key, float] = field(repr=False)
+    """Standard error over sequences."""
+
+    def __getitem__(self, key: Key) -> float:
+        return 0.0 if key[1] == BF16 else self.kl[key]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "unit": "nats per token",
+            "probes": [
+                {"group": g, "choice": str(c), "kl": kl, "stderr": self.stderr[g, c]}
+                for (g, c), kl in self.kl.items()
+            ],
+        }
+
+
+def probe(
+    scorer: Scorer,
+    split: Split,
+    keys: Sequence[Key],
+    groups: Mapping[str, LayerGroup],
+    done: Iterable[BatchProbe],
+    keep: Callable[[BatchProbe], None],
+) -> Sensitivity:
+    """Measure every key on every batch that is not done yet.
+
+    Args:
+        scorer: calibrated.
+        split: the search tokens.
+        keys: (group, choice) pairs, BF16 excluded.
+        groups: by name, for the block that each one is in.
+        done: batch probes of an earlier process.
+        keep: called with each new batch probe before the next begins.
+    """
+    results = {(p.batch, p.group, p.choice): p for p in done}
+    for batch in range(len(split.batches)):
+        missing = [key for key in keys if (batch, *key) not in results]
+        if not missing:
+            continue
+        starts = [(g, c, _block(groups[g], scorer.blocks)) for g, c in missing]
+        scores = scorer.probe_batch(split, batch, starts)
+        for (group, choice), score in zip(missing, scores, strict=True):
+            result = _batch_probe(batch, group, choice, score)
+            keep(result)
+            results[batch, group, choice] = result
+    return _summarize(keys, results.values())
+
+
+def _block(group: LayerGroup, blocks: int) -> int:
+    """First block that has to run: the group's own, or none for what lies behind all blocks."""
+    return group.layer if group.layer is not None else blocks
+
+
+def _batch_probe(batch: int, group: str, choice: Choice, score: TokenScores) -> BatchProbe:
+    return BatchProbe(
+        batch=batch,
+        group=group,
+        choice=choice,
+        kl_sum=float(score.kl.sum()),
+        tokens=len(score.kl),
+        sequence_kl=tuple(map(float, score.by_sequence())),
+    )
+
+
+def _summarize(keys: Sequence[Key], probes: Iterable[BatchProbe]) -> Sensitivity:
+    by_key: dict[Key, list[BatchProbe]] = {key: [] for key in keys}
+    for p in sorted(probes, key=lambda p: p.batch):
+        if (p.group, p.choice) in by_key:
+            by_key[p.group, p.choice].append(p)
+    kl = {k: sum(p.kl_sum for p in ps) / sum(p.tokens for p in ps) for k, ps in by_key.items()}
+    stderr = {k: _standard_error([s for p in ps for s in p.sequence_kl]) for k, ps in by_key.items()}
+    return Sensitivity(kl, stderr)
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return math.nan
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def keys_of(choices: Mapping[str, tuple[Choice, ...]]) -> Iterator[Key]:
+    """Every (group, choice) of the open groups that a probe has to measure."""
+    for group, legal in choices.items():
+        if len(legal) > 1:
+            yield from ((group, choice) for choice in legal if choice != BF16)

@@ -1,0 +1,84 @@
+"""The last word: finalists on tokens that nothing before has seen, compared in pairs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autoquant.scoring.kl import Array, TokenScores
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """Mean KL of one candidate minus another's on the same tokens, nats per token."""
+
+    mean: float
+    low: float
+    high: float
+    """Paired bootstrap interval over sequences."""
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether the first candidate is better beyond the interval."""
+        return self.high < 0.0
+
+
+def paired_difference(
+    one: TokenScores, other: TokenScores, *, seed: int, comparisons: int = 1
+) -> Difference:
+    """Bootstrap the difference of two means over sequences, which both have scored.
+
+    Args:
+        one: scores whose gain is in question.
+        other: scores of the same tokens.
+        seed: of the resampling.
+        comparisons: how many such questions are asked; the interval widens accordingly
+            (Bonferroni).
+    """
+    sums = np.bincount(one.sequence, one.kl - other.kl)
+    sizes = one.tokens_by_sequence()
+    means = _resampled_means(sums, sizes, seed)
+    tail = (1.0 - CONFIDENCE) / comparisons / 2
+    low, high = np.quantile(means, [tail, 1.0 - tail])
+    return Difference(mean=float(sums.sum() / sizes.sum()), low=float(low), high=float(high))
+
+
+def choose(scores: Sequence[TokenScores], *, seed: int) -> tuple[int, list[Difference]]:
+    """Pick among finalists; the first is the incumbent (the solver's optimum).
+
+    A challenger takes its place only where its paired gain over the incumbent of that moment lies
+    beyond the interval.
+
+    Returns:
+        The index of the winner, and each finalist's difference to the first.
+    """
+    comparisons = max(1, len(scores) - 1)
+    winner = 0
+    for index in range(1, len(scores)):
+        gain = paired_difference(
+            scores[index], scores[winner], seed=seed, comparisons=comparisons
+        )
+        if gain.is_gain:
+            winner = index
+    return winner, [
+        paired_difference(score, scores[0], seed=seed, comparisons=comparisons)
+        for score in scores
+    ]
+
+
+def resolution(scores: TokenScores, other: TokenScores, *, seed: int) -> float:
+    """Half the width of the pair's interval relative to its mean KL: what these tokens resolve."""
+    difference = paired_difference(scores, other, seed=seed)
+    return (difference.high - difference.low) / 2 / max(other.mean, 1e-300)
+
+
+def _resampled_means(sums: Array, sizes: Array, seed: int) -> Array:
+    generator = np.random.default_rng(seed)
+    means = np.empty(RESAMPLES)
+    for start in range(0, RESAMPLES, 500):
+        picks = generator.integers(len(sums), size=(min(500, RESAMPLES - start), len(sums)))
+        means[start : start + len(picks)] = sums[picks].sum(axis=1) / sizes[picks].sum(axis=1)
+    return means

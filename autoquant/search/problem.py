@@ -1,0 +1,116 @@
+"""The budget as a knapsack over the open groups, and its solutions as assignments."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from autoquant.assignment import Assignment
+from autoquant.budget import Accounting, Budget
+from autoquant.formats import Choice, Format
+from autoquant.groups import LayerGroup
+from autoquant.probe.sensitivity import Sensitivity
+from autoquant.search.solver import Knapsack, Selection
+
+ScoreOf = Callable[[LayerGroup, Choice], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One model, one space, one budget, one set of sensitivities."""
+
+    accounting: Accounting
+    budget: Budget
+    sensitivity: Sensitivity
+
+    @cached_property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """The open groups, in the order of the forward pass."""
+        return tuple(g for g in self.accounting.groups if g.name in self.accounting.searched)
+
+    @cached_property
+    def fixed(self) -> dict[str, Choice]:
+        """The only choice of every other group."""
+        open_names = {group.name for group in self.groups}
+        return {n: c[0] for n, c in self.accounting.choices.items() if n not in open_names}
+
+    @cached_property
+    def knapsack(self) -> Knapsack:
+        """Open groups with their probed KL, nats per token, as scores."""
+        return Knapsack(
+            scores=self.scores(lambda group, choice: self.sensitivity[group.name, choice]),
+            costs=tuple(
+                tuple(self.accounting.group_bytes(g.name, c) for c in self._choices(g))
+                for g in self.groups
+            ),
+            budget=self.budget.max_bytes(self.accounting) - self._closed_bytes(),
+        )
+
+    def scores(self, score_of: ScoreOf) -> tuple[tuple[float, ...], ...]:
+        """Scores of every option; within a group, more bits never score worse.
+
+        A costlier format that measured worse than a cheaper one did so by noise.
+        """
+        table = []
+        for group in self.groups:
+            choices = self._choices(group)
+            scores = [score_of(group, choice) for choice in choices]
+            for i, choice in enumerate(choices):
+                cheaper = [
+                    s for s, c in zip(scores, choices, strict=True) if _cheaper(c, choice)
+                ]
+                scores[i] = min([scores[i], *cheaper])
+            table.append(tuple(scores))
+        return tuple(table)
+
+    def decode(self, selection: Selection) -> Assignment:
+        """The assignment of every group of the model."""
+        chosen = {
+            group.name: self._choices(group)[i]
+            for group, i in zip(self.groups, selection, strict=True)
+        }
+        return self.complete(chosen)
+
+    def complete(self, chosen: dict[str, Choice]) -> Assignment:
+        """All groups in checkpoint order: those named, and the fixed ones."""
+        choices = self.fixed | chosen
+        return Assignment.of({group.name: choices[group.name] for group in self.accounting.groups})
+
+    def selection(self, assignment: Assignment) -> Selection:
+        """The inverse of `decode`."""
+        return tuple(self._choices(group).index(assignment[group.name]) for group in self.groups)
+
+    def predicted(self, assignment: Assignment) -> float:
+        """Sum of the groups' own KL, nats per token."""
+        return sum(self.sensitivity[g.name, assignment[g.name]] for g in self.groups)
+
+    def uniform(self, wish: Callable[[LayerGroup], Choice]) -> Assignment:
+        """Every open group in the choice wished for, or the cheapest legal one of more bits."""
+        return self.complete({g.name: self._nearest(g, wish(g)) for g in self.groups})
+
+    def fits(self, assignment: Assignment) -> bool:
+        """Whether the assignment keeps the budget."""
+        size = self.accounting.checkpoint_bytes(assignment)
+        return size <= self.budget.max_bytes(self.accounting)
+
+    def _choices(self, group: LayerGroup) -> tuple[Choice, ...]:
+        return self.accounting.choices[group.name]
+
+    def _nearest(self, group: LayerGroup, wish: Choice) -> Choice:
+        legal = self._choices(group)
+        order = list(Format)
+        wanted = order.index(wish.format)
+        if wish in legal:
+            return wish
+        upward = [c for c in legal if order.index(c.format) >= wanted]
+        return upward[0] if upward else legal[-1]
+
+    def _closed_bytes(self) -> int:
+        fixed = (self.accounting.group_bytes(name, c) for name, c in self.fixed.items())
+        return self.accounting.fixed_bytes + sum(fixed)
+
+
+def _cheaper(one: Choice, other: Choice) -> bool:
+    order = list(Format)
+    return order.index(one.format) < order.index(other.format)
+
+
