@@ -170,7 +170,7 @@ class RunDirectory:
         path = self.path / name
         if not path.exists():
             return []
-        lines = path.read_bytes()[: _whole_lines(path)].decode(errors="replace").splitlines()
+        lines = path.read_bytes().split(b"\n")[:-1]
         return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
 
     def _record(self, status: Status) -> None:
@@ -237,7 +237,7 @@ def _refuse_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any
         )
 
 
-def _parse(text: str, origin: str) -> dict[str, Any]:
+def _parse(text: str | bytes, origin: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except ValueError:

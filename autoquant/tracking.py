@@ -9,10 +9,11 @@ which overflows at some 60 layer groups, and cost seconds a trial.
 
 import math
 import os
+import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -273,7 +274,7 @@ def _open(
     runs = run.path.resolve().parent
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     with FileLock(runs / ".mlflow.lock"):  # two searches must not create the tables at once
-        client = MlflowClient(tracking_uri=uri or f"sqlite:///{runs / 'mlflow.db'}")
+        client = MlflowClient(tracking_uri=uri or _store_beside(runs))
         artifacts = None if uri else (runs / "mlartifacts").as_uri()
         experiment_id = _experiment(client, experiment, artifacts)
     run_id = _continued(client, run.read_json(TRACKING))
@@ -293,6 +294,19 @@ def _open(
         child_runs=child_runs,
         warn=warn,
     )
+
+
+def _store_beside(runs: Path) -> str:
+    """Address of the SQLite store of a folder of runs, opened once: MLflow retries for minutes."""
+    from sqlalchemy.engine import make_url
+
+    path = runs / "mlflow.db"
+    uri = f"sqlite:///{path}"
+    if make_url(uri).database != str(path):
+        raise ValueError(f"{runs} has a character in its name that a database address cannot hold")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA schema_version")
+    return uri
 
 
 def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str:

@@ -1,0 +1,312 @@
+"""Searches in MLflow: what is recorded, that it goes on, and that it never costs a search."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from autoquant.rundir import RunDirectory
+from autoquant.tracking import ChildRuns, Tracker, TrialRecord, track
+
+SETTINGS = {"model": "org/model", "budget_bpe": 5.0, "seed": 0}
+KLS = (0.5, 0.25, 0.375)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with its tables made, which takes seconds."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path: Path, empty_store: Path) -> Path:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    shutil.copy(empty_store, folder / "mlflow.db")
+    return folder
+
+
+class Search:
+    """A search of a few trials, as the driver records it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.warnings: list[str] = []
+
+    def __call__(
+        self,
+        kls: tuple[float, ...] = KLS,
+        *,
+        settings: dict[str, Any] = SETTINGS,
+        child_runs: ChildRuns = "none",
+        before: Callable[[Tracker], None] = lambda tracker: None,
+        after: Callable[[Tracker], None] = lambda tracker: None,
+    ) -> None:
+        with (
+            RunDirectory.open(self.folder, {"seed": 0}) as run,
+            track(
+                run,
+                settings,
+                model="org/model",
+                source_digest="d1",
+                experiment="autoquant",
+                child_runs=child_runs,
+                warn=self.warnings.append,
+            ) as tracker,
+        ):
+            before(tracker)
+            run.write_json("groups.json", {"groups": []})
+            for number, kl in enumerate(kls):
+                counts = {"nvfp4": number, "fp8": 1, "bf16": 2}
+                tracker.trial(
+                    TrialRecord(
+                        number=number, kl=kl, bpe=4.9, seconds=2.0, counts=counts, digest="ab"
+                    )
+                )
+            after(tracker)
+
+
+@pytest.fixture
+def search(runs: Path) -> Search:
+    return Search(runs / "a")
+
+
+def client(runs: Path) -> MlflowClient:
+    return MlflowClient(tracking_uri=f"sqlite:///{runs / 'mlflow.db'}")
+
+
+def all_runs(runs: Path, experiment: str = "autoquant") -> list[Run]:
+    found = client(runs).get_experiment_by_name(experiment)
+    return list(client(runs).search_runs([found.experiment_id])) if found else []
+
+
+def the_run(runs: Path) -> Run:
+    (run,) = all_runs(runs)
+    return run
+
+
+def history(runs: Path, metric: str) -> list[tuple[int, float]]:
+    points = client(runs).get_metric_history(the_run(runs).info.run_id, metric)
+    return sorted((point.step, point.value) for point in points)
+
+
+def test_a_search_is_one_run_with_its_settings_and_trials(runs, search):
+    search()
+    run = the_run(runs)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "a"
+    assert run.data.params == {"model": "org/model", "budget_bpe": "5.0", "seed": "0"}
+    assert run.data.tags["autoquant.model"] == "org/model"
+    assert run.data.tags["autoquant.source_digest"] == "d1"
+    assert history(runs, "kl") == [(0, 0.5), (1, 0.25), (2, 0.375)]
+    assert history(runs, "best_kl") == [(0, 0.5), (1, 0.25), (2, 0.25)]
+    assert history(runs, "bpe") == [(0, 4.9), (1, 4.9), (2, 4.9)]
+    assert history(runs, "seconds") == [(0, 2.0), (1, 2.0), (2, 2.0)]
+    assert search.warnings == []
+
+
+def test_files_of_the_run_directory_are_artifacts_beside_it(runs, search):
+    search()
+    run_id = the_run(runs).info.run_id
+    assert [file.path for file in client(runs).list_artifacts(run_id)] == ["groups.json"]
+    assert (runs / "mlartifacts" / run_id / "artifacts" / "groups.json").is_file()
+
+
+def test_splits_are_data_set_inputs_and_the_result_is_metrics(runs, search):
+    def record(tracker: Tracker) -> None:
+        tracker.dataset("stdlib", digest="d" * 64, context="report", tokens=8192)
+        tracker.summary({"report_kl": 0.125, "never_measured": float("nan")})
+
+    search(after=record)
+    run = the_run(runs)
+    (used,) = run.inputs.dataset_inputs
+    assert used.dataset.name == "stdlib"
+    assert used.dataset.digest == "d" * 36
+    assert used.dataset.profile == '{"num_tokens": 8192}'
+    assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "report")]
+    assert run.data.metrics["report_kl"] == 0.125
+    assert "never_measured" not in run.data.metrics
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt, "KILLED"), (ValueError, "FAILED")]
+)
+def test_the_status_says_how_the_search_ended(runs, search, error, status):
+    def stop(tracker: Tracker) -> None:
+        raise error
+
+    with pytest.raises(error):
+        search(after=stop)
+    assert the_run(runs).info.status == status
+    assert len(history(runs, "kl")) == len(KLS)
+
+
+def test_a_resumed_search_continues_its_run_and_records_each_trial_once(runs, search):
+    def stop(tracker: Tracker) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(KLS[:2], after=stop)
+    search((*KLS, 0.125), settings={**SETTINGS, "trials": 4})
+    run = the_run(runs)
+    assert run.info.status == "FINISHED"
+    assert history(runs, "kl") == [(0, 0.5), (1, 0.25), (2, 0.375), (3, 0.125)]
+    assert history(runs, "best_kl") == [(0, 0.5), (1, 0.25), (2, 0.25), (3, 0.125)]
+    assert run.data.params["trials"] == "4"
+
+
+def test_a_setting_that_changed_on_resuming_is_no_failure(runs, search):
+    search(KLS[:1], settings={**SETTINGS, "trials": 1})
+    search(KLS, settings={**SETTINGS, "trials": 3})
+    assert search.warnings == []
+    assert the_run(runs).data.params["trials"] == "1"
+    assert len(history(runs, "kl")) == 3
+
+
+def test_a_resumed_search_whose_store_is_gone_gets_a_new_run(runs, search, empty_store):
+    search()
+    shutil.rmtree(runs / "mlartifacts")
+    shutil.copy(empty_store, runs / "mlflow.db")
+    search()
+    assert search.warnings == []
+    assert len(history(runs, "kl")) == len(KLS)
+
+
+@pytest.mark.parametrize(
+    ("child_runs", "numbers"), [("none", []), ("best", [0, 1]), ("all", [0, 1, 2])]
+)
+def test_trials_get_child_runs_as_asked(runs, search, child_runs, numbers):
+    search(child_runs=child_runs)
+    (parent,) = (r for r in all_runs(runs) if "mlflow.parentRunId" not in r.data.tags)
+    children = {r.info.run_name: r for r in all_runs(runs) if r is not parent}
+    children.pop(parent.info.run_name, None)
+    assert sorted(children) == [f"trial-{number:04d}" for number in numbers]
+    for number in numbers:
+        child = children[f"trial-{number:04d}"]
+        assert child.info.status == "FINISHED"
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert child.data.tags["autoquant.assignment"] == "ab"
+        assert child.data.params["groups.nvfp4"] == str(number)
+        assert child.data.metrics == {"kl": KLS[number], "bpe": 4.9, "seconds": 2.0}
+
+
+def test_two_searches_share_the_store_beside_them(runs):
+    for name in ("a", "b"):
+        Search(runs / name)()
+    assert sorted(run.info.run_name for run in all_runs(runs)) == ["a", "b"]
+
+
+def test_the_store_of_the_environment_is_used(runs, search, empty_store, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(empty_store, elsewhere / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{elsewhere / 'mlflow.db'}")
+    monkeypatch.chdir(elsewhere)
+    search()
+    assert search.warnings == []
+    assert len(all_runs(elsewhere)) == 1
+    assert all_runs(runs) == []
+
+
+def test_a_store_that_cannot_be_opened_costs_one_warning(runs, search):
+    (runs / "mlflow.db").unlink()
+    (runs / "mlflow.db").mkdir()
+
+    def record(tracker: Tracker) -> None:
+        tracker.dataset("stdlib", digest="d1", context="report", tokens=1)
+        tracker.summary({"kl": 0.5})
+
+    search(after=record)
+    assert search.warnings == [
+        "this search is not recorded in MLflow: unable to open database file"
+    ]
+
+
+def test_a_server_that_nobody_named_right_costs_one_warning(search, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "gopher://tracking.invalid")
+    search()
+    (warning,) = search.warnings
+    assert warning.startswith("this search is not recorded in MLflow: ")
+    assert "\n" not in warning
+
+
+def test_a_folder_that_no_database_address_can_name_costs_one_warning(tmp_path):
+    search = Search(tmp_path / "why?" / "run")
+    search()
+    (warning,) = search.warnings
+    assert "has a character in its name" in warning
+    assert {entry.name for entry in tmp_path.iterdir()} == {"why?"}
+
+
+def test_a_damaged_store_costs_one_warning_and_stays_as_it_is(runs, search):
+    (runs / "mlflow.db").write_text("this is no database, it is a text of some length\n" * 50)
+    before = (runs / "mlflow.db").read_bytes()
+    search()
+    assert len(search.warnings) == 1
+    assert (runs / "mlflow.db").read_bytes() == before
+
+
+def test_a_store_that_comes_back_has_everything_in_the_end(runs, search, monkeypatch):
+    def cut(tracker: Tracker) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise MlflowException("connection refused\nlong explanation")
+
+        monkeypatch.setattr(MlflowClient, "log_batch", refuse)
+
+    def mend(tracker: Tracker) -> None:
+        monkeypatch.undo()
+
+    search(before=cut, after=mend)
+    assert search.warnings == ["recording in MLflow failed, the search goes on: connection refused"]
+    assert the_run(runs).info.status == "FINISHED"
+    assert history(runs, "kl") == list(enumerate(KLS))
+
+
+def test_a_store_that_stays_away_costs_one_warning_and_no_trial(runs, search, monkeypatch):
+    calls = []
+
+    def cut(tracker: Tracker) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            calls.append(1)
+            raise ConnectionError("gone")
+
+        for name in ("log_batch", "log_artifact", "set_terminated"):
+            monkeypatch.setattr(MlflowClient, name, refuse)
+
+    search(before=cut)
+    assert search.warnings == ["recording in MLflow failed, the search goes on: gone"]
+    assert len(calls) == 2, "once when it failed and once at the end, not at every trial"
+
+
+def test_an_error_of_the_search_is_not_taken_for_one_of_the_store(search):
+    def fail(tracker: Tracker) -> None:
+        raise MlflowException("from the search itself")
+
+    with pytest.raises(MlflowException, match="from the search itself"):
+        search(after=fail)
+    assert search.warnings == []
+
+
+def test_passwords_are_not_recorded(runs, search):
+    search(settings={"data": "https://ann:secret@host/text.jsonl"})
+    assert the_run(runs).data.params == {"data": "https://***@host/text.jsonl"}
+
+
+@pytest.mark.slow
+def test_a_new_store_is_made_quietly_in_any_folder(tmp_path, capfd):
+    folder = tmp_path / "a b#d é"
+    search = Search(folder / "run")
+    search()
+    assert search.warnings == []
+    assert {"mlflow.db", "mlartifacts", "run"} <= {entry.name for entry in folder.iterdir()}
+    assert len(history(folder, "kl")) == len(KLS)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
