@@ -10,11 +10,7 @@ typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef uint16_t H __attribute__((vector_size(2 * LANES)));
 typedef uint8_t B __attribute__((vector_size(LANES)));
 
-INLINE F all(float x) {
-    F v;
-    for (int i = 0; i < LANES; ++i) v[i] = x;
-    return v;
-}
+INLINE F all(float x) { return x - F{}; }
 
 INLINE U bits(F v) { return (U)v; }
 INLINE F number(U v) { return (F)v; }
@@ -60,12 +56,66 @@ INLINE U larger(U a, U b) {
 #endif
 }
 
+INLINE bool any(U mask) {
+#if LEVEL >= 2
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif LEVEL == 1
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+    return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
+}
+
+// ---- widening and narrowing: compilers take vector conversions apart ------------------------------
+
+INLINE U widen(H h) {
+#if LEVEL >= 2
+    return (U)_mm512_cvtepu16_epi32((__m256i)h);
+#elif LEVEL == 1
+    return (U)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+    return __builtin_convertvector(h, U);
+#endif
+}
+
+INLINE U widen(B b) {
+#if LEVEL >= 2
+    return (U)_mm512_cvtepu8_epi32((__m128i)b);
+#elif LEVEL == 1
+    return (U)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)b));
+#else
+    return __builtin_convertvector(b, U);
+#endif
+}
+
+INLINE H narrow_to_16(U u) {
+#if LEVEL >= 2
+    return (H)_mm512_cvtepi32_epi16((__m512i)u);
+#elif LEVEL == 1
+    const __m256i low = _mm256_packus_epi32((__m256i)u, (__m256i)u);
+    return (H)_mm256_castsi256_si128(_mm256_permute4x64_epi64(low, 8));
+#else
+    return __builtin_convertvector(u, H);
+#endif
+}
+
+INLINE B narrow_to_8(U u) {
+#if LEVEL >= 2
+    return (B)_mm512_cvtepi32_epi8((__m512i)u);
+#elif LEVEL == 1
+    const __m128i h = (__m128i)narrow_to_16(u);
+    return (B)_mm_cvtsi128_si64(_mm_packus_epi16(h, h));
+#else
+    return __builtin_convertvector(u, B);
+#endif
+}
+
 // ---- storage types ----------------------------------------------------------------------------
 
 struct Bfloat16 {
     typedef uint16_t type;
     static MEMBER F load(const type* p) {
-        return number(__builtin_convertvector(load_as<H>(p), U) << 16);
+        return number(widen(load_as<H>(p)) << 16);
     }
     static MEMBER void store(type* p, F v) {
 #if LEVEL == 3
@@ -73,7 +123,7 @@ struct Bfloat16 {
         memcpy(p, &h, sizeof h);
 #else
         const U u = bits(v), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-        const H h = __builtin_convertvector(if_else((U)(v != v), U{} + 0x7fc0u, rounded), H);
+        const H h = narrow_to_16(if_else((U)(v != v), U{} + 0x7fc0u, rounded));
         memcpy(p, &h, sizeof h);
 #endif
     }
@@ -82,7 +132,7 @@ struct Bfloat16 {
 struct Float16 {
     typedef uint16_t type;
     static MEMBER F load(const type* p) {
-        const U h = __builtin_convertvector(load_as<H>(p), U);
+        const U h = widen(load_as<H>(p));
         const U magnitude = h & 0x7fffu, sign = (h & 0x8000u) << 16;
         const F normal = number((magnitude << 13) + (112u << 23));
         const F subnormal = number((magnitude << 13) + (113u << 23)) - 0x1p-14f;
@@ -96,8 +146,7 @@ struct Float16 {
         const U subnormal = bits(number(u) + 0.5f) - (126u << 23);
         const U finite = if_else((U)(u < (113u << 23)), subnormal, normal);
         const U saturated = if_else((U)(u >= 0x477ff000u), U{} + 0x7c00u, finite);
-        const H h = __builtin_convertvector(
-            if_else((U)(u > 0x7f800000u), U{} + 0x7e00u, saturated) | sign, H);
+        const H h = narrow_to_16(if_else((U)(u > 0x7f800000u), U{} + 0x7e00u, saturated) | sign);
         memcpy(p, &h, sizeof h);
     }
 };

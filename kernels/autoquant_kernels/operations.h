@@ -23,7 +23,7 @@ struct FakeQuantNvfp4 {
             scale.vector[i] = round_e4m3(t) * job.scale;
             safe.vector[i] = divisor(scale.vector[i]);
             const U outside = (U)(t < 0x1p-6f) | (U)(t >= 448.0f);
-            for (int lane = 0; lane < LANES; ++lane) clamp |= outside[lane] != 0;
+            clamp |= any(outside);
         }
         if (clamp)
             round_blocks<T, true>(x, scale, safe, y, -0.0f);
@@ -58,7 +58,7 @@ struct QuantizeNvfp4 {
         weight_scales<T>(job, x, e);
         for (int i = 0; i < PARTS; ++i) {
             safe.vector[i] = divisor(e.vector[i] * job.scale);
-            const B code = __builtin_convertvector(e4m3_code(e.vector[i]), B);
+            const B code = narrow_to_8(e4m3_code(e.vector[i]));
             memcpy(static_cast<uint8_t*>(out2) + i * LANES, &code, sizeof code);
         }
         uint8_t nibbles[TILE];
@@ -68,7 +68,7 @@ struct QuantizeNvfp4 {
                 const F v = T::load(x + at), q = round_e2m1(v / all(safe.of[b]));
                 const U sign = (U)(v < 0.0f) & 8u;
                 const U code = (e2m1_code(number(magnitude(q))) | sign) & (U)(q == q);
-                const B byte = __builtin_convertvector(code, B);
+                const B byte = narrow_to_8(code);
                 memcpy(nibbles + at, &byte, sizeof byte);
             }
         auto* packed = static_cast<uint8_t*>(out);
@@ -104,7 +104,7 @@ struct DequantizeNvfp4 {
         auto* y = static_cast<typename T::type*>(out);
         PerBlock scale;
         for (int i = 0; i < PARTS; ++i) {
-            const U code = __builtin_convertvector(load_as<B>(stored + i * LANES), U);
+            const U code = widen(load_as<B>(stored + i * LANES));
             scale.vector[i] = with_sign_of(e4m3_magnitude(code & 0x7fu), number(code << 24)) *
                               job.scale;
         }
@@ -150,7 +150,7 @@ struct QuantizeFp8 {
         for (int at = 0; at < TILE; at += LANES) {
             const F v = T::load(x + at), q = round_e4m3(v / all(job.scale));
             const U sign = (bits(v) >> 24) & 0x80u & (U)(v == v);
-            const B code = __builtin_convertvector(e4m3_code(number(magnitude(q))) | sign, B);
+            const B code = narrow_to_8(e4m3_code(number(magnitude(q))) | sign);
             memcpy(static_cast<uint8_t*>(out) + at, &code, sizeof code);
         }
     }
@@ -164,7 +164,7 @@ struct DequantizeFp8 {
         const auto* codes = static_cast<const uint8_t*>(in);
         auto* y = static_cast<typename T::type*>(out);
         for (int at = 0; at < TILE; at += LANES) {
-            const U code = __builtin_convertvector(load_as<B>(codes + at), U);
+            const U code = widen(load_as<B>(codes + at));
             const F q = with_sign_of(e4m3_magnitude(code & 0x7fu), number(code << 24));
             T::store(y + at, q * job.scale);
         }
