@@ -1,0 +1,185 @@
+"""What holds of the repository as a whole."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import autoquant
+
+ROOT = Path(__file__).parents[1]
+
+LONGEST_FILE = 600
+
+CODE = {".py", ".cpp", ".h", ".sh", ".js"}
+
+SLOW_IMPORTS = (
+    "torch",
+    "transformers",
+    "optuna",
+    "mlflow",
+    "scipy",
+    "matplotlib",
+    "numpy",
+    "pydantic",
+    "rich",
+    "datasets",
+)
+
+
+def tracked_files() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("git: this is no checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def text_of(path: Path) -> str:
+    """Text of a text file, and nothing of any other."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
+
+
+def run_python(code: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_no_module_is_called_kernels():
+    """Transformers imports a package of that name if it finds one."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "kernels.py").exists()
+
+
+def test_no_file_of_code_is_too_long_to_hold_in_the_head():
+    lengths = {
+        path.relative_to(ROOT).as_posix(): len(text_of(path).splitlines())
+        for path in tracked_files()
+        if path.suffix in CODE
+    }
+    assert {name: n for name, n in lengths.items() if n > LONGEST_FILE} == {}
+
+
+def test_no_file_names_a_path_of_one_machine():
+    pattern = re.compile(r"(?<![\w./~-])/(?:work|root|opt|home|Users)/\w")
+    found = {
+        f"{path.relative_to(ROOT).as_posix()}:{number}"
+        for path in tracked_files()
+        if path.name != Path(__file__).name
+        for number, line in enumerate(text_of(path).splitlines(), start=1)
+        if pattern.search(line)
+    }
+    assert found == set()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import autoquant",
+        "import autoquant.errors, autoquant.formats, autoquant.assignment, autoquant.rundir",
+        "from autoquant.cli import cli; cli.main(['--help'], standalone_mode=False)",
+        "from autoquant.cli import cli; cli.main(['spaces', '--help'], standalone_mode=False)",
+    ],
+)
+def test_light_imports_stay_light(code):
+    report = f"{code}\nimport sys; print('\\n', *({SLOW_IMPORTS!r} & sys.modules.keys()))"
+    report = report.replace(repr(SLOW_IMPORTS), f"set({SLOW_IMPORTS!r})")
+    assert run_python(report).splitlines()[-1].split() == []
+
+
+def test_the_help_of_every_command_stays_light():
+    code = (
+        "import sys, click\n"
+        "from autoquant.cli import MODULES, cli\n"
+        "for name in MODULES: cli.main([name, '--help'], standalone_mode=False)\n"
+        f"print('\\n', *(set({SLOW_IMPORTS!r}) & sys.modules.keys()))"
+    )
+    assert run_python(code).splitlines()[-1].split() == []
+
+
+def test_the_module_runs_as_the_console_script_does():
+    done = subprocess.run(
+        [sys.executable, "-m", "autoquant", "--version"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == f"autoquant, version {autoquant.__version__}\n"
+
+
+def test_the_changelog_knows_the_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{autoquant.__version__}]" in changelog
+    assert f"version: {autoquant.__version__}" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
+def test_every_direct_dependency_is_pinned_for_repeatable_installs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(name for extra in extras.values() for name in extra)]
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = {line.partition("==")[0] for line in constraints.splitlines() if "==" in line}
+    assert {re.match(r"[\w-]+", name)[0] for name in wanted} - pinned == set()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel, built as a user's pip builds it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for path in tracked_files():
+        target = source / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder]
+    subprocess.run([*command, source], check=True)
+    (built,) = folder.glob("*.whl")
+    return zipfile.ZipFile(built)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_module_and_data_file(wheel):
+    held = set(wheel.namelist())
+    for path in tracked_files():
+        name = path.relative_to(ROOT).as_posix()
+        for folder, package in {
+            "autoquant/": "autoquant/",
+            "search_spaces/": "autoquant/search_spaces/",
+            "kernels/autoquant_kernels/": "autoquant_kernels/",
+        }.items():
+            if name.startswith(folder):
+                assert package + name.removeprefix(folder) in held
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_nothing_else(wheel):
+    tops = {name.partition("/")[0] for name in wheel.namelist()}
+    tops = {top for top in tops if not top.endswith(".dist-info")}
+    assert tops == {"autoquant", "autoquant_kernels"}
+
+
+@pytest.mark.slow
+def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
+    wheel.extractall(tmp_path / "site")
+    done = subprocess.run(
+        [sys.executable, "-m", "autoquant", "spaces", "list"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "default" in done.stdout
