@@ -105,7 +105,7 @@ class Accounting:
         choose = min if cheapest else max
         return Assignment.of(
             {
-                name: choose(choices, key=lambda choice: self.group_bytes(name, choice))  # noqa: B023
+                name: choose(choices, key=lambda choice: self.group_bytes(name, choice))
                 for name, choices in self.choices.items()
             }
         )
@@ -177,6 +177,5 @@ def _what_holds_it_up(accounting: Accounting, scope: Scope) -> str:
             parts[f"{tensor.reason} fixed at {header.dtype}"] += header.bytes
     elements = accounting.elements if scope is Scope.CHECKPOINT else accounting.searched_elements
     return ", ".join(
-        f"{what} take {BYTE_BITS * size / elements:.2f} bits"
-        for what, size in parts.most_common(3)
+        f"{what} take {BYTE_BITS * size / elements:.2f} bits" for what, size in parts.most_common(3)
     )

@@ -9,8 +9,8 @@ from autoquant import grouping_table as table
 from autoquant.checkpoint.headers import TensorHeader
 from autoquant.checkpoint.source import FLOAT_DTYPES, Source
 from autoquant.errors import ConfigError, SourceError
-from autoquant.groups import LayerGroup, Linear
 from autoquant.grouping_table import Fixed
+from autoquant.groups import LayerGroup, Linear
 
 SharedExperts = Literal["with_routed", "separate"]
 """Whether a shared expert takes its layer's routed format, or is a group of its own."""

@@ -36,6 +36,12 @@ class Plan:
         """The legal assignment of the most bytes."""
         return self.accounting.ceiling
 
+    @property
+    def probes(self) -> int:
+        """Measurements of one group in one choice that a full probe makes."""
+        choices = self.options.choices.values()
+        return sum(choice.format is not Format.BF16 for own in choices for choice in own)
+
     def require_feasible(self, budget: Budget) -> None:
         """Raise `InfeasibleBudget` if no legal assignment keeps the budget."""
         require_feasible(self.accounting, budget)
@@ -59,6 +65,7 @@ class Plan:
             "elements": self.accounting.elements,
             "searched_elements": self.accounting.searched_elements,
             "source_bytes": self.source.headers.bytes,
+            "probes": self.probes,
             "floor": self._size(self.floor),
             "ceiling": self._size(self.ceiling),
             "groups": [self._group(group) for group in self.groups],

@@ -74,7 +74,7 @@ def model_card(
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 (Markdown, not HTML)
+        autoescape=False,
     )
     base = (card.base_model if card else None) or source.hub_id
     return environment.get_template("card.md.j2").render(

@@ -165,10 +165,8 @@ def _announce(
     return (StoredTensor(name=header.name, dtype=header.dtype, shape=header.shape),)
 
 
-def _config(
-    source: Source, files: tuple[dict[str, Any], dict[str, Any]] | None
-) -> dict[str, Any]:
-    """The source's config; a quantized model computes in BF16, whatever the source was stored in."""
+def _config(source: Source, files: tuple[dict[str, Any], dict[str, Any]] | None) -> dict[str, Any]:
+    """The source's config; a quantized model computes in BF16, whatever its source did."""
     config = copy.deepcopy(dict(source.config))
     if files is None:
         return config

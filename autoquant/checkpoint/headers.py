@@ -133,7 +133,8 @@ def read_file_header(file: Path) -> tuple[list[TensorHeader], dict[str, str]]:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             if size < _LENGTH_BYTES or length > LARGEST_HEADER:
                 raise _damaged(
-                    file, f"promises a header of {length:,} bytes; at most {LARGEST_HEADER:,} can be"
+                    file,
+                    f"promises a header of {length:,} bytes; at most {LARGEST_HEADER:,} can be",
                 )
             if _LENGTH_BYTES + length > size:
                 raise _damaged(

@@ -21,8 +21,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
             fix="pass a complete model folder, or download the file again.",
         ) from error
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is not JSON: {error}.", fix="download the file again.") from error
+        raise SourceError(
+            f"{path} is not JSON: {error}.", fix="download the file again."
+        ) from error
     if not isinstance(data, dict):
         raise SourceError(f"{path} is not a JSON object.", fix="download the file again.")
     return data
-

@@ -85,9 +85,8 @@ def _unquantized_modules(
 ) -> list[str]:
     """Every module that holds a matrix and stays as it is, and the containers of its experts."""
     modules = [linear.name for linear in groups.linears if linear.name not in formats]
-    for tensor in groups.fixed:
-        if len(headers[tensor.name].shape) >= 2:
-            modules.append(tensor.name.removesuffix(".weight"))
+    matrices = (tensor.name for tensor in groups.fixed if len(headers[tensor.name].shape) >= 2)
+    modules += (name.removesuffix(".weight") for name in matrices)
     if _HEAD not in formats:
         modules.append(_HEAD)
     quantized = set(map(_experts_container, formats))
@@ -132,10 +131,10 @@ def _without_traps(ignore: list[str], formats: Mapping[str, Format]) -> list[str
     """
     in_layer: dict[str, str] = {}
     everywhere = ""
-    for name in {spelling for name in formats for spelling in _engine_names(name)}:
-        layer = _layer(name)
-        in_layer[layer] = f"{in_layer.get(layer, '')}\n{name}"
-        everywhere += f"\n{name}"
+    for taken in {spelling for name in formats for spelling in _engine_names(name)}:
+        layer = _layer(taken)
+        in_layer[layer] = f"{in_layer.get(layer, '')}\n{taken}"
+        everywhere += f"\n{taken}"
     return [
         name
         for name in ignore

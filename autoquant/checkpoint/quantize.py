@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import autoquant_kernels as kernels
 import torch
 from torch import Tensor
 
-import autoquant_kernels as kernels
 from autoquant.assignment import Assignment
 from autoquant.checkpoint.headers import Headers, TensorHeader
 from autoquant.checkpoint.layout_modelopt import GLOBAL_SCALE, INPUT_SCALE, WEIGHT_SCALE
@@ -122,7 +122,5 @@ def input_ranges(
         )
     missing = tuple(name for name in used if name not in observed)
     largest = max(observed.values(), default=0.0)
-    ranges = {
-        name: observed.get(name, in_layer.get(layer_of[name]) or largest) for name in used
-    }
+    ranges = {name: observed.get(name, in_layer.get(layer_of[name]) or largest) for name in used}
     return ranges, missing

@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import autoquant_kernels as kernels
 import torch
 from torch import Tensor
 
-import autoquant_kernels as kernels
 from autoquant.checkpoint.headers import Headers, TensorHeader
 from autoquant.checkpoint.json_file import read_json_object
 from autoquant.checkpoint.layout_modelopt import (
@@ -72,7 +72,7 @@ class QuantizedCheckpoint:
         return read_tensor(self.headers[name])
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every source tensor by name: dequantized to BF16 where it is quantized, else as stored."""
+        """Every source tensor by name: dequantized to BF16 if quantized, else as stored."""
         for header in self.source_headers:
             name = header.name.removesuffix(_WEIGHT)
             stored = read_tensor(self.headers[header.name])
@@ -142,12 +142,12 @@ def _formats(headers: Headers) -> dict[str, Format]:
                 f"{header.file} holds {header.name}, and no quantized weight belongs to it.",
                 fix="export the checkpoint again.",
             )
-        if header.dtype in ("U8", "F8_E4M3") and header.name.endswith(_WEIGHT):
-            if header.name.removesuffix(_WEIGHT) not in formats:
-                raise SourceError(
-                    f"{header.file} holds {header.name} in {header.dtype} without {WEIGHT_SCALE}.",
-                    fix="export the checkpoint again.",
-                )
+        coded = header.dtype in ("U8", "F8_E4M3") and header.name.endswith(_WEIGHT)
+        if coded and header.name.removesuffix(_WEIGHT) not in formats:
+            raise SourceError(
+                f"{header.file} holds {header.name} in {header.dtype} without {WEIGHT_SCALE}.",
+                fix="export the checkpoint again.",
+            )
     return formats
 
 

@@ -14,6 +14,9 @@ from autoquant.checkpoint.shards import inside, read_checkpoint_headers
 from autoquant.errors import SourceError
 
 CONFIG_FILE = "config.json"
+REFERENCE_MODEL = Path(__file__).parents[1] / "reference_model"
+"""The small trained model that AutoQuant brings along."""
+
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 """Dtypes of the weights that can be quantized."""
 

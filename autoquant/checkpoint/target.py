@@ -78,7 +78,8 @@ def _require_apart(target: Path, source: Path) -> None:
 def _require_ours(temporary: Path) -> None:
     if temporary.exists() and not (temporary / _LOCK).exists():
         raise RunConflict(
-            f"{temporary} exists and is not from AutoQuant.", fix="move it away, or export elsewhere."
+            f"{temporary} exists and is not from AutoQuant.",
+            fix="move it away, or export elsewhere.",
         )
 
 

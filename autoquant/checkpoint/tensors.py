@@ -39,7 +39,7 @@ def read_tensor(header: TensorHeader) -> Tensor:
         SourceError: the file has become shorter or unreadable since its header was read.
     """
     buffer = torch.empty(header.bytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     try:
         with header.file.open("rb", buffering=0) as stream:
             stream.seek(header.begin)

@@ -17,8 +17,8 @@ from autoquant.checkpoint.layout_modelopt import (
     QUANTIZATION_FILE,
     WEIGHT_SCALE,
 )
-from autoquant.checkpoint.quantized import QuantizedCheckpoint, open_quantized
 from autoquant.checkpoint.quantize import read_weight
+from autoquant.checkpoint.quantized import QuantizedCheckpoint, open_quantized
 from autoquant.checkpoint.rounding import Distance, fp8_distance, nvfp4_distance
 from autoquant.checkpoint.shards import INDEX_FILE
 from autoquant.checkpoint.source import Source

@@ -78,7 +78,7 @@ class ShardWriter:
         if content.dtype != self._dtypes[name]:
             raise ValueError(f"{name} was announced as {self._dtypes[name]}, got {content.dtype}")
         self._seek(name, content.numel() * content.element_size())
-        self._file.write(memoryview(content.reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(content.reshape(-1).view(torch.uint8).numpy().data)
 
     def copy(self, source: TensorHeader) -> None:
         """Store a tensor of another checkpoint as its bytes are."""

@@ -8,6 +8,8 @@ import autoquant
 from autoquant.cli.group import LazyGroup
 
 MODULES = {
+    "plan": "autoquant.cli.plan",
+    "verify": "autoquant.cli.verify",
     "spaces": "autoquant.cli.spaces",
     "env": "autoquant.cli.environment",
 }

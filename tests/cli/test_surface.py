@@ -8,7 +8,7 @@ from autoquant.cli import cli
 
 SURFACE = {
     "": {"--version", "--debug"},
-    "plan": {"MODEL", "--budget-bpe", "--budget-scope", "--space", "--format", "--config"},
+    "plan": {"[MODEL]", "--budget-bpe", "--budget-scope", "--space", "--format", "--config"},
     "verify": {"CHECKPOINT", "--source", "--format"},
     "spaces": set(),
     "spaces list": {"--format"},

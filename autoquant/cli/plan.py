@@ -1,0 +1,147 @@
+"""`autoquant plan`: what a search could do with a model, before a weight is loaded."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import click
+
+from autoquant.cli.options import (
+    GroupedCommand,
+    budget_options,
+    config_option,
+    format_option,
+    model_argument,
+    option,
+)
+from autoquant.cli.output import print_fields, print_json, print_table, warn
+
+if TYPE_CHECKING:
+    from autoquant.budget import Budget
+    from autoquant.formats import Format
+    from autoquant.groups import LayerGroup
+    from autoquant.plan import Plan
+
+
+@click.command(
+    "plan",
+    cls=GroupedCommand,
+    examples=[
+        ("autoquant plan", "The bundled reference model:"),
+        ("autoquant plan ./my-model --budget-bpe 5.0", "Can this budget be met?"),
+        ("autoquant plan Qwen/Qwen3-30B-A3B --space experts-only", "Under another search space:"),
+    ],
+)
+@model_argument(required=False)
+@budget_options(required=False)
+@option(
+    "--space",
+    heading="Search",
+    default="default",
+    metavar="NAME|FILE",
+    help="Which layers may take which formats: a shipped space, or a YAML file.",
+)
+@format_option
+@config_option
+def command(
+    model: str | None, budget_bpe: float | None, budget_scope: str, space: str, format: str
+) -> None:
+    """Print layer groups, formats, sizes and limits; no weight is loaded."""
+    from autoquant.budget import Budget, Scope
+    from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
+    from autoquant.plan import make_plan
+    from autoquant.space_file import load_space
+
+    search_space = load_space(space)
+    budget = Budget(budget_bpe, Scope(budget_scope)) if budget_bpe is not None else None
+    plan = make_plan(open_source(model or REFERENCE_MODEL), search_space)
+    for warning in plan.options.warnings:
+        warn(warning)
+    if budget is not None:
+        plan.require_feasible(budget)
+    if format == "json":
+        print_json(plan.to_dict() | {"budget": _budget(plan, budget)})
+    else:
+        _print(plan, budget)
+
+
+def _budget(plan: "Plan", budget: "Budget | None") -> dict[str, object] | None:
+    if budget is None:
+        return None
+    limit = budget.max_bytes(plan.accounting)
+    return {"bpe": budget.bpe, "scope": str(budget.scope), "max_checkpoint_bytes": limit}
+
+
+def _print(plan: "Plan", budget: "Budget | None") -> None:
+    accounting = plan.accounting
+    fields: dict[str, object] = {
+        "model": plan.source.model,
+        "space": plan.space.name,
+        "elements": f"{accounting.elements:,}",
+        "as it is": _size(plan.source.headers.bytes),
+        "ceiling": _limit(plan, ceiling=True),
+        "floor": _limit(plan, ceiling=False),
+    }
+    if budget is not None:
+        fields["budget"] = (
+            f"{_size(budget.max_bytes(accounting))}, {budget.bpe:g} bits per element "
+            f"(scope {budget.scope})"
+        )
+    fields["probes"] = f"{plan.probes:,} (one group in one choice each)"
+    print_fields(fields)
+    click.echo()
+    _print_groups(plan)
+    closed = _closed(plan)
+    if closed:
+        click.echo()
+        print_table(["closed", "groups", "why"], closed)
+    if plan.fixed_bytes:
+        click.echo()
+        elements = accounting.elements
+        print_table(
+            ["fixed", "size", "bits per element"],
+            [(why, _size(n), f"{8 * n / elements:.3f}") for why, n in plan.fixed_bytes.items()],
+        )
+
+
+def _limit(plan: "Plan", *, ceiling: bool) -> str:
+    from autoquant.budget import Scope
+
+    assignment = plan.ceiling if ceiling else plan.floor
+    size = _size(plan.accounting.checkpoint_bytes(assignment))
+    whole = plan.accounting.bpe(assignment, Scope.CHECKPOINT)
+    searched = plan.accounting.bpe(assignment, Scope.SEARCHED)
+    return f"{size}, {whole:.3f} bits per element ({searched:.3f} of what is searched)"
+
+
+def _print_groups(plan: "Plan") -> None:
+    """One line for the groups of a role that may take the same choices."""
+    alike: dict[tuple[str, str], list[LayerGroup]] = {}
+    for group in plan.groups:
+        choices = plan.options.choices[group.name]
+        formats = dict.fromkeys(choice.format.upper() for choice in choices)
+        alike.setdefault((group.role, " ".join(formats)), []).append(group)
+    rows = []
+    for (role, formats), groups in alike.items():
+        floor = sum(plan.accounting.group_bytes(g.name, plan.floor[g.name]) for g in groups)
+        ceiling = sum(plan.accounting.group_bytes(g.name, plan.ceiling[g.name]) for g in groups)
+        elements = f"{sum(group.elements for group in groups):,}"
+        rows.append((role, len(groups), elements, _size(floor), _size(ceiling), formats))
+    print_table(["role", "groups", "elements", "smallest", "largest", "formats"], rows)
+
+
+def _closed(plan: "Plan") -> list[tuple[str, int, str]]:
+    """Formats that groups cannot take, by the reason."""
+    counts: Counter[tuple[Format, str]] = Counter()
+    for group in plan.groups:
+        for format, reason in plan.options.closed[group.name].items():
+            named = (f"{linear.name}: " for linear in group.linears if linear.name in reason)
+            counts[format, f"{group.role}: {reason.removeprefix(next(named, ''))}"] += 1
+    return [(format.upper(), count, why) for (format, why), count in counts.items()]
+
+
+def _size(count: int) -> str:
+    """Bytes in the unit of disks and of the hub."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"
