@@ -125,8 +125,9 @@ def track(
         "autoquant.model": model,
         "autoquant.source_digest": source_digest,
         "autoquant.run_directory": str(run.path),
-        "mlflow.source.git.commit": git_commit() or "",
     }
+    if (commit := git_commit()) is not None:
+        tags["mlflow.source.git.commit"] = commit
     try:
         tracker = _open(run, settings, tags, experiment, child_runs, warn)
     except Exception as error:  # MLflow's, SQLAlchemy's, requests' or the file system's
@@ -269,6 +270,7 @@ def _open(
     import logging
 
     from mlflow.tracking import MlflowClient
+    from mlflow.tracking.context.registry import resolve_tags
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     runs = run.path.resolve().parent
@@ -280,7 +282,7 @@ def _open(
     run_id = _continued(client, run.read_json(TRACKING))
     if run_id is None:
         run_id = client.create_run(
-            experiment_id, tags=dict(tags), run_name=run.path.resolve().name
+            experiment_id, tags=resolve_tags(tags), run_name=run.path.resolve().name
         ).info.run_id
     else:
         client.update_run(run_id, status="RUNNING")

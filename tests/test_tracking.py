@@ -105,6 +105,7 @@ def test_a_search_is_one_run_with_its_settings_and_trials(runs, search):
     assert run.data.params == {"model": "org/model", "budget_bpe": "5.0", "seed": "0"}
     assert run.data.tags["autoquant.model"] == "org/model"
     assert run.data.tags["autoquant.source_digest"] == "d1"
+    assert run.data.tags["mlflow.user"]
     assert history(runs, "kl") == [(0, 0.5), (1, 0.25), (2, 0.375)]
     assert history(runs, "best_kl") == [(0, 0.5), (1, 0.25), (2, 0.25)]
     assert history(runs, "bpe") == [(0, 4.9), (1, 4.9), (2, 4.9)]
