@@ -130,16 +130,22 @@ class Budget:
             )
 
     def max_bytes(self, accounting: Accounting) -> int:
-        """The most checkpoint bytes that keep the budget, exactly as its decimal says.
+        """The most checkpoint bytes whose `Accounting.bpe` does not exceed the budget.
 
         In the scope `searched`, what is not searched comes on top.
         """
-        bits = Fraction(str(self.bpe))
         if self.scope is Scope.CHECKPOINT:
-            return math.floor(bits * accounting.elements / BYTE_BITS)
+            return self._most(accounting.elements)
         floor = accounting.floor
         rest = accounting.checkpoint_bytes(floor) - accounting.searched_bytes(floor)
-        return rest + math.floor(bits * accounting.searched_elements / BYTE_BITS)
+        return rest + self._most(accounting.searched_elements)
+
+    def _most(self, elements: int) -> int:
+        """Exact for the decimal that was written and for a BPE that was reported."""
+        size = math.floor(Fraction(str(self.bpe)) * elements / BYTE_BITS)
+        while elements and BYTE_BITS * (size + 1) / elements <= self.bpe:
+            size += 1
+        return size
 
 
 def require_feasible(accounting: Accounting, budget: Budget) -> None:
@@ -167,7 +173,7 @@ def _what_holds_it_up(accounting: Accounting, scope: Scope) -> str:
         if scope is Scope.SEARCHED and group.name not in accounting.searched:
             continue
         choice = accounting.floor[group.name]
-        what = "the output head" if group.role == "head" else "layers"
+        what = "weights of the output head" if group.role == "head" else "layers"
         how = "fixed at" if choice == BF16 else "in"
         size = accounting.group_bytes(group.name, choice)
         parts[f"{what} {how} {choice.format.upper()}"] += size

@@ -236,7 +236,7 @@ def _code_problems(
         distance = nvfp4_distance(weight, codes, scale, checkpoint.scalar(name + GLOBAL_SCALE))
     else:
         distance = fp8_distance(weight, codes, scale)
-    errors[format] = max(distance.relative_error, errors.get(format, 0.0))
+    errors[str(format)] = max(distance.relative_error, errors.get(str(format), 0.0))
     if distance.wrong:
         yield (
             f"{name}: {distance.wrong} of {weight.numel()} codes are not the nearest to the source "

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 def command(
     model: str | None, budget_bpe: float | None, budget_scope: str, space: str, format: str
 ) -> None:
-    """Print layer groups, formats, sizes and limits; no weight is loaded."""
+    """Print layer groups, sizes and limits, without loading a weight."""
     from autoquant.budget import Budget, Scope
     from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
     from autoquant.plan import make_plan
@@ -121,11 +121,11 @@ def _print_groups(plan: "Plan") -> None:
         formats = dict.fromkeys(choice.format.upper() for choice in choices)
         alike.setdefault((group.role, " ".join(formats)), []).append(group)
     rows = []
-    for (role, formats), groups in alike.items():
+    for (role, legal), groups in alike.items():
         floor = sum(plan.accounting.group_bytes(g.name, plan.floor[g.name]) for g in groups)
         ceiling = sum(plan.accounting.group_bytes(g.name, plan.ceiling[g.name]) for g in groups)
         elements = f"{sum(group.elements for group in groups):,}"
-        rows.append((role, len(groups), elements, _size(floor), _size(ceiling), formats))
+        rows.append((role, len(groups), elements, _size(floor), _size(ceiling), legal))
     print_table(["role", "groups", "elements", "smallest", "largest", "formats"], rows)
 
 

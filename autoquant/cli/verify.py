@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 )
 @format_option
 def command(checkpoint: Path, source: str | None, format: str) -> None:
-    """Read every tensor of an exported CHECKPOINT back and check it."""
+    """Read every tensor of an exported checkpoint back."""
     from autoquant.checkpoint.source import open_source
     from autoquant.checkpoint.verify import require_sound, verify
 
