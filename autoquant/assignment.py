@@ -1,4 +1,4 @@
-"""Assignments: which choice each layer group takes. Immutable, hashable, YAML and JSON both ways."""
+"""Assignments: which choice each layer group takes. Hashable, YAML and JSON both ways."""
 
 import hashlib
 import json

@@ -49,7 +49,7 @@ class Choice:
             )
 
     def __str__(self) -> str:
-        return self.format if self.scale_rule is None else f"{self.format}/{self.scale_rule}"
+        return f"{self.format}/{self.scale_rule}" if self.scale_rule else str(self.format)
 
     @classmethod
     def parse(cls, text: str) -> Self:

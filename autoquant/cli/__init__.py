@@ -8,6 +8,7 @@ import autoquant
 from autoquant.cli.group import LazyGroup
 
 MODULES = {
+    "search": "autoquant.cli.search",
     "plan": "autoquant.cli.plan",
     "verify": "autoquant.cli.verify",
     "spaces": "autoquant.cli.spaces",

@@ -123,6 +123,55 @@ def budget_options(*, required: bool) -> Decorator:
     )
 
 
+def token_options() -> Decorator:
+    """`--calibration`, the tokens of each split, `--sequence-length` and `--batch-tokens`."""
+    return _stack(
+        option(
+            "--calibration",
+            heading="Data",
+            default="stdlib",
+            metavar="TEXT",
+            help="Text or JSONL file, folder, or datasets id (org/name:split); stdlib is the "
+            "source of Python's standard library.",
+        ),
+        _tokens("--calibration-tokens", 8_192, "Tokens that input ranges are taken from."),
+        _tokens("--search-tokens", 16_384, "Tokens that probes and trials are measured on."),
+        _tokens("--report-tokens", 65_536, "Tokens that the finalists are confirmed on."),
+        _tokens("--sequence-length", 256, "Longest sequence."),
+        _tokens("--batch-tokens", 4_096, "Tokens of one forward."),
+    )
+
+
+def _tokens(flag: str, default: int, purpose: str) -> Decorator:
+    return option(
+        flag,
+        heading="Data",
+        type=click.IntRange(min=32),
+        default=default,
+        metavar="N",
+        help=purpose,
+    )
+
+
+def device_options() -> Decorator:
+    """`--device` and `--trust-remote-code`."""
+    return _stack(
+        option(
+            "--device",
+            heading="Model",
+            default=None,
+            metavar="NAME",
+            help="cpu, cuda, cuda:1 ...  [default: the first GPU, else the CPU]",
+        ),
+        option(
+            "--trust-remote-code",
+            heading="Model",
+            is_flag=True,
+            help="Run code that comes with the model.",
+        ),
+    )
+
+
 def tracking_options() -> Decorator:
     """`--mlflow/--no-mlflow`, `--mlflow-experiment` and `--mlflow-trials`."""
     return _stack(

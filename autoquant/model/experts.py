@@ -109,9 +109,7 @@ def _wide_bias(module: Any) -> torch.Tensor:
     return bias
 
 
-def _grouped_linear(
-    rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor
-) -> torch.Tensor:
+def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Row r times the transposed weight of its expert: [R, K] x [E, N, K] -> [R, N]."""
     if rows.is_cuda and rows.dtype is torch.bfloat16:
         offsets = counts.cumsum(0).to(torch.int32)

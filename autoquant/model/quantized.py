@@ -205,5 +205,3 @@ class QuantizedModel:
                 forward = _ExpertsForward(slot, state, self._context)
                 slot.module.autoquant_hook = forward
                 self._experts.append(forward)
-
-

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import autoquant_kernels as kernels
 import torch
 
-from autoquant.formats import Choice, Format, ScaleRule
+from autoquant.formats import Choice, Format
 
 
 def fake_quantize(

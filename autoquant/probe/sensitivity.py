@@ -124,7 +124,9 @@ def _summarize(keys: Sequence[Key], probes: Iterable[BatchProbe]) -> Sensitivity
         if (p.group, p.choice) in by_key:
             by_key[p.group, p.choice].append(p)
     kl = {k: sum(p.kl_sum for p in ps) / sum(p.tokens for p in ps) for k, ps in by_key.items()}
-    stderr = {k: _standard_error([s for p in ps for s in p.sequence_kl]) for k, ps in by_key.items()}
+    stderr = {
+        k: _standard_error([s for p in ps for s in p.sequence_kl]) for k, ps in by_key.items()
+    }
     return Sensitivity(kl, stderr)
 
 

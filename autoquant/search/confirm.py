@@ -58,14 +58,11 @@ def choose(scores: Sequence[TokenScores], *, seed: int) -> tuple[int, list[Diffe
     comparisons = max(1, len(scores) - 1)
     winner = 0
     for index in range(1, len(scores)):
-        gain = paired_difference(
-            scores[index], scores[winner], seed=seed, comparisons=comparisons
-        )
+        gain = paired_difference(scores[index], scores[winner], seed=seed, comparisons=comparisons)
         if gain.is_gain:
             winner = index
     return winner, [
-        paired_difference(score, scores[0], seed=seed, comparisons=comparisons)
-        for score in scores
+        paired_difference(score, scores[0], seed=seed, comparisons=comparisons) for score in scores
     ]
 
 

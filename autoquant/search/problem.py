@@ -1,12 +1,13 @@
 """The budget as a knapsack over the open groups, and its solutions as assignments."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 from autoquant.assignment import Assignment
 from autoquant.budget import Accounting, Budget
-from autoquant.formats import Choice, Format
+from autoquant.formats import Choice, Format, ScaleRule
 from autoquant.groups import LayerGroup
 from autoquant.probe.sensitivity import Sensitivity
 from autoquant.search.solver import Knapsack, Selection
@@ -55,12 +56,21 @@ class Problem:
             choices = self._choices(group)
             scores = [score_of(group, choice) for choice in choices]
             for i, choice in enumerate(choices):
-                cheaper = [
-                    s for s, c in zip(scores, choices, strict=True) if _cheaper(c, choice)
-                ]
+                cheaper = [s for s, c in zip(scores, choices, strict=True) if _cheaper(c, choice)]
                 scores[i] = min([scores[i], *cheaper])
             table.append(tuple(scores))
         return tuple(table)
+
+    def restricted(self, rules: tuple[ScaleRule, ...]) -> Knapsack:
+        """The knapsack with NVFP4 limited to some scale rules; options keep their indices."""
+
+        def score(group: LayerGroup, choice: Choice) -> float:
+            excluded = choice.scale_rule is not None and choice.scale_rule not in rules
+            return math.inf if excluded else self.sensitivity[group.name, choice]
+
+        scores = self.scores(score)
+        worst = 1e6 * max((s for options in scores for s in options if s < math.inf), default=1.0)
+        return self.knapsack.with_scores([[min(s, worst) for s in row] for row in scores])
 
     def decode(self, selection: Selection) -> Assignment:
         """The assignment of every group of the model."""
@@ -112,5 +122,3 @@ class Problem:
 def _cheaper(one: Choice, other: Choice) -> bool:
     order = list(Format)
     return order.index(one.format) < order.index(other.format)
-
-

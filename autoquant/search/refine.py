@@ -40,9 +40,7 @@ class Effort:
         """Split a number of trials: up to 30 runners-up, then two reweightings for each swap."""
         runners_up = min(MOST_RUNNERS_UP, math.ceil(trials / 2))
         swaps = (trials - runners_up) // 3
-        return cls(
-            runners_up=runners_up, reweight=trials - runners_up - swaps, swaps=swaps
-        )
+        return cls(runners_up=runners_up, reweight=trials - runners_up - swaps, swaps=swaps)
 
 
 def refine(
@@ -59,9 +57,7 @@ def refine(
     _swap(problem, ledger, effort.swaps, in_time)
 
 
-def _runners_up(
-    problem: Problem, ledger: Ledger, count: int, in_time: Callable[[], bool]
-) -> None:
+def _runners_up(problem: Problem, ledger: Ledger, count: int, in_time: Callable[[], bool]) -> None:
     for rank, selection in enumerate(problem.knapsack.best(count + 1), start=1):
         if not in_time():
             return

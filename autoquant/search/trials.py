@@ -115,7 +115,7 @@ class Ledger:
         name: str,
         params: Mapping[str, float] | None = None,
     ) -> Trial:
-        """The trial of `assignment`: measured now, in an earlier process, or earlier in this one."""
+        """The trial of `assignment`, measured now unless it already was."""
         known = self._known.get(assignment.digest)
         if known is not None:
             return known

@@ -140,9 +140,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 def batch_at(stream: torch.Tensor, recipe: Recipe, step: int) -> torch.Tensor:
     """The batch of a step, [B, L + 1], a function of (seed, step) alone."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    starts = torch.randint(
-        len(stream) - recipe.sequence - 1, (recipe.batch,), generator=generator
-    )
+    starts = torch.randint(len(stream) - recipe.sequence - 1, (recipe.batch,), generator=generator)
     return torch.stack([stream[s : s + recipe.sequence + 1] for s in starts])
 
 

@@ -1,0 +1,46 @@
+"""The result of a search for people."""
+
+from pathlib import Path
+from typing import Any
+
+from autoquant.cli.output import print_fields, print_table
+
+
+def print_result(result: dict[str, Any], run: Path) -> None:
+    """Print the verdict, the table of baselines, and the next command to type."""
+    kl, counts = result["kl"], result["counts"]
+    print_fields(
+        {
+            "winner": f"{result['winner']['stage']}: {result['winner']['name']}",
+            "BPE": f"{result['bpe']['checkpoint']:.4f} of the checkpoint "
+            f"({result['bpe']['searched']:.4f} of the searched layers), "
+            f"budget {result['budget_bpe']:g} ({result['budget_scope']})",
+            "size": f"{result['checkpoint_bytes']:,} bytes",
+            "groups": ", ".join(f"{n} {name}" for name, n in counts.items() if n),
+            "KL": f"{kl['mean']:.5f} +- {kl['stderr']:.5f} nats per token, "
+            f"median {kl['median']:.5f}, p99 {kl['p99']:.4f} ({result['activation_mode']})",
+            "top-1": f"{result['top1_agreement']:.2%} agree",
+            "perplexity": f"{result['perplexity']['bf16']:.3f} in BF16, "
+            f"{result['perplexity']['quantized']:.3f} quantized",
+            "noise floor": f"{result['noise_floor']:.2g} nats per token",
+            "resolved": f"differences above {result['resolution']:.1%} of the KL, "
+            f"on {result['tokens']['report']['tokens']:,} tokens that the search did not see",
+            "time": ", ".join(f"{k} {v:.0f}s" for k, v in result["seconds"].items()),
+        }
+    )
+    print()
+    rows = [("this search", result["bpe"]["checkpoint"], kl["mean"], kl["stderr"], True)]
+    rows += [(b["name"], b["bpe"], b["kl"], b["stderr"], b["fits"]) for b in result["baselines"]]
+    print_table(
+        ("assignment", "BPE", "KL", "+-", "in budget"),
+        [
+            (name, f"{bpe:.3f}", f"{mean:.5f}", f"{error:.5f}", "yes" if fits else "no")
+            for name, bpe, mean, error, fits in sorted(rows, key=lambda row: row[2])
+        ],
+    )
+    print()
+    if "checkpoint" in result:
+        print(f"checkpoint: {result['checkpoint']}")
+        print(f"next:       autoquant verify {result['checkpoint']}")
+    else:
+        print(f"next:       autoquant export {result['model']} --assignment {run}/assignment.yaml")

@@ -1,0 +1,74 @@
+"""Everything that decides a search's outcome, and what makes two searches the same."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autoquant.budget import Budget
+from autoquant.checkpoint.source import Source
+from autoquant.data.text import STDLIB
+from autoquant.data.tokens import TokenPlan
+from autoquant.model.inputs import ActivationMode
+from autoquant.spaces import SearchSpace
+
+NUMERICS_VERSION = 1
+"""Raised when a change of arithmetic changes what a search would measure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """One search."""
+
+    source: Source
+    space: SearchSpace
+    budget: Budget
+    calibration: str = STDLIB
+    """Text source, as `load_corpus` takes it."""
+    tokens: TokenPlan = field(default_factory=TokenPlan)
+    mode: ActivationMode = ActivationMode.W4A4
+    trials: int = 60
+    """Joint measurements beyond the baselines and the solver's optimum."""
+    max_seconds: float | None = None
+    """Time after which no further trial begins."""
+    finalists: int = 4
+    """Candidates that are measured again on the report split, besides the solver's optimum."""
+    seed: int = 0
+    device: str | None = None
+    trust_remote_code: bool = False
+    export: bool = True
+    """Whether to write the winner as a checkpoint."""
+
+    def signature(self) -> dict[str, Any]:
+        """What makes a search the same as another, as JSON values.
+
+        Time limits and the device are left out: they do not change what is being looked for.
+        """
+        return {
+            "model": self.source.digest,
+            "space": self.space.name,
+            "rules": [repr(rule) for rule in self.space.rules],
+            "budget_bpe": self.budget.bpe,
+            "budget_scope": str(self.budget.scope),
+            "calibration": self.calibration,
+            "tokens": {
+                "calibration": self.tokens.calibration,
+                "search": self.tokens.search,
+                "report": self.tokens.report,
+                "sequence_length": self.tokens.sequence_length,
+                "batch_tokens": self.tokens.batch_tokens,
+            },
+            "activation_mode": str(self.mode),
+            "trials": self.trials,
+            "finalists": self.finalists,
+            "seed": self.seed,
+            "numerics": NUMERICS_VERSION,
+        }
+
+    def run_name(self) -> str:
+        """A folder name for the run: model, budget and the head of the signature's digest."""
+        import hashlib
+        import json
+
+        digest = hashlib.sha256(json.dumps(self.signature(), sort_keys=True).encode()).hexdigest()
+        model = Path(self.source.model).name.strip(".") or "model"
+        return f"{model}-{self.budget.bpe:g}bpe-{digest[:8]}"

@@ -1,0 +1,314 @@
+"""The search from headers to a confirmed assignment and its checkpoint.
+
+Only this module and what it calls for the purpose touch the run directory and the tracker; the
+stages below are pure given the scorer.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from autoquant.assignment import Assignment
+from autoquant.errors import SourceError
+from autoquant.formats import BF16, ScaleRule
+from autoquant.plan import Plan, make_plan
+from autoquant.probe.calibration import Calibration, calibrate
+from autoquant.probe.sensitivity import BatchProbe, Sensitivity, keys_of, probe
+from autoquant.rundir import (
+    ASSIGNMENT,
+    CHECKPOINT,
+    GROUPS,
+    RESULT,
+    SENSITIVITY,
+    SENSITIVITY_LOG,
+    TRIALS,
+    RunDirectory,
+)
+from autoquant.scoring.kl import TokenScores
+from autoquant.search import confirm
+from autoquant.search.baselines import baselines
+from autoquant.search.config import SearchConfig
+from autoquant.search.observer import Observer
+from autoquant.search.problem import Problem
+from autoquant.search.refine import Effort, refine
+from autoquant.search.result import Confirmed, make_result
+from autoquant.search.session import Session, open_session
+from autoquant.search.trials import Ledger, Stage, Trial
+from autoquant.tracking import Tracker, TrialRecord
+
+if TYPE_CHECKING:
+    from autoquant.checkpoint.verify import Verification
+
+CALIBRATION = "calibration.json"
+
+
+@dataclass
+class Search:
+    """One search in one run directory."""
+
+    config: SearchConfig
+    run: RunDirectory
+    tracker: Tracker
+    observer: Observer
+    command: str
+    """The command line, for the model card."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def execute(self) -> dict[str, Any]:
+        """Run every stage that is not done; the contents of `result.json`.
+
+        Raises:
+            InfeasibleBudget: before anything is loaded.
+            SourceError: model or text missing, damaged or not understood.
+        """
+        finished = self.run.read_json(RESULT)
+        if finished is not None:
+            self.observer.note(f"{self.run.path} already holds this search's result.")
+            return finished
+        plan = self._plan()
+        session = self._open(plan)
+        calibration = self._calibrate(session)
+        sensitivity = self._probe(session, plan)
+        problem = Problem(
+            accounting=plan.accounting, budget=self.config.budget, sensitivity=sensitivity
+        )
+        ledger = self._measure(session, problem)
+        confirmed = self._confirm(session, problem, ledger)
+        return self._finish(session, problem, ledger, calibration, confirmed)
+
+    def _plan(self) -> Plan:
+        plan = make_plan(self.config.source, self.config.space)
+        plan.require_feasible(self.config.budget)
+        for warning in plan.options.warnings:
+            self.observer.warn(warning)
+        self.run.write_json(GROUPS, plan.to_dict())
+        return plan
+
+    def _open(self, plan: Plan) -> Session:
+        with self._timed("load"):
+            session = open_session(
+                self.config.source,
+                [g for g in plan.groups if plan.options.choices[g.name] != (BF16,)],
+                calibration=self.config.calibration,
+                tokens=self.config.tokens,
+                mode=self.config.mode,
+                device=self.config.device,
+                trust_remote_code=self.config.trust_remote_code,
+                observer=self.observer,
+            )
+        for name, split in session.splits.items():
+            self.tracker.dataset(
+                self.config.calibration, digest=split.digest, context=name, tokens=split.tokens
+            )
+        return session
+
+    def _calibrate(self, session: Session) -> Calibration:
+        stored = self.run.read_json(CALIBRATION)
+        if stored is not None:
+            calibration = Calibration.from_dict(stored)
+        else:
+            split = session.splits["calibration"]
+            self.observer.stage("calibrate", len(split.batches))
+            with self._timed("calibrate"):
+                calibration = calibrate(session.scorer, split, self.observer.step)
+            self.run.write_json(CALIBRATION, calibration.to_dict())
+        for block, count in calibration.idle_experts().items():
+            self.observer.warn(
+                f"{block}: no calibration token reached {count} experts; their inputs take their "
+                "layer's range. More --calibration-tokens would help."
+            )
+        session.quantized.set_input_scales(calibration.scales())
+        return calibration
+
+    def _probe(self, session: Session, plan: Plan) -> Sensitivity:
+        split = session.splits["search"]
+        keys = tuple(keys_of(plan.options.choices))
+        done = [BatchProbe.from_dict(r) for r in self.run.records(SENSITIVITY_LOG)]
+        self.observer.stage("probe", len(keys) * len(split.batches) - len(done))
+
+        def keep(result: BatchProbe) -> None:
+            self.run.append(SENSITIVITY_LOG, result.to_dict())
+            self.observer.step()
+
+        with self._timed("probe"):
+            sensitivity = probe(session.scorer, split, keys, plan.groups.by_name, done, keep)
+        self.run.write_json(SENSITIVITY, sensitivity.to_dict())
+        return sensitivity
+
+    def _measure(self, session: Session, problem: Problem) -> Ledger:
+        """Baselines, the solver's optimum, then refinement."""
+        earlier = [Trial.from_dict(record) for record in self.run.records(TRIALS)]
+        effort = Effort.of(self.config.trials)
+        ledger = Ledger(
+            session.scorer,
+            session.splits["search"],
+            problem.accounting,
+            problem.fits,
+            earlier,
+            keep=lambda trial: self._keep_trial(trial, ledger),
+        )
+        for trial in earlier:
+            self.tracker.trial(_record(trial))
+        self.observer.stage("refine", self.config.trials)
+        with self._timed("baselines"):
+            for name, assignment in baselines(problem):
+                ledger.measure(assignment, Stage.BASELINE, name)
+        with self._timed("solve"):
+            ledger.measure(_optimum(problem), Stage.SOLVER, "optimum")
+            ledger.measure(
+                _optimum(problem, rules=(ScaleRule.MAX,)), Stage.SOLVER, "optimum, rule max only"
+            )
+        with self._timed("refine"):
+            refine(problem, ledger, effort, seed=self.config.seed, in_time=self._in_time())
+        return ledger
+
+    def _confirm(self, session: Session, problem: Problem, ledger: Ledger) -> Confirmed:
+        """Finalists and baselines on the report split."""
+        solver = ledger.measure(_optimum(problem), Stage.SOLVER, "optimum")
+        ranked = sorted((t for t in ledger.trials if t.fits), key=lambda t: (t.kl, t.number))
+        challengers = [t for t in ranked if t is not solver][: self.config.finalists]
+        others = [t for t in ledger.trials if t.stage is Stage.BASELINE and t not in challengers]
+        candidates = [solver, *challengers, *others]
+        split = session.splits["report"]
+        self.observer.stage("confirm", len(candidates))
+        with self._timed("confirm"):
+            scores: list[TokenScores] = []
+            for trial in candidates:
+                scores.append(session.scorer.score(trial.assignment, split))
+                self.observer.step()
+            noise = session.scorer.noise_batch(split, 0)
+            within = [i for i, t in enumerate(candidates) if t.fits]
+            winner, differences = confirm.choose([scores[i] for i in within], seed=self.config.seed)
+        return Confirmed(
+            candidates=tuple(candidates),
+            scores=tuple(scores),
+            winner=within[winner],
+            differences=dict(zip(within, differences, strict=True)),
+            noise_floor=noise.mean,
+        )
+
+    def _finish(
+        self,
+        session: Session,
+        problem: Problem,
+        ledger: Ledger,
+        calibration: Calibration,
+        confirmed: Confirmed,
+    ) -> dict[str, Any]:
+        import yaml
+
+        assignment = confirmed.trial.assignment
+        self.run.write_text(ASSIGNMENT, yaml.safe_dump(assignment.to_dict(), sort_keys=False))
+        result = make_result(self.config, session, problem, ledger, calibration, confirmed)
+        if self.config.export:
+            with self._timed("export"):
+                result["checkpoint"] = self._export(problem, calibration, assignment, result)
+        result["seconds"] = {**self.seconds, "total": sum(self.seconds.values())}
+        self.run.write_json(RESULT, result)
+        self.tracker.summary(
+            {
+                "result.kl": result["kl"]["mean"],
+                "result.kl_stderr": result["kl"]["stderr"],
+                "result.bpe": result["bpe"]["checkpoint"],
+                "result.top1_agreement": result["top1_agreement"],
+                "result.checkpoint_bytes": float(result["checkpoint_bytes"]),
+            }
+        )
+        stored = self.run.read_json(RESULT)
+        assert stored is not None
+        return stored
+
+    def _export(
+        self,
+        problem: Problem,
+        calibration: Calibration,
+        assignment: Assignment,
+        result: dict[str, Any],
+    ) -> str:
+        from autoquant.checkpoint.card import CardFacts, KlRow
+        from autoquant.checkpoint.export import export
+        from autoquant.checkpoint.verify import verify
+
+        target = self.run.path / CHECKPOINT
+        self.observer.stage("export", 1)
+        card = CardFacts(
+            command=self.command,
+            budget_bpe=self.config.budget.bpe,
+            budget_scope=str(self.config.budget.scope),
+            activation_mode=str(self.config.mode),
+            text=self.config.calibration,
+            tokens=result["tokens"]["report"]["tokens"],
+            rows=tuple(
+                KlRow(name=row["name"], bpe=row["bpe"], kl=row["kl"], stderr=row["stderr"])
+                for row in [_own_row(result), *result["baselines"]]
+            ),
+        )
+        if not target.exists():
+            export(
+                self.config.source,
+                problem.accounting.groups,
+                assignment,
+                calibration.input_amax,
+                target,
+                card=card,
+            )
+        _require_sound(verify(target, self.config.source))
+        self.observer.step()
+        return str(target)
+
+    def _keep_trial(self, trial: Trial, ledger: Ledger) -> None:
+        self.run.append(TRIALS, trial.to_dict())
+        self.tracker.trial(_record(trial))
+        fitting = [t for t in [*ledger.trials, trial] if t.fits]
+        best = min(fitting, key=lambda t: t.kl, default=None)
+        self.observer.trial(trial, best)
+
+    def _in_time(self) -> Callable[[], bool]:
+        limit = self.config.max_seconds
+        started = time.monotonic() - sum(self.seconds.values())
+        return lambda: limit is None or time.monotonic() - started < limit
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
+
+
+def _optimum(problem: Problem, rules: tuple[ScaleRule, ...] | None = None) -> Assignment:
+    """The knapsack's optimum; with `rules`, NVFP4 takes only those."""
+    if rules is None:
+        return problem.decode(problem.knapsack.solve())
+    return problem.decode(problem.restricted(rules).solve())
+
+
+def _require_sound(verification: "Verification") -> None:
+    if not verification.ok:
+        raise SourceError(
+            f"{verification.path}: {verification.problems[0]}",
+            fix="the disk may have failed: delete the folder and run the same command again.",
+        )
+
+
+def _record(trial: Trial) -> TrialRecord:
+    return TrialRecord(
+        number=trial.number,
+        kl=trial.kl,
+        bpe=trial.bpe,
+        seconds=trial.seconds,
+        counts=trial.assignment.counts(),
+        digest=trial.assignment.digest,
+    )
+
+
+def _own_row(result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": "this checkpoint",
+        "bpe": result["bpe"]["checkpoint"],
+        "kl": result["kl"]["mean"],
+        "stderr": result["kl"]["stderr"],
+    }

@@ -1,0 +1,136 @@
+"""`result.json`: what a search found, how well it is known, and what it rests on."""
+
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from autoquant.budget import Scope
+from autoquant.probe.calibration import Calibration
+from autoquant.scoring.kl import TokenScores
+from autoquant.search.config import SearchConfig
+from autoquant.search.confirm import Difference, resolution
+from autoquant.search.problem import Problem
+from autoquant.search.session import Session
+from autoquant.search.trials import Ledger, Stage, Trial
+
+PACKAGES = ("autoquant", "torch", "transformers", "optuna", "scipy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confirmed:
+    """Finalists and baselines on the report split."""
+
+    candidates: tuple[Trial, ...]
+    """The solver's optimum first."""
+    scores: tuple[TokenScores, ...]
+    winner: int
+    differences: Mapping[int, Difference]
+    """Of each candidate within the budget to the solver's optimum."""
+    noise_floor: float
+    """Mean KL between two BF16 runs, nats per token."""
+
+    @property
+    def trial(self) -> Trial:
+        """The winner."""
+        return self.candidates[self.winner]
+
+
+def make_result(
+    config: SearchConfig,
+    session: Session,
+    problem: Problem,
+    ledger: Ledger,
+    calibration: Calibration,
+    confirmed: Confirmed,
+) -> dict[str, Any]:
+    """The contents of `result.json`, without times; KL in nats per token on the report split."""
+    trial, scores = confirmed.trial, confirmed.scores[confirmed.winner]
+    accounting = problem.accounting
+    return {
+        "model": config.source.model,
+        "source": {"digest": config.source.digest, "revision": config.source.revision},
+        "space": config.space.name,
+        "budget_bpe": config.budget.bpe,
+        "budget_scope": str(config.budget.scope),
+        "bpe": {str(scope): accounting.bpe(trial.assignment, scope) for scope in Scope},
+        "checkpoint_bytes": accounting.checkpoint_bytes(trial.assignment),
+        "activation_mode": str(config.mode),
+        "kl": scores.summary(),
+        "noise_floor": confirmed.noise_floor,
+        "top1_agreement": scores.top1_agreement(),
+        "perplexity": scores.perplexity(),
+        "winner": {
+            "stage": str(trial.stage),
+            "name": trial.name,
+            "trial": trial.number,
+            "digest": trial.assignment.digest,
+            "search_kl": trial.kl,
+            "predicted_kl": problem.predicted(trial.assignment),
+        },
+        "baselines": [
+            _row(t, s)
+            for t, s in zip(confirmed.candidates, confirmed.scores, strict=True)
+            if t.stage is Stage.BASELINE
+        ],
+        "finalists": [
+            _row(t, confirmed.scores[i]) | _difference(confirmed.differences.get(i))
+            for i, t in enumerate(confirmed.candidates)
+            if t.stage is not Stage.BASELINE or i == confirmed.winner
+        ],
+        "resolution": resolution(confirmed.scores[0], confirmed.scores[-1], seed=config.seed),
+        "counts": trial.assignment.counts(),
+        "trials": len(ledger.trials),
+        "stages": _stages(ledger),
+        "tokens": {
+            name: {"tokens": s.tokens, "sequences": s.sequences, "digest": s.digest}
+            for name, s in session.splits.items()
+        },
+        "calibration": config.calibration,
+        "uncalibrated": list(calibration.unseen),
+        "seed": config.seed,
+        "device": str(session.loaded.device),
+        "versions": {name: version(name) for name in PACKAGES},
+        "python": sys.version.split()[0],
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _row(trial: Trial, scores: TokenScores) -> dict[str, Any]:
+    return {
+        "name": trial.name,
+        "stage": str(trial.stage),
+        "trial": trial.number,
+        "bpe": trial.bpe,
+        "fits": trial.fits,
+        "kl": scores.mean,
+        "stderr": scores.stderr(),
+        "search_kl": trial.kl,
+    }
+
+
+def _difference(difference: Difference | None) -> dict[str, Any]:
+    if difference is None:
+        return {}
+    return {
+        "to_solver": {
+            "mean": difference.mean,
+            "low": difference.low,
+            "high": difference.high,
+        }
+    }
+
+
+def _stages(ledger: Ledger) -> list[dict[str, Any]]:
+    """What each stage measured, and the best KL on the search split after it."""
+    rows: dict[Stage, dict[str, Any]] = {}
+    best = float("inf")
+    for trial in ledger.trials:
+        best = min(best, trial.kl) if trial.fits else best
+        row = rows.setdefault(trial.stage, {"stage": str(trial.stage), "trials": 0, "seconds": 0.0})
+        row["trials"] += 1
+        row["seconds"] += trial.seconds
+        row["best_kl"] = best
+    return list(rows.values())

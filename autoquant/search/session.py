@@ -1,0 +1,80 @@
+"""The expensive state of a search or a score: model, tokens, calibrated scorer."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from autoquant.checkpoint.source import Source
+from autoquant.data.text import load_corpus
+from autoquant.data.tokens import Split, TokenPlan, make_splits, shortfalls
+from autoquant.groups import LayerGroup
+from autoquant.model.inputs import ActivationMode
+from autoquant.model.loading import LoadedModel, choose_device, load_model
+from autoquant.model.memory import keep_freed_memory
+from autoquant.model.quantized import QuantizedModel
+from autoquant.scoring.scorer import Scorer
+from autoquant.search.observer import Observer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A loaded model with its tokens."""
+
+    loaded: LoadedModel
+    scorer: Scorer
+    splits: dict[str, Split]
+
+    @property
+    def quantized(self) -> QuantizedModel:
+        return self.scorer.quantized
+
+
+def open_session(
+    source: Source,
+    groups: Iterable[LayerGroup],
+    *,
+    calibration: str,
+    tokens: TokenPlan,
+    mode: ActivationMode,
+    device: str | None,
+    trust_remote_code: bool,
+    observer: Observer,
+) -> Session:
+    """Read the text, load the model, cut the tokens, and check that scoring is exact.
+
+    Raises:
+        SourceError: text or model missing, damaged or not understood.
+        OutOfMemory: the model does not fit the device.
+    """
+    keep_freed_memory()
+    corpus = load_corpus(calibration)
+    observer.stage("load", 1)
+    chosen = choose_device(device)
+    loaded = load_model(source.path, chosen, trust_remote_code=trust_remote_code)
+    plan = _shortened(tokens, loaded.max_length)
+    splits = make_splits(corpus, loaded.tokenizer, plan)
+    for shortfall in shortfalls(splits, plan):
+        observer.warn(f"little text, wide intervals: {shortfall}.")
+    quantized = QuantizedModel(
+        loaded.model, groups, mode=mode, weight_cache_bytes=_cache_bytes(loaded.model, chosen)
+    )
+    scorer = Scorer(quantized, chosen)
+    scorer.check_head(splits["calibration"])
+    observer.step()
+    return Session(loaded=loaded, scorer=scorer, splits=splits)
+
+
+def _shortened(plan: TokenPlan, max_length: int) -> TokenPlan:
+    """The plan with sequences that the model's positions allow."""
+    import dataclasses
+
+    return dataclasses.replace(plan, sequence_length=min(plan.sequence_length, max_length))
+
+
+def _cache_bytes(model: torch.nn.Module, device: torch.device) -> int:
+    """Memory for fake-quantized weights: a tenth of the model on a GPU, more on a CPU."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if device.type == "cpu":
+        return min(6 * weights, 2**32)
+    return weights // 10
