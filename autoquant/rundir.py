@@ -52,6 +52,8 @@ class RunDirectory:
 
     def __init__(self, path: Path, lock: FileLock, identity: dict[str, Any]) -> None:
         self.path = path
+        self.earlier_status = Status(identity["status"]) if "status" in identity else None
+        """Status found on opening: None for a new run, RUNNING after a kill."""
         self._lock = lock
         self._identity = identity
 
@@ -86,15 +88,11 @@ class RunDirectory:
             else:
                 _refuse_other(path, identity["signature"], signature)
             run = cls(path, lock, identity)
-            run.earlier_status = Status(identity["status"]) if "status" in identity else None
             run._record(Status.RUNNING)
         except BaseException:
             lock.release()
             raise
         return run
-
-    earlier_status: Status | None = None
-    """Status found on opening: None for a new run, RUNNING after a kill."""
 
     def __enter__(self) -> Self:
         return self
@@ -202,8 +200,11 @@ def _read_identity(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     identity = _parse(text, str(path / _IDENTITY))
-    if not isinstance(identity.get("signature"), dict):
-        raise SourceError(f"{path / _IDENTITY} has no signature.", fix="give another --out.")
+    if not isinstance(identity.get("signature"), dict) or identity.get("status") not in set(Status):
+        raise SourceError(
+            f"{path / _IDENTITY} is damaged: it names no signature or no status.",
+            fix="restore the file, or give another --out.",
+        )
     return identity
 
 

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoquant.errors import ConfigError, RunConflict, SourceError
@@ -208,7 +208,16 @@ def test_a_damaged_file_is_named(path):
         run.read_json("result.json")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 1}', '{"schema_version": 9}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"schema_version": 1}',
+        '{"schema_version": 9}',
+        '{"schema_version": 1, "signature": {"seed": 0}, "status": "asleep"}',
+    ],
+)
 def test_a_damaged_identity_is_refused(path, text):
     make(path)
     (path / "run.json").write_text(text)
@@ -249,6 +258,7 @@ _records = st.dictionaries(st.text().filter(lambda key: key != "schema_version")
 
 
 @pytest.mark.slow
+@settings(max_examples=30)  # every example writes to the disk and waits for it
 @given(records=st.lists(_records, max_size=4))
 def test_any_records_come_back_as_they_were(tmp_path_factory, records):
     with RunDirectory.open(tmp_path_factory.mktemp("run") / "r", {}) as run:
