@@ -1,4 +1,4 @@
-"""Which linears share a format, for real architectures and for names that only large models have."""
+"""Which linears share a format, in real architectures and by names that only large models have."""
 
 import math
 from pathlib import Path
@@ -197,9 +197,7 @@ def test_names_of_other_architectures(names, group, role):
 
 def test_tied_head_on_disk_is_fixed_and_an_untied_one_is_a_group():
     shapes = {"lm_head.weight": (32, 16)}
-    assert reasons(grouped(shapes, tie_word_embeddings=True)) == {
-        "lm_head.weight": Fixed.TIED_HEAD
-    }
+    assert reasons(grouped(shapes, tie_word_embeddings=True)) == {"lm_head.weight": Fixed.TIED_HEAD}
     assert [group.role for group in grouped(shapes, tie_word_embeddings=False)] == ["head"]
 
 

@@ -30,9 +30,9 @@ def tensor(begin: int, end: int, dtype: str = "U8", shape: list[int] | None = No
 
 
 tensors = st.dictionaries(
-    st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
-        lambda name: name != "__metadata__"
-    ),
+    st.text(
+        st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12
+    ).filter(lambda name: name != "__metadata__"),
     st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)),
     max_size=6,
 )

@@ -1,0 +1,58 @@
+"""`autoquant verify`."""
+
+import json
+
+import pytest
+from tiny_models import save_model
+
+from autoquant.assignment import Assignment
+from autoquant.checkpoint.export import export
+from autoquant.checkpoint.source import open_source
+from autoquant.formats import FP8, NVFP4
+from autoquant.grouping import find_groups
+
+
+@pytest.fixture
+def folders(tmp_path):
+    source = open_source(save_model("llama", tmp_path / "source"))
+    groups = find_groups(source)
+    assignment = Assignment.of(
+        {"model.layers.0.self_attn.qkv": NVFP4, "model.layers.1.mlp.down_proj": FP8}
+    )
+    amax = {linear.input_scale_set: 1.0 for linear in groups.linears}
+    export(source, groups, assignment, amax, tmp_path / "out")
+    return tmp_path / "out", tmp_path / "source"
+
+
+def test_sound_checkpoint_exits_0(autoquant, folders):
+    checkpoint, source = folders
+    result = autoquant("verify", checkpoint, "--source", source)
+    assert result.exit_code == 0, result.stderr
+    for text in ("3 NVFP4, 1 FP8", "bits per element", "NVFP4 error", "none"):
+        assert text in result.stdout
+
+
+def test_json_of_a_sound_checkpoint(autoquant, folders):
+    checkpoint, _ = folders
+    result = json.loads(autoquant("verify", checkpoint, "--format", "json").stdout)
+    assert (result["ok"], result["problems"]) == (True, [])
+    assert result["linears"]["nvfp4"] == 3
+    assert result["relative_error"] == {}
+
+
+@pytest.mark.parametrize("form", ["human", "json"])
+def test_damage_is_printed_and_exits_4(autoquant, folders, form):
+    checkpoint, _ = folders
+    (checkpoint / "hf_quant_config.json").unlink()
+    result = autoquant("verify", checkpoint, "--format", form)
+    assert result.exit_code == 4
+    assert "hf_quant_config.json are both needed" in result.stdout
+    assert "is damaged: 1 problems" in result.stderr
+    if form == "json":
+        assert json.loads(result.stdout)["ok"] is False
+
+
+def test_checkpoint_that_does_not_exist_exits_4(autoquant, tmp_path):
+    result = autoquant("verify", tmp_path / "absent")
+    assert result.exit_code == 4
+    assert "does not exist" in result.stderr
