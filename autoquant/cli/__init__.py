@@ -10,6 +10,8 @@ from autoquant.cli.group import LazyGroup
 MODULES = {
     "search": "autoquant.cli.search",
     "plan": "autoquant.cli.plan",
+    "score": "autoquant.cli.score",
+    "export": "autoquant.cli.export",
     "verify": "autoquant.cli.verify",
     "spaces": "autoquant.cli.spaces",
     "env": "autoquant.cli.environment",

@@ -17,8 +17,8 @@ from autoquant.assignment import Assignment
 from autoquant.formats import BF16, Choice
 from autoquant.groups import LayerGroup
 from autoquant.model import weights
-from autoquant.model.binding import DenseSlot, ExpertsSlot, bind
-from autoquant.model.experts import WIDE, ExpertsHook
+from autoquant.model.binding import DenseSlot, ExpertsSlot, Slot, bind
+from autoquant.model.experts import DOWN, WIDE, ExpertsHook, parameter_name
 from autoquant.model.inputs import ActivationMode, InputScales, InputSet
 from autoquant.model.weights import WeightStore
 
@@ -132,6 +132,7 @@ class QuantizedModel:
         self.mode = mode
         self._context = _Context(mode=mode, store=WeightStore(weight_cache_bytes))
         self._states: dict[str, GroupState] = {}
+        self._slots: list[tuple[GroupState, Slot]] = []
         self._experts: list[_ExpertsForward] = []
         for group in groups:
             self._states[group.name] = GroupState(group)
@@ -189,8 +190,30 @@ class QuantizedModel:
         for name, value in scales.items():
             self._context.input_set(name).scales = value
 
+    def set_weights(self, weights: Mapping[str, torch.Tensor], assignment: Assignment) -> None:
+        """Multiply with given weights wherever `assignment` quantizes.
+
+        Args:
+            weights: dequantized [N, K] of every quantized linear, by its tensor name on disk.
+            assignment: the choices under which they are used.
+        """
+        for state, slot in self._slots:
+            choice = assignment[state.group.name]
+            if choice == BF16:
+                continue
+            if isinstance(slot, DenseSlot):
+                self._context.store.put(
+                    (slot.linear.name, choice), weights[slot.linear.tensor], slot.module.weight
+                )
+                continue
+            for part, linears in ((WIDE, slot.wide), (DOWN, slot.down)):
+                like = getattr(slot.module, parameter_name(slot.module, part))
+                stacked = torch.cat([weights[linear.tensor] for linear in linears]).view_as(like)
+                self._context.store.put((f"{slot.name}:{part}", choice), stacked, like)
+
     def _install(self, state: GroupState) -> None:
         slots = bind(self.model, state.group)
+        self._slots += [(state, slot) for slot in slots]
         ranges: dict[str, float] = {}
         for slot in slots:
             if isinstance(slot, DenseSlot):

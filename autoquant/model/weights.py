@@ -72,6 +72,10 @@ class WeightStore:
         self._kept_bytes += size
         return self._kept[key]
 
+    def put(self, key: tuple[str, Choice], weight: torch.Tensor, like: torch.Tensor) -> None:
+        """Keep a given weight, whatever the limit, on the device and in the dtype of `like`."""
+        self._kept[key] = weight.to(like)
+
     def _borrow(self, like: torch.Tensor) -> torch.Tensor:
         if self._scratch is None or self._scratch.numel() < like.numel():
             self._scratch = torch.empty(like.numel(), dtype=like.dtype, device=like.device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import autoquant
 from autoquant.budget import Scope
 from autoquant.probe.calibration import Calibration
 from autoquant.scoring.kl import TokenScores
@@ -16,7 +17,7 @@ from autoquant.search.problem import Problem
 from autoquant.search.session import Session
 from autoquant.search.trials import Ledger, Stage, Trial
 
-PACKAGES = ("autoquant", "torch", "transformers", "optuna", "scipy")
+PACKAGES = ("torch", "transformers", "optuna", "scipy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,8 @@ def make_result(
         "uncalibrated": list(calibration.unseen),
         "seed": config.seed,
         "device": str(session.loaded.device),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"autoquant": autoquant.__version__}
+        | {name: version(name) for name in PACKAGES},
         "python": sys.version.split()[0],
         "machine": f"{platform.system()} {platform.machine()}",
     }

@@ -1,0 +1,88 @@
+"""`autoquant export`: an assignment as a checkpoint that engines load."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from autoquant.cli.options import (
+    GroupedCommand,
+    config_option,
+    device_options,
+    format_option,
+    model_argument,
+    option,
+    token_options,
+)
+from autoquant.cli.output import print_fields, print_json
+
+
+@click.command(
+    "export",
+    cls=GroupedCommand,
+    examples=[
+        (
+            "autoquant export --assignment runs/demo/assignment.yaml --out demo-nvfp4",
+            "The bundled model under an assignment:",
+        )
+    ],
+)
+@model_argument(required=False)
+@option(
+    "--assignment",
+    heading="Model",
+    setting=False,
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Assignment to export, YAML or JSON.",
+)
+@option("--seed", heading="Data", type=int, default=0, help="Which tokens come first.")
+@token_options()
+@device_options()
+@option(
+    "--out",
+    heading="Output",
+    setting=False,
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="New folder for the checkpoint.",
+)
+@format_option
+@config_option
+def command(**settings: Any) -> None:
+    """Calibrate input scales, quantize, and write a checkpoint in the ModelOpt layout."""
+    from autoquant.assignment import Assignment
+    from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
+    from autoquant.cli.terminal import Terminal
+    from autoquant.data.tokens import TokenPlan
+    from autoquant.search.single import export_assignment
+
+    with Terminal() as terminal:
+        result = export_assignment(
+            open_source(settings["model"] or REFERENCE_MODEL),
+            Assignment.read(settings["assignment"]),
+            settings["out"],
+            calibration=settings["calibration"],
+            tokens=TokenPlan(
+                calibration=settings["calibration_tokens"],
+                search=settings["search_tokens"],
+                report=settings["report_tokens"],
+                sequence_length=settings["sequence_length"],
+                batch_tokens=settings["batch_tokens"],
+                seed=settings["seed"],
+            ),
+            device=settings["device"],
+            trust_remote_code=settings["trust_remote_code"],
+            observer=terminal,
+        )
+    fields = {
+        "checkpoint": str(result.path),
+        "bpe": result.bpe,
+        "checkpoint_bytes": result.checkpoint_bytes,
+    }
+    if settings["format"] == "json":
+        print_json(fields)
+    else:
+        print_fields(fields | {"next": f"autoquant verify {settings['out']}"})

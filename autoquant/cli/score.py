@@ -1,0 +1,127 @@
+"""`autoquant score`: the KL of an assignment or of an exported checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from autoquant.cli.options import (
+    GroupedCommand,
+    config_option,
+    device_options,
+    format_option,
+    model_argument,
+    option,
+    token_options,
+)
+from autoquant.cli.output import print_fields, print_json
+
+
+@click.command(
+    "score",
+    cls=GroupedCommand,
+    examples=[
+        (
+            "autoquant score --checkpoint runs/demo/checkpoint",
+            "An exported checkpoint against the bundled model:",
+        ),
+        (
+            "autoquant score ./my-model --assignment runs/mine/assignment.yaml --split search",
+            "An assignment, on the tokens that the search measured:",
+        ),
+    ],
+)
+@model_argument(required=False)
+@option(
+    "--assignment",
+    heading="Model",
+    setting=False,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Assignment to measure, YAML or JSON.",
+)
+@option(
+    "--checkpoint",
+    heading="Model",
+    setting=False,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Exported checkpoint to measure against MODEL.",
+)
+@option(
+    "--activation-mode",
+    heading="Search",
+    type=click.Choice(["w4a4", "w4a16"]),
+    default="w4a4",
+    help="Whether NVFP4 layers see NVFP4 inputs (Blackwell) or BF16 inputs (Hopper).",
+)
+@option("--seed", heading="Data", type=int, default=0, help="Which tokens come first.")
+@option(
+    "--split",
+    heading="Data",
+    type=click.Choice(["search", "report"]),
+    default="report",
+    help="Tokens to measure on.",
+)
+@token_options()
+@device_options()
+@format_option
+@config_option
+def command(**settings: Any) -> None:
+    """Measure KL, agreement and perplexity against the BF16 model.
+
+    With the options of a search, on exactly its tokens.
+    """
+    from autoquant.assignment import Assignment
+    from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
+    from autoquant.cli.terminal import Terminal
+    from autoquant.data.tokens import TokenPlan
+    from autoquant.model.inputs import ActivationMode
+    from autoquant.search.single import score
+
+    file, checkpoint = settings["assignment"], settings["checkpoint"]
+    if (file is None) == (checkpoint is None):
+        raise click.UsageError("give either --assignment FILE or --checkpoint DIR.")
+    with Terminal() as terminal:
+        result = score(
+            open_source(settings["model"] or REFERENCE_MODEL),
+            assignment=Assignment.read(file) if file is not None else None,
+            checkpoint=checkpoint,
+            split=settings["split"],
+            calibration=settings["calibration"],
+            tokens=TokenPlan(
+                calibration=settings["calibration_tokens"],
+                search=settings["search_tokens"],
+                report=settings["report_tokens"],
+                sequence_length=settings["sequence_length"],
+                batch_tokens=settings["batch_tokens"],
+                seed=settings["seed"],
+            ),
+            mode=ActivationMode(settings["activation_mode"]),
+            device=settings["device"],
+            trust_remote_code=settings["trust_remote_code"],
+            observer=terminal,
+        )
+    if settings["format"] == "json":
+        print_json(result)
+    else:
+        _print(result)
+
+
+def _print(result: dict[str, Any]) -> None:
+    kl = result["kl"]
+    print_fields(
+        {
+            "BPE": f"{result['bpe']:.4f} of the checkpoint",
+            "groups": ", ".join(f"{n} {name}" for name, n in result["counts"].items() if n),
+            "KL": f"{kl['mean']:.6f} +- {kl['stderr']:.6f} nats per token "
+            f"({result['activation_mode']})",
+            "median": f"{kl['median']:.6f}",
+            "p99, p99.9, max": f"{kl['p99']:.4f}, {kl['p999']:.4f}, {kl['max']:.4f}",
+            "top-1": f"{result['top1_agreement']:.2%} agree",
+            "perplexity": f"{result['perplexity']['bf16']:.3f} in BF16, "
+            f"{result['perplexity']['quantized']:.3f} quantized",
+            "tokens": f"{result['split']['tokens']:,} ({result['split']['name']} split, "
+            f"digest {result['split']['digest']})",
+        }
+    )

@@ -1,0 +1,167 @@
+"""One assignment without a search: its KL, its checkpoint, or the KL of that checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+from autoquant.assignment import Assignment
+from autoquant.budget import Accounting, Scope
+from autoquant.checkpoint.export import ExportResult, export
+from autoquant.checkpoint.quantized import QuantizedCheckpoint, open_quantized
+from autoquant.checkpoint.source import Source
+from autoquant.data.tokens import TokenPlan
+from autoquant.errors import ConfigError
+from autoquant.formats import BF16
+from autoquant.grouping import Groups, find_groups
+from autoquant.groups import LayerGroup
+from autoquant.model.exported import install
+from autoquant.model.inputs import ActivationMode
+from autoquant.probe.calibration import Calibration, calibrate
+from autoquant.search.observer import Observer
+from autoquant.search.session import Session, open_session
+
+
+def score(
+    source: Source,
+    *,
+    assignment: Assignment | None,
+    checkpoint: Path | None,
+    split: str,
+    calibration: str,
+    tokens: TokenPlan,
+    mode: ActivationMode,
+    device: str | None,
+    trust_remote_code: bool,
+    observer: Observer,
+) -> dict[str, Any]:
+    """Measure an assignment of `source`, or a checkpoint exported from it.
+
+    Exactly one of `assignment` and `checkpoint` is given. A checkpoint is measured with its own
+    dequantized weights and its own input scales; an assignment is calibrated first.
+
+    Returns:
+        KL statistics in nats per token, agreement, perplexities, BPE and tokens.
+
+    Raises:
+        SourceError: model, text or checkpoint missing, damaged or not matching.
+        ConfigError: the assignment names a group or format that the model does not allow.
+    """
+    exported = open_quantized(checkpoint) if checkpoint is not None else None
+    groups = find_groups(source) if assignment is None else _groups_of(source, assignment)
+    session = open_session(
+        source,
+        [g for g in groups if _is_quantized(g, assignment, exported)],
+        calibration=calibration,
+        tokens=tokens,
+        mode=mode,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        observer=observer,
+    )
+    if exported is not None:
+        assignment = install(exported, session.quantized)
+    else:
+        _calibrate(session, observer)
+    assert assignment is not None
+    return _measure(session, groups, source, assignment, split, observer) | {
+        "model": source.model,
+        "checkpoint": str(checkpoint) if checkpoint is not None else None,
+        "activation_mode": str(mode),
+    }
+
+
+def export_assignment(
+    source: Source,
+    assignment: Assignment,
+    target: Path,
+    *,
+    calibration: str,
+    tokens: TokenPlan,
+    device: str | None,
+    trust_remote_code: bool,
+    observer: Observer,
+) -> ExportResult:
+    """Calibrate the input scales of `source` and write it under `assignment` to `target`.
+
+    Raises:
+        SourceError: model or text missing, damaged or not understood.
+        ConfigError: the assignment names a group or format that the model does not allow.
+        RunConflict: `target` holds something.
+    """
+    groups = _groups_of(source, assignment)
+    session = open_session(
+        source,
+        [g for g in groups if _is_quantized(g, assignment, None)],
+        calibration=calibration,
+        tokens=tokens,
+        mode=ActivationMode.W4A4,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        observer=observer,
+    )
+    amax = _calibrate(session, observer).input_amax
+    observer.stage("export", 1)
+    result = export(source, groups, assignment, amax, target)
+    observer.step()
+    return result
+
+
+def _groups_of(source: Source, assignment: Assignment) -> Groups:
+    """The groups that `assignment` speaks of, shared experts with the routed ones or apart.
+
+    Raises:
+        ConfigError: it names a group or a format that the model does not allow.
+    """
+    groups = find_groups(source)
+    apart = find_groups(source, shared_experts="separate")
+    names = {name for name, _ in assignment}
+    if names - groups.by_name.keys() and names <= apart.by_name.keys():
+        groups = apart
+    for name, choice in assignment:
+        reason = groups[name].why_illegal(choice.format)
+        if reason is not None:
+            raise ConfigError(
+                f"the assignment puts {name} into {choice}: {reason}.", fix="choose fp8 or bf16."
+            )
+    return groups
+
+
+def _is_quantized(
+    group: LayerGroup, assignment: Assignment | None, exported: QuantizedCheckpoint | None
+) -> bool:
+    if exported is not None:
+        return any(linear.name in exported.formats for linear in group.linears)
+    return assignment is not None and assignment[group.name] != BF16
+
+
+def _calibrate(session: Session, observer: Observer) -> Calibration:
+    split = session.splits["calibration"]
+    observer.stage("calibrate", len(split.batches))
+    calibration = calibrate(session.scorer, split, observer.step)
+    session.quantized.set_input_scales(calibration.scales())
+    return calibration
+
+
+def _measure(
+    session: Session,
+    groups: Groups,
+    source: Source,
+    assignment: Assignment,
+    name: str,
+    observer: Observer,
+) -> dict[str, Any]:
+    split = session.splits[name]
+    observer.stage("score", 1)
+    scores = session.scorer.score(assignment, split)
+    observer.step()
+    complete = {group.name: assignment[group.name] for group in groups}
+    accounting = Accounting(
+        headers=source.headers, groups=groups, choices={n: (c, BF16) for n, c in complete.items()}
+    )
+    return {
+        "kl": scores.summary(),
+        "top1_agreement": scores.top1_agreement(),
+        "perplexity": scores.perplexity(),
+        "bpe": accounting.bpe(Assignment.of(complete), Scope.CHECKPOINT),
+        "counts": Assignment.of(complete).counts(),
+        "split": {"name": name, "tokens": split.tokens, "digest": split.digest},
+    }
