@@ -6,7 +6,7 @@ endian), N bytes hold a JSON object, and the tensors follow without gaps.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -81,10 +81,19 @@ class Headers:
         Raises:
             SourceError: a damaged file, or one tensor in two files.
         """
+        return cls.of((file, *read_file_header(file)) for file in files)
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[Path, Iterable[TensorHeader], Mapping[str, str]]]) -> Self:
+        """Join the tensors and the metadata of several files.
+
+        Raises:
+            SourceError: one tensor in two files.
+        """
         tensors: dict[str, TensorHeader] = {}
         metadata: dict[Path, Mapping[str, str]] = {}
-        for file in files:
-            entries, metadata[file] = read_file_header(file)
+        for file, entries, text in parts:
+            metadata[file] = text
             for entry in entries:
                 if entry.name in tensors:
                     raise SourceError(
@@ -151,7 +160,7 @@ def read_file_header(file: Path) -> tuple[list[TensorHeader], dict[str, str]]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(file, f"has a {_METADATA} that is not a mapping of text to text")
     base = _LENGTH_BYTES + length
-    entries = [_entry(file, name, value, base) for name, value in header.items()]
+    entries = [tensor_header(file, name, value, base) for name, value in header.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     _require_no_gaps(file, entries, base, size)
     return entries, metadata
@@ -175,7 +184,12 @@ def _parse(file: Path, text: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(file: Path, name: str, value: Any, base: int) -> TensorHeader:
+def tensor_header(file: Path, name: str, value: Any, base: int) -> TensorHeader:
+    """One entry of a header's JSON, whose offsets count from byte `base` of the file.
+
+    Raises:
+        SourceError: something is missing, or the numbers do not fit each other.
+    """
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     except (KeyError, TypeError, ValueError):

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from autoquant.checkpoint import hub
 from autoquant.checkpoint.headers import Headers
 from autoquant.checkpoint.json_file import read_json_object
-from autoquant.checkpoint.shards import inside, read_checkpoint_headers
+from autoquant.checkpoint.shards import INDEX_FILE, inside, read_checkpoint_headers
 from autoquant.errors import SourceError
 
 CONFIG_FILE = "config.json"
@@ -20,7 +21,6 @@ REFERENCE_MODEL = Path(__file__).parents[1] / "reference_model"
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 """Dtypes of the weights that can be quantized."""
 
-_OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
 _CACHE_ENTRY = "models--"
 _SAMPLES_PER_FILE = 16
 _SAMPLE_BYTES = 4096
@@ -71,54 +71,54 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, dict) else config
 
 
-def open_source(model: str | Path, *, revision: str | None = None) -> Source:
+def open_source(model: str | Path, *, revision: str | None = None, weights: bool = True) -> Source:
     """Open a folder, or fetch a hub id into the Hugging Face cache and open it.
 
     Args:
         model: a folder, or an id such as `Qwen/Qwen3-8B`. `HF_HOME`, `HF_HUB_OFFLINE` and
             `HF_TOKEN` work as they do elsewhere.
         revision: branch, tag or commit on the hub.
+        weights: False leaves the weights of a hub id on the hub and reads their headers over the
+            network; the digest of such a source cannot be told.
 
     Raises:
         SourceError: not found, incomplete, damaged, or already quantized.
     """
     path = Path(model)
-    if not path.is_dir():
-        path = _download(model, revision)
-    if not (path / CONFIG_FILE).exists():
-        raise SourceError(
-            f"{path} holds no {CONFIG_FILE}.", fix="pass a model folder as save_pretrained writes."
-        )
+    if path.is_dir():
+        headers = _headers(path)
+    else:
+        path, headers = _open_hub(model, revision, weights)
     config = read_json_object(inside(path, CONFIG_FILE))
-    headers = read_checkpoint_headers(path)
     _require_unquantized(path, config, headers)
     return Source(
         model=str(model), path=path, config=config, headers=headers, revision=_revision(path)
     )
 
 
-def _download(model: str | Path, revision: str | None) -> Path:
+def _open_hub(model: str | Path, revision: str | None, weights: bool) -> tuple[Path, Headers]:
+    """The snapshot of a hub id, and its headers."""
     path = Path(model)
     if path.exists():
         raise SourceError(f"{model} is a file.", fix="pass the folder that holds it.")
     if isinstance(model, Path) or path.is_absolute() or model.startswith((".", "~")):
         raise SourceError(f"the folder {model} does not exist.", fix="check the path.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
+    if weights:
+        snapshot = hub.fetch(model, revision)
+        return snapshot, _headers(snapshot)
+    snapshot = hub.fetch(model, revision, only=[CONFIG_FILE, INDEX_FILE])
     try:
-        return Path(snapshot_download(model, revision=revision, ignore_patterns=_OTHER_WEIGHTS))
-    except HFValidationError:
+        return snapshot, _headers(snapshot)
+    except SourceError:
+        return snapshot, hub.fetch_headers(model, snapshot)
+
+
+def _headers(path: Path) -> Headers:
+    if not (path / CONFIG_FILE).exists():
         raise SourceError(
-            f"{model!r} is neither a folder nor a hub id.", fix="check the path."
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SourceError(
-            f"{model!r} is not a folder here, and the hub gave no model of that name: {reason}",
-            fix="check the name and the connection; HF_TOKEN opens gated models, and with "
-            "HF_HUB_OFFLINE the model has to be in the cache.",
-        ) from error
+            f"{path} holds no {CONFIG_FILE}.", fix="pass a model folder as save_pretrained writes."
+        )
+    return read_checkpoint_headers(path)
 
 
 def _require_unquantized(path: Path, config: Mapping[str, Any], headers: Headers) -> None:

@@ -53,7 +53,7 @@ def command(
 
     search_space = load_space(space)
     budget = Budget(budget_bpe, Scope(budget_scope)) if budget_bpe is not None else None
-    plan = make_plan(open_source(model or REFERENCE_MODEL), search_space)
+    plan = make_plan(open_source(model or REFERENCE_MODEL, weights=False), search_space)
     for warning in plan.options.warnings:
         warn(warning)
     if budget is not None:

@@ -209,3 +209,62 @@ def test_block_scaled_fp8_source(folder):
     tensors["model.layers.0.self_attn.q_proj.weight_scale_inv"] = torch.ones(1, 1)
     save_file(tensors, folder / "model.safetensors")
     fails(folder, "block-scaled FP8 weights, which are not read yet")
+
+
+@pytest.fixture
+def on_the_hub(sharded, tmp_path, monkeypatch):
+    """`some-org/tiny` on a hub that hands out small files and headers, and no weight."""
+    from huggingface_hub.utils import (
+        SafetensorsFileMetadata,
+        SafetensorsRepoMetadata,
+        TensorInfo,
+    )
+
+    from autoquant.checkpoint.headers import read_file_header
+
+    snapshot = tmp_path / "hub" / "models--some-org--tiny" / "snapshots" / "0123abc"
+
+    def snapshot_download(model, *, allow_patterns, **_):
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for name in allow_patterns:
+            shutil.copy(sharded / name, snapshot / name)
+        return str(snapshot)
+
+    def get_safetensors_metadata(self, model, *, revision):
+        assert revision == "0123abc"
+        files = {}
+        for file in sorted(sharded.glob("*.safetensors")):
+            entries, metadata = read_file_header(file)
+            base = min(entry.begin for entry in entries)
+            infos = {
+                e.name: TensorInfo(e.dtype, list(e.shape), (e.begin - base, e.end - base))
+                for e in entries
+            }
+            files[file.name] = SafetensorsFileMetadata(metadata=metadata, tensors=infos)
+        return SafetensorsRepoMetadata(
+            metadata={}, sharded=True, weight_map={}, files_metadata=files
+        )
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.HfApi.get_safetensors_metadata", get_safetensors_metadata)
+    return snapshot
+
+
+def test_headers_of_a_hub_model_are_read_without_its_weights(on_the_hub, sharded):
+    remote, local = open_source("some-org/tiny", weights=False), open_source(sharded)
+    assert not list(on_the_hub.glob("*.safetensors"))
+    assert {t.name: (t.dtype, t.shape, t.bytes) for t in remote.headers} == {
+        t.name: (t.dtype, t.shape, t.bytes) for t in local.headers
+    }
+    assert (remote.revision, remote.hub_id) == ("0123abc", "some-org/tiny")
+
+
+def test_hub_model_without_safetensors(on_the_hub, monkeypatch):
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    def refuse(self, model, *, revision):
+        raise NotASafetensorsRepoError("no model.safetensors")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.get_safetensors_metadata", refuse)
+    with pytest.raises(SourceError, match="has no safetensors weights"):
+        open_source("some-org/tiny", weights=False)
