@@ -7,8 +7,7 @@ from typing import Any
 
 from autoquant.data.tokens import Split
 from autoquant.formats import BF16, Choice
-from autoquant.groups import LayerGroup
-from autoquant.scoring.kl import TokenScores
+from autoquant.scoring.kl import TokenKl
 from autoquant.scoring.scorer import Scorer
 
 Key = tuple[str, Choice]
@@ -74,7 +73,6 @@ def probe(
     scorer: Scorer,
     split: Split,
     keys: Sequence[Key],
-    groups: Mapping[str, LayerGroup],
     done: Iterable[BatchProbe],
     keep: Callable[[BatchProbe], None],
 ) -> Sensitivity:
@@ -84,7 +82,6 @@ def probe(
         scorer: calibrated.
         split: the search tokens.
         keys: (group, choice) pairs, BF16 excluded.
-        groups: by name, for the block that each one is in.
         done: batch probes of an earlier process.
         keep: called with each new batch probe before the next begins.
     """
@@ -93,8 +90,7 @@ def probe(
         missing = [key for key in keys if (batch, *key) not in results]
         if not missing:
             continue
-        starts = [(g, c, _block(groups[g], scorer.blocks)) for g, c in missing]
-        scores = scorer.probe_batch(split, batch, starts)
+        scores = scorer.probe_batch(split, batch, missing)
         for (group, choice), score in zip(missing, scores, strict=True):
             result = _batch_probe(batch, group, choice, score)
             keep(result)
@@ -102,12 +98,7 @@ def probe(
     return _summarize(keys, results.values())
 
 
-def _block(group: LayerGroup, blocks: int) -> int:
-    """First block that has to run: the group's own, or none for what lies behind all blocks."""
-    return group.layer if group.layer is not None else blocks
-
-
-def _batch_probe(batch: int, group: str, choice: Choice, score: TokenScores) -> BatchProbe:
+def _batch_probe(batch: int, group: str, choice: Choice, score: TokenKl) -> BatchProbe:
     return BatchProbe(
         batch=batch,
         group=group,

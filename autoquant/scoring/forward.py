@@ -5,13 +5,25 @@ Shapes: B sequences, L tokens, H hidden, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-Boundaries = list[torch.Tensor]
-"""Input of each block in BF16, [B, L, H] each."""
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One forward's states between blocks, from which others may go on."""
+
+    boundaries: tuple[torch.Tensor, ...]
+    """Input of each block, [B, L, H]."""
+    hidden: torch.Tensor
+    """Final hidden states as the head reads them, [B, L, H]."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.boundaries, self.hidden))
 
 
 class Trunk:
@@ -25,38 +37,51 @@ class Trunk:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.blocks = _decoder_blocks(model)
-        self.head: nn.Linear = model.get_output_embeddings()
+        self.head: Any = model.get_output_embeddings()
         self._start = 0
-        self._boundaries: Boundaries = []
-        self._recording = False
+        self._boundaries: list[torch.Tensor] = []
         self._returns_tuple = [False] * len(self.blocks)
         for index, block in enumerate(self.blocks):
             block.forward = self._wrapped(index, block.forward)
 
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [B, L, H] of tokens [B, L], as the head reads them."""
+        return self.trace(tokens).hidden
+
     @torch.inference_mode()
-    def hidden(self, tokens: torch.Tensor, *, start: int = 0) -> torch.Tensor:
-        """Final hidden states [B, L, H] of tokens [B, L], as the head reads them.
+    def trace(self, tokens: torch.Tensor, *, start: int = 0, after: Trace | None = None) -> Trace:
+        """Run the blocks from `start` on; the earlier ones are taken from `after`.
 
         Args:
-            tokens: int64, on the model's device.
-            start: first block to run; earlier ones reuse the boundaries recorded by `record`.
+            tokens: int64 [B, L], on the model's device.
+            start: first block to run; with the number of blocks none runs.
+            after: a forward of the same tokens that agrees with this one before `start`.
         """
-        self._start = start
+        if after is not None and start >= len(self.blocks) > 0:
+            return after
+        self._start = start if after is not None else 0
+        self._boundaries = [*after.boundaries[: self._start + 1]] if after is not None else []
         with self._without_head() as seen:
             self.model(input_ids=tokens, use_cache=False)
-        return seen[0]
+        boundaries, self._boundaries = tuple(self._boundaries), []
+        return Trace(boundaries, seen[0])
 
-    def record(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Boundaries]:
-        """Final hidden states and the input of every block."""
-        self._boundaries, self._recording = [], True
+    @contextmanager
+    def other_attention(self) -> Iterator[bool]:
+        """Compute attention by transformers' eager code inside; False where it cannot be changed.
+
+        Other kernels sum in another order, which is the only difference between two BF16 runs.
+        """
+        before = self.model.config._attn_implementation
         try:
-            return self.hidden(tokens), self._boundaries
+            self.model.set_attn_implementation("eager")
+        except (ValueError, ImportError):
+            yield False
+            return
+        try:
+            yield before != "eager"
         finally:
-            self._recording = False
-
-    def reuse(self, boundaries: Boundaries) -> None:
-        """Let the following forwards start from these states."""
-        self._boundaries = boundaries
+            self.model.set_attn_implementation(before)
 
     @contextmanager
     def _without_head(self) -> Iterator[list[torch.Tensor]]:
@@ -68,19 +93,19 @@ class Trunk:
             return hidden
 
         forward = self.head.forward
-        self.head.forward = catch  # type: ignore[method-assign]
+        self.head.forward = catch
         try:
             yield seen
         finally:
-            self.head.forward = forward  # type: ignore[method-assign]
+            self.head.forward = forward
 
     def _wrapped(self, index: int, forward: Any) -> Any:
         def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if index < self._start:
                 return (hidden_states,) if self._returns_tuple[index] else hidden_states
-            if index == self._start and index > 0:
+            if index < len(self._boundaries):
                 hidden_states = self._boundaries[index]
-            if self._recording:
+            else:
                 self._boundaries.append(hidden_states)
             result = forward(hidden_states, *args, **kwargs)
             self._returns_tuple[index] = isinstance(result, tuple)

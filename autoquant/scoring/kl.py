@@ -3,35 +3,43 @@
 Shapes: T tokens, V vocabulary.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenScores:
-    """What one candidate did to every token of a split, in the split's order."""
+@dataclass(frozen=True, kw_only=True)
+class TokenKl:
+    """KL of every token of a split or a batch, in order."""
 
-    kl: Array
+    kl: Floats
     """KL(BF16 || quantized), nats, [T]."""
-    agrees: np.ndarray[Any, np.dtype[np.bool_]]
-    """Whether the most likely token is the same, [T]."""
-    nll_reference: Array
-    """Negative log-likelihood of the actual next token under BF16, nats; NaN at sequence ends."""
-    nll: Array
-    """The same under the candidate."""
     sequence: np.ndarray[Any, np.dtype[np.int64]]
     """Index of the sequence that each token belongs to, [T]."""
 
-    def by_sequence(self) -> Array:
-        """Mean KL of each sequence, nats per token: the independent unit of every interval."""
-        return np.bincount(self.sequence, self.kl) / np.bincount(self.sequence)
+    @classmethod
+    def joined(cls, batches: Iterable[Self]) -> Self:
+        """Consecutive batches as one, sequences renumbered."""
+        parts = list(batches)
+        offsets = np.cumsum([0] + [int(part.sequence[-1]) + 1 for part in parts[:-1]])
+        columns = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in parts[0].__dict__
+            if name != "sequence"
+        }
+        sequence = [part.sequence + offset for part, offset in zip(parts, offsets, strict=True)]
+        return cls(**columns, sequence=np.concatenate(sequence))
 
-    def tokens_by_sequence(self) -> Array:
+    def by_sequence(self) -> Floats:
+        """Mean KL of each sequence, nats per token: the independent unit of every interval."""
+        return np.asarray(np.bincount(self.sequence, self.kl) / self.tokens_by_sequence())
+
+    def tokens_by_sequence(self) -> Floats:
         return np.bincount(self.sequence).astype(np.float64)
 
     @property
@@ -60,6 +68,18 @@ class TokenScores:
             "max": float(self.kl.max()),
         }
 
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScores(TokenKl):
+    """KL with what else is reported of a finalist."""
+
+    agrees: np.ndarray[Any, np.dtype[np.bool_]]
+    """Whether the most likely token is the same, [T]."""
+    nll_reference: Floats
+    """Negative log-likelihood of the actual next token under BF16, nats; NaN at sequence ends."""
+    nll: Floats
+    """The same under the candidate."""
+
     def top1_agreement(self) -> float:
         return float(self.agrees.mean())
 
@@ -71,29 +91,24 @@ class TokenScores:
         }
 
 
-def compare_tile(
+def likelihoods(
     reference: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Scores of one tile of tokens.
+    """The columns of `TokenScores` beyond the KL.
 
     Args:
         reference: BF16 model's logits, float32 [T, V].
         logits: candidate's logits, float32 [T, V].
         labels: next token of each position, int64 [T], -1 where there is none.
     """
-    log_p = torch.log_softmax(reference, dim=-1)
-    log_q = torch.log_softmax(logits, dim=-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1, dtype=torch.float64)
-    index = labels.clamp_min(0)[:, None]
-    missing = labels < 0
     return {
-        # Rounding can leave a sum of -1e-9 where the distributions are equal.
-        "kl": divergence.clamp_min(0.0),
         "agrees": reference.argmax(dim=-1) == logits.argmax(dim=-1),
-        "nll_reference": _nll(log_p, index, missing),
-        "nll": _nll(log_q, index, missing),
+        "nll_reference": _nll(reference, labels),
+        "nll": _nll(logits, labels),
     }
 
 
-def _nll(log_p: torch.Tensor, index: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
-    return -log_p.gather(1, index)[:, 0].double().masked_fill(missing, float("nan"))
+def _nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    chosen = logits.gather(1, labels.clamp_min(0)[:, None])[:, 0]
+    nll = torch.logsumexp(logits, dim=-1) - chosen
+    return nll.double().masked_fill(labels < 0, float("nan"))

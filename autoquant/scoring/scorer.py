@@ -1,15 +1,19 @@
-"""Scores assignments on a split: the pure call `score(assignment) -> TokenScores`.
+"""Scores assignments on a split: the pure calls `score` and `score_fully`.
 
 The BF16 model's final hidden states are kept instead of its logits (H numbers a token where the
 vocabulary needs V), and logits of both models are formed in float32 from the BF16 operands, a
 tile of tokens at a time, so that the head's output rounding is not charged to any candidate.
 
+A candidate runs from the first block in which it differs from the one before it. Reused states are
+those that the forward would compute again, so the KL is the same to the bit.
+
 Shapes: B sequences, L tokens, H hidden, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
+import autoquant_kernels as kernels
 import numpy as np
 import torch
 
@@ -18,18 +22,25 @@ from autoquant.data.tokens import Split
 from autoquant.errors import SourceError
 from autoquant.formats import Choice
 from autoquant.model.quantized import QuantizedModel
-from autoquant.scoring.forward import Boundaries, Trunk
-from autoquant.scoring.kl import TokenScores, compare_tile
+from autoquant.scoring.forward import Trace, Trunk
+from autoquant.scoring.kl import TokenKl, TokenScores, likelihoods
 
-TILE_BYTES = 1 << 28
+TILE_BYTES = 1 << 26
 """Size of one float32 logit tile; a tile of each model is alive at a time."""
 
+_BF16 = Assignment.of({})
 
-@dataclass(frozen=True, slots=True)
-class _Reference:
+
+@dataclass(slots=True)
+class _Batch:
+    """One batch of a split, with what is kept of it between candidates."""
+
     tokens: torch.Tensor
-    hidden: torch.Tensor
-    """[B, L, H] of the BF16 model."""
+    reference: torch.Tensor
+    """Final hidden states of the BF16 model, [B, L, H]."""
+    logits: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Reference logit tiles by first token, as far as memory allows."""
+    previous: tuple[Assignment, Trace] | None = None
 
 
 class Scorer:
@@ -38,71 +49,75 @@ class Scorer:
     Args:
         quantized: the live model.
         device: where tokens go.
-
-    Raises:
-        SourceError: the model transforms its logits after the head in a way that is not a plain
-            linear map, so hidden states do not determine them.
+        cache_bytes: memory for block states and reference logits between candidates.
     """
 
-    def __init__(self, quantized: QuantizedModel, device: torch.device) -> None:
+    def __init__(
+        self, quantized: QuantizedModel, device: torch.device, *, cache_bytes: int = 2**29
+    ) -> None:
         self.quantized = quantized
         self.device = device
         self.trunk = Trunk(quantized.model)
-        self._references: dict[tuple[str, int], _Reference] = {}
+        self._batches: dict[tuple[str, int], _Batch] = {}
+        self._block = {g.name: self.block_of(g.layer) for g in quantized.groups}
+        self._cache_left = cache_bytes
 
     @property
     def blocks(self) -> int:
         return len(self.trunk.blocks)
 
-    def score(self, assignment: Assignment, split: Split) -> TokenScores:
-        """Measure a whole assignment on every token of the split."""
-        return gather(self.score_batch(assignment, split, i) for i in range(len(split.batches)))
+    def block_of(self, layer: int | None) -> int:
+        """First block to run when a group of this layer changes; behind all blocks for a head."""
+        return layer if layer is not None else self.blocks
 
-    def score_batch(self, assignment: Assignment, split: Split, index: int) -> TokenScores:
-        """Measure a whole assignment on one batch of the split."""
-        reference = self.reference(split, index)
-        self.quantized.apply(assignment)
-        try:
-            hidden = self.trunk.hidden(reference.tokens)
-            return self._compare(reference, hidden)
-        finally:
-            self._to_bf16()
+    def score(self, assignment: Assignment, split: Split) -> TokenKl:
+        """KL of a whole assignment on every token of the split."""
+        return TokenKl.joined(
+            self.score_batch(assignment, split, index) for index in range(len(split.batches))
+        )
+
+    def score_batch(self, assignment: Assignment, split: Split, index: int) -> TokenKl:
+        """KL of a whole assignment on one batch of the split."""
+        batch = self._batch(split, index)
+        with self._applied(assignment):
+            return self._compare(batch, self._trace(assignment, batch).hidden)
+
+    def score_fully(self, assignment: Assignment, split: Split) -> TokenScores:
+        """The same KL as `score`, with agreement and likelihoods."""
+        return TokenScores.joined(
+            self._score_batch_fully(assignment, split, index) for index in range(len(split.batches))
+        )
 
     def probe_batch(
-        self, split: Split, index: int, probes: Iterable[tuple[str, Choice, int]]
-    ) -> Iterator[TokenScores]:
-        """Measure single groups on one batch, each alone in its format, the rest in BF16.
+        self, split: Split, index: int, probes: Iterable[tuple[str, Choice]]
+    ) -> Iterator[TokenKl]:
+        """Measure groups on one batch, each alone in its choice, the rest in BF16."""
+        batch = self._batch(split, index)
+        trace = self.trunk.trace(batch.tokens)
+        for group, choice in probes:
+            with self._applied(Assignment.of({group: choice})):
+                start = self._block[group]
+                probed = self.trunk.trace(batch.tokens, start=start, after=trace)
+                yield self._compare(batch, probed.hidden)
 
-        Args:
-            split: the tokens.
-            index: batch of the split.
-            probes: (group, choice, block that the group is in); blocks before it are not run.
+    def noise_batch(self, split: Split, index: int) -> TokenKl:
+        """KL between two BF16 runs of one batch.
+
+        The second computes attention with other kernels, or, where the architecture has only one,
+        a sequence at a time.
         """
-        tokens = split.batches[index].to(self.device)
-        hidden, boundaries = self.trunk.record(tokens)
-        reference = _Reference(tokens, hidden)
-        for group, choice, block in probes:
-            yield self._probe(reference, boundaries, {group: choice}, block)
-
-    def noise_batch(self, split: Split, index: int) -> TokenScores:
-        """KL between two BF16 runs of one batch that differ only in how it is cut."""
-        reference = self.reference(split, index)
-        parts = [self.trunk.hidden(row) for row in reference.tokens.split(1)]
-        return self._compare(reference, torch.cat(parts))
-
-    def reference(self, split: Split, index: int) -> _Reference:
-        """The BF16 model's hidden states on a batch, computed once."""
-        key = (split.digest, index)
-        if key not in self._references:
-            self._to_bf16()
-            tokens = split.batches[index].to(self.device)
-            self._references[key] = _Reference(tokens, self.trunk.hidden(tokens))
-        return self._references[key]
+        batch = self._batch(split, index)
+        with self.trunk.other_attention() as is_other:
+            parts = (batch.tokens,) if is_other else batch.tokens.split(1)
+            return self._compare(batch, torch.cat([self.trunk.hidden(part) for part in parts]))
 
     def forget(self, split: Split) -> None:
-        """Give back the memory of a split's reference states."""
+        """Give back what is kept of a split."""
         for index in range(len(split.batches)):
-            self._references.pop((split.digest, index), None)
+            batch = self._batches.pop((split.digest, index), None)
+            if batch is not None:
+                self._cache_left += sum(map(_bytes, batch.logits.values()))
+                self._cache_left += batch.previous[1].bytes if batch.previous else 0
 
     def check_head(self, split: Split) -> None:
         """Verify on one sequence that logits are the head applied to the final hidden states.
@@ -110,9 +125,8 @@ class Scorer:
         Raises:
             SourceError: they are not (a soft cap or a scale after the head).
         """
-        self._to_bf16()
         tokens = split.batches[0][:1].to(self.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._applied(_BF16):
             actual = self.quantized.model(input_ids=tokens, use_cache=False).logits
             expected = self.trunk.head(self.trunk.hidden(tokens))
         if not torch.equal(actual, expected):
@@ -122,47 +136,73 @@ class Scorer:
                 fix="this architecture is not supported yet.",
             )
 
-    def _probe(
-        self,
-        reference: _Reference,
-        boundaries: Boundaries,
-        choices: Mapping[str, Choice],
-        block: int,
-    ) -> TokenScores:
-        self.trunk.reuse(boundaries)
-        self.quantized.choose(choices)
-        try:
-            if block >= self.blocks > 0:
-                return self._compare(reference, reference.hidden)
-            return self._compare(reference, self.trunk.hidden(reference.tokens, start=block))
-        finally:
-            self._to_bf16()
+    def _batch(self, split: Split, index: int) -> _Batch:
+        key = (split.digest, index)
+        if key not in self._batches:
+            tokens = split.batches[index].to(self.device)
+            with self._applied(_BF16):
+                self._batches[key] = _Batch(tokens, self.trunk.hidden(tokens))
+        return self._batches[key]
 
-    def _to_bf16(self) -> None:
-        self.quantized.choose({})
-        self.quantized.forget_inputs()
+    def _applied(self, assignment: Assignment) -> "_Applied":
+        return _Applied(self.quantized, assignment)
+
+    def _trace(self, assignment: Assignment, batch: _Batch) -> Trace:
+        """Run a candidate, from where it differs from the batch's previous one."""
+        if batch.previous is None:
+            trace = self.trunk.trace(batch.tokens)
+            if trace.bytes > self._cache_left:
+                return trace
+            self._cache_left -= trace.bytes
+        else:
+            before, states = batch.previous
+            differing = [b for g, b in self._block.items() if before[g] != assignment[g]]
+            start = min(differing, default=self.blocks)
+            trace = self.trunk.trace(batch.tokens, start=start, after=states)
+        batch.previous = (assignment, trace)
+        return trace
+
+    def _score_batch_fully(self, assignment: Assignment, split: Split, index: int) -> TokenScores:
+        batch = self._batch(split, index)
+        labels = torch.full_like(batch.tokens, -1)
+        labels[:, :-1] = batch.tokens[:, 1:]
+        columns: dict[str, list[torch.Tensor]] = {}
+        with torch.inference_mode(), self._applied(assignment):
+            hidden = self._trace(assignment, batch).hidden
+            for span, reference, logits in self._tiles(batch, hidden):
+                tile = {"kl": kernels.token_kl(reference, logits).double()}
+                tile |= likelihoods(reference, logits, labels.flatten()[span])
+                for name, values in tile.items():
+                    columns.setdefault(name, []).append(values)
+        joined = {name: torch.cat(values).cpu().numpy() for name, values in columns.items()}
+        return TokenScores(sequence=_sequence(batch), **joined)
 
     @torch.inference_mode()
-    def _compare(self, reference: _Reference, hidden: torch.Tensor) -> TokenScores:
+    def _compare(self, batch: _Batch, hidden: torch.Tensor) -> TokenKl:
         """Compare hidden states [B, L, H]; the head is quantized if the current choices say so."""
-        rows, length = reference.tokens.shape
-        labels = torch.full_like(reference.tokens, -1)
-        labels[:, :-1] = reference.tokens[:, 1:]
-        ours, theirs = hidden.flatten(0, 1), reference.hidden.flatten(0, 1)
+        tiles = [
+            kernels.token_kl(reference, logits)
+            for _, reference, logits in self._tiles(batch, hidden)
+        ]
+        kl = torch.cat(tiles).double().cpu().numpy()
+        return TokenKl(kl=kl, sequence=_sequence(batch))
+
+    def _tiles(
+        self, batch: _Batch, hidden: torch.Tensor
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Yield tokens, reference logits and candidate's logits, float32 [T, V], tile by tile."""
         head = self.trunk.head
-        tile = max(1, TILE_BYTES // (4 * head.weight.shape[0]))
-        parts: dict[str, list[torch.Tensor]] = {}
-        for start in range(0, rows * length, tile):
-            span = slice(start, start + tile)
-            scores = compare_tile(
-                self._logits(theirs[span], head.weight),
-                self._logits(*self.quantized.operands(head, ours[span])),
-                labels.flatten()[span],
-            )
-            for name, values in scores.items():
-                parts.setdefault(name, []).append(values)
-        joined = {name: torch.cat(values).cpu().numpy() for name, values in parts.items()}
-        return TokenScores(sequence=np.repeat(np.arange(rows), length), **joined)
+        ours, theirs = hidden.flatten(0, 1), batch.reference.flatten(0, 1)
+        rows = max(1, TILE_BYTES // (4 * head.weight.shape[0]))
+        for start in range(0, len(ours), rows):
+            span = slice(start, start + rows)
+            reference = batch.logits.get(start)
+            if reference is None:
+                reference = self._logits(theirs[span], head.weight)
+                if _bytes(reference) <= self._cache_left:
+                    self._cache_left -= _bytes(reference)
+                    batch.logits[start] = reference
+            yield span, reference, self._logits(*self.quantized.operands(head, ours[span]))
 
     def _logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Float32 logits [T, V] of hidden states [T, H] under a head weight [V, H]."""
@@ -174,16 +214,24 @@ class Scorer:
         return logits if bias is None else logits + bias.float()
 
 
-def gather(batches: Iterable[TokenScores]) -> TokenScores:
-    """Join the scores of consecutive batches, sequences renumbered."""
-    parts = list(batches)
-    offsets = np.cumsum([0] + [int(part.sequence[-1]) + 1 for part in parts[:-1]])
-    return TokenScores(
-        kl=np.concatenate([part.kl for part in parts]),
-        agrees=np.concatenate([part.agrees for part in parts]),
-        nll_reference=np.concatenate([part.nll_reference for part in parts]),
-        nll=np.concatenate([part.nll for part in parts]),
-        sequence=np.concatenate(
-            [part.sequence + offset for part, offset in zip(parts, offsets, strict=True)]
-        ),
-    )
+class _Applied:
+    """Puts an assignment on for the time of a `with` block, BF16 after it."""
+
+    def __init__(self, quantized: QuantizedModel, assignment: Assignment) -> None:
+        self.quantized, self.assignment = quantized, assignment
+
+    def __enter__(self) -> None:
+        self.quantized.apply(self.assignment)
+
+    def __exit__(self, *_: object) -> None:
+        self.quantized.apply(_BF16)
+        self.quantized.forget_inputs()
+
+
+def _sequence(batch: _Batch) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    rows, length = batch.tokens.shape
+    return np.repeat(np.arange(rows), length)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autoquant.scoring.kl import Array, TokenScores
+from autoquant.scoring.kl import Floats, TokenKl
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -27,7 +27,7 @@ class Difference:
 
 
 def paired_difference(
-    one: TokenScores, other: TokenScores, *, seed: int, comparisons: int = 1
+    one: TokenKl, other: TokenKl, *, seed: int, comparisons: int = 1
 ) -> Difference:
     """Bootstrap the difference of two means over sequences, which both have scored.
 
@@ -38,7 +38,7 @@ def paired_difference(
         comparisons: how many such questions are asked; the interval widens accordingly
             (Bonferroni).
     """
-    sums = np.bincount(one.sequence, one.kl - other.kl)
+    sums = np.asarray(np.bincount(one.sequence, one.kl - other.kl), dtype=np.float64)
     sizes = one.tokens_by_sequence()
     means = _resampled_means(sums, sizes, seed)
     tail = (1.0 - CONFIDENCE) / comparisons / 2
@@ -46,7 +46,7 @@ def paired_difference(
     return Difference(mean=float(sums.sum() / sizes.sum()), low=float(low), high=float(high))
 
 
-def choose(scores: Sequence[TokenScores], *, seed: int) -> tuple[int, list[Difference]]:
+def choose(scores: Sequence[TokenKl], *, seed: int) -> tuple[int, list[Difference]]:
     """Pick among finalists; the first is the incumbent (the solver's optimum).
 
     A challenger takes its place only where its paired gain over the incumbent of that moment lies
@@ -66,13 +66,13 @@ def choose(scores: Sequence[TokenScores], *, seed: int) -> tuple[int, list[Diffe
     ]
 
 
-def resolution(scores: TokenScores, other: TokenScores, *, seed: int) -> float:
+def resolution(scores: TokenKl, other: TokenKl, *, seed: int) -> float:
     """Half the width of the pair's interval relative to its mean KL: what these tokens resolve."""
     difference = paired_difference(scores, other, seed=seed)
     return (difference.high - difference.low) / 2 / max(other.mean, 1e-300)
 
 
-def _resampled_means(sums: Array, sizes: Array, seed: int) -> Array:
+def _resampled_means(sums: Floats, sizes: Floats, seed: int) -> Floats:
     generator = np.random.default_rng(seed)
     means = np.empty(RESAMPLES)
     for start in range(0, RESAMPLES, 500):

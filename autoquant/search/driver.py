@@ -133,7 +133,7 @@ class Search:
             self.observer.step()
 
         with self._timed("probe"):
-            sensitivity = probe(session.scorer, split, keys, plan.groups.by_name, done, keep)
+            sensitivity = probe(session.scorer, split, keys, done, keep)
         self.run.write_json(SENSITIVITY, sensitivity.to_dict())
         return sensitivity
 
@@ -176,7 +176,7 @@ class Search:
         with self._timed("confirm"):
             scores: list[TokenScores] = []
             for trial in candidates:
-                scores.append(session.scorer.score(trial.assignment, split))
+                scores.append(session.scorer.score_fully(trial.assignment, split))
                 self.observer.step()
             noise = session.scorer.noise_batch(split, 0)
             within = [i for i, t in enumerate(candidates) if t.fits]

@@ -151,7 +151,7 @@ def _measure(
 ) -> dict[str, Any]:
     split = session.splits[name]
     observer.stage("score", 1)
-    scores = session.scorer.score(assignment, split)
+    scores = session.scorer.score_fully(assignment, split)
     observer.step()
     complete = {group.name: assignment[group.name] for group in groups}
     accounting = Accounting(
