@@ -1,0 +1,347 @@
+"""NVFP4, FP8 and token-KL kernels in Triton, for GPUs from sm_80 on and for Triton's interpreter.
+
+A thread holds whole blocks of 16: every kernel loads the two halves of its blocks as `[BLOCKS, 8]`
+tensors, so that block maxima and sums need no exchange between threads. Division by a block scale
+multiplies by its reciprocal and corrects the quotient with two fused multiply-adds, which is exact
+for a correctly rounded reciprocal (Markstein 1990) as long as nothing over- or underflows; outside
+that range of scales `DIVIDE` asks for the processor's own division. Kernels must be compiled with
+`enable_fp_fusion=False`. Scales become tensors because the interpreter keeps them as float64
+numbers.
+"""
+
+import triton
+import triton.language as tl
+
+NAN = tl.PropagateNan.ALL
+
+
+@triton.jit
+def _round_at(v, smallest: tl.constexpr, shift: tl.constexpr):
+    k: tl.constexpr = (shift << 23) + 0x400000
+    exponent = v.to(tl.int32, bitcast=True) & 0x7F800000
+    magic = tl.maximum(exponent + k, (smallest << 23) + k).to(tl.float32, bitcast=True)
+    return (v + magic) - magic
+
+
+@triton.jit
+def _round_e2m1(v):
+    return _round_at(v, 127, 22)
+
+
+@triton.jit
+def _round_e4m3(t):
+    return _round_at(t, 121, 20)
+
+
+@triton.jit
+def _with_sign_of(v, x):
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    return (v.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _e4m3_code(magnitude):
+    normal = (magnitude.to(tl.int32, bitcast=True) >> 20) - 960
+    subnormal = ((magnitude + 0.015625).to(tl.int32, bitcast=True) >> 20) - 968
+    code = tl.where(magnitude < 0.015625, subnormal, normal)
+    return tl.where(magnitude != magnitude, 0x7F, code)
+
+
+@triton.jit
+def _e4m3_number(code):
+    magnitude = code & 0x7F
+    normal = ((magnitude << 20) + 0x3C000000).to(tl.float32, bitcast=True)
+    subnormal = ((magnitude << 20) + 0x3C800000).to(tl.float32, bitcast=True) - 0.015625
+    number = tl.where(magnitude < 8, subnormal, normal)
+    number = tl.where(magnitude == 0x7F, float("nan"), number)
+    return _with_sign_of(number, (code << 24).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _e2m1_code(magnitude):
+    large = (magnitude.to(tl.int32, bitcast=True) >> 22) - 252
+    small = ((magnitude + 1.0).to(tl.int32, bitcast=True) >> 22) - 254
+    return tl.where(magnitude < 1.0, small, large)
+
+
+@triton.jit
+def _quotient(x, safe, reciprocal, limit, DIVIDE: tl.constexpr):
+    """RN(x / safe), at most 6 in magnitude up to rounding."""
+    x = tl.minimum(tl.maximum(x, -limit), limit)
+    if DIVIDE:
+        return tl.div_rn(x, safe)
+    else:
+        guess = x * reciprocal
+        return tl.fma(tl.fma(-guess, safe, x), reciprocal, guess)
+
+
+@triton.jit
+def _blocks(blocks, BLOCKS: tl.constexpr):
+    """Offsets `[BLOCKS, 1]` of this program's blocks, and which of them exist."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    return block[:, None], (block < blocks)[:, None]
+
+
+@triton.jit
+def _load(x_ptr, block, exists):
+    first = x_ptr + block * 16 + tl.arange(0, 8)[None, :]
+    low = tl.load(first, mask=exists, other=0.0)
+    high = tl.load(first + 8, mask=exists, other=0.0)
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def _store(out_ptr, block, exists, low, high):
+    first = out_ptr + block * 16 + tl.arange(0, 8)[None, :]
+    tl.store(first, low.to(out_ptr.dtype.element_ty), mask=exists)
+    tl.store(first + 8, high.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _halves(v, HALF: tl.constexpr):
+    """Elements i and i + HALF of `[BLOCKS, 2 * HALF]`."""
+    return tl.split(tl.permute(tl.reshape(v, (v.shape[0], 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _larger_half(v, HALF: tl.constexpr):
+    a, b = _halves(v, HALF)
+    return tl.maximum(a, b, propagate_nan=NAN)
+
+
+@triton.jit
+def _half_sum(v, HALF: tl.constexpr):
+    a, b = _halves(v, HALF)
+    return a + b
+
+
+@triton.jit
+def _largest(low, high):
+    pairs = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=NAN)
+    return _larger_half(_larger_half(_larger_half(pairs, 4), 2), 1)
+
+
+@triton.jit
+def _divisor(scale):
+    """A block whose scale underflows to 0 holds zeros whatever it is divided by."""
+    safe = tl.where(scale == 0.0, 1.0, scale)
+    return safe, tl.div_rn(1.0, safe), safe * 6.0
+
+
+@triton.jit
+def _squared_error(low, high, scale, DIVIDE: tl.constexpr):
+    """Squares added in the reference's order: i and i + 8 first, then 4, 2 and 1 apart."""
+    safe, reciprocal, limit = _divisor(scale)
+    low_d = _round_e2m1(_quotient(low, safe, reciprocal, limit, DIVIDE)) * scale - low
+    high_d = _round_e2m1(_quotient(high, safe, reciprocal, limit, DIVIDE)) * scale - high
+    return _half_sum(_half_sum(_half_sum(low_d * low_d + high_d * high_d, 4), 2), 1)
+
+
+@triton.jit
+def _stored_scale(exact):
+    """A block scale as checkpoints keep it; NaN stays NaN."""
+    clamped = tl.minimum(tl.maximum(exact, 0.001953125, propagate_nan=NAN), 448.0, propagate_nan=NAN)
+    return _round_e4m3(clamped)
+
+
+@triton.jit
+def _best_in_window(low, high, scale, g, DIVIDE: tl.constexpr):
+    start = _e4m3_code(scale)
+    best = scale
+    least = tl.full(scale.shape, float("inf"), tl.float32)
+    for offset in range(-3, 9):
+        code = tl.minimum(tl.maximum(start + offset, 1), 126)
+        candidate = _e4m3_number(code)
+        error = _squared_error(low, high, candidate * g, DIVIDE)
+        better = (error < least) | (offset == -3)
+        best = tl.where(better, candidate, best)
+        least = tl.where(better, error, least)
+    return tl.where(scale != scale, scale, best)
+
+
+@triton.jit
+def _weight_scale(low, high, g, RULE: tl.constexpr, DIVIDE: tl.constexpr):
+    """E4M3 block scales `[BLOCKS, 1]` as float32, as checkpoints keep them."""
+    amax = _largest(low, high)
+    exact = tl.div_rn(amax, g * 6.0)
+    scale = _stored_scale(exact)
+    if RULE == "mse":
+        scale = _best_in_window(low, high, scale, g, DIVIDE)
+    if RULE == "four_over_six":
+        four = _stored_scale(tl.div_rn(amax * 1.5, g * 6.0))
+        error_four = _squared_error(low, high, four * g, DIVIDE)
+        error_six = _squared_error(low, high, scale * g, DIVIDE)
+        scale = tl.where(error_four < error_six, four, scale)
+    return tl.where(exact == 0.0, 1.0, scale)
+
+
+@triton.jit
+def fake_quant_nvfp4(x_ptr, out_ptr, blocks, g, DIVIDE: tl.constexpr, BLOCKS: tl.constexpr):
+    g = tl.full((1, 1), g, tl.float32)
+    block, exists = _blocks(blocks, BLOCKS)
+    low, high = _load(x_ptr, block, exists)
+    t = tl.minimum(tl.div_rn(_largest(low, high), g * 6.0), 448.0, propagate_nan=NAN)
+    scale = _round_e4m3(t) * g
+    safe, reciprocal, limit = _divisor(scale)
+    low_y = _round_e2m1(_quotient(low, safe, reciprocal, limit, DIVIDE)) * scale
+    high_y = _round_e2m1(_quotient(high, safe, reciprocal, limit, DIVIDE)) * scale
+    _store(out_ptr, block, exists, _with_sign_of(low_y, low), _with_sign_of(high_y, high))
+
+
+@triton.jit
+def fake_quant_nvfp4_weight(
+    x_ptr, out_ptr, blocks, g, RULE: tl.constexpr, DIVIDE: tl.constexpr, BLOCKS: tl.constexpr
+):
+    g = tl.full((1, 1), g, tl.float32)
+    block, exists = _blocks(blocks, BLOCKS)
+    low, high = _load(x_ptr, block, exists)
+    scale = _weight_scale(low, high, g, RULE, DIVIDE) * g
+    safe, reciprocal, limit = _divisor(scale)
+    low_y = _round_e2m1(_quotient(low, safe, reciprocal, limit, DIVIDE)) * scale
+    high_y = _round_e2m1(_quotient(high, safe, reciprocal, limit, DIVIDE)) * scale
+    low_y, high_y = _with_sign_of(low_y, low + 0.0), _with_sign_of(high_y, high + 0.0)
+    _store(out_ptr, block, exists, low_y, high_y)
+
+
+@triton.jit
+def _packed(x, safe, reciprocal, limit, DIVIDE: tl.constexpr):
+    """The codes of `[BLOCKS, 8]` elements as `[BLOCKS, 1]` words, the first in the low nibble."""
+    q = tl.abs(_round_e2m1(_quotient(x, safe, reciprocal, limit, DIVIDE)))
+    code = _e2m1_code(q) | tl.where(x < 0.0, 8, 0)
+    code = tl.where(q != q, 0, code)
+    return tl.sum(code << (4 * tl.arange(0, 8)[None, :]), axis=1, keep_dims=True)
+
+
+@triton.jit
+def quantize_nvfp4(
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    blocks,
+    g,
+    RULE: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    g = tl.full((1, 1), g, tl.float32)
+    block, exists = _blocks(blocks, BLOCKS)
+    low, high = _load(x_ptr, block, exists)
+    scale = _weight_scale(low, high, g, RULE, DIVIDE)
+    tl.store(scales_ptr + block, _e4m3_code(scale).to(tl.uint8), mask=exists)
+    safe, reciprocal, limit = _divisor(scale * g)
+    low_word = _packed(low, safe, reciprocal, limit, DIVIDE)
+    high_word = _packed(high, safe, reciprocal, limit, DIVIDE)
+    words = tl.reshape(tl.join(low_word, high_word), (BLOCKS, 2))
+    tl.store(words_ptr + block * 2 + tl.arange(0, 2)[None, :], words, mask=exists)
+
+
+@triton.jit
+def _e2m1_number(code):
+    """Codes in the low 4 bits; the subnormal float32 with a code's bits is its number x 2^-126."""
+    number = ((code & 7) << 22) | ((code & 8) << 28)
+    return number.to(tl.float32, bitcast=True) * 8.507059173023462e37
+
+
+@triton.jit
+def dequantize_nvfp4(words_ptr, scales_ptr, out_ptr, blocks, g, BLOCKS: tl.constexpr):
+    g = tl.full((1, 1), g, tl.float32)
+    block, exists = _blocks(blocks, BLOCKS)
+    words = tl.load(words_ptr + block * 2 + tl.arange(0, 2)[None, :], mask=exists, other=0)
+    low_word, high_word = tl.split(words)
+    code = tl.load(scales_ptr + block, mask=exists, other=0).to(tl.int32)
+    scale = _e4m3_number(code) * g
+    shift = 4 * tl.arange(0, 8)[None, :]
+    low = _e2m1_number(low_word[:, None] >> shift) * scale
+    high = _e2m1_number(high_word[:, None] >> shift) * scale
+    _store(out_ptr, block, exists, low, high)
+
+
+@triton.jit
+def _fp8_quotient(x, scale, reciprocal, DIVIDE: tl.constexpr):
+    """RN(x / scale) clamped to +-448; NaN stays NaN."""
+    limit = scale * 448.0
+    x = tl.minimum(tl.maximum(x, -limit, propagate_nan=NAN), limit, propagate_nan=NAN)
+    if DIVIDE:
+        v = tl.div_rn(x, scale)
+    else:
+        guess = x * reciprocal
+        v = tl.fma(tl.fma(-guess, scale, x), reciprocal, guess)
+    return v
+
+
+@triton.jit
+def fake_quant_fp8(
+    x_ptr, out_ptr, n, scale, reciprocal, DIVIDE: tl.constexpr, ELEMENTS: tl.constexpr
+):
+    scale = tl.full((1,), scale, tl.float32)
+    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
+    y = _round_e4m3(_fp8_quotient(x, scale, reciprocal, DIVIDE)) * scale
+    tl.store(out_ptr + at, _with_sign_of(y, x).to(out_ptr.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def quantize_fp8(
+    x_ptr, codes_ptr, n, scale, reciprocal, DIVIDE: tl.constexpr, ELEMENTS: tl.constexpr
+):
+    scale = tl.full((1,), scale, tl.float32)
+    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
+    q = _round_e4m3(_fp8_quotient(x, scale, reciprocal, DIVIDE))
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & tl.where(x != x, 0, 0x80)
+    tl.store(codes_ptr + at, (_e4m3_code(tl.abs(q)) | sign).to(tl.uint8), mask=at < n)
+
+
+@triton.jit
+def dequantize_fp8(codes_ptr, out_ptr, n, scale, ELEMENTS: tl.constexpr):
+    scale = tl.full((1,), scale, tl.float32)
+    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    code = tl.load(codes_ptr + at, mask=at < n, other=0).to(tl.int32)
+    y = _e4m3_number(code) * scale
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def _finite_or_zero(maximum):
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def _rescaling(old, new):
+    return tl.where(old == new, 1.0, tl.exp(old - new))
+
+
+@triton.jit
+def token_kl(p_ptr, q_ptr, out_ptr, vocabulary, TILE: tl.constexpr):
+    """One row in one pass: running maxima, sums of exponentials, and sum of p x (zp - zq - c).
+
+    c is the difference of the maxima of the first tile: it keeps the last sum small, and with it
+    its rounding error.
+    """
+    row = tl.program_id(0).to(tl.int64) * vocabulary
+    column = tl.arange(0, TILE)
+    max_p, max_q, offset = float("-inf"), float("-inf"), 0.0
+    sum_p = tl.zeros((TILE,), tl.float32)
+    sum_q = tl.zeros((TILE,), tl.float32)
+    sum_pd = tl.zeros((TILE,), tl.float32)
+    for start in range(0, vocabulary, TILE):
+        exists = start + column < vocabulary
+        at = row + start + column
+        zp = tl.load(p_ptr + at, mask=exists, other=float("-inf")).to(tl.float32)
+        zq = tl.load(q_ptr + at, mask=exists, other=float("-inf")).to(tl.float32)
+        new_p = tl.maximum(max_p, tl.max(zp, axis=0))
+        new_q = tl.maximum(max_q, tl.max(zq, axis=0))
+        p = tl.exp(zp - _finite_or_zero(new_p))
+        q = tl.exp(zq - _finite_or_zero(new_q))
+        if start == 0:
+            offset = _finite_or_zero(new_p) - _finite_or_zero(new_q)
+        scale_p = _rescaling(max_p, new_p)
+        sum_p = sum_p * scale_p + p
+        sum_q = sum_q * _rescaling(max_q, new_q) + q
+        sum_pd = sum_pd * scale_p + tl.where(p == 0.0, 0.0, p * ((zp - zq) - offset))
+        max_p, max_q = new_p, new_q
+    total_p = tl.sum(sum_p, axis=0)
+    ratio = tl.log(tl.div_rn(tl.sum(sum_q, axis=0), total_p))
+    mean = tl.div_rn(tl.sum(sum_pd, axis=0), total_p)
+    kl = mean + ratio + (offset - (max_p - max_q))
+    tl.store(out_ptr + tl.program_id(0), tl.maximum(kl, 0.0, propagate_nan=NAN))
