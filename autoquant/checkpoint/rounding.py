@@ -15,10 +15,12 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1_REACH = (0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 1.0, 1.0)
 """Largest distance of a number to the code that is nearest to it, below saturation."""
 _E4M3_REACH, _E4M3_SMALLEST_REACH = 2.0**-4, 2.0**-10
+_LARGEST = {"e2m1": 6.0, "e4m3": 448.0}
 _SLACK = 1 + 2.0**-5
 """Room for the rounding of the quotient that was coded, which some tools hold in BF16."""
 
-_CHUNK_ELEMENTS = 1 << 22
+_CHUNK_ELEMENTS = 1 << 18
+"""Chunks stay in the processor's cache."""
 
 
 @dataclass(slots=True)
@@ -35,39 +37,52 @@ class Distance:
         """Frobenius norm of the difference over that of the source."""
         return (self.squared_error / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
 
-    def add(self, weight: Tensor, decoded: Tensor, reach: Tensor, saturated: Tensor) -> None:
-        """Count one chunk; all float32 of one shape, `saturated` boolean."""
-        difference = (weight - decoded).abs()
-        beyond = saturated & (weight * decoded.sign() >= decoded.abs())
-        self.wrong += int((~(difference <= reach * _SLACK) & ~beyond).sum())
-        self.squared_error += difference.double().square().sum().item()
-        self.squared_norm += weight.double().square().sum().item()
+    def add(self, weight: Tensor, decoded: Tensor, reach: Tensor, largest: Tensor) -> None:
+        """Count one chunk; float32, `largest` being the number that codes saturate at."""
+        difference = weight - decoded
+        self.squared_error += torch.linalg.vector_norm(difference).item() ** 2
+        self.squared_norm += torch.linalg.vector_norm(weight).item() ** 2
+        far = ~(difference.abs_() <= reach)
+        if far.any():
+            saturated = (decoded.abs() >= largest) & (weight * decoded.sign() >= decoded.abs())
+            self.wrong += int((far & ~saturated).sum())
 
 
 def nvfp4_distance(
     weight: Tensor, codes: Tensor, block_scale: Tensor, global_scale: Tensor
 ) -> Distance:
     """Compare [N, K] with packed codes [N, K/2] and E4M3 block scales [N, K/16]."""
-    values, reaches = torch.tensor(_E2M1), torch.tensor(_E2M1_REACH)
+    signed = torch.tensor(_E2M1 + tuple(-value for value in _E2M1))
+    values, reaches = _by_byte(signed), _by_byte(torch.tensor(_E2M1_REACH * 2) * _SLACK)
     distance = Distance()
     for rows in _row_chunks(weight):
-        packed = codes[rows]
-        nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).int()
-        scale = (block_scale[rows].float() * global_scale).repeat_interleave(NVFP4_BLOCK, dim=1)
-        magnitude = nibbles & 7
-        decoded = torch.where(nibbles > 7, -values[magnitude], values[magnitude]) * scale
-        distance.add(weight[rows].float(), decoded, reaches[magnitude] * scale, magnitude == 7)
+        packed = codes[rows].flatten().int()
+        scale = (block_scale[rows].float() * global_scale).unsqueeze(-1)
+        shape = (*scale.shape[:2], NVFP4_BLOCK)
+        decoded = values.index_select(0, packed).view(torch.float32).view(shape) * scale
+        reach = reaches.index_select(0, packed).view(torch.float32).view(shape) * scale
+        largest = _LARGEST["e2m1"] * scale
+        distance.add(weight[rows].float().view(shape), decoded, reach, largest)
     return distance
 
 
 def fp8_distance(weight: Tensor, codes: Tensor, scale: Tensor) -> Distance:
     """Compare [N, K] with E4M3 codes [N, K]."""
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    values = every * scale
+    reaches = (every.abs() * _E4M3_REACH).clamp(min=_E4M3_SMALLEST_REACH) * (scale * _SLACK)
     distance = Distance()
     for rows in _row_chunks(weight):
-        code = codes[rows].float()
-        reach = (code.abs() * _E4M3_REACH).clamp(min=_E4M3_SMALLEST_REACH) * scale
-        distance.add(weight[rows].float(), code * scale, reach, code.abs() == 448)
+        code = codes[rows].view(torch.uint8).flatten().int()
+        decoded, reach = (table.index_select(0, code) for table in (values, reaches))
+        distance.add(weight[rows].flatten().float(), decoded, reach, _LARGEST["e4m3"] * scale)
     return distance
+
+
+def _by_byte(of_nibble: Tensor) -> Tensor:
+    """Two float32 values by the byte that holds their nibbles, low first: int64 [256]."""
+    byte = torch.arange(256)
+    return torch.stack((of_nibble[byte & 15], of_nibble[byte >> 4]), dim=-1).view(torch.int64)[:, 0]
 
 
 def _row_chunks(weight: Tensor) -> Iterator[slice]:

@@ -26,11 +26,7 @@ def new_folder(target: Path, *, source: Path) -> Iterator[Path]:
         RunConflict: `target` holds something, or another process is writing it.
     """
     target = target.absolute()
-    _require_apart(target, source)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise RunConflict(
-            f"{target} exists and holds something.", fix="name a new folder, or remove this one."
-        )
+    require_free(target, source=source)
     temporary = target.parent / f".{target.name}.unfinished"
     _require_ours(temporary)
     temporary.mkdir(parents=True, exist_ok=True)
@@ -55,6 +51,21 @@ def new_folder(target: Path, *, source: Path) -> Iterator[Path]:
         raise
     finally:
         lock.release()
+
+
+def require_free(target: Path, *, source: Path) -> None:
+    """Raise unless `target` is a folder that may be written: new or empty, apart from the source.
+
+    Raises:
+        ConfigError: `target` is inside `source` or holds it.
+        RunConflict: `target` holds something.
+    """
+    _require_apart(target, source)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise RunConflict(
+            f"{target.absolute()} exists and holds something.",
+            fix="name a new folder, or remove this one.",
+        )
 
 
 def copy_file(source: Path, target: Path) -> None:
