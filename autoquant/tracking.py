@@ -59,9 +59,13 @@ class TrialRecord:
     """What is recorded of one measured candidate."""
 
     number: int
+    origin: str
+    """Who proposed it: `baseline: uniform fp8`."""
     kl: float
     """Nats per token."""
     bpe: float
+    fits: bool
+    """Whether it is within the budget; baselines need not be."""
     seconds: float
     counts: Mapping[str, int]
     """Layer groups per format."""
@@ -174,8 +178,11 @@ class MlflowTracker:
         self._send(lambda: self._log_dataset(name, digest, context, tokens))
 
     def trial(self, record: TrialRecord) -> None:
-        """Record `kl`, `best_kl`, `bpe` and `seconds` at the trial's number, and its child run."""
-        is_best = record.kl < self._best_kl
+        """Record the trial's metrics at its number, and its child run.
+
+        `best_kl` is the least so far within the budget, and absent before there is one.
+        """
+        is_best = record.fits and record.kl < self._best_kl
         if is_best:
             self._best_kl = record.kl
         if record.number in self._recorded:
@@ -237,10 +244,9 @@ class MlflowTracker:
         tags = {"mlflow.parentRunId": self._run_id, "autoquant.assignment": record.digest}
         name = f"trial-{record.number:04d}"
         run_id = self._client.create_run(self._experiment_id, tags=tags, run_name=name).info.run_id
-        self._client.log_batch(
-            run_id,
-            params=[Param(f"groups.{name}", str(count)) for name, count in record.counts.items()],
-        )
+        params = [Param(f"groups.{name}", str(count)) for name, count in record.counts.items()]
+        params += [Param("origin", record.origin), Param("fits", str(record.fits))]
+        self._client.log_batch(run_id, params=params)
         metrics = {"kl": record.kl, "bpe": record.bpe, "seconds": record.seconds}
         self._log_metrics(run_id, metrics, step=0)
         self._client.set_terminated(run_id, "FINISHED")

@@ -46,6 +46,7 @@ class Search:
         *,
         settings: dict[str, Any] = SETTINGS,
         child_runs: ChildRuns = "none",
+        over_budget: frozenset[int] = frozenset(),
         before: Callable[[Tracker], None] = lambda tracker: None,
         after: Callable[[Tracker], None] = lambda tracker: None,
     ) -> None:
@@ -67,7 +68,14 @@ class Search:
                 counts = {"nvfp4": number, "fp8": 1, "bf16": 2}
                 tracker.trial(
                     TrialRecord(
-                        number=number, kl=kl, bpe=4.9, seconds=2.0, counts=counts, digest="ab"
+                        number=number,
+                        origin="solver: optimum",
+                        kl=kl,
+                        bpe=4.9,
+                        fits=number not in over_budget,
+                        seconds=2.0,
+                        counts=counts,
+                        digest="ab",
                     )
                 )
             after(tracker)
@@ -195,7 +203,18 @@ def test_trials_get_child_runs_as_asked(runs, search, child_runs, numbers):
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert child.data.tags["autoquant.assignment"] == "ab"
         assert child.data.params["groups.nvfp4"] == str(number)
+        assert child.data.params["origin"] == "solver: optimum"
         assert child.data.metrics == {"kl": KLS[number], "bpe": 4.9, "seconds": 2.0}
+
+
+def test_a_baseline_over_the_budget_is_recorded_but_never_the_best(runs, search):
+    search((0.125, 0.5, 0.25), over_budget=frozenset({0}), child_runs="best")
+    runs_by_name = {run.info.run_name: run for run in all_runs(runs)}
+    assert sorted(runs_by_name) == ["a", "trial-0001", "trial-0002"]
+    run_id = runs_by_name["a"].info.run_id
+    for metric, points in {"kl": [0.125, 0.5, 0.25], "best_kl": [0.5, 0.25]}.items():
+        recorded = client(runs).get_metric_history(run_id, metric)
+        assert [point.value for point in sorted(recorded, key=lambda p: p.step)] == points
 
 
 def test_two_searches_share_the_store_beside_them(runs):

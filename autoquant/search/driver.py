@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from autoquant.assignment import Assignment
-from autoquant.errors import SourceError
+from autoquant.errors import RunConflict, SourceError
 from autoquant.formats import BF16, ScaleRule
+from autoquant.grouping import Groups
 from autoquant.plan import Plan, make_plan
 from autoquant.probe.calibration import Calibration, calibrate
 from autoquant.probe.sensitivity import BatchProbe, Sensitivity, keys_of, probe
 from autoquant.rundir import (
     ASSIGNMENT,
+    CALIBRATION,
     CHECKPOINT,
     GROUPS,
     RESULT,
@@ -41,7 +43,8 @@ from autoquant.tracking import Tracker, TrialRecord
 if TYPE_CHECKING:
     from autoquant.checkpoint.verify import Verification
 
-CALIBRATION = "calibration.json"
+SPLITS = "splits.json"
+SECONDS = "seconds.json"
 
 
 @dataclass
@@ -55,19 +58,24 @@ class Search:
     command: str
     """The command line, for the model card."""
     seconds: dict[str, float] = field(default_factory=dict)
+    """Spent on each stage, by earlier processes too."""
+
+    def __post_init__(self) -> None:
+        self.seconds |= self.run.read_json(SECONDS) or {}
 
     def execute(self) -> dict[str, Any]:
         """Run every stage that is not done; the contents of `result.json`.
 
         Raises:
             InfeasibleBudget: before anything is loaded.
+            RunConflict: the text or the tokenizer changed since the run began.
             SourceError: model or text missing, damaged or not understood.
         """
+        plan = self._plan()
         finished = self.run.read_json(RESULT)
         if finished is not None:
             self.observer.note(f"{self.run.path} already holds this search's result.")
-            return finished
-        plan = self._plan()
+            return self._with_checkpoint(plan, finished)
         session = self._open(plan)
         calibration = self._calibrate(session)
         sensitivity = self._probe(session, plan)
@@ -98,11 +106,24 @@ class Search:
                 trust_remote_code=self.config.trust_remote_code,
                 observer=self.observer,
             )
+        self._require_same_tokens(session)
         for name, split in session.splits.items():
             self.tracker.dataset(
                 self.config.calibration, digest=split.digest, context=name, tokens=split.tokens
             )
         return session
+
+    def _require_same_tokens(self, session: Session) -> None:
+        digests = {name: split.digest for name, split in session.splits.items()}
+        stored = self.run.read_json(SPLITS)
+        if stored is None:
+            self.run.write_json(SPLITS, digests)
+        elif stored != digests:
+            raise RunConflict(
+                f"{self.run.path} was begun on other tokens: the text {self.config.calibration!r} "
+                "or the tokenizer has changed since.",
+                fix="restore them, or start anew with --fresh (the earlier run is set aside).",
+            )
 
     def _calibrate(self, session: Session) -> Calibration:
         stored = self.run.read_json(CALIBRATION)
@@ -151,26 +172,31 @@ class Search:
         )
         for trial in earlier:
             self.tracker.trial(_record(trial))
-        self.observer.stage("refine", self.config.trials)
+        named = list(baselines(problem))
+        max_only = problem.restricted(ScaleRule.MAX)
+        most = len(named) + (2 if max_only else 1) + self.config.trials
+        self.observer.stage("refine", most - len(earlier))
         with self._timed("baselines"):
-            for name, assignment in baselines(problem):
+            for name, assignment in named:
                 ledger.measure(assignment, Stage.BASELINE, name)
         with self._timed("solve"):
             ledger.measure(_optimum(problem), Stage.SOLVER, "optimum")
-            ledger.measure(
-                _optimum(problem, rules=(ScaleRule.MAX,)), Stage.SOLVER, "optimum, rule max only"
-            )
+            if max_only is not None:
+                assignment = problem.decode(max_only.solve())
+                ledger.measure(assignment, Stage.SOLVER, "optimum, rule max only")
         with self._timed("refine"):
             refine(problem, ledger, effort, seed=self.config.seed, in_time=self._in_time())
         return ledger
 
     def _confirm(self, session: Session, problem: Problem, ledger: Ledger) -> Confirmed:
         """Finalists and baselines on the report split."""
+        session.scorer.forget(session.splits["search"])
         solver = ledger.measure(_optimum(problem), Stage.SOLVER, "optimum")
         ranked = sorted((t for t in ledger.trials if t.fits), key=lambda t: (t.kl, t.number))
         challengers = [t for t in ranked if t is not solver][: self.config.finalists]
-        others = [t for t in ledger.trials if t.stage is Stage.BASELINE and t not in challengers]
-        candidates = [solver, *challengers, *others]
+        finalists = [solver, *challengers]
+        others = [t for t in ledger.trials if t.stage is Stage.BASELINE and t not in finalists]
+        candidates = [*finalists, *others]
         split = session.splits["report"]
         self.observer.stage("confirm", len(candidates))
         with self._timed("confirm"):
@@ -203,10 +229,10 @@ class Search:
         self.run.write_text(ASSIGNMENT, yaml.safe_dump(assignment.to_dict(), sort_keys=False))
         result = make_result(self.config, session, problem, ledger, calibration, confirmed)
         if self.config.export:
-            with self._timed("export"):
-                result["checkpoint"] = self._export(problem, calibration, assignment, result)
-        result["seconds"] = {**self.seconds, "total": sum(self.seconds.values())}
-        self.run.write_json(RESULT, result)
+            result["checkpoint"] = self._export(
+                problem.accounting.groups, calibration, assignment, result
+            )
+        stored = self._keep_result(result)
         self.tracker.summary(
             {
                 "result.kl": result["kl"]["mean"],
@@ -216,13 +242,34 @@ class Search:
                 "result.checkpoint_bytes": float(result["checkpoint_bytes"]),
             }
         )
+        return stored
+
+    def _keep_result(self, result: dict[str, Any]) -> dict[str, Any]:
+        result["seconds"] = {**self.seconds, "total": sum(self.seconds.values())}
+        self.run.write_json(RESULT, result)
         stored = self.run.read_json(RESULT)
         assert stored is not None
         return stored
 
+    def _with_checkpoint(self, plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
+        """The result of a finished search, exported now if it was not and shall be."""
+        if not self.config.export or (self.run.path / CHECKPOINT).exists():
+            return result
+        calibration = self.run.read_json(CALIBRATION)
+        if calibration is None:
+            raise SourceError(
+                f"{self.run.path} holds a result without {CALIBRATION}, which an export needs.",
+                fix="restore the file, or start anew with --fresh (the earlier run is set aside).",
+            )
+        assignment = Assignment.read(self.run.path / ASSIGNMENT)
+        result["checkpoint"] = self._export(
+            plan.groups, Calibration.from_dict(calibration), assignment, result
+        )
+        return self._keep_result(result)
+
     def _export(
         self,
-        problem: Problem,
+        groups: Groups,
         calibration: Calibration,
         assignment: Assignment,
         result: dict[str, Any],
@@ -245,16 +292,11 @@ class Search:
                 for row in [_own_row(result), *result["baselines"]]
             ),
         )
-        if not target.exists():
-            export(
-                self.config.source,
-                problem.accounting.groups,
-                assignment,
-                calibration.input_amax,
-                target,
-                card=card,
-            )
-        _require_sound(verify(target, self.config.source))
+        with self._timed("export"):
+            if not target.exists():
+                amax = calibration.input_amax
+                export(self.config.source, groups, assignment, amax, target, card=card)
+            _require_sound(verify(target, self.config.source))
         self.observer.step()
         return str(target)
 
@@ -277,13 +319,11 @@ class Search:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
+            self.run.write_json(SECONDS, self.seconds)
 
 
-def _optimum(problem: Problem, rules: tuple[ScaleRule, ...] | None = None) -> Assignment:
-    """The knapsack's optimum; with `rules`, NVFP4 takes only those."""
-    if rules is None:
-        return problem.decode(problem.knapsack.solve())
-    return problem.decode(problem.restricted(rules).solve())
+def _optimum(problem: Problem) -> Assignment:
+    return problem.decode(problem.knapsack.solve())
 
 
 def _require_sound(verification: "Verification") -> None:
@@ -297,8 +337,10 @@ def _require_sound(verification: "Verification") -> None:
 def _record(trial: Trial) -> TrialRecord:
     return TrialRecord(
         number=trial.number,
+        origin=f"{trial.stage}: {trial.name}",
         kl=trial.kl,
         bpe=trial.bpe,
+        fits=trial.fits,
         seconds=trial.seconds,
         counts=trial.assignment.counts(),
         digest=trial.assignment.digest,
