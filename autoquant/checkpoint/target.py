@@ -87,7 +87,9 @@ def _require_apart(target: Path, source: Path) -> None:
 
 
 def _require_ours(temporary: Path) -> None:
-    if temporary.exists() and not (temporary / _LOCK).exists():
+    if not temporary.exists() or (temporary.is_dir() and not any(temporary.iterdir())):
+        return
+    if not (temporary / _LOCK).exists():
         raise RunConflict(
             f"{temporary} exists and is not from AutoQuant.",
             fix="move it away, or export elsewhere.",
