@@ -28,6 +28,8 @@ SENSITIVITY = "sensitivity.json"
 TRIALS = "trials.jsonl"
 ASSIGNMENT = "assignment.yaml"
 RESULT = "result.json"
+TOKENS = "tokens.json"
+CALIBRATION = "calibration.json"
 REPORT = "report.html"
 CHECKPOINT = "checkpoint"
 
@@ -74,7 +76,7 @@ class RunDirectory:
         signature = json.loads(to_json(signature))
         lock = _hold(path)
         try:
-            identity = _read_identity(path)
+            identity = read_identity(path)
             if identity is not None and not resume:
                 lock = _set_aside(path, lock)
                 identity = None
@@ -139,12 +141,7 @@ class RunDirectory:
         Raises:
             SourceError: the file is damaged or of another schema version.
         """
-        path = self.path / name
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
-        return _parse(text, str(path))
+        return read_json(self.path, name)
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add a line to a line file; it is on the disk when this returns."""
@@ -165,15 +162,30 @@ class RunDirectory:
         Raises:
             SourceError: a line is damaged or of another schema version.
         """
-        path = self.path / name
-        if not path.exists():
-            return []
-        lines = path.read_bytes().split(b"\n")[:-1]
-        return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+        return read_records(self.path, name)
 
     def _record(self, status: Status) -> None:
         self._identity["status"] = str(status)
         self.write_json(_IDENTITY, self._identity)
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any] | None:
+    """What `RunDirectory.write_json` wrote; see `RunDirectory.read_json`. Takes no lock."""
+    path = folder / name
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    return _parse(text, str(path))
+
+
+def read_records(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What `RunDirectory.append` wrote; see `RunDirectory.records`. Takes no lock."""
+    path = folder / name
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def _hold(path: Path) -> FileLock:
@@ -194,12 +206,15 @@ def _hold(path: Path) -> FileLock:
     return lock
 
 
-def _read_identity(path: Path) -> dict[str, Any] | None:
-    try:
-        text = (path / _IDENTITY).read_text(encoding="utf-8")
-    except FileNotFoundError:
+def read_identity(path: Path) -> dict[str, Any] | None:
+    """Signature, status and birth of the run directory at `path`, or None if it is none.
+
+    Raises:
+        SourceError: the identity is damaged or of another schema version.
+    """
+    identity = read_json(path, _IDENTITY)
+    if identity is None:
         return None
-    identity = _parse(text, str(path / _IDENTITY))
     if not isinstance(identity.get("signature"), dict) or identity.get("status") not in set(Status):
         raise SourceError(
             f"{path / _IDENTITY} is damaged: it names no signature or no status.",
