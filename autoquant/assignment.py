@@ -40,7 +40,7 @@ class Assignment:
 
     def replace(self, changes: Mapping[str, Choice]) -> Self:
         """The same assignment with some groups changed."""
-        return type(self).of(self._choices | changes)
+        return type(self).of({**self._choices, **changes})
 
     @cached_property
     def digest(self) -> str:

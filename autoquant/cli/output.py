@@ -1,5 +1,6 @@
 """What commands print: the result on standard output, everything else on standard error."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,11 @@ def print_fields(fields: Mapping[str, object]) -> None:
     width = max(map(len, fields), default=0)
     for name, value in fields.items():
         click.echo(f"{name.ljust(width)}  {value}")
+
+
+def figure(value: float | None, format: str) -> str:
+    """The number in a format, or a dash where there is none."""
+    return "-" if value is None or math.isnan(value) else f"{value:{format}}"
 
 
 def note(message: str) -> None:

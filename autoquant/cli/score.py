@@ -14,7 +14,7 @@ from autoquant.cli.options import (
     option,
     token_options,
 )
-from autoquant.cli.output import print_fields, print_json
+from autoquant.cli.output import figure, print_fields, print_json
 
 
 @click.command(
@@ -114,7 +114,7 @@ def _print(result: dict[str, Any]) -> None:
         {
             "BPE": f"{result['bpe']:.4f} of the checkpoint",
             "groups": ", ".join(f"{n} {name}" for name, n in result["counts"].items() if n),
-            "KL": f"{kl['mean']:.6f} +- {kl['stderr']:.6f} nats per token "
+            "KL": f"{kl['mean']:.6f} +- {figure(kl['stderr'], '.6f')} nats per token "
             f"({result['activation_mode']})",
             "median": f"{kl['median']:.6f}",
             "p99, p99.9, max": f"{kl['p99']:.4f}, {kl['p999']:.4f}, {kl['max']:.4f}",

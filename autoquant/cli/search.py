@@ -99,7 +99,7 @@ from autoquant.cli.output import print_json
 @format_option
 @config_option
 @click.pass_context
-def command(ctx: click.Context, **settings: Any) -> None:
+def command(ctx: click.Context, /, **settings: Any) -> None:
     """Search formats for every layer under a budget, and export the winner.
 
     Without MODEL, on the reference model that comes with AutoQuant.

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from autoquant.cli.output import print_fields, print_table
+from autoquant.cli.output import figure, print_fields, print_table
 
 
 def print_result(result: dict[str, Any], run: Path) -> None:
@@ -17,13 +17,13 @@ def print_result(result: dict[str, Any], run: Path) -> None:
             f"budget {result['budget_bpe']:g} ({result['budget_scope']})",
             "size": f"{result['checkpoint_bytes']:,} bytes",
             "groups": ", ".join(f"{n} {name}" for name, n in counts.items() if n),
-            "KL": f"{kl['mean']:.5f} +- {kl['stderr']:.5f} nats per token, "
+            "KL": f"{kl['mean']:.5f} +- {figure(kl['stderr'], '.5f')} nats per token, "
             f"median {kl['median']:.5f}, p99 {kl['p99']:.4f} ({result['activation_mode']})",
             "top-1": f"{result['top1_agreement']:.2%} agree",
             "perplexity": f"{result['perplexity']['bf16']:.3f} in BF16, "
             f"{result['perplexity']['quantized']:.3f} quantized",
             "noise floor": f"{result['noise_floor']:.2g} nats per token",
-            "resolved": f"differences above {result['resolution']:.1%} of the KL, "
+            "resolved": f"differences above {figure(result['resolution'], '.1%')} of the KL, "
             f"on {result['tokens']['report']['tokens']:,} tokens that the search did not see",
             "time": ", ".join(f"{k} {v:.0f}s" for k, v in result["seconds"].items()),
         }
@@ -34,7 +34,7 @@ def print_result(result: dict[str, Any], run: Path) -> None:
     print_table(
         ("assignment", "BPE", "KL", "+-", "in budget"),
         [
-            (name, f"{bpe:.3f}", f"{mean:.5f}", f"{error:.5f}", "yes" if fits else "no")
+            (name, f"{bpe:.3f}", f"{mean:.5f}", figure(error, ".5f"), "yes" if fits else "no")
             for name, bpe, mean, error, fits in sorted(rows, key=lambda row: row[2])
         ],
     )
@@ -43,4 +43,4 @@ def print_result(result: dict[str, Any], run: Path) -> None:
         print(f"checkpoint: {result['checkpoint']}")
         print(f"next:       autoquant verify {result['checkpoint']}")
     else:
-        print(f"next:       autoquant export {result['model']} --assignment {run}/assignment.yaml")
+        print(f"next:       the same command with --export writes {run}/checkpoint")

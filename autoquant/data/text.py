@@ -39,11 +39,15 @@ def load_corpus(calibration: str = STDLIB) -> Corpus:
         SourceError: nothing there, unreadable, or without text.
     """
     path = Path(calibration)
+    if not calibration.strip():
+        raise SourceError(
+            "the name of the calibration text is empty.",
+            fix=f"pass {STDLIB}, a file, a folder or a data set id.",
+        )
     if calibration == STDLIB:
         documents = tuple(text for _, text in stdlib.held_out_documents())
     elif path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES + RECORD_SUFFIXES)
-        documents = tuple(text for file in files for text in _read_file(file))
+        documents = tuple(text for file in _files(path) for text in _read_file(file))
     elif path.is_file():
         documents = tuple(_read_file(path))
     else:
@@ -57,9 +61,17 @@ def load_corpus(calibration: str = STDLIB) -> Corpus:
     return Corpus(name=calibration, documents=documents)
 
 
+def _files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix in TEXT_SUFFIXES + RECORD_SUFFIXES and path.is_file()
+    )
+
+
 def _read_file(path: Path) -> Iterator[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(
             f"calibration file {path} cannot be read as UTF-8 text: {error}",
@@ -68,7 +80,8 @@ def _read_file(path: Path) -> Iterator[str]:
     if path.suffix not in RECORD_SUFFIXES:
         yield text
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Strings of a record may hold any other line separator of Unicode.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield _record_text(_parse_line(path, number, line), f"{path}:{number}")
 
@@ -91,7 +104,7 @@ def _record_text(record: Any, origin: str) -> str:
         if isinstance(record.get("text"), str):
             return str(record["text"])
         if isinstance(record.get("messages"), list):
-            return "\n".join(str(turn.get("content", "")) for turn in record["messages"])
+            return "\n".join(_turn_text(turn) for turn in record["messages"])
         strings = [value for value in record.values() if isinstance(value, str)]
         if strings:
             return "\n".join(strings)
@@ -99,6 +112,14 @@ def _record_text(record: Any, origin: str) -> str:
         f"{origin} has no text field.",
         fix='write {"text": ...} or {"messages": [{"content": ...}]} per line.',
     )
+
+
+def _turn_text(turn: Any) -> str:
+    """The text of one turn of a conversation, whose content may be a list of typed parts."""
+    content = turn.get("content") if isinstance(turn, dict) else turn
+    parts = content if isinstance(content, list) else [content]
+    texts = (part.get("text") if isinstance(part, dict) else part for part in parts)
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 def _read_hub(calibration: str) -> Iterator[str]:

@@ -89,8 +89,15 @@ def check_supported(name: str, module: Any) -> None:
     """Raise unless the experts' layout is one that `experts_forward` computes.
 
     Raises:
-        SourceError: transposed weights or a norm after each expert.
+        SourceError: a forward that transformers does not dispatch by name, transposed weights or a
+            norm after each expert.
     """
+    if not hasattr(module, "has_gate"):
+        raise SourceError(
+            f"{name} ({type(module).__name__}) has a forward of its own, which this version cannot "
+            "fake-quantize.",
+            fix="fix its experts to bf16 in the search space.",
+        )
     for trait in ("is_transposed", "has_post_expert_norm"):
         if getattr(module, trait, False):
             raise SourceError(

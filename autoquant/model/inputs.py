@@ -64,11 +64,9 @@ class InputSet:
         if format not in self._quantized:
             assert self.scales is not None, f"{self.name} was not calibrated"
             if format is Format.NVFP4:
-                scale = torch.tensor(self.scales.nvfp4, device=x.device)
-                self._quantized[format] = kernels.fake_quant_nvfp4(x, scale)
+                self._quantized[format] = kernels.fake_quant_nvfp4(x, self.scales.nvfp4)
             else:
-                scale = torch.tensor(self.scales.fp8, device=x.device)
-                self._quantized[format] = kernels.fake_quant_fp8(x, scale)
+                self._quantized[format] = kernels.fake_quant_fp8(x, self.scales.fp8)
         return self._quantized[format]
 
     def observe(self, x: torch.Tensor) -> None:

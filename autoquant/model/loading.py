@@ -35,7 +35,7 @@ def choose_device(device: str | None) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device {device!r} cannot be used: {str(error).splitlines()[0]}",
+            f"device {device!r} cannot be used: {_one_line(error)}",
             fix="pass --device cpu, or leave it out.",
         ) from error
     return chosen
@@ -55,9 +55,9 @@ def load_model(path: Path, device: torch.device, *, trust_remote_code: bool = Fa
     experts.register()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model: Any
+    auto: Any = AutoModelForCausalLM
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto.from_pretrained(
             path,
             dtype=torch.bfloat16,
             trust_remote_code=trust_remote_code,
@@ -65,14 +65,14 @@ def load_model(path: Path, device: torch.device, *, trust_remote_code: bool = Fa
             output_loading_info=True,
         )
         model = model.to(device).eval().requires_grad_(False)
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(
-            f"{path} does not fit {device}: {str(error).splitlines()[0]}",
-            fix="use a larger device, or --device cpu.",
-        ) from error
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError) as error:
+    except Exception as error:  # model code and remote code raise anything
+        if _is_out_of_memory(error):
+            raise OutOfMemory(
+                f"{path} does not fit the memory of {device}: {_one_line(error)}",
+                fix="use a larger machine or device.",
+            ) from error
         raise SourceError(
-            f"transformers cannot load {path}: {str(error).strip().splitlines()[0]}",
+            f"transformers cannot load {path}: {_one_line(error)}",
             fix="check that config.json names an architecture of this transformers version; "
             "pass --trust-remote-code if its code comes with the model.",
         ) from error
@@ -85,7 +85,7 @@ def load_model(path: Path, device: torch.device, *, trust_remote_code: bool = Fa
         model=model,
         tokenizer=_load_tokenizer(AutoTokenizer, path, trust_remote_code),
         device=device,
-        max_length=int(getattr(model.config, "max_position_embeddings", 0) or 2**31),
+        max_length=_max_length(model.config.get_text_config()),
     )
 
 
@@ -93,6 +93,21 @@ def release(model: Any) -> None:
     """Give back the memory of a model that is no longer needed."""
     model.to("meta")
     gc.collect()
+
+
+def _max_length(config: Any) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch's CPU allocator has no exception type of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "DefaultCPUAllocator" in str(error)
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _load_tokenizer(auto: Any, path: Path, trust_remote_code: bool) -> Any:
@@ -106,7 +121,7 @@ def _load_tokenizer(auto: Any, path: Path, trust_remote_code: bool) -> Any:
         if (path / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
         raise SourceError(
-            f"{path} has no tokenizer that transformers can load: {str(error).splitlines()[0]}",
+            f"{path} has no tokenizer that transformers can load: {_one_line(error)}",
             fix="put tokenizer.json and tokenizer_config.json beside the weights.",
         ) from error
 

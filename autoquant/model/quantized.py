@@ -223,8 +223,9 @@ class QuantizedModel:
         for slot in slots:
             if isinstance(slot, DenseSlot):
                 amax = ranges[slot.linear.weight_scale_set]
-                slot.module.forward = _DenseForward(slot, state, self._context, amax)
+                forward = _DenseForward(slot, state, self._context, amax)
+                slot.module.forward = forward  # type: ignore[method-assign, assignment]
             else:
-                forward = _ExpertsForward(slot, state, self._context)
-                slot.module.autoquant_hook = forward
-                self._experts.append(forward)
+                hook = _ExpertsForward(slot, state, self._context)
+                slot.module.autoquant_hook = hook
+                self._experts.append(hook)

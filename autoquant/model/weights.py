@@ -19,10 +19,9 @@ def fake_quantize(
         out: where to write; allocated if absent.
     """
     if choice.format is Format.FP8:
-        scale = kernels.fp8_scale(amax).to(weight.device)
-        return kernels.fake_quant_fp8(weight, scale, out=out)
+        return kernels.fake_quant_fp8(weight, kernels.fp8_scale(amax), out=out)
     assert choice.scale_rule is not None
-    scale = kernels.nvfp4_global_scale(amax, choice.scale_rule).to(weight.device)
+    scale = kernels.nvfp4_global_scale(amax, choice.scale_rule)
     return kernels.fake_quant_nvfp4_weight(weight, scale, rule=choice.scale_rule, out=out)
 
 
@@ -45,7 +44,7 @@ def largest_magnitude(weight: torch.Tensor) -> float:
 class WeightStore:
     """Keeps fake-quantized weights up to a limit; beyond it they go through one scratch buffer.
 
-    A weight that was evicted or never fitted is computed anew for each use, which costs a few
+    A weight that did not fit is computed anew for each use, which costs a few
     per cent of its matrix product at the token counts of a search.
     """
 

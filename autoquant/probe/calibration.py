@@ -58,7 +58,8 @@ def calibrate(scorer: Scorer, split: Split, advance: Callable[[], None]) -> Cali
     """
     with scorer.quantized.observing():
         for batch in split.batches:
-            scorer.trunk.hidden(batch.to(scorer.device))
+            hidden = scorer.trunk.hidden(batch.to(scorer.device))
+            scorer.quantized.operands(scorer.trunk.head, hidden)
             advance()
     input_amax, unseen = fill_unseen(scorer.quantized.observed_ranges())
     return Calibration(

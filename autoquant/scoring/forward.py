@@ -38,6 +38,8 @@ class Trunk:
         self.model = model
         self.blocks = _decoder_blocks(model)
         self.head: Any = model.get_output_embeddings()
+        self.can_resume = bool(self.blocks)
+        """Whether `trace` may start behind the first block; see `check_resuming`."""
         self._start = 0
         self._boundaries: list[torch.Tensor] = []
         self._returns_tuple = [False] * len(self.blocks)
@@ -57,7 +59,9 @@ class Trunk:
             start: first block to run; with the number of blocks none runs.
             after: a forward of the same tokens that agrees with this one before `start`.
         """
-        if after is not None and start >= len(self.blocks) > 0:
+        if not self.can_resume:
+            after = None
+        if after is not None and start >= len(self.blocks):
             return after
         self._start = start if after is not None else 0
         self._boundaries = [*after.boundaries[: self._start + 1]] if after is not None else []
@@ -65,6 +69,22 @@ class Trunk:
             self.model(input_ids=tokens, use_cache=False)
         boundaries, self._boundaries = tuple(self._boundaries), []
         return Trace(boundaries, seen[0])
+
+    def check_resuming(self, tokens: torch.Tensor) -> bool:
+        """Find out, bit for bit, whether later blocks need nothing but the state between blocks.
+
+        Where blocks share more than that (keys and values of another block, the embeddings), every
+        `trace` runs whole from then on.
+        """
+        whole = self.trace(tokens)
+        try:
+            self.can_resume = self.can_resume and all(
+                torch.equal(self.trace(tokens, start=start, after=whole).hidden, whole.hidden)
+                for start in {1, len(self.blocks) // 2, len(self.blocks) - 1}
+            )
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            self.can_resume = False
+        return self.can_resume
 
     @contextmanager
     def other_attention(self) -> Iterator[bool]:
@@ -117,7 +137,7 @@ class Trunk:
 def _decoder_blocks(model: Any) -> list[Any]:
     """The blocks of the text decoder: the list whose length the configuration names."""
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
+    for module in model.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and count > 0:
             return list(module)
     return []

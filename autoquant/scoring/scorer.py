@@ -98,7 +98,8 @@ class Scorer:
             with self._applied(Assignment.of({group: choice})):
                 start = self._block[group]
                 probed = self.trunk.trace(batch.tokens, start=start, after=trace)
-                yield self._compare(batch, probed.hidden)
+                result = self._compare(batch, probed.hidden)
+            yield result
 
     def noise_batch(self, split: Split, index: int) -> TokenKl:
         """KL between two BF16 runs of one batch.
@@ -119,8 +120,10 @@ class Scorer:
                 self._cache_left += sum(map(_bytes, batch.logits.values()))
                 self._cache_left += batch.previous[1].bytes if batch.previous else 0
 
-    def check_head(self, split: Split) -> None:
+    def check(self, split: Split) -> None:
         """Verify on one sequence that logits are the head applied to the final hidden states.
+
+        Also finds out whether candidates may start between blocks.
 
         Raises:
             SourceError: they are not (a soft cap or a scale after the head).
@@ -129,12 +132,14 @@ class Scorer:
         with torch.inference_mode(), self._applied(_BF16):
             actual = self.quantized.model(input_ids=tokens, use_cache=False).logits
             expected = self.trunk.head(self.trunk.hidden(tokens))
-        if not torch.equal(actual, expected):
+        if not torch.equal(actual.float(), expected.float()):
             raise SourceError(
                 f"{type(self.quantized.model).__name__} changes its logits after the head, which "
                 "scoring from hidden states would miss.",
                 fix="this architecture is not supported yet.",
             )
+        with self._applied(_BF16):
+            self.trunk.check_resuming(tokens)
 
     def _batch(self, split: Split, index: int) -> _Batch:
         key = (split.digest, index)

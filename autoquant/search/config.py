@@ -46,6 +46,7 @@ class SearchConfig:
         return {
             "model": self.source.digest,
             "space": self.space.name,
+            "shared_experts": self.space.shared_experts,
             "rules": [repr(rule) for rule in self.space.rules],
             "budget_bpe": self.budget.bpe,
             "budget_scope": str(self.budget.scope),

@@ -66,12 +66,6 @@ def choose(scores: Sequence[TokenKl], *, seed: int) -> tuple[int, list[Differenc
     ]
 
 
-def resolution(scores: TokenKl, other: TokenKl, *, seed: int) -> float:
-    """Half the width of the pair's interval relative to its mean KL: what these tokens resolve."""
-    difference = paired_difference(scores, other, seed=seed)
-    return (difference.high - difference.low) / 2 / max(other.mean, 1e-300)
-
-
 def _resampled_means(sums: Floats, sizes: Floats, seed: int) -> Floats:
     generator = np.random.default_rng(seed)
     means = np.empty(RESAMPLES)

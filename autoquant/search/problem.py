@@ -1,6 +1,5 @@
 """The budget as a knapsack over the open groups, and its solutions as assignments."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,16 +60,24 @@ class Problem:
             table.append(tuple(scores))
         return tuple(table)
 
-    def restricted(self, rules: tuple[ScaleRule, ...]) -> Knapsack:
-        """The knapsack with NVFP4 limited to some scale rules; options keep their indices."""
+    def restricted(self, rule: ScaleRule) -> Knapsack | None:
+        """The knapsack with NVFP4 limited to one scale rule; options keep their indices.
+
+        All rules cost the same, so it is enough that every other one scores worse. None where some
+        group may take NVFP4, but not under `rule`.
+        """
+        wanted = Choice(Format.NVFP4, rule)
+        for group in self.groups:
+            choices = self._choices(group)
+            if wanted not in choices and any(c.format is Format.NVFP4 for c in choices):
+                return None
+        worst = 2 * max(kl for kl in (1e-300, *self.sensitivity.kl.values()))
 
         def score(group: LayerGroup, choice: Choice) -> float:
-            excluded = choice.scale_rule is not None and choice.scale_rule not in rules
-            return math.inf if excluded else self.sensitivity[group.name, choice]
+            is_other = choice.format is Format.NVFP4 and choice != wanted
+            return worst if is_other else self.sensitivity[group.name, choice]
 
-        scores = self.scores(score)
-        worst = 1e6 * max((s for options in scores for s in options if s < math.inf), default=1.0)
-        return self.knapsack.with_scores([[min(s, worst) for s in row] for row in scores])
+        return self.knapsack.with_scores(self.scores(score))
 
     def decode(self, selection: Selection) -> Assignment:
         """The assignment of every group of the model."""

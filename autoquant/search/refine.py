@@ -51,7 +51,7 @@ def refine(
     seed: int,
     in_time: Callable[[], bool],
 ) -> None:
-    """Let every proposer measure its share; stop early when `in_time` says so."""
+    """Let every proposer measure its share; no new measurement begins once `in_time` says no."""
     _runners_up(problem, ledger, effort.runners_up, in_time)
     _reweight(problem, ledger, effort.reweight, seed, in_time)
     _swap(problem, ledger, effort.swaps, in_time)
@@ -59,9 +59,10 @@ def refine(
 
 def _runners_up(problem: Problem, ledger: Ledger, count: int, in_time: Callable[[], bool]) -> None:
     for rank, selection in enumerate(problem.knapsack.best(count + 1), start=1):
-        if not in_time():
+        assignment = problem.decode(selection)
+        if not (ledger.is_measured(assignment) or in_time()):
             return
-        ledger.measure(problem.decode(selection), Stage.RUNNER_UP, f"rank {rank}")
+        ledger.measure(assignment, Stage.RUNNER_UP, f"rank {rank}")
 
 
 def _reweight(
@@ -77,13 +78,15 @@ def _reweight(
     study = optuna.create_study(direction="minimize")
     measured = 0
     for ask in range(count * ASKS_PER_TRIAL):
-        if measured >= count or not in_time():
+        if measured >= count:
             return
         entropy = np.random.SeedSequence([seed, ask]).generate_state(1)[0]
         study.sampler = optuna.samplers.TPESampler(seed=int(entropy))
         trial = study.ask()
         params = _suggest(trial, problem)
         assignment = _decode(problem, params)
+        if not (ledger.is_measured(assignment) or in_time()):
+            return
         measured += not ledger.has(assignment)
         result = ledger.measure(assignment, Stage.REWEIGHT, f"ask {ask}", params)
         study.tell(trial, result.kl)
@@ -119,10 +122,10 @@ def _swap(problem: Problem, ledger: Ledger, count: int, in_time: Callable[[], bo
         centre = ledger.best()
         improved = False
         for name, assignment in _neighbours(problem, centre):
-            if count <= 0 or not in_time():
-                return
             if ledger.has(assignment):
                 continue
+            if count <= 0 or not (ledger.is_measured(assignment) or in_time()):
+                return
             count -= 1
             if ledger.measure(assignment, Stage.SWAP, name).kl < centre.kl:
                 improved = True

@@ -1,5 +1,6 @@
 """`result.json`: what a search found, how well it is known, and what it rests on."""
 
+import math
 import platform
 import sys
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from autoquant.budget import Scope
 from autoquant.probe.calibration import Calibration
 from autoquant.scoring.kl import TokenScores
 from autoquant.search.config import SearchConfig
-from autoquant.search.confirm import Difference, resolution
+from autoquant.search.confirm import Difference
 from autoquant.search.problem import Problem
 from autoquant.search.session import Session
 from autoquant.search.trials import Ledger, Stage, Trial
@@ -37,6 +38,18 @@ class Confirmed:
     def trial(self) -> Trial:
         """The winner."""
         return self.candidates[self.winner]
+
+    @property
+    def resolution(self) -> float:
+        """Half the widest interval of a finalist's difference to the solver's optimum, relative to
+        the optimum's KL; NaN where it was the only finalist.
+        """
+        halves = [
+            (difference.high - difference.low) / 2
+            for i, difference in self.differences.items()
+            if i > 0 and self.candidates[i].stage is not Stage.BASELINE
+        ]
+        return max(halves, default=math.nan) / max(self.scores[0].mean, 1e-300)
 
 
 def make_result(
@@ -81,7 +94,7 @@ def make_result(
             for i, t in enumerate(confirmed.candidates)
             if t.stage is not Stage.BASELINE or i == confirmed.winner
         ],
-        "resolution": resolution(confirmed.scores[0], confirmed.scores[-1], seed=config.seed),
+        "resolution": confirmed.resolution,
         "counts": trial.assignment.counts(),
         "trials": len(ledger.trials),
         "stages": _stages(ledger),

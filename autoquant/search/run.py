@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoquant.errors import ConfigError
 from autoquant.plan import make_plan
 from autoquant.rundir import CONFIG, RunDirectory
 from autoquant.search.config import SearchConfig
@@ -51,13 +52,20 @@ def run_search(
         observer: watches.
 
     Raises:
+        ConfigError: the space leaves nothing to choose.
         InfeasibleBudget: nothing was written and no weight was read.
         RunConflict: the directory holds another search, or another process holds it.
         SourceError: model or text missing, damaged or not understood.
     """
     import yaml
 
-    make_plan(config.source, config.space).require_feasible(config.budget)
+    plan = make_plan(config.source, config.space)
+    plan.require_feasible(config.budget)
+    if not plan.options.open:
+        raise ConfigError(
+            f"the search space {config.space.name} leaves no layer of {config.source.model} open.",
+            fix="`autoquant plan` says why; open some layers, or export an assignment.",
+        )
     path = out if out is not None else RUNS / config.run_name()
     with RunDirectory.open(path, config.signature(), resume=resume) as run:
         observer.note(f"run directory: {path}")

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from autoquant.checkpoint.source import Source
 from autoquant.data.text import load_corpus
 from autoquant.data.tokens import Split, TokenPlan, make_splits, shortfalls
+from autoquant.errors import SourceError
 from autoquant.groups import LayerGroup
 from autoquant.model.inputs import ActivationMode
 from autoquant.model.loading import LoadedModel, choose_device, load_model
@@ -54,13 +56,14 @@ def open_session(
     loaded = load_model(source.path, chosen, trust_remote_code=trust_remote_code)
     plan = _shortened(tokens, loaded.max_length)
     splits = make_splits(corpus, loaded.tokenizer, plan)
+    _require_vocabulary(loaded.model, splits)
     for shortfall in shortfalls(splits, plan):
         observer.warn(f"little text, wide intervals: {shortfall}.")
     quantized = QuantizedModel(
         loaded.model, groups, mode=mode, weight_cache_bytes=_cache_bytes(loaded.model, chosen)
     )
     scorer = Scorer(quantized, chosen)
-    scorer.check_head(splits["calibration"])
+    scorer.check(splits["calibration"])
     observer.step()
     return Session(loaded=loaded, scorer=scorer, splits=splits)
 
@@ -70,6 +73,16 @@ def _shortened(plan: TokenPlan, max_length: int) -> TokenPlan:
     import dataclasses
 
     return dataclasses.replace(plan, sequence_length=min(plan.sequence_length, max_length))
+
+
+def _require_vocabulary(model: Any, splits: dict[str, Split]) -> None:
+    largest = max(int(batch.max()) for split in splits.values() for batch in split.batches)
+    size = model.get_input_embeddings().weight.shape[0]
+    if largest >= size:
+        raise SourceError(
+            f"the tokenizer gives token {largest}, and the model embeds {size} tokens.",
+            fix="put the tokenizer of this model beside its weights.",
+        )
 
 
 def _cache_bytes(model: torch.nn.Module, device: torch.device) -> int:

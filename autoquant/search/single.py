@@ -6,14 +6,14 @@ from typing import Any
 from autoquant.assignment import Assignment
 from autoquant.budget import Accounting, Scope
 from autoquant.checkpoint.export import ExportResult, export
-from autoquant.checkpoint.quantized import QuantizedCheckpoint, open_quantized
+from autoquant.checkpoint.quantized import open_quantized
 from autoquant.checkpoint.source import Source
+from autoquant.checkpoint.target import require_free
 from autoquant.data.tokens import TokenPlan
 from autoquant.errors import ConfigError
 from autoquant.formats import BF16
 from autoquant.grouping import Groups, find_groups
-from autoquant.groups import LayerGroup
-from autoquant.model.exported import install
+from autoquant.model.exported import groups_of, install, is_quantized
 from autoquant.model.inputs import ActivationMode
 from autoquant.probe.calibration import Calibration, calibrate
 from autoquant.search.observer import Observer
@@ -46,10 +46,16 @@ def score(
         ConfigError: the assignment names a group or format that the model does not allow.
     """
     exported = open_quantized(checkpoint) if checkpoint is not None else None
-    groups = find_groups(source) if assignment is None else _groups_of(source, assignment)
+    if exported is not None:
+        groups = groups_of(exported, source)
+        quantized = [g for g in groups if is_quantized(exported, g)]
+    else:
+        assert assignment is not None
+        groups = _groups_of(source, assignment)
+        quantized = [g for g in groups if assignment[g.name] != BF16]
     session = open_session(
         source,
-        [g for g in groups if _is_quantized(g, assignment, exported)],
+        quantized,
         calibration=calibration,
         tokens=tokens,
         mode=mode,
@@ -58,7 +64,7 @@ def score(
         observer=observer,
     )
     if exported is not None:
-        assignment = install(exported, session.quantized)
+        assignment = install(exported, source, session.quantized)
     else:
         _calibrate(session, observer)
     assert assignment is not None
@@ -87,10 +93,11 @@ def export_assignment(
         ConfigError: the assignment names a group or format that the model does not allow.
         RunConflict: `target` holds something.
     """
+    require_free(target, source=source.path)
     groups = _groups_of(source, assignment)
     session = open_session(
         source,
-        [g for g in groups if _is_quantized(g, assignment, None)],
+        [g for g in groups if assignment[g.name] != BF16],
         calibration=calibration,
         tokens=tokens,
         mode=ActivationMode.W4A4,
@@ -123,14 +130,6 @@ def _groups_of(source: Source, assignment: Assignment) -> Groups:
                 f"the assignment puts {name} into {choice}: {reason}.", fix="choose fp8 or bf16."
             )
     return groups
-
-
-def _is_quantized(
-    group: LayerGroup, assignment: Assignment | None, exported: QuantizedCheckpoint | None
-) -> bool:
-    if exported is not None:
-        return any(linear.name in exported.formats for linear in group.linears)
-    return assignment is not None and assignment[group.name] != BF16
 
 
 def _calibrate(session: Session, observer: Observer) -> Calibration:

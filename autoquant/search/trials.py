@@ -1,5 +1,6 @@
 """Joint measurements of candidates: each assignment once, each one on disk before the next."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Trial:
             name=data["name"],
             assignment=Assignment.of(groups),
             kl=data["kl"],
-            stderr=data["stderr"],
+            stderr=math.nan if data["stderr"] is None else data["stderr"],
             sequence_kl=tuple(data["sequence_kl"]),
             bpe=data["bpe"],
             fits=data["fits"],
@@ -130,6 +131,10 @@ class Ledger:
     def has(self, assignment: Assignment) -> bool:
         """Whether this process has asked for `assignment` before."""
         return assignment.digest in self._known
+
+    def is_measured(self, assignment: Assignment) -> bool:
+        """Whether this process or an earlier one has measured `assignment`."""
+        return self.has(assignment) or assignment.digest in self._earlier
 
     def best(self) -> Trial:
         """The candidate of least KL that keeps the budget; the earliest of equals."""
