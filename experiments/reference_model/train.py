@@ -9,11 +9,9 @@ Shapes: B sequences, L tokens, E experts.
 """
 
 import argparse
-import ctypes
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
 
 from autoquant.data import stdlib
+from autoquant.model.memory import keep_freed_memory
 
 END_OF_TEXT = "<|endoftext|>"
 PIECES = r"\n *| ?[A-Za-z_]+| ?[0-9]| ?[^\sA-Za-z0-9_]+|\s+"
@@ -179,14 +178,6 @@ def optimizer_of(model, recipe: Recipe) -> torch.optim.Optimizer:
         betas=(0.9, 0.95),
         fused=True,
     )
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to reuse large buffers: fresh pages otherwise cost a third of each step."""
-    if sys.platform == "linux":
-        libc, mmap_threshold, trim_threshold = ctypes.CDLL(None), -3, -1
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def save_atomically(state: dict, path: Path) -> None:
