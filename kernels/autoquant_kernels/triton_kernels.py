@@ -12,25 +12,25 @@ numbers.
 import triton
 import triton.language as tl
 
-NAN = tl.PropagateNan.ALL
-
 
 @triton.jit
-def _round_at(v, smallest: tl.constexpr, shift: tl.constexpr):
+def _magic(v, smallest: tl.constexpr, shift: tl.constexpr):
+    """1.5 x 2^(exponent of v + shift): a sum with it keeps no bit below one step of the format."""
     k: tl.constexpr = (shift << 23) + 0x400000
     exponent = v.to(tl.int32, bitcast=True) & 0x7F800000
-    magic = tl.maximum(exponent + k, (smallest << 23) + k).to(tl.float32, bitcast=True)
-    return (v + magic) - magic
+    return tl.maximum(exponent + k, (smallest << 23) + k)
 
 
 @triton.jit
 def _round_e2m1(v):
-    return _round_at(v, 127, 22)
+    magic = _magic(v, 127, 22).to(tl.float32, bitcast=True)
+    return (v + magic) - magic
 
 
 @triton.jit
 def _round_e4m3(t):
-    return _round_at(t, 121, 20)
+    magic = _magic(t, 121, 20).to(tl.float32, bitcast=True)
+    return (t + magic) - magic
 
 
 @triton.jit
@@ -58,16 +58,17 @@ def _e4m3_number(code):
 
 
 @triton.jit
-def _e2m1_code(magnitude):
-    large = (magnitude.to(tl.int32, bitcast=True) >> 22) - 252
-    small = ((magnitude + 1.0).to(tl.int32, bitcast=True) >> 22) - 254
-    return tl.where(magnitude < 1.0, small, large)
+def _e2m1_code(v):
+    """The 3-bit code of 0 <= v <= 6: steps counted by the sum, plus 2 per binade from 2 on."""
+    magic = _magic(v, 127, 22)
+    total = (v + magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    return total - magic + (magic >> 22) - 299
 
 
 @triton.jit
 def _quotient(x, safe, reciprocal, limit, DIVIDE: tl.constexpr):
-    """RN(x / safe), at most 6 in magnitude up to rounding."""
-    x = tl.minimum(tl.maximum(x, -limit), limit)
+    """RN(|x| / safe), at most limit / safe; NaN may become the latter."""
+    x = tl.minimum(tl.abs(x), limit)
     if DIVIDE:
         return tl.div_rn(x, safe)
     else:
@@ -106,7 +107,7 @@ def _halves(v, HALF: tl.constexpr):
 @triton.jit
 def _larger_half(v, HALF: tl.constexpr):
     a, b = _halves(v, HALF)
-    return tl.maximum(a, b, propagate_nan=NAN)
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def _half_sum(v, HALF: tl.constexpr):
 
 @triton.jit
 def _largest(low, high):
-    pairs = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=NAN)
+    pairs = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
     return _larger_half(_larger_half(_larger_half(pairs, 4), 2), 1)
 
 
@@ -129,50 +130,90 @@ def _divisor(scale):
 
 
 @triton.jit
-def _squared_error(low, high, scale, DIVIDE: tl.constexpr):
-    """Squares added in the reference's order: i and i + 8 first, then 4, 2 and 1 apart."""
+def _nearest(low, high, scale, DIVIDE: tl.constexpr):
+    """The magnitudes of the elements after rounding to E2M1 numbers x `scale`."""
     safe, reciprocal, limit = _divisor(scale)
-    low_d = _round_e2m1(_quotient(low, safe, reciprocal, limit, DIVIDE)) * scale - low
-    high_d = _round_e2m1(_quotient(high, safe, reciprocal, limit, DIVIDE)) * scale - high
+    low_q = _round_e2m1(_quotient(low, safe, reciprocal, limit, DIVIDE))
+    high_q = _round_e2m1(_quotient(high, safe, reciprocal, limit, DIVIDE))
+    return low_q * scale, high_q * scale
+
+
+@triton.jit
+def _squared_error(low_y, high_y, low, high):
+    """Squares added in the reference's order: i and i + 8 first, then 4, 2 and 1 apart."""
+    low_d, high_d = low_y - tl.abs(low), high_y - tl.abs(high)
     return _half_sum(_half_sum(_half_sum(low_d * low_d + high_d * high_d, 4), 2), 1)
 
 
 @triton.jit
 def _stored_scale(exact):
     """A block scale as checkpoints keep it; NaN stays NaN."""
-    clamped = tl.minimum(tl.maximum(exact, 0.001953125, propagate_nan=NAN), 448.0, propagate_nan=NAN)
-    return _round_e4m3(clamped)
+    atleast = tl.maximum(exact, 0.001953125, propagate_nan=tl.PropagateNan.ALL)
+    return _round_e4m3(tl.minimum(atleast, 448.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
-def _best_in_window(low, high, scale, g, DIVIDE: tl.constexpr):
-    start = _e4m3_code(scale)
-    best = scale
-    least = tl.full(scale.shape, float("inf"), tl.float32)
+def _amax_scale(amax, g):
+    """The E4M3 number nearest to amax / 6g that checkpoints keep; 1 for a block of zeros."""
+    exact = tl.div_rn(amax, g * 6.0)
+    return tl.where(exact == 0.0, 1.0, _stored_scale(exact))
+
+
+@triton.jit
+def _four_scale(amax, g):
+    exact = tl.div_rn(amax, g * 6.0)
+    return tl.where(exact == 0.0, 1.0, _stored_scale(tl.div_rn(amax * 1.5, g * 6.0)))
+
+
+@triton.jit
+def _best_in_window(low, high, amax, g, DIVIDE: tl.constexpr):
+    """The E4M3 scale of least squared error from 3 codes below to 8 above that of `amax`."""
+    start = _amax_scale(amax, g)
+    start_code = _e4m3_code(start)
+    best = start
+    least = tl.full(start.shape, float("inf"), tl.float32)
     for offset in range(-3, 9):
-        code = tl.minimum(tl.maximum(start + offset, 1), 126)
+        code = tl.minimum(tl.maximum(start_code + offset, 1), 126)
         candidate = _e4m3_number(code)
-        error = _squared_error(low, high, candidate * g, DIVIDE)
+        low_y, high_y = _nearest(low, high, candidate * g, DIVIDE)
+        error = _squared_error(low_y, high_y, low, high)
         better = (error < least) | (offset == -3)
         best = tl.where(better, candidate, best)
         least = tl.where(better, error, least)
-    return tl.where(scale != scale, scale, best)
+    fixed = (start != start) | (tl.div_rn(amax, g * 6.0) == 0.0)
+    return tl.where(fixed, start, best)
 
 
 @triton.jit
 def _weight_scale(low, high, g, RULE: tl.constexpr, DIVIDE: tl.constexpr):
-    """E4M3 block scales `[BLOCKS, 1]` as float32, as checkpoints keep them."""
+    """E4M3 block scales `[BLOCKS, 1]` as float32, as checkpoints keep them; NaN stays NaN."""
     amax = _largest(low, high)
-    exact = tl.div_rn(amax, g * 6.0)
-    scale = _stored_scale(exact)
     if RULE == "mse":
-        scale = _best_in_window(low, high, scale, g, DIVIDE)
+        return _best_in_window(low, high, amax, g, DIVIDE)
+    elif RULE == "four_over_six":
+        six, four = _amax_scale(amax, g), _four_scale(amax, g)
+        low_six, high_six = _nearest(low, high, six * g, DIVIDE)
+        low_four, high_four = _nearest(low, high, four * g, DIVIDE)
+        error_six = _squared_error(low_six, high_six, low, high)
+        error_four = _squared_error(low_four, high_four, low, high)
+        return tl.where(error_four < error_six, four, six)
+    else:
+        return _amax_scale(amax, g)
+
+
+@triton.jit
+def _weight_magnitudes(low, high, g, RULE: tl.constexpr, DIVIDE: tl.constexpr):
+    """What the exported form of a weight dequantizes to, without signs."""
     if RULE == "four_over_six":
-        four = _stored_scale(tl.div_rn(amax * 1.5, g * 6.0))
-        error_four = _squared_error(low, high, four * g, DIVIDE)
-        error_six = _squared_error(low, high, scale * g, DIVIDE)
-        scale = tl.where(error_four < error_six, four, scale)
-    return tl.where(exact == 0.0, 1.0, scale)
+        amax = _largest(low, high)
+        low_six, high_six = _nearest(low, high, _amax_scale(amax, g) * g, DIVIDE)
+        low_four, high_four = _nearest(low, high, _four_scale(amax, g) * g, DIVIDE)
+        error_six = _squared_error(low_six, high_six, low, high)
+        error_four = _squared_error(low_four, high_four, low, high)
+        four = error_four < error_six
+        return tl.where(four, low_four, low_six), tl.where(four, high_four, high_six)
+    else:
+        return _nearest(low, high, _weight_scale(low, high, g, RULE, DIVIDE) * g, DIVIDE)
 
 
 @triton.jit
@@ -180,11 +221,9 @@ def fake_quant_nvfp4(x_ptr, out_ptr, blocks, g, DIVIDE: tl.constexpr, BLOCKS: tl
     g = tl.full((1, 1), g, tl.float32)
     block, exists = _blocks(blocks, BLOCKS)
     low, high = _load(x_ptr, block, exists)
-    t = tl.minimum(tl.div_rn(_largest(low, high), g * 6.0), 448.0, propagate_nan=NAN)
-    scale = _round_e4m3(t) * g
-    safe, reciprocal, limit = _divisor(scale)
-    low_y = _round_e2m1(_quotient(low, safe, reciprocal, limit, DIVIDE)) * scale
-    high_y = _round_e2m1(_quotient(high, safe, reciprocal, limit, DIVIDE)) * scale
+    t = tl.div_rn(_largest(low, high), g * 6.0)
+    scale = _round_e4m3(tl.minimum(t, 448.0, propagate_nan=tl.PropagateNan.ALL)) * g
+    low_y, high_y = _nearest(low, high, scale, DIVIDE)
     _store(out_ptr, block, exists, _with_sign_of(low_y, low), _with_sign_of(high_y, high))
 
 
@@ -195,21 +234,19 @@ def fake_quant_nvfp4_weight(
     g = tl.full((1, 1), g, tl.float32)
     block, exists = _blocks(blocks, BLOCKS)
     low, high = _load(x_ptr, block, exists)
-    scale = _weight_scale(low, high, g, RULE, DIVIDE) * g
-    safe, reciprocal, limit = _divisor(scale)
-    low_y = _round_e2m1(_quotient(low, safe, reciprocal, limit, DIVIDE)) * scale
-    high_y = _round_e2m1(_quotient(high, safe, reciprocal, limit, DIVIDE)) * scale
+    low_y, high_y = _weight_magnitudes(low, high, g, RULE, DIVIDE)
     low_y, high_y = _with_sign_of(low_y, low + 0.0), _with_sign_of(high_y, high + 0.0)
     _store(out_ptr, block, exists, low_y, high_y)
 
 
 @triton.jit
-def _packed(x, safe, reciprocal, limit, DIVIDE: tl.constexpr):
+def _packed(x, scale, DIVIDE: tl.constexpr):
     """The codes of `[BLOCKS, 8]` elements as `[BLOCKS, 1]` words, the first in the low nibble."""
-    q = tl.abs(_round_e2m1(_quotient(x, safe, reciprocal, limit, DIVIDE)))
-    code = _e2m1_code(q) | tl.where(x < 0.0, 8, 0)
-    code = tl.where(q != q, 0, code)
-    return tl.sum(code << (4 * tl.arange(0, 8)[None, :]), axis=1, keep_dims=True)
+    safe, reciprocal, limit = _divisor(scale)
+    sign = ((x + 0.0).to(tl.int32, bitcast=True) >> 28) & 8
+    code = _e2m1_code(_quotient(x, safe, reciprocal, limit, DIVIDE)) | sign
+    word = tl.sum(code << (4 * tl.arange(0, 8)[None, :]), axis=1, keep_dims=True)
+    return tl.where(scale != scale, 0, word)
 
 
 @triton.jit
@@ -228,9 +265,8 @@ def quantize_nvfp4(
     low, high = _load(x_ptr, block, exists)
     scale = _weight_scale(low, high, g, RULE, DIVIDE)
     tl.store(scales_ptr + block, _e4m3_code(scale).to(tl.uint8), mask=exists)
-    safe, reciprocal, limit = _divisor(scale * g)
-    low_word = _packed(low, safe, reciprocal, limit, DIVIDE)
-    high_word = _packed(high, safe, reciprocal, limit, DIVIDE)
+    low_word = _packed(low, scale * g, DIVIDE)
+    high_word = _packed(high, scale * g, DIVIDE)
     words = tl.reshape(tl.join(low_word, high_word), (BLOCKS, 2))
     tl.store(words_ptr + block * 2 + tl.arange(0, 2)[None, :], words, mask=exists)
 
@@ -257,16 +293,16 @@ def dequantize_nvfp4(words_ptr, scales_ptr, out_ptr, blocks, g, BLOCKS: tl.const
 
 
 @triton.jit
-def _fp8_quotient(x, scale, reciprocal, DIVIDE: tl.constexpr):
-    """RN(x / scale) clamped to +-448; NaN stays NaN."""
+def _fp8_magnitude(x, scale, reciprocal, DIVIDE: tl.constexpr):
+    """|x| / scale rounded to E4M3, at most 448; NaN stays NaN."""
     limit = scale * 448.0
-    x = tl.minimum(tl.maximum(x, -limit, propagate_nan=NAN), limit, propagate_nan=NAN)
+    magnitude = tl.minimum(tl.abs(x), limit, propagate_nan=tl.PropagateNan.ALL)
     if DIVIDE:
-        v = tl.div_rn(x, scale)
+        v = tl.div_rn(magnitude, scale)
     else:
-        guess = x * reciprocal
-        v = tl.fma(tl.fma(-guess, scale, x), reciprocal, guess)
-    return v
+        guess = magnitude * reciprocal
+        v = tl.fma(tl.fma(-guess, scale, magnitude), reciprocal, guess)
+    return _round_e4m3(v)
 
 
 @triton.jit
@@ -276,7 +312,7 @@ def fake_quant_fp8(
     scale = tl.full((1,), scale, tl.float32)
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
-    y = _round_e4m3(_fp8_quotient(x, scale, reciprocal, DIVIDE)) * scale
+    y = _fp8_magnitude(x, scale, reciprocal, DIVIDE) * scale
     tl.store(out_ptr + at, _with_sign_of(y, x).to(out_ptr.dtype.element_ty), mask=at < n)
 
 
@@ -287,9 +323,9 @@ def quantize_fp8(
     scale = tl.full((1,), scale, tl.float32)
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
-    q = _round_e4m3(_fp8_quotient(x, scale, reciprocal, DIVIDE))
+    code = _e4m3_code(_fp8_magnitude(x, scale, reciprocal, DIVIDE))
     sign = (x.to(tl.int32, bitcast=True) >> 24) & tl.where(x != x, 0, 0x80)
-    tl.store(codes_ptr + at, (_e4m3_code(tl.abs(q)) | sign).to(tl.uint8), mask=at < n)
+    tl.store(codes_ptr + at, (code | sign).to(tl.uint8), mask=at < n)
 
 
 @triton.jit
@@ -344,4 +380,4 @@ def token_kl(p_ptr, q_ptr, out_ptr, vocabulary, TILE: tl.constexpr):
     ratio = tl.log(tl.div_rn(tl.sum(sum_q, axis=0), total_p))
     mean = tl.div_rn(tl.sum(sum_pd, axis=0), total_p)
     kl = mean + ratio + (offset - (max_p - max_q))
-    tl.store(out_ptr + tl.program_id(0), tl.maximum(kl, 0.0, propagate_nan=NAN))
+    tl.store(out_ptr + tl.program_id(0), tl.maximum(kl, 0.0, propagate_nan=tl.PropagateNan.ALL))

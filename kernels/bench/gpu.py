@@ -1,0 +1,224 @@
+"""Times every GPU operation with a cold cache, after checking its bits against the reference.
+
+    python kernels/bench/gpu.py --out kernels/bench/results/gpu.csv
+    python kernels/bench/gpu.py --tune
+
+The peer is ModelOpt's own Triton kernel, launched as its wrapper launches it. Event pairs enclose
+the kernel alone: a buffer several times the size of the cache is overwritten before each, which
+also gives Python the time to have the launch queued.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from rows import Row, median, row, write
+from torch import Tensor
+
+import autoquant_kernels as ak
+from autoquant_kernels import reference, triton_backend
+
+SHAPES = ((4096, 4096), (8192, 28672), (32768, 4096))
+REPEATS = 100
+FLUSH_BYTES = 1 << 30
+HEAD = (32768, 4096, 131072)
+SCALE_RULES = ("mse", "four_over_six")
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="CSV file for the rows")
+    parser.add_argument("--tune", action="store_true", help="time block sizes and warps instead")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    if arguments.tune:
+        tune()
+        return
+    check_bits()
+    check_parity_with_modelopt()
+    rows = [r for shape in SHAPES for r in time_shape(shape)] + time_head()
+    for r in rows:
+        print(
+            f"{r.op:24} {r.backend:10} {r.shape:18} {r.p20_us:10.1f} {r.p50_us:10.1f} "
+            f"{r.p80_us:10.1f} us {r.gigabytes_per_s:8.0f} GB/s  x{r.ratio_to_copy}"
+        )
+    if arguments.out:
+        write(rows, arguments.out)
+
+
+def check_bits() -> None:
+    """Raise unless the GPU returns the reference's bits, computed on the CPU."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = torch.randn(1024, 4096).mul_(torch.randn(1024, 1).mul_(2).exp_()).to(dtype)
+        g = float(ak.nvfp4_global_scale(x.float().abs().max()))
+        expected = torch.empty_like(x)
+        reference.fake_quant_nvfp4(x, g, expected)
+        assert_equal(expected, ak.fake_quant_nvfp4(x.cuda(), g))
+        reference.fake_quant_fp8(x, g, expected)
+        assert_equal(expected, ak.fake_quant_fp8(x.cuda(), g))
+        for rule in ("max", *SCALE_RULES):
+            reference.fake_quant_nvfp4_weight(x, g, rule, expected)
+            assert_equal(expected, ak.fake_quant_nvfp4_weight(x.cuda(), g, rule=rule))
+            codes, scales = ak.quantize_nvfp4(x.cuda(), g, rule=rule)
+            assert_equal(expected, ak.dequantize_nvfp4(codes, scales, g, dtype=dtype))
+    print("bits equal the reference's")
+
+
+def assert_equal(expected: Tensor, got: Tensor) -> None:
+    """Raise unless both hold the same bits."""
+    width = torch.int16 if expected.element_size() == 2 else torch.int32
+    wrong = (expected.view(width) != got.cpu().view(width)).sum().item()
+    assert wrong == 0, f"{wrong} of {expected.numel()} elements differ"
+
+
+def modelopt_kernel(x: Tensor, g: Tensor, out: Tensor) -> None:
+    """ModelOpt's dynamic NVFP4 kernel with the tile sizes of its wrapper."""
+    from modelopt.torch.kernels.quantization.gemm import fp4_kernel_hopper as peer
+
+    rows, columns = x.shape
+    grid = (triton.cdiv(rows, 16), triton.cdiv(columns, 64))
+    peer.fp4_fake_quant_kernel[grid](
+        x, out, rows, columns, g, *x.stride(), *out.stride(), 16, 16, 64, 4, triton.language.bfloat16
+    )
+
+
+def check_parity_with_modelopt() -> None:
+    """Raise if a result differs where ModelOpt's approximate division cannot be the reason."""
+    x = torch.randn(4096, 4096, device="cuda").mul_(0.02).bfloat16()
+    g = ak.nvfp4_global_scale(x.abs().max())
+    ours, theirs = ak.fake_quant_nvfp4(x, g), torch.empty_like(x)
+    modelopt_kernel(x, g.cuda(), theirs)
+    blocks = x.double().view(-1, 16)
+    t = blocks.abs().amax(-1, keepdim=True) / (6 * float(g))
+    s = (t.float().clamp(max=448).to(torch.float8_e4m3fn).double() * float(g)).float().double()
+    at_tie = near_midpoint(t, 2.0 ** (t.log2().floor() - 3)) | near_midpoint(
+        blocks / s, torch.where((blocks / s).abs() < 2, 0.5, torch.where(blocks.abs() / s < 4, 1, 2))
+    )
+    differs = (ours != theirs).view(-1, 16)
+    unexplained = (differs & ~at_tie).sum().item()
+    print(f"modelopt: {differs.sum().item()} of {x.numel()} differ, {unexplained} not at a midpoint")
+    assert unexplained == 0
+
+
+def near_midpoint(value: Tensor, step: Tensor) -> Tensor:
+    """Whether `value` is within 4 float32 units in the last place of an odd multiple of step / 2."""
+    halves = value.abs() / step - 0.5
+    return (halves - halves.round()).abs() * step <= 4 * 2.0**-23 * value.abs()
+
+
+def cold(work: Callable[[], object], repeats: int = REPEATS) -> list[float]:
+    """Microseconds of `work` on the GPU, each time after the cache was overwritten."""
+    flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+    for _ in range(5):
+        work()
+    pairs = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        stop.record()
+        pairs.append((start, stop))
+    torch.cuda.synchronize()
+    return [1e3 * start.elapsed_time(stop) for start, stop in pairs]
+
+
+def operations(shape: tuple[int, int]) -> dict[str, tuple[str, float, Callable[[], object]]]:
+    """Per operation: the implementation, its bytes per element, the work."""
+    x = torch.randn(shape, device="cuda").mul_(0.02).bfloat16()
+    out = torch.empty_like(x)
+    amax = x.abs().max()
+    g, g256 = (float(ak.nvfp4_global_scale(amax, rule)) for rule in ("max", "four_over_six"))
+    scale = float(ak.fp8_scale(amax))
+    codes, scales = ak.quantize_nvfp4(x, g)
+    fp8 = ak.quantize_fp8(x, scale)
+    device_g = torch.tensor(g, device="cuda")
+    weight = ak.fake_quant_nvfp4_weight
+    return {
+        "copy": ("torch", 4, lambda: out.copy_(x)),
+        "fake_quant_nvfp4": ("triton", 4, lambda: ak.fake_quant_nvfp4(x, g, out=out)),
+        "fake_quant_nvfp4 modelopt": ("modelopt", 4, lambda: modelopt_kernel(x, device_g, out)),
+        "fake_quant_fp8": ("triton", 4, lambda: ak.fake_quant_fp8(x, scale, out=out)),
+        "quantize_nvfp4": ("triton", 2.5625, lambda: ak.quantize_nvfp4(x, g)),
+        "dequantize_nvfp4": (
+            "triton",
+            2.5625,
+            lambda: ak.dequantize_nvfp4(codes, scales, g, out=out),
+        ),
+        "quantize_fp8": ("triton", 3, lambda: ak.quantize_fp8(x, scale)),
+        "dequantize_fp8": ("triton", 3, lambda: ak.dequantize_fp8(fp8, scale, out=out)),
+        "weight max": ("triton", 4, lambda: weight(x, g, out=out)),
+        "weight four_over_six": (
+            "triton",
+            4,
+            lambda: weight(x, g256, rule="four_over_six", out=out),
+        ),
+        "weight mse": ("triton", 4, lambda: weight(x, g, rule="mse", out=out)),
+    }
+
+
+def time_shape(shape: tuple[int, int]) -> list[Row]:
+    """Rows of all element-wise operations on one shape."""
+    rows, copy_us = [], 0.0
+    elements = shape[0] * shape[1]
+    for op, (backend, bytes_per_element, work) in operations(shape).items():
+        times = cold(work)
+        copy_us = copy_us or median(times)
+        size = int(elements * bytes_per_element)
+        rows.append(row(op, backend, shape, times, bytes=size, copy_us=copy_us))
+    return rows
+
+
+def time_head() -> list[Row]:
+    """Rows of the fused head and KL, and of the same matrix products alone."""
+    tokens, width, vocabulary = HEAD
+    hidden_p = torch.randn(tokens, width, device="cuda").bfloat16()
+    hidden_q = (hidden_p.float() + 0.01 * torch.randn_like(hidden_p, dtype=torch.float32)).bfloat16()
+    weight = torch.randn(vocabulary, width, device="cuda").mul_(width**-0.5).bfloat16()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    ak.head_token_kl(hidden_p, hidden_q, weight)
+    peak = torch.cuda.max_memory_allocated() - before
+    print(f"head_token_kl: {peak / 1e6:.0f} MB beyond its arguments")
+    fused = cold(lambda: ak.head_token_kl(hidden_p, hidden_q, weight), repeats=7)
+    chunk = 1024
+    tile = torch.empty(chunk, vocabulary, device="cuda", dtype=torch.bfloat16)
+
+    def products() -> None:
+        for start in range(0, tokens, chunk):
+            torch.mm(hidden_p[start : start + chunk], weight.T, out=tile)
+            torch.mm(hidden_q[start : start + chunk], weight.T, out=tile)
+
+    alone = cold(products, repeats=7)
+    size = 2 * (2 * tokens * width + vocabulary * width)
+    base = median(alone)
+    return [
+        row("head matrix products", "cublas", HEAD, alone, bytes=size, copy_us=base),
+        row("head_token_kl", "triton", HEAD, fused, bytes=size, copy_us=base),
+    ]
+
+
+def tune() -> None:
+    """Print the median time of every block size and warp count."""
+    shape = (8192, 28672)
+    work = operations(shape)
+    for op in ("copy", *(name for name in work if "modelopt" not in name and name != "copy")):
+        if op == "copy":
+            print(op, round(median(cold(work[op][2], 30)), 1))
+            continue
+        sizes = (1024, 2048, 4096, 8192) if "fp8" in op else (64, 128, 256, 512)
+        found = []
+        for size, warps in itertools.product(sizes, (2, 4, 8)):
+            triton_backend.BLOCKS = triton_backend.SWEEP_BLOCKS = size
+            triton_backend.ELEMENTS = size
+            triton_backend.OPTIONS["num_warps"] = warps
+            found.append((round(median(cold(work[op][2], 20)), 1), size, warps))
+        print(op, sorted(found)[:6], "worst", max(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
