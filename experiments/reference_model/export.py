@@ -37,12 +37,13 @@ that was really trained, on any machine and without a download. It is of no othe
 | shape | {layers} blocks, hidden {hidden}, {heads} heads ({key_value_heads} key/value), \
 {experts} experts of width {expert_width}, top-{experts_per_token}, vocabulary {vocabulary}, \
 tied embeddings |
-| data | source of Python {python}'s standard library: {train_tokens:,} tokens; one top-level module \
-in {one_in} is held out (`autoquant/data/stdlib.py`) |
+| data | source of Python {python}'s standard library: {train_tokens:,} tokens; one top-level \
+module in {one_in} is held out (`autoquant/data/stdlib.py`) |
 | training | {steps:,} steps of {batch} x {sequence} tokens, AdamW, BF16 autocast |
 | cost | {cpu_minutes:.0f} CPU minutes on {threads} cores ({wall_minutes:.0f} minutes elapsed, \
 other work running beside it) |
-| held-out text | {bits_per_byte:.3f} bits per byte ({nats:.3f} nats per token, {evaluated:,} tokens) |
+| held-out text | {bits_per_byte:.3f} bits per byte \
+({nats:.3f} nats per token, {evaluated:,} tokens) |
 | experts | the least used one of any block gets {least:.1%} of its block's routed tokens \
 (even: {even:.1%}) |
 
