@@ -13,8 +13,9 @@ from torch import Tensor
 from autoquant_kernels import triton_kernels as kernels
 
 BLOCK = 16
-BLOCKS = 256
-SWEEP_BLOCKS = 128
+BLOCKS = 128
+WIDE_BLOCKS = 256
+WORDS = 256
 ELEMENTS = 2048
 VOCABULARY_TILE = 4096
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,7 +44,7 @@ def fake_quant_nvfp4_weight(x: Tensor, global_scale: float, rule: str, out: Tens
     """Exported-form NVFP4."""
     source, target = _plain(x), _target(out)
     blocks = x.numel() // BLOCK
-    size = _blocks(BLOCKS if rule == "max" else SWEEP_BLOCKS)
+    size = _blocks(BLOCKS if rule == "max" else WIDE_BLOCKS)
     with _device(x):
         kernels.fake_quant_nvfp4_weight[_grid(blocks, size)](
             source, target, blocks, global_scale, rule, _divide(global_scale), size, **OPTIONS
@@ -56,7 +57,7 @@ def quantize_nvfp4(
 ) -> None:
     """NVFP4 codes and block scales."""
     blocks = x.numel() // BLOCK
-    size = _blocks(BLOCKS if rule == "max" else SWEEP_BLOCKS)
+    size = _blocks(WIDE_BLOCKS)
     words, scales = codes.view(-1).view(torch.int32), block_scale.view(torch.uint8)
     divide = _divide(global_scale)
     with _device(x):
@@ -68,12 +69,11 @@ def quantize_nvfp4(
 def dequantize_nvfp4(codes: Tensor, block_scale: Tensor, global_scale: float, out: Tensor) -> None:
     """NVFP4 codes and block scales to numbers."""
     target = _target(out)
-    blocks = out.numel() // BLOCK
-    size = _blocks(BLOCKS)
     words, scales = codes.view(-1).view(torch.int32), block_scale.view(torch.uint8)
+    size = _blocks(WORDS)
     with _device(codes):
-        kernels.dequantize_nvfp4[_grid(blocks, size)](
-            words, scales, target, blocks, global_scale, size, **OPTIONS
+        kernels.dequantize_nvfp4[_grid(words.numel(), size)](
+            words, scales, target, words.numel(), global_scale, size, **OPTIONS
         )
     _finish(target, out)
 

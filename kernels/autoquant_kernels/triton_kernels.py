@@ -1,7 +1,7 @@
 """NVFP4, FP8 and token-KL kernels in Triton, for GPUs from sm_80 on and for Triton's interpreter.
 
-A thread holds whole blocks of 16: every kernel loads the two halves of its blocks as `[BLOCKS, 8]`
-tensors, so that block maxima and sums need no exchange between threads. Division by a block scale
+A thread holds whole blocks of 16: kernels that quantize load the two halves of their blocks as
+`[BLOCKS, 8]` tensors, so that block maxima and sums need no exchange between threads. Division by a block scale
 multiplies by its reciprocal and corrects the quotient with two fused multiply-adds, which is exact
 for a correctly rounded reciprocal (Markstein 1990) as long as nothing over- or underflows; outside
 that range of scales `DIVIDE` asks for the processor's own division. Kernels must be compiled with
@@ -73,7 +73,7 @@ def _quotient(x, safe, reciprocal, limit, DIVIDE: tl.constexpr):
         return tl.div_rn(x, safe)
     else:
         guess = x * reciprocal
-        return tl.fma(tl.fma(-guess, safe, x), reciprocal, guess)
+        return tl.fma(tl.fma(guess, -safe, x), reciprocal, guess)
 
 
 @triton.jit
@@ -279,17 +279,19 @@ def _e2m1_number(code):
 
 
 @triton.jit
-def dequantize_nvfp4(words_ptr, scales_ptr, out_ptr, blocks, g, BLOCKS: tl.constexpr):
-    g = tl.full((1, 1), g, tl.float32)
-    block, exists = _blocks(blocks, BLOCKS)
-    words = tl.load(words_ptr + block * 2 + tl.arange(0, 2)[None, :], mask=exists, other=0)
-    low_word, high_word = tl.split(words)
-    code = tl.load(scales_ptr + block, mask=exists, other=0).to(tl.int32)
+def dequantize_nvfp4(words_ptr, scales_ptr, out_ptr, words, g, WORDS: tl.constexpr):
+    """A thread turns a word of 8 codes into 8 neighbours; two words share a block scale."""
+    g = tl.full((1,), g, tl.float32)
+    at = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    at = tl.max_contiguous(at, 1)  # one word per load, or its layout and the result's would differ
+    exists = at < words
+    word = tl.load(words_ptr + at, mask=exists, other=0)
+    code = tl.load(scales_ptr + at // 2, mask=exists, other=0).to(tl.int32)
     scale = _e4m3_number(code) * g
-    shift = 4 * tl.arange(0, 8)[None, :]
-    low = _e2m1_number(low_word[:, None] >> shift) * scale
-    high = _e2m1_number(high_word[:, None] >> shift) * scale
-    _store(out_ptr, block, exists, low, high)
+    column = tl.arange(0, 8)[None, :]
+    y = _e2m1_number(word[:, None] >> (4 * column)) * scale[:, None]
+    first = out_ptr + at[:, None] * 8 + column
+    tl.store(first, y.to(out_ptr.dtype.element_ty), mask=exists[:, None])
 
 
 @triton.jit
@@ -301,7 +303,7 @@ def _fp8_magnitude(x, scale, reciprocal, DIVIDE: tl.constexpr):
         v = tl.div_rn(magnitude, scale)
     else:
         guess = magnitude * reciprocal
-        v = tl.fma(tl.fma(-guess, scale, magnitude), reciprocal, guess)
+        v = tl.fma(tl.fma(guess, -scale, magnitude), reciprocal, guess)
     return _round_e4m3(v)
 
 

@@ -213,8 +213,8 @@ def tune() -> None:
         sizes = (1024, 2048, 4096, 8192) if "fp8" in op else (64, 128, 256, 512)
         found = []
         for size, warps in itertools.product(sizes, (2, 4, 8)):
-            triton_backend.BLOCKS = triton_backend.SWEEP_BLOCKS = size
-            triton_backend.ELEMENTS = size
+            triton_backend.BLOCKS = triton_backend.WIDE_BLOCKS = size
+            triton_backend.WORDS = triton_backend.ELEMENTS = size
             triton_backend.OPTIONS["num_warps"] = warps
             found.append((round(median(cold(work[op][2], 20)), 1), size, warps))
         print(op, sorted(found)[:6], "worst", max(found), flush=True)
