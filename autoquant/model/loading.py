@@ -1,6 +1,5 @@
 """Open a causal language model in BF16 for measurement."""
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,12 +86,6 @@ def load_model(path: Path, device: torch.device, *, trust_remote_code: bool = Fa
         device=device,
         max_length=_max_length(model.config.get_text_config()),
     )
-
-
-def release(model: Any) -> None:
-    """Give back the memory of a model that is no longer needed."""
-    model.to("meta")
-    gc.collect()
 
 
 def _max_length(config: Any) -> int:

@@ -1,0 +1,116 @@
+"""Where calibration text comes from, and what is said when it cannot be read."""
+
+import json
+
+import pytest
+
+from autoquant.data.text import load_corpus
+from autoquant.errors import SourceError
+
+
+def refused(name: object) -> SourceError:
+    with pytest.raises(SourceError) as caught:
+        load_corpus(str(name))
+    assert caught.value.fix
+    return caught.value
+
+
+def test_the_standard_library_is_there_and_the_same_each_time():
+    corpus = load_corpus()
+    assert corpus.name == "stdlib"
+    assert len(corpus.documents) > 20
+    assert corpus == load_corpus("stdlib")
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one\ntwo\n", encoding="utf-8")
+    assert load_corpus(str(file)).documents == ("one\ntwo\n",)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one"}\n', encoding="utf-8-sig")
+    assert load_corpus(str(file)).documents == ("one",)
+
+
+def test_records_give_their_text(tmp_path):
+    file = tmp_path / "a.jsonl"
+    turns = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": [{"type": "text", "text": "again"}, {"type": "image"}]},
+    ]
+    records = [
+        {"text": "plain", "source": "x"},
+        "a string",
+        {"messages": turns},
+        {"question": "why", "answer": "because", "score": 1},
+    ]
+    file.write_text("\n".join(map(json.dumps, records)) + "\n\n", encoding="utf-8")
+    assert load_corpus(str(file)).documents == (
+        "plain",
+        "a string",
+        "hello\n\nagain",
+        "why\nbecause",
+    )
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x1c"])
+def test_line_separators_inside_a_record_do_not_end_it(tmp_path, separator):
+    file = tmp_path / "a.jsonl"
+    text = f"one{separator}two"
+    file.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert load_corpus(str(file)).documents == (text,)
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+    (tmp_path / "sub.txt").mkdir()
+    (tmp_path / "sub.txt" / "b.md").write_text("second")
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "z.jsonl").write_text('{"text": "third"}')
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\xff")
+    assert load_corpus(str(tmp_path)).documents == ("first", "second", "third")
+
+
+def test_a_folder_without_text_is_refused(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    error = refused(tmp_path)
+    assert "holds no text" in error.message
+    assert ".jsonl" in error.fix
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    assert "holds no text" in refused(tmp_path / "a.txt").message
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_refused(name):
+    assert "empty" in refused(name).message
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes("größe".encode("latin-1"))
+    error = refused(tmp_path)
+    assert str(tmp_path / "a.txt") in error.message
+    assert "UTF-8" in error.message
+
+
+def test_a_broken_record_is_named_with_its_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    assert f"{tmp_path / 'a.jsonl'}:2 is not a JSON record" in refused(tmp_path).message
+
+
+@pytest.mark.parametrize("record", ['{"score": 1}', "[1, 2]", "7"])
+def test_a_record_without_text_is_named(tmp_path, record):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "fine"}}\n{record}\n')
+    assert f"{tmp_path / 'a.jsonl'}:2 has no text field" in refused(tmp_path).message
+
+
+@pytest.mark.parametrize("name", ["nobody/such-a-data-set:train", "no-such-folder/text.txt"])
+def test_a_data_set_that_cannot_be_reached_is_named(name):
+    error = refused(name)
+    assert repr(name) in error.message
+    assert "org/name:split" in error.fix
