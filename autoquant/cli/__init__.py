@@ -13,6 +13,8 @@ MODULES = {
     "score": "autoquant.cli.score",
     "export": "autoquant.cli.export",
     "verify": "autoquant.cli.verify",
+    "report": "autoquant.cli.report",
+    "compare": "autoquant.cli.compare",
     "spaces": "autoquant.cli.spaces",
     "env": "autoquant.cli.environment",
 }

@@ -107,11 +107,12 @@ def command(ctx: click.Context, /, **settings: Any) -> None:
     from autoquant.cli.search_output import print_result
     from autoquant.cli.terminal import Terminal
     from autoquant.search.run import run_search
+    from autoquant.search.settings import make_config
 
     try:
         with Terminal() as terminal:
             outcome = run_search(
-                _config(settings),
+                make_config(settings),
                 out=settings["out"],
                 resume=settings["resume"],
                 settings=resolved_settings(ctx),
@@ -127,37 +128,6 @@ def command(ctx: click.Context, /, **settings: Any) -> None:
         print_json(outcome.result | {"run": str(outcome.path)})
     else:
         print_result(outcome.result, outcome.path)
-
-
-def _config(settings: dict[str, Any]) -> Any:
-    from autoquant.budget import Budget, Scope
-    from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
-    from autoquant.data.tokens import TokenPlan
-    from autoquant.model.inputs import ActivationMode
-    from autoquant.search.config import SearchConfig
-    from autoquant.space_file import load_space
-
-    return SearchConfig(
-        space=load_space(settings["space"]),
-        budget=Budget(settings["budget_bpe"], Scope(settings["budget_scope"])),
-        source=open_source(settings["model"] or REFERENCE_MODEL),
-        calibration=settings["calibration"],
-        tokens=TokenPlan(
-            calibration=settings["calibration_tokens"],
-            search=settings["search_tokens"],
-            report=settings["report_tokens"],
-            sequence_length=settings["sequence_length"],
-            batch_tokens=settings["batch_tokens"],
-            seed=settings["seed"],
-        ),
-        mode=ActivationMode(settings["activation_mode"]),
-        trials=settings["trials"],
-        max_seconds=settings["max_seconds"],
-        seed=settings["seed"],
-        device=settings["device"],
-        trust_remote_code=settings["trust_remote_code"],
-        export=settings["export"],
-    )
 
 
 def _command_line() -> str:

@@ -22,9 +22,11 @@ from autoquant.rundir import (
     CALIBRATION,
     CHECKPOINT,
     GROUPS,
+    REPORT,
     RESULT,
     SENSITIVITY,
     SENSITIVITY_LOG,
+    TOKENS,
     TRIALS,
     RunDirectory,
 )
@@ -35,7 +37,7 @@ from autoquant.search.config import SearchConfig
 from autoquant.search.observer import Observer
 from autoquant.search.problem import Problem
 from autoquant.search.refine import Effort, refine
-from autoquant.search.result import Confirmed, make_result
+from autoquant.search.result import Confirmed, make_result, make_tokens
 from autoquant.search.session import Session, open_session
 from autoquant.search.trials import Ledger, Stage, Trial
 from autoquant.tracking import Tracker, TrialRecord
@@ -227,7 +229,10 @@ class Search:
 
         assignment = confirmed.trial.assignment
         self.run.write_text(ASSIGNMENT, yaml.safe_dump(assignment.to_dict(), sort_keys=False))
+        with self._or_warn(TOKENS):
+            self.run.write_json(TOKENS, make_tokens(session, confirmed))
         result = make_result(self.config, session, problem, ledger, calibration, confirmed)
+        result["command"] = self.command
         if self.config.export:
             result["checkpoint"] = self._export(
                 problem.accounting.groups, calibration, assignment, result
@@ -247,9 +252,24 @@ class Search:
     def _keep_result(self, result: dict[str, Any]) -> dict[str, Any]:
         result["seconds"] = {**self.seconds, "total": sum(self.seconds.values())}
         self.run.write_json(RESULT, result)
+        self._report()
         stored = self.run.read_json(RESULT)
         assert stored is not None
         return stored
+
+    def _report(self) -> None:
+        from autoquant.report.html import write_report
+
+        with self._or_warn(REPORT):
+            write_report(self.run.path)
+
+    @contextmanager
+    def _or_warn(self, name: str) -> Iterator[None]:
+        """Go on without a file that the result does not rest on."""
+        try:
+            yield
+        except Exception as error:
+            self.observer.warn(f"{name} could not be written: {type(error).__name__}: {error}")
 
     def _with_checkpoint(self, plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
         """The result of a finished search, exported now if it was not and shall be."""

@@ -12,6 +12,7 @@ import autoquant
 from autoquant.budget import Scope
 from autoquant.probe.calibration import Calibration
 from autoquant.scoring.kl import TokenScores
+from autoquant.scoring.worst import describe_tokens
 from autoquant.search.config import SearchConfig
 from autoquant.search.confirm import Difference
 from autoquant.search.problem import Problem
@@ -111,6 +112,21 @@ def make_result(
         "python": sys.version.split()[0],
         "machine": f"{platform.system()} {platform.machine()}",
     }
+
+
+def make_tokens(session: Session, confirmed: Confirmed) -> dict[str, Any]:
+    """The contents of `tokens.json`: the winner token by token, baselines as histograms."""
+    baselines = {
+        trial.name: scores
+        for trial, scores in zip(confirmed.candidates, confirmed.scores, strict=True)
+        if trial.stage is Stage.BASELINE
+    }
+    return describe_tokens(
+        confirmed.scores[confirmed.winner],
+        baselines,
+        session.splits["report"],
+        session.loaded.tokenizer.decode,
+    )
 
 
 def _row(trial: Trial, scores: TokenScores) -> dict[str, Any]:

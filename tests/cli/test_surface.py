@@ -73,6 +73,8 @@ SURFACE = {
         "--config",
     },
     "verify": {"CHECKPOINT", "--source", "--format"},
+    "report": {"RUN", "--out", "--png", "--format"},
+    "compare": {"RUN...", "--out", "--format"},
     "spaces": set(),
     "spaces list": {"--format"},
     "spaces show": {"NAME"},

@@ -1,0 +1,287 @@
+"""Searches and their runs from Python.
+
+    import autoquant
+
+    run = autoquant.search("Qwen/Qwen3-8B", budget_bpe=5.0)
+    run = autoquant.load_run("runs/NAME")
+    run.trials().sort_values("kl").head()
+    run.plot_frontier()
+
+Tables are pandas frames: MLflow, which records searches, brings pandas. Pictures are matplotlib
+figures, the same as in `report.html`. Everywhere KL is KL(BF16 || quantized) in nats per token, BPE
+bits per element of the checkpoint, and sizes bytes.
+"""
+
+import inspect
+import shlex
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from autoquant.errors import ConfigError
+from autoquant.report import figures, html, maps
+from autoquant.report.record import RunRecord, TrialRow
+from autoquant.rundir import Status
+
+if TYPE_CHECKING:
+    import click
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from autoquant.search.observer import Observer
+
+_TRIAL_COLUMNS = tuple(field.name for field in fields(TrialRow))
+
+__all__ = ["Run", "load_run", "search"]
+
+
+class Run:
+    """A run directory, as it was when it was read.
+
+    Every table and picture of an unfinished run shows what there is; `missing` names the rest.
+    """
+
+    def __init__(self, record: RunRecord) -> None:
+        self._record = record
+
+    def __repr__(self) -> str:
+        return f"<autoquant.Run {self.path} {self.status}>"
+
+    @property
+    def path(self) -> Path:
+        return self._record.path
+
+    @property
+    def status(self) -> Status:
+        """running (or killed), interrupted, failed or finished."""
+        return self._record.status
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What the search has not come to, in words; empty for a finished one."""
+        return self._record.missing
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The contents of `result.json`; None before the search is finished."""
+        return self._record.result
+
+    def trials(self) -> "pd.DataFrame":
+        """Every measured mix [T, 10], indexed by trial number.
+
+        Columns: stage, name, kl and stderr (on search tokens), bpe, fits (the budget), seconds,
+        predicted_kl (the sum of its groups' own), is_frontier, groups (group name to choice).
+        """
+        return _frame(map(asdict, self._record.trials), _TRIAL_COLUMNS).set_index("number")
+
+    def frontier(self) -> "pd.DataFrame":
+        """The trials that no other beats in both BPE and KL, by BPE; columns as in `trials`."""
+        trials = self.trials()
+        return trials[trials["is_frontier"].astype(bool)].sort_values("bpe")
+
+    def sensitivity(self) -> "pd.DataFrame":
+        """Each (group, choice) alone, all else in BF16 [P, 4]: group, choice, kl, stderr.
+
+        Means over the tokens measured so far where the probes are not finished, without stderr.
+        """
+        columns = ("group", "choice", "kl", "stderr")
+        return _frame(map(asdict, self._record.probes), columns)
+
+    def groups(self) -> "pd.DataFrame":
+        """Layer groups [G, 6] by name: role, layer, elements, choice, bytes, is_open.
+
+        The choice is the winner's, before the end that of the best mix measured.
+        """
+        columns = ("name", "role", "layer", "elements", "choice", "bytes", "is_open")
+        return _frame(map(asdict, self._record.groups), columns).set_index("name")
+
+    def baselines(self) -> "pd.DataFrame":
+        """The winner and the fixed recipes by KL on the report split.
+
+        Columns: name, bpe, kl, stderr, fits, search_kl. Empty before the search is finished.
+        """
+        columns = ("name", "bpe", "kl", "stderr", "fits", "search_kl")
+        result = self._record.result
+        rows: list[dict[str, Any]] = []
+        if result is not None:
+            rows.append(
+                {
+                    "name": "the winner",
+                    "bpe": result["bpe"]["checkpoint"],
+                    "kl": result["kl"]["mean"],
+                    "stderr": result["kl"]["stderr"],
+                    "fits": True,
+                    "search_kl": result["winner"]["search_kl"],
+                }
+            )
+            rows += [{name: row[name] for name in columns} for row in result["baselines"]]
+        return _frame(rows, columns).sort_values("kl", ignore_index=True)
+
+    def plot_frontier(self) -> "Figure":
+        """KL against BPE: confirmed mixes with 95 % intervals, every trial, and the frontier."""
+        return figures.frontier(self._record)
+
+    def plot_map(self) -> "Figure":
+        """Format of each layer and role, and its sensitivity beside it."""
+        return maps.format_map(self._record)
+
+    def plot_sensitivity(self) -> "Figure":
+        """The most sensitive groups, coloured by the format they have."""
+        return maps.sensitivity(self._record)
+
+    def plot_prediction(self) -> "Figure":
+        """Measured KL against the sum of the groups' own."""
+        return figures.prediction(self._record)
+
+    def plot_convergence(self) -> "Figure":
+        """KL of each trial in order, and the best so far within the budget."""
+        return figures.convergence(self._record)
+
+    def plot_tokens(self) -> "Figure":
+        """How KL spreads over the tokens of the report split."""
+        return figures.tokens(self._record)
+
+    def plot_coverage(self) -> "Figure":
+        """Calibration tokens per expert of each layer."""
+        return maps.coverage(self._record)
+
+    def plot_sizes(self) -> "Figure":
+        """Bytes of the checkpoint by role and format."""
+        return maps.sizes(self._record)
+
+    def write_report(self, path: Path | str | None = None) -> Path:
+        """Write the HTML report of the run as it is now, `report.html` in it by default."""
+        return html.write_report(self.path, None if path is None else Path(path))
+
+
+def load_run(path: Path | str) -> Run:
+    """Read the run directory at `path`, finished or not; nothing is locked or changed.
+
+    Raises:
+        ConfigError: the folder is no run directory.
+        SourceError: a file in it is damaged or of another schema version.
+    """
+    return Run(RunRecord.read(Path(path)))
+
+
+def search(
+    model: str | Path | None = None,
+    *,
+    budget_bpe: float,
+    budget_scope: Literal["checkpoint", "searched"] = "checkpoint",
+    space: str = "default",
+    activation_mode: Literal["w4a4", "w4a16"] = "w4a4",
+    trials: int = 60,
+    max_seconds: float | None = None,
+    seed: int = 0,
+    calibration: str = "stdlib",
+    calibration_tokens: int = 8_192,
+    search_tokens: int = 16_384,
+    report_tokens: int = 65_536,
+    sequence_length: int = 256,
+    batch_tokens: int = 4_096,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    mlflow: bool = True,
+    mlflow_experiment: str = "autoquant",
+    mlflow_trials: Literal["all", "best", "none"] = "best",
+    out: Path | str | None = None,
+    resume: bool = True,
+    export: bool = True,
+    observer: "Observer | None" = None,
+) -> Run:
+    """Search formats for every layer under a budget, and export the winner.
+
+    The same as the command `autoquant search`, whose flags the arguments are named after.
+
+    Args:
+        model: folder or hub id; the bundled reference model by default.
+        budget_bpe: most stored bits per element of the source model, scales included.
+        budget_scope: what the budget counts: the whole checkpoint, or the layers left open.
+        space: which layers may take which formats: a shipped space's name, or a YAML file.
+        activation_mode: whether NVFP4 layers see NVFP4 inputs (w4a4) or BF16 inputs (w4a16).
+        trials: joint measurements beyond the baselines and the solver's optimum.
+        max_seconds: begin no further trial after this time.
+        seed: same seed, same result.
+        calibration: text or JSONL file, folder, or datasets id (`org/name:split`).
+        calibration_tokens: tokens that input ranges are taken from.
+        search_tokens: tokens that probes and trials are measured on.
+        report_tokens: tokens that the finalists are confirmed on.
+        sequence_length: longest sequence, tokens.
+        batch_tokens: tokens of one forward.
+        device: `cpu`, `cuda`, `cuda:1`; the first GPU by default, else the CPU.
+        trust_remote_code: run code that comes with the model.
+        mlflow: record the search in MLflow.
+        mlflow_experiment: experiment to record under.
+        mlflow_trials: trials that get an MLflow run of their own.
+        out: run directory; a folder of `runs/` by default.
+        resume: go on with an earlier run of the same search; False sets it aside.
+        export: write the winner as a checkpoint.
+        observer: told of every stage and trial; nobody by default.
+
+    Raises:
+        ConfigError: a setting that cannot be meant.
+        InfeasibleBudget: the budget is below the floor; nothing was read.
+        SourceError: model or text missing, damaged or not understood.
+        RunConflict: `out` holds another search, or another process holds it.
+    """
+    arguments = {name: value for name, value in locals().items() if name != "observer"}
+    from autoquant.cli.options import resolved_settings
+    from autoquant.search.observer import Silent
+    from autoquant.search.run import run_search
+    from autoquant.search.settings import make_config
+
+    words = _command_line(arguments)
+    parsed = _parse(words)
+    outcome = run_search(
+        make_config(parsed.params),
+        out=parsed.params["out"],
+        resume=resume,
+        settings=resolved_settings(parsed),
+        command=shlex.join(["autoquant", "search", *words]),
+        track_in_mlflow=mlflow,
+        experiment=mlflow_experiment,
+        child_runs=mlflow_trials,
+        observer=observer or Silent(),
+    )
+    return load_run(outcome.path)
+
+
+def _command_line(arguments: dict[str, Any]) -> list[str]:
+    """The same search as words of a command line, defaults left out."""
+    parameters = inspect.signature(search).parameters
+    words = []
+    for name, value in arguments.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value == parameters[name].default:
+            continue
+        if name == "resume":
+            words.append("--fresh")
+        elif isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif name != "model":
+            words.append(f"{flag}={value}")
+    return [*words, "--", str(arguments["model"])] if arguments["model"] is not None else words
+
+
+def _parse(words: list[str]) -> "click.Context":
+    """The arguments after the checks that flags pass.
+
+    Raises:
+        ConfigError: one of them fails.
+    """
+    import click
+
+    from autoquant.cli.search import command
+
+    try:
+        return command.make_context("search", [*words])
+    except click.UsageError as error:
+        raise ConfigError(error.format_message(), fix="see help(autoquant.api.search).") from error
+
+
+def _frame(rows: Iterable[dict[str, Any]], columns: Iterable[str]) -> "pd.DataFrame":
+    import pandas as pd
+
+    return pd.DataFrame(list(rows), columns=list(columns))

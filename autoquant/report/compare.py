@@ -1,0 +1,124 @@
+"""Several runs side by side: models, budgets, seeds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autoquant.report.figures import NORMAL_95
+from autoquant.report.html import template
+from autoquant.report.record import RunRecord
+from autoquant.report.style import LIGHT, PALETTE, new_figure, plain_log, styled, to_svg
+from autoquant.report.words import best_baseline
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLORS = ("solver", "runner-up", "reweight", "swap", "ink", "baseline")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRow:
+    """One run in the table; what an unfinished run does not know is None."""
+
+    run: str
+    status: str
+    model: str
+    budget_bpe: float
+    activation_mode: str
+    seed: int
+    bpe: float | None
+    kl: float | None
+    """Mean on the report split, nats per token."""
+    stderr: float | None
+    baseline: str | None
+    """The best fixed recipe within the budget."""
+    baseline_kl: float | None
+    top1_agreement: float | None
+    checkpoint_bytes: int | None
+    trials: int
+    seconds: float | None
+
+
+def row_of(record: RunRecord) -> RunRow:
+    """The run's line of the table."""
+    signature, result = record.identity["signature"], record.result
+    rival = best_baseline(result) if result is not None else None
+    return RunRow(
+        run=record.name,
+        status=str(record.status),
+        model=(record.plan or {}).get("model") or signature["model"][:16],
+        budget_bpe=signature["budget_bpe"],
+        activation_mode=signature["activation_mode"],
+        seed=signature["seed"],
+        bpe=result["bpe"]["checkpoint"] if result else None,
+        kl=result["kl"]["mean"] if result else None,
+        stderr=result["kl"]["stderr"] if result else None,
+        baseline=rival["name"] if rival else None,
+        baseline_kl=rival["kl"] if rival else None,
+        top1_agreement=result["top1_agreement"] if result else None,
+        checkpoint_bytes=result["checkpoint_bytes"] if result else None,
+        trials=len(record.trials),
+        seconds=result["seconds"]["total"] if result else None,
+    )
+
+
+def caveats(records: Sequence[RunRecord]) -> list[str]:
+    """Why some of the runs' KL cannot be set against each other; empty if all can."""
+    found = []
+    finished = [record for record in records if record.result is not None]
+    for what, values in (
+        ("models differ", {r.identity["signature"]["model"] for r in finished}),
+        ("activation modes differ", {(r.result or {})["activation_mode"] for r in finished}),
+        (
+            "report tokens differ",
+            {(r.result or {})["tokens"]["report"]["digest"] for r in finished},
+        ),
+    ):
+        if len(values) > 1:
+            found.append(f"{what}: KL compares only among runs that share them")
+    found += [
+        f"{record.name} is {record.status}: not confirmed on fresh tokens"
+        for record in records
+        if record.result is None
+    ]
+    return found
+
+
+@styled
+def plot_runs(records: Sequence[RunRecord]) -> "Figure":
+    """Confirmed KL against BPE, a colour for each model and a mark for each run."""
+    finished = [record for record in records if record.result is not None]
+    models = list(dict.fromkeys(record.identity["signature"]["model"] for record in finished))
+    figure = new_figure(6.2, 3.6 + 0.1 * len(finished))
+    axes = figure.subplots()
+    for index, record in enumerate(finished):
+        result = record.result or {}
+        stderr = result["kl"]["stderr"]
+        model = models.index(record.identity["signature"]["model"])
+        axes.errorbar(
+            result["bpe"]["checkpoint"],
+            result["kl"]["mean"],
+            yerr=None if stderr is None else NORMAL_95 * stderr,
+            fmt=_MARKERS[index % len(_MARKERS)],
+            color=LIGHT[_COLORS[model % len(_COLORS)]],
+            capsize=3,
+            lw=1,
+            label=record.name,
+        )
+    axes.set_xlabel("bits per element of the checkpoint")
+    axes.set_ylabel("KL on fresh tokens, nats per token")
+    plain_log(axes, "y")
+    figure.legend(loc="outside lower center", ncols=2, handletextpad=0.4)
+    return figure
+
+
+def render_comparison(records: Sequence[RunRecord]) -> str:
+    """The comparison as HTML text."""
+    rows = [row_of(record) for record in records]
+    picture = ""
+    if any(row.kl is not None for row in rows):
+        picture = to_svg(plot_runs(records), "runs", "KL of each run against bits per element")
+    return template("compare.html.j2").render(
+        rows=rows, caveats=caveats(records), picture=picture, palette=PALETTE
+    )

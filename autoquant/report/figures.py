@@ -1,0 +1,217 @@
+"""Pictures of what was measured: KL against size, against its prediction, over time, per token."""
+
+from collections.abc import Iterable, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+from autoquant.report.record import RunRecord, TrialRow
+from autoquant.report.style import LIGHT, new_figure, plain_log, styled
+from autoquant.report.words import rank_correlation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STAGES = ("baseline", "solver", "runner-up", "reweight", "swap")
+NORMAL_95 = 1.96
+"""Standard errors on each side of a 95 % interval."""
+
+_HISTOGRAM_COLORS = ("accent", "nvfp4", "fp8", "reweight", "baseline", "ink", "swap")
+"""The winner's first."""
+
+_MARKERS = ("s", "D", "^", "v", "P", "X", "h", "<", ">")
+
+
+@styled
+def frontier(record: RunRecord) -> "Figure":
+    """KL against BPE: what was confirmed on the report split, and all that the search measured."""
+    confirmed = record.result is not None
+    figure = new_figure(6.2, 7.0 if confirmed else 3.6)
+    axes = figure.subplots(2 if confirmed else 1, 1, sharex=True, squeeze=False)[:, 0]
+    if record.result is not None:
+        _draw_confirmed(axes[0], record.result)
+        axes[0].tick_params(labelbottom=True)
+    _draw_trials(axes[-1], record)
+    for each in axes:
+        _draw_budget(each, record)
+        each.set_xlabel("bits per element of the checkpoint")
+        each.set_ylabel("KL, nats per token")
+        plain_log(each, "y")
+    _legend(figure, axes, columns=2)
+    return figure
+
+
+@styled
+def prediction(record: RunRecord) -> "Figure":
+    """Measured KL against the sum of the groups' own KL, for all mixes and for the candidates."""
+    candidates = [t for t in record.trials if t.fits and t.stage != "baseline"]
+    figure = new_figure(6.2, 3.5)
+    whole, near = figure.subplots(1, 2)
+    for axes, trials, title in (
+        (whole, record.trials, "all mixes"),
+        (near, candidates, "candidates"),
+    ):
+        shown = [t for t in trials if t.predicted_kl > 0 and t.kl > 0]
+        _scatter(axes, shown, lambda trial: trial.predicted_kl)
+        if shown:
+            low = max(min(t.predicted_kl for t in shown), min(t.kl for t in shown))
+            high = min(max(t.predicted_kl for t in shown), max(t.kl for t in shown))
+            if low < high:
+                axes.plot([low, high], [low, high], color=LIGHT["muted"], lw=1, label="equal")
+        plain_log(axes, "x")
+        plain_log(axes, "y")
+        rank = rank_correlation([t.predicted_kl for t in shown], [t.kl for t in shown])
+        axes.set_title(title if rank is None else f"{title}, rank {rank:.2f}", fontsize=9.5)
+        axes.set_xlabel("sum of the groups' own KL")
+    whole.set_ylabel("measured KL, nats per token")
+    _legend(figure, [whole, near], columns=3)
+    return figure
+
+
+@styled
+def convergence(record: RunRecord) -> "Figure":
+    """KL of each trial in the order measured, and the best so far that keeps the budget."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure = new_figure(6.2, 3.4)
+    axes = figure.subplots()
+    _scatter(axes, record.trials, lambda trial: trial.number)
+    best: list[tuple[int, float]] = []
+    for trial in record.trials:
+        if trial.fits and (not best or trial.kl < best[-1][1]):
+            best.append((trial.number, trial.kl))
+    if best:
+        best.append((record.trials[-1].number, best[-1][1]))
+        axes.step(*zip(*best, strict=True), where="post", color=LIGHT["ink"], label="best so far")
+    plain_log(axes, "y")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("trial")
+    axes.set_ylabel("KL on search tokens, nats")
+    _legend(figure, [axes], columns=3)
+    return figure
+
+
+@styled
+def tokens(record: RunRecord) -> "Figure":
+    """Share of tokens by their KL, of the winner and of the baselines, on the report split."""
+    figure = new_figure(6.2, 3.3)
+    axes = figure.subplots()
+    stored = record.tokens or {"histograms": [], "edges": [1e-9, 1.0]}
+    edges = stored["edges"]
+    for row, color in zip(stored["histograms"], cycle(_HISTOGRAM_COLORS), strict=False):
+        total = max(1, sum(row["counts"]))
+        shares = [100 * count / total for count in row["counts"]]
+        is_winner = row is stored["histograms"][0]
+        if is_winner:
+            axes.stairs(shares, edges, fill=True, color=LIGHT[color], alpha=0.35)
+        axes.stairs(
+            shares, edges, color=LIGHT[color], lw=1.6 if is_winner else 1, label=row["name"]
+        )
+    if record.result is not None:
+        kl = record.result["kl"]
+        for name, dash in (("median", ":"), ("mean", "-"), ("p99", "--")):
+            if kl[name]:
+                axes.axvline(kl[name], color=LIGHT["ink"], lw=1, ls=dash, label=f"{name}, winner")
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("KL of a token, nats (the first bin holds all below)")
+    axes.set_ylabel("% of tokens")
+    _legend(figure, [axes], columns=2)
+    return figure
+
+
+def _draw_confirmed(axes: "Axes", result: dict[str, Any]) -> None:
+    axes.set_title("Confirmed on fresh tokens (bars: 95 % interval)")
+    for row in result["finalists"]:
+        if row["trial"] != result["winner"]["trial"]:
+            _draw_bar(axes, row, "o", LIGHT["runner-up"], "other finalists", filled=False)
+    for row, marker in zip(result["baselines"], _MARKERS * 3, strict=False):
+        _draw_bar(axes, row, marker, LIGHT["baseline"], row["name"], filled=row["fits"])
+    winner = {"bpe": result["bpe"]["checkpoint"], "kl": result["kl"]["mean"]}
+    winner["stderr"] = result["kl"]["stderr"]
+    _draw_bar(axes, winner, "*", LIGHT["accent"], "the winner", filled=True, size=11)
+
+
+def _draw_bar(
+    axes: "Axes",
+    row: dict[str, Any],
+    marker: str,
+    color: str,
+    label: str,
+    *,
+    filled: bool,
+    size: float = 6.5,
+) -> None:
+    axes.errorbar(
+        row["bpe"],
+        row["kl"],
+        yerr=None if row["stderr"] is None else NORMAL_95 * row["stderr"],
+        fmt=marker,
+        ms=size,
+        color=color,
+        mfc=color if filled else "none",
+        capsize=3,
+        lw=1,
+        label=label,
+    )
+
+
+def _draw_trials(axes: "Axes", record: RunRecord) -> None:
+    axes.set_title("Every measured mix, on the tokens of the search")
+    _scatter(axes, record.trials, lambda trial: trial.bpe)
+    front = sorted((t for t in record.trials if t.is_frontier), key=lambda t: t.bpe)
+    if front:
+        axes.step(
+            [t.bpe for t in front],
+            [t.kl for t in front],
+            where="post",
+            color=LIGHT["ink"],
+            lw=1,
+            label="frontier",
+        )
+
+
+def _draw_budget(axes: "Axes", record: RunRecord) -> None:
+    settings = record.identity["signature"]
+    if settings.get("budget_scope") == "checkpoint" and settings.get("budget_bpe"):
+        budget = settings["budget_bpe"]
+        axes.axvline(budget, color=LIGHT["ink"], lw=1, ls="--", label=f"budget {budget:g}")
+
+
+def _scatter(axes: "Axes", trials: Sequence[TrialRow], x: Any) -> None:
+    """Trials against `x`, coloured by stage; hollow where the budget is exceeded."""
+    for stage in dict.fromkeys([*STAGES, *(trial.stage for trial in trials)]):
+        color = LIGHT.get(stage, LIGHT["other"])
+        rows = [trial for trial in trials if trial.stage == stage]
+        if rows:
+            marker = "D" if stage == "solver" else "o"
+            axes.scatter(
+                [x(trial) for trial in rows],
+                [trial.kl for trial in rows],
+                s=34 if stage in ("baseline", "solver") else 20,
+                marker=marker,
+                facecolors=[color if trial.fits else "none" for trial in rows],
+                edgecolors=color,
+                linewidths=1,
+                zorder=3 if stage == "solver" else 2,
+            )
+            axes.scatter([], [], s=28, marker=marker, color=color, label=stage)
+    if any(not trial.fits for trial in trials):
+        axes.scatter(
+            [], [], s=28, facecolors="none", edgecolors=LIGHT["baseline"], label="over the budget"
+        )
+
+
+def _legend(figure: "Figure", axes: Iterable["Axes"], *, columns: int) -> None:
+    """One legend below all axes, each label once."""
+    found: dict[str, Any] = {}
+    for each in axes:
+        for handle, label in zip(*each.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(
+        list(found.values()),
+        list(found),
+        loc="outside lower center",
+        ncols=columns,
+        handletextpad=0.4,
+    )

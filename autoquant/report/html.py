@@ -1,0 +1,125 @@
+"""The report of a run as one HTML file: no network, under a megabyte, on a phone and on paper."""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoquant.files import write_atomic
+from autoquant.report import figures, maps, words
+from autoquant.report.record import RunRecord
+from autoquant.report.style import PALETTE, to_png, to_svg
+from autoquant.rundir import REPORT
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from matplotlib.figure import Figure
+
+PICTURES: Mapping[str, tuple[Callable[[RunRecord], "Figure"], str]] = {
+    "frontier": (figures.frontier, "KL against bits per element, with baselines and budget"),
+    "map": (maps.format_map, "Format and sensitivity of every layer group"),
+    "sensitivity": (maps.sensitivity, "The most sensitive layer groups"),
+    "prediction": (figures.prediction, "Measured KL against predicted KL"),
+    "convergence": (figures.convergence, "KL of each trial and the best so far"),
+    "tokens": (figures.tokens, "Distribution of KL over tokens"),
+    "coverage": (maps.coverage, "Calibration tokens per expert"),
+    "sizes": (maps.sizes, "Bytes by role and format"),
+}
+"""Name to what draws it, and what it shows in words."""
+
+
+def write_report(path: Path, out: Path | None = None) -> Path:
+    """Write the report of the run directory `path`; the file written.
+
+    Args:
+        path: run directory of a finished or unfinished search.
+        out: file; `report.html` in the run directory by default.
+
+    Raises:
+        ConfigError: `path` is no run directory.
+        SourceError: a file in it is damaged or of another schema version.
+    """
+    target = out if out is not None else path / REPORT
+    write_atomic(target, render(RunRecord.read(path)))
+    return target
+
+
+def write_pngs(record: RunRecord, folder: Path) -> list[Path]:
+    """Write each picture that the run has data for as `NAME.png`; the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in available(record):
+        draw, _ = PICTURES[name]
+        target = folder / f"{name}.png"
+        target.write_bytes(to_png(draw(record)))
+        written.append(target)
+    return written
+
+
+def available(record: RunRecord) -> list[str]:
+    """Names of the pictures that the run has data for."""
+    has_experts = bool((record.calibration or {}).get("expert_tokens"))
+    there = {
+        "frontier": bool(record.trials),
+        "map": bool(record.groups) and bool(record.trials or record.probes),
+        "sensitivity": bool(record.groups and record.probes),
+        "prediction": bool(record.trials and record.probes),
+        "convergence": bool(record.trials),
+        "tokens": record.tokens is not None,
+        "coverage": has_experts,
+        "sizes": record.best is not None and bool(record.groups),
+    }
+    return [name for name in PICTURES if there[name]]
+
+
+def render(record: RunRecord) -> str:
+    """The report as HTML text."""
+    pictures = {}
+    for name in available(record):
+        draw, label = PICTURES[name]
+        pictures[name] = to_svg(draw(record), name, label)
+    return template("report.html.j2").render(
+        run=record,
+        result=record.result,
+        verdict=words.verdict(record),
+        pictures=pictures,
+        command=command_of(record),
+        settings={k: v for k, v in record.settings.items() if k != "schema_version"},
+        idle=_idle_experts(record),
+        palette=PALETTE,
+    )
+
+
+@cache
+def template(name: str) -> "Template":
+    """A template of this package, with the number formats of `words` as filters."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("autoquant.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "size": words.size,
+        "number": words.number,
+        "fixed": words.fixed,
+        "percent": words.percent,
+        "duration": words.duration,
+    }
+    environment.globals["kl_range"] = words.kl_range
+    return environment.get_template(name)
+
+
+def command_of(record: RunRecord) -> str:
+    """The command line of the search; for a run that did not record it, one that goes on in it."""
+    if record.result is not None and "command" in record.result:
+        return str(record.result["command"])
+    return f"autoquant search --config {record.path}/config.resolved.yaml --out {record.path}"
+
+
+def _idle_experts(record: RunRecord) -> dict[str, int]:
+    tokens: Mapping[str, Any] = (record.calibration or {}).get("expert_tokens", {})
+    return {name: counts.count(0) for name, counts in tokens.items() if 0 in counts}

@@ -1,0 +1,290 @@
+"""A run directory read back: every stage that is there, and the names of those that are not.
+
+Nothing here locks or writes, so a search that is still running can be looked at. KL is in nats per
+token, sizes are in bytes, BPE in bits per element.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from autoquant.errors import ConfigError, SourceError
+from autoquant.rundir import (
+    CALIBRATION,
+    CONFIG,
+    GROUPS,
+    RESULT,
+    SENSITIVITY,
+    SENSITIVITY_LOG,
+    TOKENS,
+    TRIALS,
+    Status,
+    read_identity,
+    read_json,
+    read_records,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeRow:
+    """One layer group alone in one choice, all else in BF16."""
+
+    group: str
+    choice: str
+    kl: float
+    stderr: float | None
+    """None where the search tokens held a single sequence, or the probes are not finished."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRow:
+    """One mix, measured on the search split."""
+
+    number: int
+    stage: str
+    name: str
+    kl: float
+    stderr: float | None
+    bpe: float
+    fits: bool
+    """Whether it keeps the budget."""
+    seconds: float
+    predicted_kl: float
+    """Sum of its groups' own KL."""
+    is_frontier: bool
+    """Whether no measured mix of as few bits has a lower KL."""
+    groups: Mapping[str, str]
+    """Group name to choice."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRow:
+    """One layer group, and the choice it has in the run's best mix."""
+
+    name: str
+    role: str
+    layer: int | None
+    elements: int
+    choice: str | None
+    """None before the first trial that keeps the budget."""
+    bytes: int | None
+    """In `choice`."""
+    is_open: bool
+    """Whether the search space leaves more than one choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """The files of one run directory."""
+
+    path: Path
+    identity: dict[str, Any]
+    settings: dict[str, Any]
+    result: dict[str, Any] | None
+    plan: dict[str, Any] | None
+    """The contents of `groups.json`."""
+    calibration: dict[str, Any] | None
+    tokens: dict[str, Any] | None
+    probes: tuple[ProbeRow, ...]
+    trials: tuple[TrialRow, ...]
+    missing: tuple[str, ...]
+    """What an unfinished search has not come to, in words."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read the run directory at `path`, finished or not.
+
+        Raises:
+            ConfigError: the folder is no run directory.
+            SourceError: a file in it is damaged or of another schema version.
+        """
+        identity = read_identity(path)
+        if identity is None:
+            raise ConfigError(
+                f"{path} is not a run directory: it has no run.json.",
+                fix="name the folder that `autoquant search` printed, such as runs/NAME.",
+            )
+        try:
+            return cls._of(path, identity)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SourceError(
+                f"{path} is damaged: a record in it lacks {error}.",
+                fix="restore the files, or start anew with --fresh.",
+            ) from error
+
+    @classmethod
+    def _of(cls, path: Path, identity: dict[str, Any]) -> Self:
+        result, plan = read_json(path, RESULT), read_json(path, GROUPS)
+        stored = read_json(path, SENSITIVITY)
+        log = [] if stored else read_records(path, SENSITIVITY_LOG)
+        probes = _probes(stored["probes"]) if stored else _unfinished_probes(log)
+        records = read_records(path, TRIALS)
+        calibration, tokens = read_json(path, CALIBRATION), read_json(path, TOKENS)
+        absent = {
+            "the plan (groups.json)": plan is None,
+            "calibration": calibration is None,
+            "probes: none" if not probes else f"probes: {_progress(probes, plan)}": stored is None,
+            "trials: none is measured": not records,
+            "confirmation on fresh tokens (result.json)": result is None,
+            "the KL of single tokens (tokens.json)": tokens is None,
+        }
+        return cls(
+            path=path,
+            identity=identity,
+            settings=_settings(path / CONFIG),
+            result=result,
+            plan=plan,
+            calibration=calibration,
+            tokens=tokens,
+            probes=probes,
+            trials=_trials(records, probes),
+            missing=tuple(name for name, is_absent in absent.items() if is_absent),
+        )
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def status(self) -> Status:
+        return Status(self.identity["status"])
+
+    @cached_property
+    def best(self) -> TrialRow | None:
+        """The winner; before the end, the mix of least KL that keeps the budget."""
+        if self.result is not None:
+            winner = self.result["winner"]["trial"]
+            return next((t for t in self.trials if t.number == winner), None)
+        return min((t for t in self.trials if t.fits), key=lambda t: t.kl, default=None)
+
+    @cached_property
+    def groups(self) -> tuple[GroupRow, ...]:
+        """Every layer group in the order of the checkpoint."""
+        chosen = self.best.groups if self.best is not None else {}
+        rows = []
+        for group in (self.plan or {}).get("groups", ()):
+            sizes = group["choices"]
+            choice = chosen.get(group["name"])
+            rows.append(
+                GroupRow(
+                    name=group["name"],
+                    role=group["role"],
+                    layer=group["layer"],
+                    elements=group["elements"],
+                    choice=choice,
+                    bytes=sizes[choice] if choice is not None else None,
+                    is_open=len(sizes) > 1,
+                )
+            )
+        return tuple(rows)
+
+    @cached_property
+    def cheapest_kl(self) -> dict[str, float]:
+        """KL of each probed group in its best choice of NVFP4, else of FP8."""
+        found: dict[str, float] = {}
+        for kind in ("nvfp4", "fp8"):
+            measured: dict[str, float] = {}
+            for probe in self.probes:
+                if probe.choice.startswith(kind):
+                    measured[probe.group] = min(probe.kl, measured.get(probe.group, probe.kl))
+            found = measured | found
+        return found
+
+    def stages(self) -> list[dict[str, Any]]:
+        """Of each stage: trials, seconds, the best KL after it, and its gain.
+
+        The gain is the relative fall of the best KL within the budget that its trials brought;
+        None for the stage that measured the first such mix.
+        """
+        rows: dict[str, dict[str, Any]] = {}
+        best: float | None = None
+        for trial in self.trials:
+            row = rows.setdefault(
+                trial.stage, {"stage": trial.stage, "trials": 0, "seconds": 0.0, "gain": 0.0}
+            )
+            if trial.fits and (best is None or trial.kl < best):
+                if best is None:
+                    row["gain"] = None
+                elif row["gain"] is not None:
+                    row["gain"] = 1 - (1 - row["gain"]) * trial.kl / best
+                best = trial.kl
+            row["trials"] += 1
+            row["seconds"] += trial.seconds
+            row["best_kl"] = best
+        return list(rows.values())
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SourceError(
+            f"{path} is damaged: {' '.join(str(error).split())}",
+            fix="restore the file, or start anew with --fresh.",
+        ) from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def _probes(records: Iterable[Mapping[str, Any]]) -> tuple[ProbeRow, ...]:
+    return tuple(
+        ProbeRow(group=r["group"], choice=r["choice"], kl=r["kl"], stderr=r["stderr"])
+        for r in records
+    )
+
+
+def _unfinished_probes(records: Iterable[Mapping[str, Any]]) -> tuple[ProbeRow, ...]:
+    """Means over the batches that were measured."""
+    sums: dict[tuple[str, str], tuple[float, int]] = {}
+    for record in records:
+        key = record["group"], record["choice"]
+        total, tokens = sums.get(key, (0.0, 0))
+        sums[key] = total + record["kl_sum"], tokens + record["tokens"]
+    return tuple(
+        ProbeRow(group=group, choice=choice, kl=total / tokens, stderr=None)
+        for (group, choice), (total, tokens) in sums.items()
+    )
+
+
+def _progress(probes: tuple[ProbeRow, ...], plan: Mapping[str, Any] | None) -> str:
+    of = f" of {plan['probes']}" if plan is not None else ""
+    return f"{len(probes)}{of} begun, not every batch of tokens measured"
+
+
+def _trials(
+    records: Iterable[Mapping[str, Any]], probes: Iterable[ProbeRow]
+) -> tuple[TrialRow, ...]:
+    records = sorted(records, key=lambda record: int(record["number"]))
+    alone = {(probe.group, probe.choice): probe.kl for probe in probes}
+    frontier = _frontier(records)
+    return tuple(
+        TrialRow(
+            number=record["number"],
+            stage=record["stage"],
+            name=record["name"],
+            kl=record["kl"],
+            stderr=record["stderr"],
+            bpe=record["bpe"],
+            fits=record["fits"],
+            seconds=record["seconds"],
+            predicted_kl=sum(alone.get(item, 0.0) for item in record["groups"].items()),
+            is_frontier=record["number"] in frontier,
+            groups=record["groups"],
+        )
+        for record in records
+    )
+
+
+def _frontier(records: Iterable[Mapping[str, Any]]) -> set[int]:
+    """Numbers of the trials that no other beats in both BPE and KL."""
+    found, best = set(), float("inf")
+    for record in sorted(records, key=lambda r: (r["bpe"], r["kl"], r["number"])):
+        if record["kl"] < best:
+            found.add(record["number"])
+            best = record["kl"]
+    return found

@@ -1,0 +1,110 @@
+"""Numbers as readers expect them, and the verdict of a search in a sentence."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from autoquant.report.record import RunRecord
+from autoquant.rundir import Status
+
+
+def size(count: float) -> str:
+    """Bytes in the decimal unit of disks and of the hub."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`value` to significant digits, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def fixed(value: float | None, digits: int, sign: str = "") -> str:
+    """`value` to decimal places, or a dash where there is none; `sign` is `+` to show it always."""
+    return "-" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """A share in per cent, or a dash where there is none."""
+    return "-" if value is None else f"{value:.2%}"
+
+
+def kl_range(mean: float, stderr: float | None) -> str:
+    """Mean and standard error, nats per token."""
+    return f"{mean:.5f}" if stderr is None else f"{mean:.5f} ± {stderr:.5f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a reader says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def verdict(record: RunRecord) -> str:
+    """What the search found, in a sentence or two."""
+    if record.result is None:
+        return _unfinished(record)
+    result = record.result
+    kl, bpe = result["kl"], result["bpe"]["checkpoint"]
+    rival = best_baseline(result)
+    text = (
+        f"At {bpe:.3f} bits per element ({size(result['checkpoint_bytes'])}, budget "
+        f"{result['budget_bpe']:g}), the chosen mix is {kl_range(kl['mean'], kl['stderr'])} nats "
+        f"per token away from BF16"
+    )
+    if rival is None:
+        return f"{text}; no fixed recipe fits this budget."
+    return f"{text}; {_against(kl['mean'], rival)}"
+
+
+def best_baseline(result: dict[str, Any]) -> dict[str, Any] | None:
+    """The baseline of least KL that keeps the budget."""
+    fitting = [row for row in result["baselines"] if row["fits"]]
+    return min(fitting, key=lambda row: float(row["kl"]), default=None)
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Spearman's rank correlation, ties at their mean rank; None where it is not defined."""
+    import numpy as np
+
+    if len(one) < 3 or len(set(one)) < 2 or len(set(other)) < 2:
+        return None
+    return float(np.corrcoef(_ranks(one), _ranks(other))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> Any:
+    import numpy as np
+
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts - 1) / 2)[inverse]
+
+
+def _against(mean: float, rival: dict[str, Any]) -> str:
+    share = 1 - mean / rival["kl"] if rival["kl"] else 0.0
+    compared = f"{abs(share):.0%} {'less' if share >= 0 else 'more'}"
+    return (
+        f"that is {compared} than {rival['name']}, the best fixed recipe within the budget "
+        f"({rival['kl']:.5f} at {rival['bpe']:.3f} bits)."
+    )
+
+
+def _unfinished(record: RunRecord) -> str:
+    how = {
+        Status.RUNNING: "is still running, or was killed",
+        Status.INTERRUPTED: "was interrupted",
+        Status.FAILED: "failed",
+        Status.FINISHED: "has lost its result",
+    }[record.status]
+    text = f"This search {how} before it was confirmed on fresh tokens"
+    if record.best is None:
+        return f"{text}; no mix within the budget is measured yet."
+    return (
+        f"{text}. The best of {len(record.trials)} measured mixes has a KL of "
+        f"{kl_range(record.best.kl, record.best.stderr)} nats per token at {record.best.bpe:.3f} "
+        "bits per element, on the tokens that the search itself used."
+    )

@@ -1,0 +1,41 @@
+"""A search from plain settings, as the command line and the Python API give them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from autoquant.budget import Budget, Scope
+from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
+from autoquant.data.tokens import TokenPlan
+from autoquant.model.inputs import ActivationMode
+from autoquant.search.config import SearchConfig
+from autoquant.space_file import load_space
+
+
+def make_config(settings: Mapping[str, Any]) -> SearchConfig:
+    """The search that `settings` describe, named as in `config.resolved.yaml`, and `export`.
+
+    Raises:
+        ConfigError: the search space is wrong.
+        SourceError: the model is missing, damaged or not understood.
+    """
+    return SearchConfig(
+        space=load_space(settings["space"]),
+        budget=Budget(settings["budget_bpe"], Scope(settings["budget_scope"])),
+        source=open_source(settings["model"] or REFERENCE_MODEL),
+        calibration=settings["calibration"],
+        tokens=TokenPlan(
+            calibration=settings["calibration_tokens"],
+            search=settings["search_tokens"],
+            report=settings["report_tokens"],
+            sequence_length=settings["sequence_length"],
+            batch_tokens=settings["batch_tokens"],
+            seed=settings["seed"],
+        ),
+        mode=ActivationMode(settings["activation_mode"]),
+        trials=settings["trials"],
+        max_seconds=settings["max_seconds"],
+        seed=settings["seed"],
+        device=settings["device"],
+        trust_remote_code=settings["trust_remote_code"],
+        export=settings["export"],
+    )
