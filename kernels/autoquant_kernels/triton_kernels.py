@@ -71,9 +71,8 @@ def _quotient(x, safe, reciprocal, limit, DIVIDE: tl.constexpr):
     x = tl.minimum(tl.abs(x), limit)
     if DIVIDE:
         return tl.div_rn(x, safe)
-    else:
-        guess = x * reciprocal
-        return tl.fma(tl.fma(guess, -safe, x), reciprocal, guess)
+    guess = x * reciprocal
+    return tl.fma(tl.fma(guess, -safe, x), reciprocal, guess)
 
 
 @triton.jit
@@ -190,15 +189,14 @@ def _weight_scale(low, high, g, RULE: tl.constexpr, DIVIDE: tl.constexpr):
     amax = _largest(low, high)
     if RULE == "mse":
         return _best_in_window(low, high, amax, g, DIVIDE)
-    elif RULE == "four_over_six":
+    if RULE == "four_over_six":
         six, four = _amax_scale(amax, g), _four_scale(amax, g)
         low_six, high_six = _nearest(low, high, six * g, DIVIDE)
         low_four, high_four = _nearest(low, high, four * g, DIVIDE)
         error_six = _squared_error(low_six, high_six, low, high)
         error_four = _squared_error(low_four, high_four, low, high)
         return tl.where(error_four < error_six, four, six)
-    else:
-        return _amax_scale(amax, g)
+    return _amax_scale(amax, g)
 
 
 @triton.jit
@@ -212,8 +210,7 @@ def _weight_magnitudes(low, high, g, RULE: tl.constexpr, DIVIDE: tl.constexpr):
         error_four = _squared_error(low_four, high_four, low, high)
         four = error_four < error_six
         return tl.where(four, low_four, low_six), tl.where(four, high_four, high_six)
-    else:
-        return _nearest(low, high, _weight_scale(low, high, g, RULE, DIVIDE) * g, DIVIDE)
+    return _nearest(low, high, _weight_scale(low, high, g, RULE, DIVIDE) * g, DIVIDE)
 
 
 @triton.jit

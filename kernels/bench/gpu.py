@@ -13,13 +13,12 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import autoquant_kernels as ak
 import torch
 import triton
+from autoquant_kernels import reference, triton_backend
 from rows import Row, median, row, write
 from torch import Tensor
-
-import autoquant_kernels as ak
-from autoquant_kernels import reference, triton_backend
 
 SHAPES = ((4096, 4096), (8192, 28672), (32768, 4096))
 REPEATS = 100
@@ -82,7 +81,18 @@ def modelopt_kernel(x: Tensor, g: Tensor, out: Tensor) -> None:
     rows, columns = x.shape
     grid = (triton.cdiv(rows, 16), triton.cdiv(columns, 64))
     peer.fp4_fake_quant_kernel[grid](
-        x, out, rows, columns, g, *x.stride(), *out.stride(), 16, 16, 64, 4, triton.language.bfloat16
+        x,
+        out,
+        rows,
+        columns,
+        g,
+        *x.stride(),
+        *out.stride(),
+        16,
+        16,
+        64,
+        4,
+        triton.language.bfloat16,
     )
 
 
@@ -96,11 +106,14 @@ def check_parity_with_modelopt() -> None:
     t = blocks.abs().amax(-1, keepdim=True) / (6 * float(g))
     s = (t.float().clamp(max=448).to(torch.float8_e4m3fn).double() * float(g)).float().double()
     at_tie = near_midpoint(t, 2.0 ** (t.log2().floor() - 3)) | near_midpoint(
-        blocks / s, torch.where((blocks / s).abs() < 2, 0.5, torch.where(blocks.abs() / s < 4, 1, 2))
+        blocks / s,
+        torch.where((blocks / s).abs() < 2, 0.5, torch.where(blocks.abs() / s < 4, 1, 2)),
     )
     differs = (ours != theirs).view(-1, 16)
     unexplained = (differs & ~at_tie).sum().item()
-    print(f"modelopt: {differs.sum().item()} of {x.numel()} differ, {unexplained} not at a midpoint")
+    print(
+        f"modelopt: {differs.sum().item()} of {x.numel()} differ, {unexplained} not at a midpoint"
+    )
     assert unexplained == 0
 
 
@@ -177,7 +190,9 @@ def time_head() -> list[Row]:
     """Rows of the fused head and KL, and of the same matrix products alone."""
     tokens, width, vocabulary = HEAD
     hidden_p = torch.randn(tokens, width, device="cuda").bfloat16()
-    hidden_q = (hidden_p.float() + 0.01 * torch.randn_like(hidden_p, dtype=torch.float32)).bfloat16()
+    hidden_q = (
+        hidden_p.float() + 0.01 * torch.randn_like(hidden_p, dtype=torch.float32)
+    ).bfloat16()
     weight = torch.randn(vocabulary, width, device="cuda").mul_(width**-0.5).bfloat16()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

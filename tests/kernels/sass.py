@@ -1,0 +1,88 @@
+"""Counts the machine instructions of Triton kernels, compiled for a GPU that need not be here.
+
+Run as a program it prints the counts of the kernels that must keep up with the memory of an H200.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+CONTROL = ("BRA", "EXIT", "NOP", "BSSY", "BSYNC", "RET", "CALL")
+
+
+def instructions(
+    kernel: object,
+    signature: Mapping[str, str],
+    constants: Mapping[str, object],
+    *,
+    capability: int = 90,
+    warps: int = 4,
+) -> Counter[str]:
+    """Instructions of one thread of `kernel` by opcode, without padding and control flow."""
+    names = kernel.arg_names
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature.get(name, "").startswith("*") or signature.get(name) == "i32"
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=aligned,
+    )
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        text = subprocess.run(
+            [NVDISASM, "-c", cubin], capture_output=True, text=True, check=True
+        ).stdout
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9]*)", text, re.M)
+    return Counter(opcode for opcode in opcodes if opcode not in CONTROL)
+
+
+def main() -> None:
+    """Print the counts per operation as JSON."""
+    from autoquant_kernels import triton_backend, triton_kernels
+
+    pointers = {"x_ptr": "*bf16", "out_ptr": "*bf16", "words_ptr": "*i32", "scales_ptr": "*u8"}
+    scalars = {
+        "blocks": "i32",
+        "words": "i32",
+        "n": "i32",
+        "g": "fp32",
+        "scale": "fp32",
+        "reciprocal": "fp32",
+    }
+    threads = 32 * triton_backend.OPTIONS["num_warps"]
+    cases = {
+        "fake_quant_nvfp4": ({"BLOCKS": triton_backend.BLOCKS, "DIVIDE": False}, 16),
+        "dequantize_nvfp4": ({"WORDS": triton_backend.WORDS}, 8),
+        "fake_quant_fp8": ({"ELEMENTS": triton_backend.ELEMENTS, "DIVIDE": False}, 1),
+    }
+    found = {}
+    for name, (constants, elements_per_unit) in cases.items():
+        kernel = getattr(triton_kernels, name)
+        signature = {k: v for k, v in (pointers | scalars).items() if k in kernel.arg_names}
+        counts = instructions(kernel, signature, constants)
+        units = next(v for k, v in constants.items() if k != "DIVIDE")
+        found[name] = {
+            "per_element": counts.total() * threads / (units * elements_per_unit),
+            "exchanges": sum(counts[op] for op in ("SHFL", "STS", "LDS", "BAR")),
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

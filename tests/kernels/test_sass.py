@@ -1,0 +1,44 @@
+"""Machine instructions per element on sm_90: more would leave the memory of an H200 idle."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+LIMITS = {"fake_quant_nvfp4": 22, "dequantize_nvfp4": 12, "fake_quant_fp8": 16}
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, dict[str, int]]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{HERE.parents[1] / 'kernels'}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "sass.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", sorted(LIMITS))
+def test_instructions_per_element(counted: dict[str, dict[str, float]], operation: str) -> None:
+    assert counted[operation]["per_element"] <= LIMITS[operation]
+
+
+@pytest.mark.slow
+def test_threads_exchange_nothing(counted: dict[str, dict[str, float]]) -> None:
+    for operation, found in counted.items():
+        assert found["exchanges"] == 0, operation
