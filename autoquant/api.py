@@ -151,8 +151,12 @@ class Run:
         return maps.sizes(self._record)
 
     def write_report(self, path: Path | str | None = None) -> Path:
-        """Write the HTML report of the run as it is now, `report.html` in it by default."""
-        return html.write_report(self.path, None if path is None else Path(path))
+        """Write the HTML report, to `report.html` in the run directory by default.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        return html.write_report(self._record, None if path is None else Path(path))
 
 
 def load_run(path: Path | str) -> Run:

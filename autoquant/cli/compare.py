@@ -36,13 +36,16 @@ def command(runs: tuple[Path, ...], out: Path | None, format: str) -> None:
 
     from autoquant.files import write_atomic
     from autoquant.report.compare import caveats, render_comparison, row_of
+    from autoquant.report.html import writing
     from autoquant.report.record import RunRecord
 
     records = [RunRecord.read(path) for path in runs]
     rows = [row_of(record) for record in records]
     notes = caveats(records)
     if out is not None:
-        write_atomic(out, render_comparison(records))
+        page = render_comparison(records)
+        with writing(out):
+            write_atomic(out, page)
     if format == "json":
         listed = {"runs": [asdict(row) for row in rows], "caveats": notes}
         print_json(listed | ({"report": str(out)} if out is not None else {}))

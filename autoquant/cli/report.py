@@ -41,7 +41,7 @@ def command(run: Path, out: Path | None, png: Path | None, format: str) -> None:
     from autoquant.report.words import verdict
 
     record = RunRecord.read(run)
-    report = write_report(run, out)
+    report = write_report(record, out)
     pictures = write_pngs(record, png) if png is not None else []
     if format == "json":
         print_json(

@@ -1,10 +1,12 @@
 """The report of a run as one HTML file: no network, under a megabyte, on a phone and on paper."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoquant.errors import ConfigError
 from autoquant.files import write_atomic
 from autoquant.report import figures, maps, words
 from autoquant.report.record import RunRecord
@@ -28,25 +30,43 @@ PICTURES: Mapping[str, tuple[Callable[[RunRecord], "Figure"], str]] = {
 """Name to what draws it, and what it shows in words."""
 
 
-def write_report(path: Path, out: Path | None = None) -> Path:
-    """Write the report of the run directory `path`; the file written.
+def write_report(record: RunRecord, out: Path | None = None) -> Path:
+    """Write the report of a run, finished or not; the file written.
 
     Args:
-        path: run directory of a finished or unfinished search.
+        record: the run.
         out: file; `report.html` in the run directory by default.
 
     Raises:
-        ConfigError: `path` is no run directory.
-        SourceError: a file in it is damaged or of another schema version.
+        ConfigError: the file cannot be written.
     """
-    target = out if out is not None else path / REPORT
-    write_atomic(target, render(RunRecord.read(path)))
+    target = out if out is not None else record.path / REPORT
+    text = render(record)
+    with writing(target):
+        write_atomic(target, text)
     return target
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Say which file or folder cannot be written, and what to do.
+
+    Raises:
+        ConfigError: it cannot; a full disk stays an OSError.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, FileExistsError, PermissionError) as error:
+        raise ConfigError(
+            f"{target} cannot be written: {error.strerror}.",
+            fix="name a file in a folder that exists and is writable.",
+        ) from error
 
 
 def write_pngs(record: RunRecord, folder: Path) -> list[Path]:
     """Write each picture that the run has data for as `NAME.png`; the files written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name in available(record):
         draw, _ = PICTURES[name]

@@ -34,7 +34,8 @@ def format_map(record: RunRecord) -> "Figure":
     _draw_sensitivity(sensitive, record)
     chosen.set_ylabel("layer")
     for part in (left, right):
-        part.legend(loc="outside lower center", ncols=3, handlelength=1, columnspacing=1.2)
+        if part.axes[0].get_legend_handles_labels()[0]:
+            part.legend(loc="outside lower center", ncols=3, handlelength=1, columnspacing=1.2)
     return figure
 
 

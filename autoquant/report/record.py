@@ -100,10 +100,11 @@ class RunRecord:
             ConfigError: the folder is no run directory.
             SourceError: a file in it is damaged or of another schema version.
         """
-        identity = read_identity(path)
+        identity = read_identity(path) if path.is_dir() else None
         if identity is None:
+            lack = "it has no run.json" if path.is_dir() else "there is no such folder"
             raise ConfigError(
-                f"{path} is not a run directory: it has no run.json.",
+                f"{path} is not a run directory: {lack}.",
                 fix="name the folder that `autoquant search` printed, such as runs/NAME.",
             )
         try:
@@ -149,7 +150,10 @@ class RunRecord:
 
     @property
     def status(self) -> Status:
-        return Status(self.identity["status"])
+        """As recorded; a search that has its result has only to let go of the directory."""
+        status = Status(self.identity["status"])
+        done = status is Status.RUNNING and self.result is not None
+        return Status.FINISHED if done else status
 
     @cached_property
     def best(self) -> TrialRow | None:

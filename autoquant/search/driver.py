@@ -259,9 +259,10 @@ class Search:
 
     def _report(self) -> None:
         from autoquant.report.html import write_report
+        from autoquant.report.record import RunRecord
 
         with self._or_warn(REPORT):
-            write_report(self.run.path)
+            write_report(RunRecord.read(self.run.path))
 
     @contextmanager
     def _or_warn(self, name: str) -> Iterator[None]:

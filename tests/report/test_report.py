@@ -1,0 +1,275 @@
+"""The report of a run: one page that holds all and asks for nothing."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+
+import autoquant
+
+PICTURES = {
+    *("frontier", "map", "sensitivity", "prediction"),
+    *("convergence", "tokens", "coverage", "sizes"),
+}
+
+
+class Page(HTMLParser):
+    """Elements, attributes and visible text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+@pytest.fixture(scope="module")
+def html(finished) -> str:
+    return (finished / "report.html").read_text()
+
+
+def test_a_search_leaves_a_report_with_every_picture(html):
+    page = Page(html)
+    assert page.count("figure") == len(PICTURES)
+    assert page.count("svg") == len(PICTURES)
+    assert all("aria-label" in attributes for tag, attributes in page.tags if tag == "svg")
+
+
+def test_the_report_names_the_result_the_baselines_and_what_it_rests_on(html, finished):
+    result = json.loads((finished / "result.json").read_text())
+    text = Page(html).text
+    assert f"{result['kl']['mean']:.5f} ± {result['kl']['stderr']:.5f}" in text
+    for row in result["baselines"]:
+        assert f"{row['name']} {row['bpe']:.3f} {row['kl']:.5f}" in text
+    for split in result["tokens"].values():
+        assert split["digest"] in text
+    assert result["winner"]["digest"] in text
+    assert result["command"] in text
+    assert "Not in this run" not in text
+
+
+def test_the_report_asks_nothing_of_a_network_and_runs_nothing(html):
+    page = Page(html)
+    assert len(html.encode()) < 1_000_000
+    assert not page.count("script") + page.count("link") + page.count("img") + page.count("iframe")
+    for _, attributes in page.tags:
+        for name in ("href", "xlink:href", "src"):
+            assert attributes.get(name, "#").startswith("#")
+    assert "@import" not in html
+    assert not re.search(r"url\((?!#)", html)
+
+
+def test_pictures_follow_the_theme_and_keep_text_as_text(html):
+    drawn = html[html.index("<body") :]
+    assert "prefers-color-scheme: dark" in html
+    assert "var(--nvfp4)" in drawn
+    assert not re.search(r"(?:fill|stroke|color): ?#[0-9a-f]{6}", drawn)
+    assert ">layer</text>" in drawn
+
+
+def test_ids_are_unique_on_the_page(html):
+    ids = [attributes["id"] for _, attributes in Page(html).tags if "id" in attributes]
+    assert len(ids) == len(set(ids)) > 0
+
+
+def test_the_same_run_gives_the_same_bytes(autoquant, finished, html, tmp_path):
+    done = autoquant("report", finished, "--out", tmp_path / "again.html")
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "again.html").read_text() == html
+
+
+def test_every_picture_as_a_png(autoquant, finished, tmp_path):
+    out = tmp_path / "page.html"
+    done = autoquant("report", finished, "--out", out, "--png", tmp_path / "a" / "b")
+    assert done.exit_code == 0, done.stderr
+    files = {path.stem: path for path in (tmp_path / "a" / "b").iterdir()}
+    assert files.keys() == PICTURES
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in files.values())
+
+
+def test_json_says_what_was_written(autoquant, finished, tmp_path):
+    done = autoquant("report", finished, "--out", tmp_path / "r.html", "--format", "json")
+    printed = json.loads(done.stdout)
+    assert printed["report"] == str(tmp_path / "r.html")
+    assert printed["status"] == "finished"
+    assert printed["missing"] == []
+    assert "nats per token" in printed["verdict"]
+
+
+def test_text_of_the_evaluation_data_is_shown_and_never_interpreted(autoquant, run):
+    tokens = json.loads((run / "tokens.json").read_text())
+    tokens["worst"][0]["before"] = "<script>alert(1)</script>"
+    (run / "tokens.json").write_text(json.dumps(tokens))
+    assert autoquant("report", run).exit_code == 0
+    page = Page((run / "report.html").read_text())
+    assert page.count("script") == 0
+    assert "<script>alert(1)</script>" in page.text
+
+
+def grow(run, *, layers: int, trials: int) -> None:
+    """Make the run one of a large model, out of its own records."""
+    plan = json.loads((run / "groups.json").read_text())
+    sensitivity = json.loads((run / "sensitivity.json").read_text())
+    records = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    first = [group for group in plan["groups"] if group["layer"] == 0]
+    names = {group["name"] for group in first}
+
+    def at(name: str, layer: int, copy: int) -> str:
+        return f"{name.replace('layers.0.', f'layers.{layer}.')}{copy or ''}"
+
+    def everywhere(name: str) -> list[str]:
+        return [at(name, layer, copy) for layer in range(layers) for copy in range(4)]
+
+    plan["groups"] = [
+        group | {"name": at(group["name"], layer, copy), "layer": layer}
+        for layer in range(layers)
+        for copy in range(4)
+        for group in first
+    ]
+    sensitivity["probes"] = [
+        probe | {"group": name}
+        for probe in sensitivity["probes"]
+        if probe["group"] in names
+        for name in everywhere(probe["group"])
+    ]
+    for record in records:
+        chosen = {n: c for n, c in record["groups"].items() if n in names}
+        record["groups"] = {each: c for n, c in chosen.items() for each in everywhere(n)}
+    lines = [records[i % len(records)] | {"number": i} for i in range(trials)]
+    (run / "groups.json").write_text(json.dumps(plan))
+    (run / "sensitivity.json").write_text(json.dumps(sensitivity))
+    (run / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.slow
+def test_a_large_run_stays_under_a_megabyte(autoquant, run):
+    grow(run, layers=50, trials=500)
+    assert len(json.loads((run / "groups.json").read_text())["groups"]) == 600
+    done = autoquant("report", run)
+    assert done.exit_code == 0, done.stderr
+    assert (run / "report.html").stat().st_size < 1_000_000
+
+
+def test_an_interrupted_run_shows_what_there_is_and_names_the_rest(autoquant, interrupted):
+    done = autoquant("report", interrupted)
+    assert done.exit_code == 0, done.stderr
+    assert "was interrupted before it was confirmed" in done.stdout
+    assert "result.json" in done.stdout
+    page = Page((interrupted / "report.html").read_text())
+    assert page.count("figure") == len(PICTURES) - 1  # tokens alone rest on the confirmation
+    assert "The same command goes on where the search stopped" in page.text
+
+
+def test_a_run_that_failed_in_its_probes_shows_the_finished_ones(autoquant, interrupted):
+    (interrupted / "sensitivity.json").unlink()
+    (interrupted / "trials.jsonl").unlink()
+    log = (interrupted / "sensitivity.jsonl").read_text().splitlines(keepends=True)
+    (interrupted / "sensitivity.jsonl").write_text("".join(log[:3]))
+    done = autoquant("report", interrupted, "--format", "json")
+    printed = json.loads(done.stdout)
+    assert any(name.startswith("probes: ") for name in printed["missing"])
+    assert "no mix within the budget is measured yet" in printed["verdict"]
+    page = Page((interrupted / "report.html").read_text())
+    labels = {attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"}
+    assert labels == {
+        "Format and sensitivity of every layer group",
+        "The most sensitive layer groups",
+        "Calibration tokens per expert",
+    }
+
+
+def test_a_run_that_failed_at_once_still_has_a_report(autoquant, interrupted):
+    for path in interrupted.iterdir():
+        if path.name != "run.json":
+            path.unlink()
+    done = autoquant("report", interrupted, "--format", "json")
+    assert done.exit_code == 0, done.stderr
+    assert len(json.loads(done.stdout)["missing"]) == 6
+
+
+@pytest.mark.parametrize("name", ["run.json", "result.json", "trials.jsonl"])
+def test_a_run_of_an_older_schema_is_refused_by_name(autoquant, run, name):
+    path = run / name
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 0'))
+    before = (run / "report.html").read_bytes()
+    done = autoquant("report", run)
+    assert done.exit_code == 4
+    assert name in done.stderr
+    assert "has schema_version 0, this version reads 1" in done.stderr
+    assert "fix: use the version of AutoQuant that wrote it" in done.stderr
+    assert (run / "report.html").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_is_refused(autoquant, tmp_path):
+    done = autoquant("report", tmp_path)
+    assert done.exit_code == 2
+    assert f"{tmp_path} is not a run directory: it has no run.json" in done.stderr
+    assert "fix: name the folder that `autoquant search` printed" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_does_not_exist_is_refused(autoquant, tmp_path):
+    done = autoquant("report", tmp_path / "nowhere")
+    assert done.exit_code == 2
+    assert "there is no such folder" in done.stderr
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_trial_without_its_kl_is_damage_and_not_a_bug(autoquant, run):
+    path = run / "trials.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    del lines[1]["kl"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = autoquant("report", run)
+    assert done.exit_code == 4
+    assert "is damaged: a record in it lacks 'kl'" in done.stderr
+
+
+def test_a_report_for_a_folder_that_does_not_exist_is_refused(autoquant, finished, tmp_path):
+    done = autoquant("report", finished, "--out", tmp_path / "no" / "report.html")
+    assert done.exit_code == 2
+    assert "cannot be written" in done.stderr
+    assert "fix: name a file in a folder that exists" in done.stderr
+
+
+def test_a_report_that_fails_never_loses_a_search(settings, finished, tmp_path, monkeypatch):
+    from autoquant.search.observer import Silent
+
+    class Watcher(Silent):
+        def __init__(self) -> None:
+            self.warnings: list[str] = []
+
+        def warn(self, message: str) -> None:
+            self.warnings.append(message)
+
+    def fail(record):
+        raise OSError("the paper is jammed")
+
+    # The finished run without its last word: the search goes on from its trials.
+    run = shutil.copytree(finished, tmp_path / "run")
+    for name in ("result.json", "report.html", "tokens.json"):
+        (run / name).unlink()
+    monkeypatch.setattr("autoquant.report.html.render", fail)
+    watcher = Watcher()
+    found = autoquant.search(**settings, out=run, observer=watcher)
+    assert found.result == autoquant.load_run(finished).result | {
+        "command": found.result["command"],
+        "seconds": found.result["seconds"],
+    }
+    assert watcher.warnings == ["report.html could not be written: OSError: the paper is jammed"]
+    assert not (run / "report.html").exists()
