@@ -1,15 +1,49 @@
-"""What pyproject.toml cannot say: packages found by rule and mapped to their folders."""
+"""Puts compiled C++ kernels into a wheel where a compiler is at hand; without one it is plain Python."""
 
-from setuptools import find_packages, setup
+import importlib.util
+from pathlib import Path
+from types import ModuleType
 
-setup(
-    packages=[
-        *find_packages(include=["autoquant", "autoquant.*"]),
-        "autoquant.search_spaces",
-        "autoquant_kernels",
-    ],
-    package_dir={
-        "autoquant.search_spaces": "search_spaces",
-        "autoquant_kernels": "kernels/autoquant_kernels",
-    },
-)
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+KERNELS = Path(__file__).parent / "kernels" / "autoquant_kernels"
+
+
+def load_builder() -> ModuleType:
+    """`autoquant_kernels.build` without its package, which would import torch."""
+    spec = importlib.util.spec_from_file_location("build_kernels", KERNELS / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class BuildWithKernels(build_py):
+    """Compiles into the wheel; an editable install compiles at first use instead."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        builder = load_builder()
+        name = builder.shipped_library().name
+        try:
+            builder.compile_library(Path(self.build_lib) / "autoquant_kernels" / name)
+        except builder.BuildError as error:
+            self.warn(f"C++ kernels are not in this wheel: {error}")
+            return
+        self.distribution.has_ext_modules = lambda: True
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel with compiled kernels serves every Python 3 of one platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        if not self.distribution.has_ext_modules():
+            return super().get_tag()
+        self.root_is_pure = False
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel})

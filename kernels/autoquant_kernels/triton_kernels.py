@@ -347,20 +347,20 @@ def _rescaling(old, new):
 
 
 @triton.jit
-def token_kl(p_ptr, q_ptr, out_ptr, vocabulary, TILE: tl.constexpr):
+def token_kl(p_ptr, q_ptr, out_ptr, VOCABULARY: tl.constexpr, TILE: tl.constexpr):
     """One row in one pass: running maxima, sums of exponentials, and sum of p x (zp - zq - c).
 
     c is the difference of the maxima of the first tile: it keeps the last sum small, and with it
     its rounding error.
     """
-    row = tl.program_id(0).to(tl.int64) * vocabulary
+    row = tl.program_id(0).to(tl.int64) * VOCABULARY
     column = tl.arange(0, TILE)
     max_p, max_q, offset = float("-inf"), float("-inf"), 0.0
     sum_p = tl.zeros((TILE,), tl.float32)
     sum_q = tl.zeros((TILE,), tl.float32)
     sum_pd = tl.zeros((TILE,), tl.float32)
-    for start in range(0, vocabulary, TILE):
-        exists = start + column < vocabulary
+    for start in range(0, VOCABULARY, TILE):
+        exists = start + column < VOCABULARY
         at = row + start + column
         zp = tl.load(p_ptr + at, mask=exists, other=float("-inf")).to(tl.float32)
         zq = tl.load(q_ptr + at, mask=exists, other=float("-inf")).to(tl.float32)

@@ -39,6 +39,7 @@ def run(cache: Path, **settings: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_the_library_is_built_into_the_cache_once(tmp_path: Path) -> None:
     first = run(tmp_path)
     assert first.stdout.startswith("cpu-"), first.stderr
@@ -48,13 +49,20 @@ def test_the_library_is_built_into_the_cache_once(tmp_path: Path) -> None:
     assert library.stat().st_mtime_ns == written
 
 
-@needs_compiler
-@pytest.mark.parametrize("damage", ["cut", "edited", "foreign", "empty"])
-def test_a_damaged_library_is_rebuilt_not_loaded(tmp_path: Path, damage: str) -> None:
-    library = tmp_path / "fused.so"
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("build") / "fused.so"
     build.compile_library(library)
-    whole = library.read_bytes()
-    assert build.is_intact(library)
+    return library
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["cut", "edited", "foreign", "empty"])
+def test_damage_is_noticed(tmp_path: Path, compiled: Path, damage: str) -> None:
+    whole = compiled.read_bytes()
+    assert build.is_intact(compiled)
+    library = tmp_path / "fused.so"
     bad = {
         "cut": whole[: len(whole) // 2],
         "edited": whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:],
@@ -66,6 +74,7 @@ def test_a_damaged_library_is_rebuilt_not_loaded(tmp_path: Path, damage: str) ->
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_damaged_cache_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library = build.cached_library()
@@ -77,6 +86,7 @@ def test_a_damaged_cache_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="file permissions of POSIX")
 def test_a_cache_that_cannot_be_written_costs_a_build_not_the_kernels(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
