@@ -131,6 +131,7 @@ def _beam(knapsack: Knapsack) -> list[Selection]:
     multiplier = _best_multiplier(knapsack)
     cheapest = [min(costs) for costs in knapsack.costs]
     needed = knapsack.floor
+    unit = max(max(np.abs(scores).max() for scores in knapsack.scores), 1e-300)
     excess, cost = np.zeros(1), np.zeros(1, dtype=np.int64)
     steps = []
     for g, options in enumerate(knapsack.costs):
@@ -139,7 +140,9 @@ def _beam(knapsack: Knapsack) -> list[Selection]:
         excess = (excess[:, None] + (priced - priced.min())).ravel()
         cost = (cost[:, None] + np.array(options, dtype=np.int64)).ravel()
         keep = np.flatnonzero(cost + needed <= knapsack.budget)
-        keep = keep[np.argsort(excess[keep], kind="stable")[:_BEAM_WIDTH]]
+        # Of partial selections with one bound, the costlier has the lower score.
+        bound = np.round(excess[keep] / unit, 12)
+        keep = keep[np.lexsort((-cost[keep], bound))[:_BEAM_WIDTH]]
         excess, cost = excess[keep], cost[keep]
         steps.append((keep // len(options), keep % len(options)))
     rows = np.arange(len(cost))

@@ -1,0 +1,347 @@
+"""`autoquant search`, `score` and `export` on small models, from flags to files."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from safetensors import safe_open
+from searchable import TOKEN_FLAGS, save_searchable, save_text
+
+from autoquant.rundir import Status
+
+FILES = {
+    "assignment.yaml",
+    "calibration.json",
+    "checkpoint",
+    "config.resolved.yaml",
+    "groups.json",
+    "result.json",
+    "run.json",
+    "seconds.json",
+    "sensitivity.json",
+    "sensitivity.jsonl",
+    "splits.json",
+    "trials.jsonl",
+}
+BUDGET = 8.5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("search")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return save_searchable("qwen3_moe", folder / "model")
+
+
+@pytest.fixture(scope="module")
+def text(folder):
+    return save_text(folder / "text")
+
+
+@pytest.fixture
+def search(autoquant, model, text, tmp_path):
+    """Search the model with these flags; the result and the run directory."""
+
+    def call(*flags, out="run", model=model, code=0, budget=BUDGET):
+        run = tmp_path / out
+        result = autoquant(
+            *("search", model, "--budget-bpe", budget, "--calibration", text, *TOKEN_FLAGS),
+            *("--trials", 4, "--no-mlflow", "--out", run, *flags),
+        )
+        assert result.exit_code == code, result.stderr
+        return result, run
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(folder, model, text):
+    """A finished search with its checkpoint, which no test changes."""
+    from click.testing import CliRunner
+
+    from autoquant.cli import cli
+
+    arguments = [
+        *("search", model, "--budget-bpe", BUDGET, "--calibration", text, *TOKEN_FLAGS),
+        *("--trials", 8, "--no-mlflow", "--out", folder / "run", "--format", "json"),
+    ]
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert result.exit_code == 0, result.stderr
+    return folder / "run", json.loads(result.stdout)
+
+
+@pytest.fixture
+def score(autoquant, model, text):
+    def call(*flags, model=model):
+        result = autoquant(
+            "score", model, "--calibration", text, *TOKEN_FLAGS, "--format", "json", *flags
+        )
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    return call
+
+
+def outcome(run):
+    """What the same search must find again: everything but times."""
+    result = json.loads((run / "result.json").read_text())
+    for name in ("seconds", "checkpoint"):
+        result.pop(name, None)
+    for row in result["stages"]:
+        row.pop("seconds")
+    trials = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    for trial in trials:
+        trial.pop("seconds")
+    return result, trials, (run / "assignment.yaml").read_text()
+
+
+def stored_bytes(checkpoint):
+    total = 0
+    for file in checkpoint.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            total += sum(
+                tensors.get_tensor(name).nbytes for name in tensors.keys()  # noqa: SIM118
+            )
+    return total
+
+
+def test_a_search_leaves_every_file(finished):
+    run, result = finished
+    assert {path.name for path in run.iterdir() if path.name != ".lock"} >= FILES
+    assert json.loads((run / "run.json").read_text())["status"] == Status.FINISHED
+    assert result["run"] == str(run)
+    for name in FILES:
+        if name.endswith(".json"):
+            assert json.loads((run / name).read_text())["schema_version"] == 1
+
+
+def test_the_checkpoint_keeps_the_budget_to_the_byte(finished, model):
+    run, result = finished
+    with safe_open(model / "model.safetensors", "pt") as source:
+        elements = sum(source.get_tensor(name).numel() for name in source.keys())  # noqa: SIM118
+    size = stored_bytes(run / "checkpoint")
+    assert size == result["checkpoint_bytes"]
+    assert result["bpe"]["checkpoint"] == 8 * size / elements <= BUDGET
+
+
+def test_the_budget_is_filled(finished):
+    run, result = finished
+    plan = json.loads((run / "groups.json").read_text())
+    assignment = yaml.safe_load((run / "assignment.yaml").read_text())["groups"]
+    upgrades = [
+        size - group["choices"][assignment[group["name"]]]
+        for group in plan["groups"]
+        for size in group["choices"].values()
+    ]
+    left = BUDGET * plan["elements"] / 8 - result["checkpoint_bytes"]
+    assert 0 <= left < min(extra for extra in upgrades if extra > 0)
+
+
+def test_the_result_is_complete(finished):
+    _, result = finished
+    assert 0 < result["kl"]["median"] <= result["kl"]["p99"] <= result["kl"]["max"]
+    assert result["noise_floor"] < result["kl"]["mean"]
+    assert {row["name"] for row in result["baselines"]} >= {"uniform nvfp4", "uniform fp8"}
+    assert result["finalists"][0]["to_solver"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert sum(result["counts"].values()) == len(
+        yaml.safe_load((finished[0] / "assignment.yaml").read_text())["groups"]
+    )
+    assert {name: split["tokens"] > 0 for name, split in result["tokens"].items()} == {
+        "calibration": True,
+        "search": True,
+        "report": True,
+    }
+    stages = ("load", "calibrate", "probe", "confirm", "export")
+    assert all(result["seconds"][stage] > 0 for stage in stages)
+
+
+def test_the_checkpoint_measures_exactly_as_the_search_did(finished, score):
+    run, result = finished
+    scored = score("--checkpoint", run / "checkpoint")
+    assert scored["kl"] == result["kl"]
+    assert scored["bpe"] == result["bpe"]["checkpoint"]
+    assert scored["counts"] == result["counts"]
+
+
+def test_the_assignment_measures_exactly_as_the_search_did(finished, score):
+    run, result = finished
+    scored = score("--assignment", run / "assignment.yaml")
+    assert scored["kl"] == result["kl"]
+    assert score("--assignment", run / "assignment.yaml", "--split", "search")["kl"]["mean"] == (
+        pytest.approx(result["winner"]["search_kl"], abs=1e-12)
+    )
+    w4a16 = score("--assignment", run / "assignment.yaml", "--activation-mode", "w4a16")
+    assert w4a16["kl"]["mean"] < result["kl"]["mean"]
+
+
+def test_the_assignment_exports_to_the_same_checkpoint(finished, autoquant, model, text, tmp_path):
+    run, _ = finished
+    exported = autoquant(
+        *("export", model, "--assignment", run / "assignment.yaml", "--calibration", text),
+        *(*TOKEN_FLAGS, "--out", tmp_path / "out"),
+    )
+    assert exported.exit_code == 0, exported.stderr
+    for name in ("model.safetensors", "config.json", "hf_quant_config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (run / "checkpoint" / name).read_bytes()
+    again = autoquant(
+        *("export", model, "--assignment", run / "assignment.yaml", "--out", tmp_path / "out")
+    )
+    assert again.exit_code == 5
+    assert "exists and holds something" in again.stderr
+
+
+def test_the_same_command_shows_the_result_again(finished, autoquant, model, text):
+    run, result = finished
+    again = autoquant(
+        *("search", model, "--budget-bpe", BUDGET, "--calibration", text, *TOKEN_FLAGS),
+        *("--trials", 8, "--no-mlflow", "--out", run),
+    )
+    assert again.exit_code == 0
+    assert "already holds this search's result" in again.stderr
+    assert f"{result['kl']['mean']:.5f}" in again.stdout
+    assert str(run / "checkpoint") in again.stdout
+
+
+def test_the_same_seed_finds_the_same_and_another_takes_other_tokens(search):
+    _, one = search("--no-export", out="one")
+    _, two = search("--no-export", out="two")
+    _, other = search("--no-export", "--seed", 1, out="other")
+    assert outcome(one) == outcome(two)
+    digests = [outcome(run)[0]["tokens"]["report"]["digest"] for run in (one, other)]
+    assert digests[0] != digests[1]
+
+
+def test_a_search_without_export_can_export_later(search, finished):
+    result, run = search("--no-export", "--trials", 8)
+    assert not (run / "checkpoint").exists()
+    assert "the same command with --export" in result.stdout
+    before = outcome(run)
+    result, _ = search("--trials", 8)
+    assert outcome(run) == before == outcome(finished[0])
+    weights = "checkpoint/model.safetensors"
+    assert (run / weights).read_bytes() == (finished[0] / weights).read_bytes()
+    assert str(run / "checkpoint") in result.stdout
+
+
+def test_activation_modes_are_measured_as_they_say(search, finished):
+    _, run = search("--activation-mode", "w4a16", "--trials", 0, "--no-export")
+    result = outcome(run)[0]
+    assert result["activation_mode"] == "w4a16"
+    kl = {row["name"]: row["kl"] for row in result["baselines"]}
+    other = {row["name"]: row["kl"] for row in finished[1]["baselines"]}
+    assert kl["uniform nvfp4"] < other["uniform nvfp4"]
+    assert kl["uniform fp8"] == other["uniform fp8"]
+
+
+def test_a_space_of_experts_leaves_the_rest_alone(search):
+    _, run = search("--space", "experts-only", "--trials", 2, "--no-export", budget=12)
+    groups = yaml.safe_load((run / "assignment.yaml").read_text())["groups"]
+    quantized = {name for name, choice in groups.items() if choice != "bf16"}
+    assert quantized
+    assert all(name.endswith("experts") for name in quantized)
+
+
+def test_an_infeasible_budget_writes_nothing(search):
+    result, run = search(code=3, budget=4.5)
+    assert "below the floor of" in result.stderr
+    assert "embeddings fixed at BF16 take" in result.stderr
+    assert not run.exists()
+
+
+def test_a_space_that_leaves_nothing_open_is_refused(search, tmp_path):
+    space = tmp_path / "none.yaml"
+    space.write_text(
+        "schema_version: 1\nname: none\nrules:\n  - {match: '*', formats: [bf16]}\n"
+    )
+    result, run = search("--space", space, code=2, budget=16)
+    assert "leaves no layer of" in result.stderr
+    assert not run.exists()
+
+
+def test_a_run_directory_of_another_search_is_left_alone(search, finished):
+    _, run = search("--no-export", "--trials", 0)
+    before = outcome(run)
+    result, _ = search("--no-export", "--trials", 0, "--seed", 7, code=5)
+    assert "belongs to another search: seed is 0 there and 7 here" in result.stderr
+    assert outcome(run) == before
+    search("--no-export", "--trials", 0, "--seed", 7, "--fresh")
+    aside = [path for path in run.parent.iterdir() if path.name.startswith("run.")]
+    assert [outcome(path) for path in aside] == [before]
+
+
+def test_text_that_changed_since_is_a_conflict(autoquant, model, text, tmp_path):
+    own = shutil.copytree(text, tmp_path / "text")
+    arguments = (
+        *("search", model, "--budget-bpe", BUDGET, "--calibration", own, *TOKEN_FLAGS),
+        *("--trials", 0, "--no-mlflow", "--no-export", "--out", tmp_path / "run"),
+    )
+    assert autoquant(*arguments).exit_code == 0
+    (tmp_path / "run" / "result.json").unlink()
+    for file in own.iterdir():
+        file.write_text("more and " + file.read_text())
+    result = autoquant(*arguments)
+    assert result.exit_code == 5
+    assert "was begun on other tokens" in result.stderr
+
+
+def test_a_single_sequence_has_no_standard_error(search):
+    result, _ = search(
+        *("--report-tokens", 32, "--search-tokens", 32, "--calibration-tokens", 32),
+        *("--trials", 0, "--no-export"),
+    )
+    assert " +- - nats per token" in result.stdout
+
+
+def test_no_trial_begins_after_the_time_is_up(search):
+    _, run = search("--max-seconds", 0.001, "--no-export", "--trials", 50)
+    stages = {trial["stage"] for trial in outcome(run)[1]}
+    assert stages == {"baseline", "solver"}
+
+
+def test_a_width_that_nvfp4_cannot_take_is_said_and_searched(autoquant, search, tmp_path):
+    model = save_searchable("llama", tmp_path / "odd", intermediate_size=172)
+    plan = autoquant("plan", model, "--format", "json")
+    groups = {group["name"]: group for group in json.loads(plan.stdout)["groups"]}
+    down = groups["model.layers.0.mlp.down_proj"]
+    assert "K divisible by 16, and K is 172" in down["closed"]["nvfp4"]
+    _, run = search("--trials", 2, model=model, budget=9.5)
+    assignment = yaml.safe_load((run / "assignment.yaml").read_text())["groups"]
+    assert assignment["model.layers.0.mlp.down_proj"] in ("fp8", "bf16")
+
+
+def test_a_tokenizer_of_another_model_is_refused(search, tmp_path):
+    model = save_searchable("llama", tmp_path / "small", vocab_size=64)
+    result, _ = search(model=model, code=4, budget=9)
+    assert "and the model embeds 64 tokens" in result.stderr
+
+
+def test_transposed_matrices_are_refused(search, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=272, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).bfloat16().save_pretrained(tmp_path / "gpt2")
+    result, run = search(model=tmp_path / "gpt2", code=4)
+    assert "holds no linear layer that can be quantized" in result.stderr
+    assert not run.exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(autoquant, finished, text, tmp_path):
+    other = save_searchable("qwen3_moe", tmp_path / "other", seed=1)
+    result = autoquant(
+        "score", other, "--checkpoint", finished[0] / "checkpoint", "--calibration", text
+    )
+    assert result.exit_code == 4
+    assert "was not exported from" in result.stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("--assignment", "a.yaml", "--checkpoint", "b")])
+def test_score_takes_an_assignment_or_a_checkpoint(autoquant, model, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").touch()
+    result = autoquant("score", model, *flags)
+    assert result.exit_code == 2
+    assert "either --assignment FILE or --checkpoint DIR" in result.stderr

@@ -1,0 +1,149 @@
+"""The knapsack against every selection there is."""
+
+import itertools
+import math
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoquant.errors import InfeasibleBudget
+from autoquant.search.solver import Knapsack
+
+SCALES = (1e-9, 1.0, 1e9)
+
+
+@st.composite
+def knapsacks(draw, most_groups=5):
+    """Groups of up to four options; more bytes never score worse, as in every search."""
+    scores, costs = [], []
+    for _ in range(draw(st.integers(1, most_groups))):
+        size = draw(st.integers(1, 4))
+        own_costs = sorted(draw(st.lists(st.integers(1, 10**9), min_size=size, max_size=size)))
+        own_scores = sorted(
+            draw(st.lists(st.floats(0, 1, width=32), min_size=size, max_size=size)), reverse=True
+        )
+        scores.append(tuple(own_scores))
+        costs.append(tuple(own_costs))
+    floor, ceiling = sum(map(min, costs)), sum(map(max, costs))
+    return Knapsack(tuple(scores), tuple(costs), draw(st.integers(floor, ceiling + 10)))
+
+
+def everything(knapsack):
+    selections = itertools.product(*(range(len(options)) for options in knapsack.costs))
+    return [s for s in selections if knapsack.cost(s) <= knapsack.budget]
+
+
+def scaled(knapsack, factor):
+    return knapsack.with_scores([[s * factor for s in options] for options in knapsack.scores])
+
+
+def cheapest_upgrade(knapsack, selection):
+    extras = [
+        cost - options[i]
+        for options, i in zip(knapsack.costs, selection, strict=True)
+        for cost in options
+        if cost > options[i]
+    ]
+    return min(extras, default=math.inf)
+
+
+@given(knapsacks())
+def test_the_solution_is_the_best_of_all(knapsack):
+    best = min(map(knapsack.score, everything(knapsack)))
+    assert knapsack.score(knapsack.solve()) == pytest.approx(best, rel=1e-9, abs=1e-12)
+
+
+@given(knapsacks())
+def test_the_solution_keeps_the_budget_and_fills_it(knapsack):
+    solution = knapsack.solve()
+    left = knapsack.budget - knapsack.cost(solution)
+    assert 0 <= left < cheapest_upgrade(knapsack, solution)
+
+
+@given(knapsacks(), st.sampled_from(SCALES))
+def test_the_unit_of_the_scores_changes_nothing(knapsack, factor):
+    other = scaled(knapsack, factor)
+    best = min(map(other.score, everything(other)))
+    assert other.score(other.solve()) == pytest.approx(best, rel=1e-9, abs=1e-12 * factor)
+
+
+@given(knapsacks(), st.integers(1, 12), st.sampled_from(SCALES))
+def test_the_best_few_begin_with_the_optimum_and_are_distinct(knapsack, count, factor):
+    knapsack = scaled(knapsack, factor)
+    found = knapsack.best(count)
+    assert 1 <= len(found) <= count
+    assert len(set(found)) == len(found)
+    assert knapsack.score(found[0]) == knapsack.score(knapsack.solve())
+    assert list(map(knapsack.score, found)) == sorted(map(knapsack.score, found))
+    for selection in found:
+        left = knapsack.budget - knapsack.cost(selection)
+        assert 0 <= left < cheapest_upgrade(knapsack, selection)
+
+
+@given(knapsacks(), st.integers(1, 12))
+def test_the_best_few_are_the_best_of_all_filled_ones(knapsack, count):
+    filled = {knapsack.fill(selection) for selection in everything(knapsack)}
+    expected = sorted(map(knapsack.score, filled))[:count]
+    found = list(map(knapsack.score, knapsack.best(count)))
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@given(knapsacks(), st.data())
+def test_a_change_of_one_group_keeps_the_budget_and_fills_it(knapsack, data):
+    solution = knapsack.solve()
+    group = data.draw(st.integers(0, len(solution) - 1))
+    option = data.draw(st.integers(0, len(knapsack.costs[group]) - 1))
+    changed = knapsack.around(solution, group, option)
+    cheapest = sum(min(c) for g, c in enumerate(knapsack.costs) if g != group)
+    if changed is None:
+        assert cheapest + knapsack.costs[group][option] > knapsack.budget
+        return
+    left = knapsack.budget - knapsack.cost(changed)
+    assert 0 <= left < cheapest_upgrade(knapsack, changed)
+
+
+@given(knapsacks())
+def test_a_budget_under_the_floor_is_refused(knapsack):
+    with pytest.raises(InfeasibleBudget, match=f"at least {knapsack.floor} bytes"):
+        Knapsack(knapsack.scores, knapsack.costs, knapsack.floor - 1).solve()
+
+
+@pytest.mark.slow
+@settings(max_examples=3)
+@given(st.integers(0, 2**32), st.sampled_from(SCALES), st.booleans())
+def test_a_problem_of_the_size_of_a_real_model_is_solved(seed, factor, are_alike):
+    """80 blocks of 4 groups in three formats: as good as its Lagrangian bound allows."""
+    random = Random(seed)
+    scores, costs = [], []
+    for _ in range(320):
+        elements = random.choice([1, 4, 11]) * 2**20
+        kl = (1e-3 if are_alike else random.lognormvariate(-7, 1.5)) * factor
+        scores.append((kl, kl / (10 if are_alike else random.uniform(5, 30)), 0.0))
+        costs.append((elements * 9 // 16 + 8, elements + 8, 2 * elements))
+    floor, ceiling = sum(map(min, costs)), sum(map(max, costs))
+    knapsack = Knapsack(tuple(scores), tuple(costs), floor + (ceiling - floor) // 4)
+    solution = knapsack.solve()
+    assert knapsack.cost(solution) <= knapsack.budget
+    assert all(knapsack.score(s) >= knapsack.score(solution) for s in knapsack.best(30))
+    assert knapsack.score(solution) <= bound(knapsack) * 1.005
+
+
+def bound(knapsack):
+    """The highest Lagrangian lower bound over a grid of multipliers."""
+    ratios = sorted(
+        (high - low) / (dear - cheap)
+        for scores, costs in zip(knapsack.scores, knapsack.costs, strict=True)
+        for (high, low), (cheap, dear) in zip(
+            itertools.pairwise(scores), itertools.pairwise(costs), strict=True
+        )
+    )
+    return max(
+        sum(
+            min(s + m * c for s, c in zip(scores, costs, strict=True))
+            for scores, costs in zip(knapsack.scores, knapsack.costs, strict=True)
+        )
+        - m * knapsack.budget
+        for m in ratios[:: max(1, len(ratios) // 100)]
+    )
