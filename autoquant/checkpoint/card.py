@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -81,7 +82,7 @@ def model_card(
         front_matter=yaml.safe_dump(
             _front_matter(source, assignment, base), sort_keys=False, allow_unicode=True
         ),
-        name=base or source.path.resolve().name,
+        name=base or Path(source.model).resolve().name,
         base=base,
         bpe=bpe,
         card=card,

@@ -18,6 +18,9 @@ CONFIG_FILE = "config.json"
 REFERENCE_MODEL = Path(__file__).parents[1] / "reference_model"
 """The small trained model that AutoQuant brings along."""
 
+REFERENCE_NAME = "autoquant-reference"
+"""What it is called where its folder's path would say nothing."""
+
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 """Dtypes of the weights that can be quantized."""
 
@@ -75,8 +78,8 @@ def open_source(model: str | Path, *, revision: str | None = None, weights: bool
     """Open a folder, or fetch a hub id into the Hugging Face cache and open it.
 
     Args:
-        model: a folder, or an id such as `Qwen/Qwen3-8B`. `HF_HOME`, `HF_HUB_OFFLINE` and
-            `HF_TOKEN` work as they do elsewhere.
+        model: a folder, an id such as `Qwen/Qwen3-8B`, or `autoquant-reference`, the bundled
+            model. `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` work as they do elsewhere.
         revision: branch, tag or commit on the hub.
         weights: False leaves the weights of a hub id on the hub and reads their headers over the
             network; the digest of such a source cannot be told.
@@ -85,6 +88,8 @@ def open_source(model: str | Path, *, revision: str | None = None, weights: bool
         SourceError: not found, incomplete, damaged, or already quantized.
     """
     path = Path(model)
+    if str(model) == REFERENCE_NAME and not path.exists():
+        path = REFERENCE_MODEL
     if path.is_dir():
         headers = _headers(path)
     else:
@@ -92,7 +97,11 @@ def open_source(model: str | Path, *, revision: str | None = None, weights: bool
     config = read_json_object(inside(path, CONFIG_FILE))
     _require_unquantized(path, config, headers)
     return Source(
-        model=str(model), path=path, config=config, headers=headers, revision=_revision(path)
+        model=REFERENCE_NAME if path == REFERENCE_MODEL else str(model),
+        path=path,
+        config=config,
+        headers=headers,
+        revision=_revision(path),
     )
 
 

@@ -53,7 +53,7 @@ class Scorer:
     """
 
     def __init__(
-        self, quantized: QuantizedModel, device: torch.device, *, cache_bytes: int = 2**29
+        self, quantized: QuantizedModel, device: torch.device, *, cache_bytes: int = 2**28
     ) -> None:
         self.quantized = quantized
         self.device = device

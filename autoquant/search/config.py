@@ -47,7 +47,10 @@ class SearchConfig:
             "model": self.source.digest,
             "space": self.space.name,
             "shared_experts": self.space.shared_experts,
-            "rules": [repr(rule) for rule in self.space.rules],
+            "rules": [
+                {"match": list(rule.match), "choices": [str(choice) for choice in rule.choices]}
+                for rule in self.space.rules
+            ],
             "budget_bpe": self.budget.bpe,
             "budget_scope": str(self.budget.scope),
             "calibration": self.calibration,
