@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autoquant.errors import ConfigError
-from autoquant.report import figures, html, maps
+from autoquant.report import html
 from autoquant.report.record import RunRecord, TrialRow
 from autoquant.rundir import Status
 
@@ -120,35 +120,35 @@ class Run:
 
     def plot_frontier(self) -> "Figure":
         """KL against BPE: confirmed mixes with 95 % intervals, every trial, and the frontier."""
-        return figures.frontier(self._record)
+        return html.draw(self._record, "frontier")
 
     def plot_map(self) -> "Figure":
         """Format of each layer and role, and its sensitivity beside it."""
-        return maps.format_map(self._record)
+        return html.draw(self._record, "map")
 
     def plot_sensitivity(self) -> "Figure":
         """The most sensitive groups, coloured by the format they have."""
-        return maps.sensitivity(self._record)
+        return html.draw(self._record, "sensitivity")
 
     def plot_prediction(self) -> "Figure":
         """Measured KL against the sum of the groups' own."""
-        return figures.prediction(self._record)
+        return html.draw(self._record, "prediction")
 
     def plot_convergence(self) -> "Figure":
         """KL of each trial in order, and the best so far within the budget."""
-        return figures.convergence(self._record)
+        return html.draw(self._record, "convergence")
 
     def plot_tokens(self) -> "Figure":
         """How KL spreads over the tokens of the report split."""
-        return figures.tokens(self._record)
+        return html.draw(self._record, "tokens")
 
     def plot_coverage(self) -> "Figure":
         """Calibration tokens per expert of each layer."""
-        return maps.coverage(self._record)
+        return html.draw(self._record, "coverage")
 
     def plot_sizes(self) -> "Figure":
         """Bytes of the checkpoint by role and format."""
-        return maps.sizes(self._record)
+        return html.draw(self._record, "sizes")
 
     def write_report(self, path: Path | str | None = None) -> Path:
         """Write the HTML report, to `report.html` in the run directory by default.

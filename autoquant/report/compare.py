@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from autoquant.report.figures import NORMAL_95
 from autoquant.report.html import template
 from autoquant.report.record import RunRecord
-from autoquant.report.style import LIGHT, PALETTE, new_figure, plain_log, styled, to_svg
+from autoquant.report.style import LIGHT, PALETTE, new_figure, plain_log, project_style, to_svg
 from autoquant.report.words import best_baseline
 
 if TYPE_CHECKING:
@@ -85,7 +85,6 @@ def caveats(records: Sequence[RunRecord]) -> list[str]:
     return found
 
 
-@styled
 def plot_runs(records: Sequence[RunRecord]) -> "Figure":
     """Confirmed KL against BPE, a colour for each model and a mark for each run."""
     finished = [record for record in records if record.result is not None]
@@ -118,7 +117,9 @@ def render_comparison(records: Sequence[RunRecord]) -> str:
     rows = [row_of(record) for record in records]
     picture = ""
     if any(row.kl is not None for row in rows):
-        picture = to_svg(plot_runs(records), "runs", "KL of each run against bits per element")
+        with project_style():
+            figure = plot_runs(records)
+            picture = to_svg(figure, "runs", "KL of each run against bits per element")
     return template("compare.html.j2").render(
         rows=rows, caveats=caveats(records), picture=picture, palette=PALETTE
     )

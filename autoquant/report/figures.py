@@ -5,7 +5,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from autoquant.report.record import RunRecord, TrialRow
-from autoquant.report.style import LIGHT, new_figure, plain_log, styled
+from autoquant.report.style import LIGHT, new_figure, plain_log
 from autoquant.report.words import rank_correlation
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ _HISTOGRAM_COLORS = ("accent", "nvfp4", "fp8", "reweight", "baseline", "ink", "s
 _MARKERS = ("s", "D", "^", "v", "P", "X", "h", "<", ">")
 
 
-@styled
 def frontier(record: RunRecord) -> "Figure":
     """KL against BPE: what was confirmed on the report split, and all that the search measured."""
     confirmed = record.result is not None
@@ -41,7 +40,6 @@ def frontier(record: RunRecord) -> "Figure":
     return figure
 
 
-@styled
 def prediction(record: RunRecord) -> "Figure":
     """Measured KL against the sum of the groups' own KL, for all mixes and for the candidates."""
     candidates = [t for t in record.trials if t.fits and t.stage != "baseline"]
@@ -68,7 +66,6 @@ def prediction(record: RunRecord) -> "Figure":
     return figure
 
 
-@styled
 def convergence(record: RunRecord) -> "Figure":
     """KL of each trial in the order measured, and the best so far that keeps the budget."""
     from matplotlib.ticker import MaxNLocator
@@ -91,7 +88,6 @@ def convergence(record: RunRecord) -> "Figure":
     return figure
 
 
-@styled
 def tokens(record: RunRecord) -> "Figure":
     """Share of tokens by their KL, of the winner and of the baselines, on the report split."""
     figure = new_figure(6.2, 3.3)

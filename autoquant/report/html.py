@@ -10,7 +10,7 @@ from autoquant.errors import ConfigError
 from autoquant.files import write_atomic
 from autoquant.report import figures, maps, words
 from autoquant.report.record import RunRecord
-from autoquant.report.style import PALETTE, to_png, to_svg
+from autoquant.report.style import PALETTE, project_style, to_png, to_svg
 from autoquant.rundir import REPORT
 
 if TYPE_CHECKING:
@@ -69,11 +69,16 @@ def write_pngs(record: RunRecord, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name in available(record):
-        draw, _ = PICTURES[name]
         target = folder / f"{name}.png"
-        target.write_bytes(to_png(draw(record)))
+        target.write_bytes(to_png(draw(record, name)))
         written.append(target)
     return written
+
+
+def draw(record: RunRecord, name: str) -> "Figure":
+    """The picture `name` of a run; an empty frame where the run has no data for it."""
+    with project_style():
+        return PICTURES[name][0](record)
 
 
 def available(record: RunRecord) -> list[str]:
@@ -95,9 +100,10 @@ def available(record: RunRecord) -> list[str]:
 def render(record: RunRecord) -> str:
     """The report as HTML text."""
     pictures = {}
-    for name in available(record):
-        draw, label = PICTURES[name]
-        pictures[name] = to_svg(draw(record), name, label)
+    with project_style():
+        for name in available(record):
+            paint, label = PICTURES[name]
+            pictures[name] = to_svg(paint(record), name, label)
     return template("report.html.j2").render(
         run=record,
         result=record.result,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from autoquant.report.record import GroupRow, RunRecord
-from autoquant.report.style import LIGHT, RAMP, new_figure, styled
+from autoquant.report.style import LIGHT, RAMP, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,6 @@ Cell = tuple[int, int]
 """Row (layer) and column (role)."""
 
 
-@styled
 def format_map(record: RunRecord) -> "Figure":
     """Formats of the best mix by layer and role, and how much NVFP4 would hurt there."""
     figure = new_figure(6.2, _height(record.groups))
@@ -39,7 +38,6 @@ def format_map(record: RunRecord) -> "Figure":
     return figure
 
 
-@styled
 def sensitivity(record: RunRecord) -> "Figure":
     """KL of each group alone in the best NVFP4 (or FP8), most sensitive first."""
     rows = sorted(
@@ -59,7 +57,6 @@ def sensitivity(record: RunRecord) -> "Figure":
     return figure
 
 
-@styled
 def coverage(record: RunRecord) -> "Figure":
     """Calibration tokens per expert of each layer, relative to an even spread."""
     blocks: Mapping[str, Sequence[int]] = (record.calibration or {}).get("expert_tokens", {})
@@ -93,7 +90,6 @@ def coverage(record: RunRecord) -> "Figure":
     return figure
 
 
-@styled
 def sizes(record: RunRecord) -> "Figure":
     """Bytes of the best mix's checkpoint by role and format; what no format touches is grey."""
     by_role: dict[str, Counter[str]] = {}
@@ -136,20 +132,18 @@ def _draw_formats(axes: "Axes", groups: Sequence[GroupRow]) -> None:
     _draw_cells(axes, groups, colors)
     axes.set_title("format")
     if _row_height(groups) >= _LEAST_ROW:
-        for (row, column), group in cells.items():
-            if group.choice is not None:
-                sign = axes.text(
-                    column,
-                    row,
-                    _SIGNS[_format(group)],
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color=LIGHT[f"on-{_format(group)}"],
-                )
-                sign.set_in_layout(False)
+        for name, sign in _SIGNS.items():
+            axes.plot(
+                [column for (_, column), group in cells.items() if _format(group) == name],
+                [row for (row, _), group in cells.items() if _format(group) == name],
+                marker=f"${sign}$",
+                ms=2.5 + 2 * len(sign),
+                ls="none",
+                color=LIGHT[f"on-{name}"],
+                mew=0,
+            )
     for name, label in FORMATS.items():
-        if any(group.choice is not None and _format(group) == name for group in groups):
+        if any(_format(group) == name for group in groups):
             axes.bar(0, 0, color=LIGHT[name], label=label)
 
 

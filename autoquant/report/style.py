@@ -4,17 +4,15 @@ Figures are drawn in the light palette. In an SVG that goes into a page, each of
 a CSS variable of the same name, so that the picture follows the page's theme.
 """
 
-import functools
 import io
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-P = ParamSpec("P")
 
 PALETTE = {
     "ink": ("#1f2430", "#e7e9ee"),
@@ -79,18 +77,16 @@ _RC: dict[str, Any] = {
 }
 
 
-def styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
-    """Draw under the project's style, whatever the caller has set."""
+@contextmanager
+def project_style() -> Iterator[None]:
+    """Draw in the project's style, whatever the caller's own settings are."""
+    import matplotlib as mpl
 
-    @functools.wraps(draw)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> "Figure":
-        import matplotlib as mpl
-
-        settings: Any = {**mpl.rcParamsDefault, "backend": mpl.rcParams["backend"], **_RC}
-        with mpl.rc_context(settings):
-            return draw(*args, **kwargs)
-
-    return wrapped
+    # Reading the backend of the caller would choose one, and import pyplot for it.
+    defaults = {name: value for name, value in mpl.rcParamsDefault.items() if name != "backend"}
+    settings: Any = {**defaults, **_RC}
+    with mpl.rc_context(settings):
+        yield
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -102,7 +98,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 def plain_log(axes: "Axes", which: str) -> None:
     """Logarithmic axis with decimal labels where a reader needs them, and no powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     getattr(axes, f"set_{which}scale")("log")
     axis = getattr(axes, f"{which}axis")
@@ -111,11 +107,9 @@ def plain_log(axes: "Axes", which: str) -> None:
     steps = (1, 2, 5) if decades < 50 else (1,)
     axis.set_major_locator(LogLocator(subs=steps, numticks=12))
     if decades < 2.5:
-        from matplotlib.ticker import MaxNLocator
-
         axis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def to_svg(figure: "Figure", name: str, label: str) -> str:
