@@ -1,10 +1,10 @@
-"""Puts compiled C++ kernels into a wheel where a compiler is at hand; without one it is plain Python."""
+"""What pyproject.toml cannot say: packages found by rule, and kernels compiled into wheels."""
 
 import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -46,4 +46,15 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel})
+setup(
+    packages=[
+        *find_packages(include=["autoquant", "autoquant.*"]),
+        "autoquant.search_spaces",
+        "autoquant_kernels",
+    ],
+    package_dir={
+        "autoquant.search_spaces": "search_spaces",
+        "autoquant_kernels": "kernels/autoquant_kernels",
+    },
+    cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel},
+)

@@ -66,8 +66,8 @@ def head_token_kl(
         hidden: `[T, D]`, the same dtype and device, of the quantized model.
         weight: `[V, D]`, the head, the same dtype and device.
         bias: `[V]` or None.
-        chunk: tokens per chunk; by default the two tiles of logits take at most 0.8 GB on a GPU, and
-            256 tokens on a CPU.
+        chunk: tokens per chunk; by default 256 on a CPU, and on a GPU as many as keep the two
+            tiles of logits below 0.8 GiB.
 
     Returns:
         float32 `[T]`, nats per token.

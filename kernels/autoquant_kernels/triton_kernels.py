@@ -1,12 +1,12 @@
 """NVFP4, FP8 and token-KL kernels in Triton, for GPUs from sm_80 on and for Triton's interpreter.
 
-A thread holds whole blocks of 16: kernels that quantize load the two halves of their blocks as
-`[BLOCKS, 8]` tensors, so that block maxima and sums need no exchange between threads. Division by a block scale
-multiplies by its reciprocal and corrects the quotient with two fused multiply-adds, which is exact
-for a correctly rounded reciprocal (Markstein 1990) as long as nothing over- or underflows; outside
-that range of scales `DIVIDE` asks for the processor's own division. Kernels must be compiled with
-`enable_fp_fusion=False`. Scales become tensors because the interpreter keeps them as float64
-numbers.
+Kernels that quantize load the two halves of their blocks of 16 as `[BLOCKS, 8]` tensors: a thread
+then holds whole blocks, and maxima and sums need no exchange between threads. Division by a block
+scale multiplies by its reciprocal and corrects the quotient with two fused multiply-adds, which is
+exact for a correctly rounded reciprocal (Markstein 1990) as long as nothing over- or underflows;
+outside that range of scales `DIVIDE` asks for the processor's own division. Kernels must be
+compiled with `enable_fp_fusion=False`. Scales become tensors because the interpreter keeps numbers
+as float64.
 """
 
 import triton
@@ -215,6 +215,7 @@ def _weight_magnitudes(low, high, g, RULE: tl.constexpr, DIVIDE: tl.constexpr):
 
 @triton.jit
 def fake_quant_nvfp4(x_ptr, out_ptr, blocks, g, DIVIDE: tl.constexpr, BLOCKS: tl.constexpr):
+    """Dynamic NVFP4 of `blocks` blocks."""
     g = tl.full((1, 1), g, tl.float32)
     block, exists = _blocks(blocks, BLOCKS)
     low, high = _load(x_ptr, block, exists)
@@ -228,6 +229,7 @@ def fake_quant_nvfp4(x_ptr, out_ptr, blocks, g, DIVIDE: tl.constexpr, BLOCKS: tl
 def fake_quant_nvfp4_weight(
     x_ptr, out_ptr, blocks, g, RULE: tl.constexpr, DIVIDE: tl.constexpr, BLOCKS: tl.constexpr
 ):
+    """The exported form of a weight, dequantized."""
     g = tl.full((1, 1), g, tl.float32)
     block, exists = _blocks(blocks, BLOCKS)
     low, high = _load(x_ptr, block, exists)
@@ -257,6 +259,7 @@ def quantize_nvfp4(
     DIVIDE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
+    """Eight codes to a word, two words and an E4M3 scale to a block."""
     g = tl.full((1, 1), g, tl.float32)
     block, exists = _blocks(blocks, BLOCKS)
     low, high = _load(x_ptr, block, exists)
@@ -308,6 +311,7 @@ def _fp8_magnitude(x, scale, reciprocal, DIVIDE: tl.constexpr):
 def fake_quant_fp8(
     x_ptr, out_ptr, n, scale, reciprocal, DIVIDE: tl.constexpr, ELEMENTS: tl.constexpr
 ):
+    """FP8 there and back."""
     scale = tl.full((1,), scale, tl.float32)
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
@@ -319,6 +323,7 @@ def fake_quant_fp8(
 def quantize_fp8(
     x_ptr, codes_ptr, n, scale, reciprocal, DIVIDE: tl.constexpr, ELEMENTS: tl.constexpr
 ):
+    """FP8 codes."""
     scale = tl.full((1,), scale, tl.float32)
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
@@ -329,6 +334,7 @@ def quantize_fp8(
 
 @triton.jit
 def dequantize_fp8(codes_ptr, out_ptr, n, scale, ELEMENTS: tl.constexpr):
+    """FP8 codes to numbers."""
     scale = tl.full((1,), scale, tl.float32)
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     code = tl.load(codes_ptr + at, mask=at < n, other=0).to(tl.int32)

@@ -17,7 +17,7 @@ import autoquant_kernels as ak
 import torch
 import triton
 from autoquant_kernels import reference, triton_backend
-from rows import Row, median, row, write
+from rows import Row, assert_equal, median, row, write
 from torch import Tensor
 
 SHAPES = ((4096, 4096), (8192, 28672), (32768, 4096))
@@ -67,13 +67,6 @@ def check_bits() -> None:
     print("bits equal the reference's")
 
 
-def assert_equal(expected: Tensor, got: Tensor) -> None:
-    """Raise unless both hold the same bits."""
-    width = torch.int16 if expected.element_size() == 2 else torch.int32
-    wrong = (expected.view(width) != got.cpu().view(width)).sum().item()
-    assert wrong == 0, f"{wrong} of {expected.numel()} elements differ"
-
-
 def modelopt_kernel(x: Tensor, g: Tensor, out: Tensor) -> None:
     """ModelOpt's dynamic NVFP4 kernel with the tile sizes of its wrapper."""
     from modelopt.torch.kernels.quantization.gemm import fp4_kernel_hopper as peer
@@ -118,7 +111,7 @@ def check_parity_with_modelopt() -> None:
 
 
 def near_midpoint(value: Tensor, step: Tensor) -> Tensor:
-    """Whether `value` is within 4 float32 units in the last place of an odd multiple of step / 2."""
+    """Whether `value` is within 4 float32 ulp of an odd multiple of step / 2."""
     halves = value.abs() / step - 0.5
     return (halves - halves.round()).abs() * step <= 4 * 2.0**-23 * value.abs()
 
@@ -221,7 +214,7 @@ def tune() -> None:
     """Print the median time of every block size and warp count."""
     shape = (8192, 28672)
     work = operations(shape)
-    for op in ("copy", *(name for name in work if "modelopt" not in name and name != "copy")):
+    for op in ("copy", *(name for name in work if name != "copy" and "modelopt" not in name)):
         if op == "copy":
             print(op, round(median(cold(work[op][2], 30)), 1))
             continue

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 PACKAGES = ("torch", "triton", "nvidia-modelopt", "compressed-tensors", "torchao")
 
@@ -121,6 +122,13 @@ def commit() -> str:
         check=False,
     )
     return done.stdout.strip() or "unknown"
+
+
+def assert_equal(expected: Tensor, got: Tensor) -> None:
+    """Raise unless both hold the same bits."""
+    width = torch.int16 if expected.element_size() == 2 else torch.int32
+    wrong = (expected.view(width) != got.cpu().view(width)).sum().item()
+    assert wrong == 0, f"{wrong} of {expected.numel()} elements differ"
 
 
 def _lines(path: Path) -> list[str]:

@@ -105,7 +105,7 @@ def test_a_failing_compiler_is_quoted(tmp_path: Path, monkeypatch: pytest.Monkey
     script.write_text("#!/bin/sh\necho 'fused.cpp: too old' >&2\nexit 1\n")
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-    with pytest.raises(build.BuildError, match="fused.cpp: too old"):
+    with pytest.raises(build.BuildError, match=r"fused.cpp: too old"):
         build.compile_library(tmp_path / "fused.so")
     assert not (tmp_path / "fused.so").exists()
 

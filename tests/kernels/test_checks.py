@@ -15,7 +15,7 @@ CODES, SCALES = ak.quantize_nvfp4(X, G)
 )
 class TestNvfp4:
     def test_columns(self, call: object) -> None:
-        with pytest.raises(ValueError, match="multiple of 16.*pad it"):
+        with pytest.raises(ValueError, match=r"multiple of 16.*pad it"):
             call(torch.ones(4, 24), G)
 
     def test_scalar(self, call: object) -> None:
@@ -71,7 +71,7 @@ class TestOut:
 
 @pytest.mark.parametrize("call", [ak.fake_quant_nvfp4_weight, ak.quantize_nvfp4])
 def test_unknown_rule(call: object) -> None:
-    with pytest.raises(ValueError, match="best.*max, mse, four_over_six"):
+    with pytest.raises(ValueError, match=r"best.*max, mse, four_over_six"):
         call(X, G, rule="best")
 
 
