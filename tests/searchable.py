@@ -10,9 +10,17 @@ VOCABULARY = 272
 """Three special tokens, 256 bytes, and the rest unused."""
 
 WORDS = (
-    "scale block weight format layer expert router head token batch shard budget probe search "
-    "report kernel stores reads writes rounds doubles halves every some no the a of in and or"
-).split()
+    "scale",
+    "block",
+    "weight",
+    "format",
+    "layer",
+    "expert",
+    "router",
+    "head",
+    "token",
+    "rounds",
+)
 
 WITH_EXPERTS = ("qwen3_moe", "mixtral", "minimax_m2")
 

@@ -42,14 +42,17 @@ _WITH_EXPERTS: dict[str, Callable[[LayerGroup], Choice]] = {
 def baselines(problem: Problem) -> Iterator[tuple[str, Assignment]]:
     """Yield distinct named assignments, whether or not they keep the budget.
 
-    A group that cannot take a recipe's format takes the cheapest legal one of more bits.
+    A group that cannot take a recipe's format takes the cheapest legal one of more bits; a recipe
+    with a format that no group can take as wished is left out.
     """
-    recipes = dict(_EVERYWHERE)
-    if any(group.role == "experts" for group in problem.groups):
-        recipes |= _WITH_EXPERTS
+    has_experts = any(group.role == "experts" for group in problem.groups)
+    # Of two recipes that come to the same, the published one gives its name.
+    recipes = _WITH_EXPERTS | _EVERYWHERE if has_experts else _EVERYWHERE
     seen: set[str] = set()
     for name, wish in recipes.items():
         assignment = problem.uniform(wish)
-        if assignment.digest not in seen:
+        wished = {wish(group).format for group in problem.groups}
+        taken = {assignment[group.name].format for group in problem.groups}
+        if wished <= taken and assignment.digest not in seen:
             seen.add(assignment.digest)
             yield name, assignment

@@ -104,7 +104,8 @@ def stored_bytes(checkpoint):
     for file in checkpoint.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             total += sum(
-                tensors.get_tensor(name).nbytes for name in tensors.keys()  # noqa: SIM118
+                tensors.get_tensor(name).nbytes
+                for name in tensors.keys()  # noqa: SIM118
             )
     return total
 
@@ -254,9 +255,7 @@ def test_an_infeasible_budget_writes_nothing(search):
 
 def test_a_space_that_leaves_nothing_open_is_refused(search, tmp_path):
     space = tmp_path / "none.yaml"
-    space.write_text(
-        "schema_version: 1\nname: none\nrules:\n  - {match: '*', formats: [bf16]}\n"
-    )
+    space.write_text("schema_version: 1\nname: none\nrules:\n  - {match: '*', formats: [bf16]}\n")
     result, run = search("--space", space, code=2, budget=16)
     assert "leaves no layer of" in result.stderr
     assert not run.exists()

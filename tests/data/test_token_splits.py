@@ -16,7 +16,11 @@ from autoquant.errors import SourceError
 
 PLAN = TokenPlan(calibration=512, search=1024, report=2048, sequence_length=64, batch_tokens=256)
 
-DIGESTS = {"calibration": "053b58ecf69e6b60", "search": "d781c2e23e25f9b0", "report": "74f3934338cf8ace"}
+DIGESTS = {
+    "calibration": "053b58ecf69e6b60",
+    "search": "d781c2e23e25f9b0",
+    "report": "74f3934338cf8ace",
+}
 
 
 class Letters:
@@ -39,9 +43,7 @@ def sequences(split: Split) -> list[tuple[int, ...]]:
 
 def everything(corpus: Corpus, seed: int) -> dict[str, frozenset[tuple[int, ...]]]:
     """Members of each side when a split takes all there is."""
-    plan = TokenPlan(
-        calibration=10**9, search=10**9, report=10**9, sequence_length=64, seed=seed
-    )
+    plan = TokenPlan(calibration=10**9, search=10**9, report=10**9, sequence_length=64, seed=seed)
     splits = make_splits(corpus, Letters(), plan)
     return {name: frozenset(sequences(split)) for name, split in splits.items()}
 
@@ -127,4 +129,3 @@ def test_sequences_begin_as_the_tokenizer_begins_a_text(corpus, tmp_path, bos):
     assert all((sequence[0] == 1) is bos for sequence in found)
     assert not any(1 in sequence[1:] for sequence in found)
     assert any(len(sequence) == PLAN.sequence_length for sequence in found)
-

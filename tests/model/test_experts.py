@@ -30,7 +30,9 @@ def model(folder):
 
 
 def block_of(model):
-    return next(m for m in model.modules() if getattr(m, "num_experts", 0) and hasattr(m, "has_gate"))
+    return next(
+        m for m in model.modules() if getattr(m, "num_experts", 0) and hasattr(m, "has_gate")
+    )
 
 
 def routed(block, tokens: int = 64):

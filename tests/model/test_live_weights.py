@@ -88,7 +88,8 @@ def test_weights_in_memory_are_the_exported_ones(live, choice, tmp_path):
 
 
 def test_a_small_cache_gives_the_same_weights(folder, live):
-    assignment = Assignment.of(dict(zip([g.name for g in live.groups], itertools.cycle(CHOICES))))
+    choices = itertools.cycle(CHOICES)
+    assignment = Assignment.of({group.name: next(choices) for group in live.groups})
     small = Live(folder, cache_bytes=10_000)
     for each in (live, small):
         each.quantized.apply(assignment)
@@ -107,7 +108,7 @@ def test_bf16_comes_back_to_the_bit(live):
 
 def test_an_installed_checkpoint_gives_the_logits_of_its_assignment(folder, live, tmp_path):
     choices = itertools.cycle((*CHOICES, BF16))
-    assignment = Assignment.of(dict(zip([g.name for g in live.groups], choices)))
+    assignment = Assignment.of({group.name: next(choices) for group in live.groups})
     export(live.source, live.groups, assignment, live.amax, tmp_path / "out")
     live.quantized.apply(assignment)
     expected = live.logits()

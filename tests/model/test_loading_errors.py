@@ -133,7 +133,9 @@ def test_a_linear_without_module_is_named(saved):
 
 def test_a_linear_of_another_shape_is_named(saved):
     model = load_model(saved, CPU).model
-    with pytest.raises(SourceError, match=r"up_proj is \(64, 96\) on disk and \(96, 64\) in memory"):
+    with pytest.raises(
+        SourceError, match=r"up_proj is \(64, 96\) on disk and \(96, 64\) in memory"
+    ):
         bind(model, group_of("model.layers.0.mlp.up_proj", 64, 96))
 
 

@@ -96,7 +96,9 @@ def test_kl_is_that_of_full_logits_in_float64(scorer, candidates):
     for candidate in candidates[:-1]:
         expected = exact_kl(scorer, candidate)
         assert expected.mean() > 1e-4
-        np.testing.assert_allclose(scorer.score(candidate, SPLIT).kl, expected, atol=2e-6, rtol=1e-4)
+        np.testing.assert_allclose(
+            scorer.score(candidate, SPLIT).kl, expected, atol=2e-6, rtol=1e-4
+        )
 
 
 def test_the_model_itself_has_no_kl(scorer):
