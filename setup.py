@@ -32,18 +32,19 @@ class BuildWithKernels(build_py):
             builder.compile_library(Path(self.build_lib) / "autoquant_kernels" / name)
         except builder.BuildError as error:
             self.warn(f"C++ kernels are not in this wheel: {error}")
-            return
-        self.distribution.has_ext_modules = lambda: True
 
 
 class PlatformWheel(bdist_wheel):
-    """A wheel with compiled kernels serves every Python 3 of one platform."""
+    """Where a compiler is at hand the wheel serves every Python 3 of one platform, else all."""
+
+    def finalize_options(self) -> None:
+        compiled = load_builder().has_compiler()
+        self.distribution.has_ext_modules = lambda: compiled
+        super().finalize_options()
 
     def get_tag(self) -> tuple[str, str, str]:
-        if not self.distribution.has_ext_modules():
-            return super().get_tag()
-        self.root_is_pure = False
-        return "py3", "none", super().get_tag()[2]
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
 
 
 setup(

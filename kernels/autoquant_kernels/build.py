@@ -72,6 +72,14 @@ def compiler() -> list[str]:
     return [found]
 
 
+def has_compiler() -> bool:
+    """Whether the kernels can be compiled here."""
+    try:
+        return bool(compiler())
+    except BuildError:
+        return False
+
+
 def is_intact(library: Path) -> bool:
     """Whether `library` is a file of this user that still has the bytes the build gave it."""
     try:

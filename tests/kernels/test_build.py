@@ -20,14 +20,7 @@ print(ak.active_backend(), float(ak.fake_quant_nvfp4(x, ak.nvfp4_global_scale(63
 """
 
 
-def has_compiler() -> bool:
-    try:
-        return bool(build.compiler())
-    except build.BuildError:
-        return False
-
-
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not build.has_compiler(), reason="no C++ compiler")
 
 
 def run(cache: Path, **settings: str) -> subprocess.CompletedProcess[str]:
