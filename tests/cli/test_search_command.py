@@ -207,6 +207,7 @@ def test_the_same_command_shows_the_result_again(finished, autoquant, model, tex
     assert str(run / "checkpoint") in again.stdout
 
 
+@pytest.mark.slow
 def test_the_same_seed_finds_the_same_and_another_takes_other_tokens(search):
     _, one = search("--no-export", out="one")
     _, two = search("--no-export", out="two")
@@ -216,6 +217,7 @@ def test_the_same_seed_finds_the_same_and_another_takes_other_tokens(search):
     assert digests[0] != digests[1]
 
 
+@pytest.mark.slow
 def test_a_search_without_export_can_export_later(search, finished):
     result, run = search("--no-export", "--trials", 8)
     assert not (run / "checkpoint").exists()
@@ -228,6 +230,7 @@ def test_a_search_without_export_can_export_later(search, finished):
     assert str(run / "checkpoint") in result.stdout
 
 
+@pytest.mark.slow
 def test_activation_modes_are_measured_as_they_say(search, finished):
     _, run = search("--activation-mode", "w4a16", "--trials", 0, "--no-export")
     result = outcome(run)[0]
@@ -238,6 +241,7 @@ def test_activation_modes_are_measured_as_they_say(search, finished):
     assert kl["uniform fp8"] == other["uniform fp8"]
 
 
+@pytest.mark.slow
 def test_a_space_of_experts_leaves_the_rest_alone(search):
     _, run = search("--space", "experts-only", "--trials", 2, "--no-export", budget=12)
     groups = yaml.safe_load((run / "assignment.yaml").read_text())["groups"]
@@ -261,6 +265,7 @@ def test_a_space_that_leaves_nothing_open_is_refused(search, tmp_path):
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_a_run_directory_of_another_search_is_left_alone(search, finished):
     _, run = search("--no-export", "--trials", 0)
     before = outcome(run)
@@ -272,6 +277,7 @@ def test_a_run_directory_of_another_search_is_left_alone(search, finished):
     assert [outcome(path) for path in aside] == [before]
 
 
+@pytest.mark.slow
 def test_text_that_changed_since_is_a_conflict(autoquant, model, text, tmp_path):
     own = shutil.copytree(text, tmp_path / "text")
     arguments = (
@@ -287,6 +293,7 @@ def test_text_that_changed_since_is_a_conflict(autoquant, model, text, tmp_path)
     assert "was begun on other tokens" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_single_sequence_has_no_standard_error(search):
     result, _ = search(
         *("--report-tokens", 32, "--search-tokens", 32, "--calibration-tokens", 32),
@@ -295,12 +302,14 @@ def test_a_single_sequence_has_no_standard_error(search):
     assert " +- - nats per token" in result.stdout
 
 
+@pytest.mark.slow
 def test_no_trial_begins_after_the_time_is_up(search):
     _, run = search("--max-seconds", 0.001, "--no-export", "--trials", 50)
     stages = {trial["stage"] for trial in outcome(run)[1]}
     assert stages == {"baseline", "solver"}
 
 
+@pytest.mark.slow
 def test_a_width_that_nvfp4_cannot_take_is_said_and_searched(autoquant, search, tmp_path):
     model = save_searchable("llama", tmp_path / "odd", intermediate_size=172)
     plan = autoquant("plan", model, "--format", "json")
