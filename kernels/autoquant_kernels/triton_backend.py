@@ -25,6 +25,7 @@ SAFE_SCALES = (2.0**-80, 2.0**80)
 """Global scales for which corrected division by any block scale neither over- nor underflows."""
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+PACK_OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 KL_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
@@ -62,7 +63,7 @@ def quantize_nvfp4(
     divide = _divide(global_scale)
     with _device(x):
         kernels.quantize_nvfp4[_grid(blocks, size)](
-            _plain(x), words, scales, blocks, global_scale, rule, divide, size, **OPTIONS
+            _plain(x), words, scales, blocks, global_scale, rule, divide, size, **PACK_OPTIONS
         )
 
 

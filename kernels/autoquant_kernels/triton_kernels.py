@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: ignore-errors
 """NVFP4, FP8 and token-KL kernels in Triton, for GPUs from sm_80 on and for Triton's interpreter.
 
 Kernels that quantize load the two halves of their blocks of 16 as `[BLOCKS, 8]` tensors: a thread

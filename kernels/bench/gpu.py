@@ -224,6 +224,7 @@ def tune() -> None:
             triton_backend.BLOCKS = triton_backend.WIDE_BLOCKS = size
             triton_backend.WORDS = triton_backend.ELEMENTS = size
             triton_backend.OPTIONS["num_warps"] = warps
+            triton_backend.PACK_OPTIONS["num_warps"] = warps
             found.append((round(median(cold(work[op][2], 20)), 1), size, warps))
         print(op, sorted(found)[:6], "worst", max(found), flush=True)
 
