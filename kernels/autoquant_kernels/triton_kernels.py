@@ -243,9 +243,10 @@ def fake_quant_nvfp4_weight(
 def _packed(x, scale, DIVIDE: tl.constexpr):
     """The codes of `[BLOCKS, 8]` elements as `[BLOCKS, 1]` words, the first in the low nibble."""
     safe, reciprocal, limit = _divisor(scale)
-    sign = ((x + 0.0).to(tl.int32, bitcast=True) >> 28) & 8
-    code = _e2m1_code(_quotient(x, safe, reciprocal, limit, DIVIDE)) | sign
-    word = tl.sum(code << (4 * tl.arange(0, 8)[None, :]), axis=1, keep_dims=True)
+    nibble = 4 * tl.arange(0, 8)[None, :]
+    signs = ((x + 0.0).to(tl.int32, bitcast=True) >> (28 - nibble)) & (8 << nibble)
+    codes = _e2m1_code(_quotient(x, safe, reciprocal, limit, DIVIDE)) << nibble
+    word = tl.sum(codes, axis=1, keep_dims=True) | tl.sum(signs, axis=1, keep_dims=True)
     return tl.where(scale != scale, 0, word)
 
 
