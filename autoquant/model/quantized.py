@@ -46,12 +46,26 @@ class _Context:
     mode: ActivationMode
     store: WeightStore
     inputs: dict[str, InputSet] = field(default_factory=dict)
+    last_read: InputSet | None = None
+
+    def forget_inputs(self) -> None:
+        """Drop the tensors of the set that was read last."""
+        if self.last_read is not None:
+            self.last_read.forget()
+            self.last_read = None
 
     def input_set(self, name: str) -> InputSet:
         return self.inputs.setdefault(name, InputSet(name))
 
     def read(self, x: torch.Tensor, inputs: InputSet, choice: Choice) -> torch.Tensor:
-        """The input as the linear sees it, observed on the way if the set is observing."""
+        """The input as the linear sees it, observed on the way if the set is observing.
+
+        Only the set that was read last keeps its tensors: the linears that share one follow each
+        other, and the inputs of all layers together would take many times the model's memory.
+        """
+        if self.last_read is not inputs:
+            self.forget_inputs()
+            self.last_read = inputs
         if inputs.observing:
             inputs.observe(x)
         if self.mode.quantizes_input(choice.format):
@@ -158,8 +172,7 @@ class QuantizedModel:
 
     def forget_inputs(self) -> None:
         """Drop tensors of the last forward, so that no memory outlives it."""
-        for inputs in self._context.inputs.values():
-            inputs.forget()
+        self._context.forget_inputs()
 
     @contextmanager
     def observing(self) -> Iterator[None]:

@@ -42,22 +42,32 @@ class Trunk:
         """Whether `trace` may start behind the first block; see `check_resuming`."""
         self._start = 0
         self._boundaries: list[torch.Tensor] = []
+        self._keep = True
         self._returns_tuple = [False] * len(self.blocks)
         for index, block in enumerate(self.blocks):
             block.forward = self._wrapped(index, block.forward)
 
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
         """Final hidden states [B, L, H] of tokens [B, L], as the head reads them."""
-        return self.trace(tokens).hidden
+        return self.trace(tokens, keep=False).hidden
 
     @torch.inference_mode()
-    def trace(self, tokens: torch.Tensor, *, start: int = 0, after: Trace | None = None) -> Trace:
+    def trace(
+        self,
+        tokens: torch.Tensor,
+        *,
+        start: int = 0,
+        after: Trace | None = None,
+        keep: bool = True,
+    ) -> Trace:
         """Run the blocks from `start` on; the earlier ones are taken from `after`.
 
         Args:
             tokens: int64 [B, L], on the model's device.
             start: first block to run; with the number of blocks none runs.
             after: a forward of the same tokens that agrees with this one before `start`.
+            keep: whether to record the states between blocks, [B, L, H] each; without them
+                nothing can go on from the trace.
         """
         if not self.can_resume:
             after = None
@@ -65,6 +75,7 @@ class Trunk:
             return after
         self._start = start if after is not None else 0
         self._boundaries = [*after.boundaries[: self._start + 1]] if after is not None else []
+        self._keep = keep
         with self._without_head() as seen:
             self.model(input_ids=tokens, use_cache=False)
         boundaries, self._boundaries = tuple(self._boundaries), []
@@ -125,7 +136,7 @@ class Trunk:
                 return (hidden_states,) if self._returns_tuple[index] else hidden_states
             if index < len(self._boundaries):
                 hidden_states = self._boundaries[index]
-            else:
+            elif self._keep:
                 self._boundaries.append(hidden_states)
             result = forward(hidden_states, *args, **kwargs)
             self._returns_tuple[index] = isinstance(result, tuple)

@@ -25,8 +25,10 @@ from autoquant.model.quantized import QuantizedModel
 from autoquant.scoring.forward import Trace, Trunk
 from autoquant.scoring.kl import TokenKl, TokenScores, likelihoods
 
-TILE_BYTES = 1 << 26
-"""Size of one float32 logit tile; a tile of each model is alive at a time."""
+CPU_TILE_BYTES = 1 << 26
+GPU_TILE_BYTES = 1 << 29
+"""Size of one float32 logit tile; a tile of each model is alive at a time. A GPU's matrix product
+needs about a thousand tokens to run at full speed, a CPU's fits the caches better with less."""
 
 _BF16 = Assignment.of({})
 
@@ -97,7 +99,7 @@ class Scorer:
         for group, choice in probes:
             with self._applied(Assignment.of({group: choice})):
                 start = self._block[group]
-                probed = self.trunk.trace(batch.tokens, start=start, after=trace)
+                probed = self.trunk.trace(batch.tokens, start=start, after=trace, keep=False)
                 result = self._compare(batch, probed.hidden)
             yield result
 
@@ -155,8 +157,10 @@ class Scorer:
     def _trace(self, assignment: Assignment, batch: _Batch) -> Trace:
         """Run a candidate, from where it differs from the batch's previous one."""
         if batch.previous is None:
-            trace = self.trunk.trace(batch.tokens)
-            if trace.bytes > self._cache_left:
+            size = (self.blocks + 1) * _bytes(batch.reference)
+            keep = self.trunk.can_resume and size <= self._cache_left
+            trace = self.trunk.trace(batch.tokens, keep=keep)
+            if not keep:
                 return trace
             self._cache_left -= trace.bytes
         else:
@@ -198,7 +202,8 @@ class Scorer:
         """Yield tokens, reference logits and candidate's logits, float32 [T, V], tile by tile."""
         head = self.trunk.head
         ours, theirs = hidden.flatten(0, 1), batch.reference.flatten(0, 1)
-        rows = max(1, TILE_BYTES // (4 * head.weight.shape[0]))
+        tile_bytes = GPU_TILE_BYTES if hidden.is_cuda else CPU_TILE_BYTES
+        rows = max(1, tile_bytes // (4 * head.weight.shape[0]))
         for start in range(0, len(ours), rows):
             span = slice(start, start + rows)
             reference = batch.logits.get(start)
