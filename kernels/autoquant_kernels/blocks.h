@@ -100,7 +100,7 @@ INLINE F stored_scale(F exact) {
 }
 
 template <class T>
-INLINE void best_in_window(const typename T::type* x, float g, PerBlock& e) {
+static void best_in_window(const typename T::type* x, float g, PerBlock& e) {
     PerBlock scale, error, least, best;
     for (int offset = -3; offset <= 8; ++offset) {
         PerBlock candidate;
@@ -126,7 +126,7 @@ INLINE void best_in_window(const typename T::type* x, float g, PerBlock& e) {
 }
 
 template <class T>
-INLINE void four_or_six(
+static void four_or_six(
     const typename T::type* x, float g, const PerBlock& amax, PerBlock& six) {
     PerBlock four, scale, error_four, error_six;
     for (int i = 0; i < PARTS; ++i) {

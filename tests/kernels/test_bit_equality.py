@@ -3,6 +3,8 @@
 import autoquant_kernels as ak
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_cases import (
     DTYPES,
     RULES,
@@ -49,6 +51,16 @@ def test_ties(backend: str) -> None:
 @pytest.mark.parametrize("blocks", [1, 15, 16, 17, 300])
 def test_any_number_of_blocks(backend: str, blocks: int) -> None:
     compare(five_distributions(blocks, 16)["normal"].bfloat16(), 4.0, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:-1])
+@given(
+    block=st.lists(st.floats(width=32), min_size=16, max_size=16),
+    amax=st.floats(min_value=2.0**-100, max_value=2.0**100, width=32),
+)
+@settings(max_examples=50, deadline=None)
+def test_any_block(backend: str, block: list[float], amax: float) -> None:
+    compare(torch.tensor([block]), amax, backend)
 
 
 @pytest.mark.slow
