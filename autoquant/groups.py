@@ -50,8 +50,7 @@ class LayerGroup:
     def bytes_in(self, format: Format) -> int:
         """Bytes of every tensor that the members store in `format`, scales included."""
         return sum(
-            stored_bytes(format, linear.out_features, linear.in_features)
-            for linear in self.linears
+            stored_bytes(format, linear.out_features, linear.in_features) for linear in self.linears
         )
 
     def why_illegal(self, format: Format) -> str | None:
