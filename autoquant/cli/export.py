@@ -56,7 +56,7 @@ def command(**settings: Any) -> None:
     from autoquant.assignment import Assignment
     from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
     from autoquant.cli.terminal import Terminal
-    from autoquant.data.tokens import TokenPlan
+    from autoquant.search.settings import token_plan
     from autoquant.search.single import export_assignment
 
     with Terminal() as terminal:
@@ -65,14 +65,7 @@ def command(**settings: Any) -> None:
             Assignment.read(settings["assignment"]),
             settings["out"],
             calibration=settings["calibration"],
-            tokens=TokenPlan(
-                calibration=settings["calibration_tokens"],
-                search=settings["search_tokens"],
-                report=settings["report_tokens"],
-                sequence_length=settings["sequence_length"],
-                batch_tokens=settings["batch_tokens"],
-                seed=settings["seed"],
-            ),
+            tokens=token_plan(settings),
             device=settings["device"],
             trust_remote_code=settings["trust_remote_code"],
             observer=terminal,

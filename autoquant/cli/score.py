@@ -75,8 +75,8 @@ def command(**settings: Any) -> None:
     from autoquant.assignment import Assignment
     from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
     from autoquant.cli.terminal import Terminal
-    from autoquant.data.tokens import TokenPlan
     from autoquant.model.inputs import ActivationMode
+    from autoquant.search.settings import token_plan
     from autoquant.search.single import score
 
     file, checkpoint = settings["assignment"], settings["checkpoint"]
@@ -89,14 +89,7 @@ def command(**settings: Any) -> None:
             checkpoint=checkpoint,
             split=settings["split"],
             calibration=settings["calibration"],
-            tokens=TokenPlan(
-                calibration=settings["calibration_tokens"],
-                search=settings["search_tokens"],
-                report=settings["report_tokens"],
-                sequence_length=settings["sequence_length"],
-                batch_tokens=settings["batch_tokens"],
-                seed=settings["seed"],
-            ),
+            tokens=token_plan(settings),
             mode=ActivationMode(settings["activation_mode"]),
             device=settings["device"],
             trust_remote_code=settings["trust_remote_code"],

@@ -23,14 +23,7 @@ def make_config(settings: Mapping[str, Any]) -> SearchConfig:
         budget=Budget(settings["budget_bpe"], Scope(settings["budget_scope"])),
         source=open_source(settings["model"] or REFERENCE_MODEL),
         calibration=settings["calibration"],
-        tokens=TokenPlan(
-            calibration=settings["calibration_tokens"],
-            search=settings["search_tokens"],
-            report=settings["report_tokens"],
-            sequence_length=settings["sequence_length"],
-            batch_tokens=settings["batch_tokens"],
-            seed=settings["seed"],
-        ),
+        tokens=token_plan(settings),
         mode=ActivationMode(settings["activation_mode"]),
         trials=settings["trials"],
         max_seconds=settings["max_seconds"],
@@ -38,4 +31,16 @@ def make_config(settings: Mapping[str, Any]) -> SearchConfig:
         device=settings["device"],
         trust_remote_code=settings["trust_remote_code"],
         export=settings["export"],
+    )
+
+
+def token_plan(settings: Mapping[str, Any]) -> TokenPlan:
+    """The tokens that the data options of a command ask for."""
+    return TokenPlan(
+        calibration=settings["calibration_tokens"],
+        search=settings["search_tokens"],
+        report=settings["report_tokens"],
+        sequence_length=settings["sequence_length"],
+        batch_tokens=settings["batch_tokens"],
+        seed=settings["seed"],
     )
