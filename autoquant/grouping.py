@@ -74,10 +74,18 @@ def find_groups(source: Source, *, shared_experts: SharedExperts = "with_routed"
     )
     if not groups.groups:
         raise SourceError(
-            f"{source.path} holds no linear layer that can be quantized.",
-            fix="pass a causal language model; `autoquant plan` says why each tensor is fixed.",
+            f"{source.path} holds no linear layer that can be quantized{_example(groups)}.",
+            fix="pass a causal language model whose linears are stored [out, in], one by one.",
         )
     return groups
+
+
+def _example(groups: Groups) -> str:
+    """One matrix that could not be taken, with the reason; nothing where there is none."""
+    for tensor in groups.fixed:
+        if tensor.reason in (Fixed.TRANSPOSED, Fixed.FUSED_EXPERTS, Fixed.DTYPE, Fixed.UNKNOWN):
+            return f": {tensor.name} is one of its {tensor.reason}"
+    return ""
 
 
 def group_tensors(

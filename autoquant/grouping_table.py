@@ -73,7 +73,7 @@ LAYER = re.compile(r"(?P<layer>(?:.*?\.)?(?:layers|h|blocks)\.(?P<index>\d+))\.(
 ROUTED_EXPERT = re.compile(r"(?P<container>.+\.experts)\.(?P<index>\d+)\.(?P<part>[^.]+)")
 FUSED_EXPERTS = re.compile(r".+\.experts\.[a-z_]+")
 SHARED_EXPERT = re.compile(r".+\.(shared_experts?|shared_mlp)\.(?P<part>[^.]+)")
-LINEAR = re.compile(r".*(proj|linear|dense|attn|mlp|fc\d*|[wW]qkv|w[qkvo0-9]).*")
+LINEAR = re.compile(r".*(proj|linear|dense|attn|mlp|fc\d*|[wW]?qkv|query_key_value|w[qkvo0-9]).*")
 """Last name of a matrix that is plausibly the weight of an `nn.Linear`."""
 
 HEADS = frozenset({"lm_head", "embed_out", "output"})

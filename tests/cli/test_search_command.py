@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 from safetensors import safe_open
-from searchable import TOKEN_FLAGS, save_searchable, save_text
+from searchable import TOKEN_FLAGS, save_searchable, save_text, save_tokenizer
 
 from autoquant.rundir import Status
 
@@ -334,7 +334,28 @@ def test_transposed_matrices_are_refused(search, tmp_path):
     GPT2LMHeadModel(config).bfloat16().save_pretrained(tmp_path / "gpt2")
     result, run = search(model=tmp_path / "gpt2", code=4)
     assert "holds no linear layer that can be quantized" in result.stderr
+    assert "transformer.h.0.attn.c_attn.weight is one of its transposed matrices" in result.stderr
     assert not run.exists()
+
+
+def test_an_architecture_of_plain_linears_is_searched(search, tmp_path):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=272,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.12,
+    )
+    GPTNeoXForCausalLM(config).bfloat16().save_pretrained(tmp_path / "neox")
+    save_tokenizer(tmp_path / "neox")
+    _, run = search("--trials", 2, model=tmp_path / "neox", budget=9.5)
+    groups = yaml.safe_load((run / "assignment.yaml").read_text())["groups"]
+    assert "gpt_neox.layers.0.attention.query_key_value" in groups
+    assert json.loads((run / "result.json").read_text())["bpe"]["checkpoint"] <= 9.5
 
 
 def test_a_checkpoint_of_another_model_is_refused(autoquant, finished, text, tmp_path):
