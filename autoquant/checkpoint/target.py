@@ -66,6 +66,23 @@ def require_free(target: Path, *, source: Path) -> None:
             f"{target.absolute()} exists and holds something.",
             fix="name a new folder, or remove this one.",
         )
+    _require_writable(target)
+
+
+def _require_writable(target: Path) -> None:
+    """Raise before any work is done if the folder that will hold `target` cannot be made."""
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    probe = parent / f".{target.name}.{os.getpid()}.writable"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise ConfigError(
+            f"{target.absolute()} cannot be written: {error.strerror}.",
+            fix="name a folder on a disk that you may write to.",
+        ) from error
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -1,5 +1,6 @@
 """The result of a search for people."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,6 @@ def print_result(result: dict[str, Any], run: Path) -> None:
     print()
     if "checkpoint" in result:
         print(f"checkpoint: {result['checkpoint']}")
-        print(f"next:       autoquant verify {result['checkpoint']}")
+        print(f"next:       autoquant verify {shlex.quote(result['checkpoint'])}")
     else:
         print(f"next:       the same command with --export writes {run}/checkpoint")
