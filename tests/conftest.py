@@ -1,6 +1,7 @@
 """What every test runs under: no network, no settings of the person who runs it."""
 
 import os
+import signal
 from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
@@ -31,3 +32,8 @@ def autoquant() -> Callable[..., Result]:
         return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
     return call
+
+
+# A runner in the background of a script is started with interrupts ignored, and so would be the
+# commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
