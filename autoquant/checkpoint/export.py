@@ -1,15 +1,19 @@
 """Export: the source checkpoint with the assigned linears quantized, streamed tensor by tensor."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 import autoquant
 from autoquant.assignment import Assignment
 from autoquant.checkpoint.card import CardFacts, model_card
 from autoquant.checkpoint.companions import companion_files
+from autoquant.checkpoint.digests import file_digests
 from autoquant.checkpoint.headers import TensorHeader
 from autoquant.checkpoint.layout_modelopt import (
     QUANTIZATION_FILE,
@@ -17,11 +21,12 @@ from autoquant.checkpoint.layout_modelopt import (
     quantization_files,
     stored_tensors,
 )
+from autoquant.checkpoint.pipeline import ahead
 from autoquant.checkpoint.quantize import (
     QuantizedLinear,
+    WeightRanges,
     input_ranges,
     read_weight,
-    weight_ranges,
 )
 from autoquant.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from autoquant.checkpoint.source import CONFIG_FILE, Source
@@ -73,8 +78,8 @@ def export(
         input_amax: largest calibration input magnitude of each input scale set.
         target: a folder that does not exist yet, or an empty one.
         card: what the model card says beyond the formats.
-        on_bytes: called with the number of source bytes that have just been read; their sum over
-            both passes is the size of the source plus that of its quantized weights.
+        on_bytes: called with the number of source bytes whose export has just been written; they
+            add up to the size of the source.
 
     Raises:
         ConfigError: a group or format that the model does not allow, or `target` inside `source`.
@@ -86,38 +91,48 @@ def export(
     files = quantization_files(source.headers, groups, assignment)
     companions, left_out = companion_files(source.path)
     with new_folder(target, source=source.path) as folder:
-        weights = weight_ranges(source.headers, groups, assignment, on_bytes)
         quantized = {
             linear.tensor: QuantizedLinear(
                 linear=linear,
                 choice=assignment[group.name],
-                weight_amax=weights[linear.weight_scale_set],
                 input_amax=inputs[linear.input_scale_set],
             )
             for group in groups
             if assignment[group.name].format is not Format.BF16
             for linear in group.linears
         }
-        placed, size = _write_shards(source, quantized, folder, on_bytes)
+        weights = _write_shards(source, quantized, folder, on_bytes)
         for name in companions:
             copy_file(source.path / name, folder / name)
         result = ExportResult(
             path=target.absolute(),
-            checkpoint_bytes=size,
-            bpe=8 * size / source.headers.elements,
+            checkpoint_bytes=weights.bytes,
+            bpe=8 * weights.bytes / source.headers.elements,
             uncalibrated=uncalibrated,
             left_out=tuple(n for n in left_out if source.path / n not in source.headers.files),
         )
         write_atomic(folder / CONFIG_FILE, to_json(_config(source, files), indent=2))
         if files is not None:
             write_atomic(folder / QUANTIZATION_FILE, to_json(files[1], indent=2))
-        provenance = _provenance(source, groups, assignment, result, card)
+        provenance = _provenance(source, groups, assignment, result, weights, card)
         write_atomic(folder / AUTOQUANT_FILE, to_json(provenance, indent=2))
         write_atomic(folder / "README.md", model_card(source, groups, assignment, result.bpe, card))
-        if set(placed.values()) != {SINGLE_FILE}:
-            index = {"metadata": {"total_size": size}, "weight_map": placed}
+        if set(weights.placed.values()) != {SINGLE_FILE}:
+            index = {"metadata": {"total_size": weights.bytes}, "weight_map": weights.placed}
             write_atomic(folder / INDEX_FILE, to_json(index, indent=2))
     return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Weights:
+    """The weight files that were written."""
+
+    placed: dict[str, str]
+    """The file of each tensor."""
+    digests: dict[str, str]
+    """SHA-256 of each file."""
+    bytes: int
+    """Data of every tensor."""
 
 
 def _require_legal(groups: Groups, assignment: Assignment) -> None:
@@ -134,26 +149,41 @@ def _write_shards(
     quantized: Mapping[str, QuantizedLinear],
     folder: Path,
     on_bytes: Callable[[int], None],
-) -> tuple[dict[str, str], int]:
-    """Write every weight file; the file of each tensor, and the bytes of all tensor data."""
+) -> _Weights:
+    """Write every weight file, and read it back for its digest while the system has it cached."""
     placed: dict[str, str] = {}
+    digests: dict[str, str] = {}
     size = 0
-    for file in source.headers.files:
-        headers = [header for header in source.headers if header.file == file]
-        stored = [tensor for header in headers for tensor in _announce(header, quantized)]
+    streamed = ahead(_quantized_tensors(source, quantized))
+    for file, parts in groupby(streamed, key=lambda part: part[0].file):
+        stored = [t for h in source.headers if h.file == file for t in _announce(h, quantized)]
         metadata = source.headers.metadata[file]
         with ShardWriter(folder / file.name, stored, metadata) as shard:
-            for header in headers:
-                if header.name in quantized:
-                    tensors = quantized[header.name].tensors(read_weight(header))
+            for header, tensors in parts:
+                if tensors is None:
+                    shard.copy(header)
+                else:
                     for name, tensor in tensors.items():
                         shard.put(name, tensor)
-                else:
-                    shard.copy(header)
                 on_bytes(header.bytes)
         placed |= dict.fromkeys((tensor.name for tensor in stored), file.name)
+        digests |= file_digests([folder / file.name])
         size += shard.data_bytes
-    return placed, size
+    return _Weights(placed=placed, digests=digests, bytes=size)
+
+
+def _quantized_tensors(
+    source: Source, quantized: Mapping[str, QuantizedLinear]
+) -> Iterator[tuple[TensorHeader, dict[str, Tensor] | None]]:
+    """Every tensor of the source in file order with what is stored for it, None for itself."""
+    ranges = WeightRanges(source.headers, (own.linear for own in quantized.values()))
+    for header in source.headers:
+        own = quantized.get(header.name)
+        if own is None:
+            yield header, None
+        else:
+            amax = ranges[own.linear.weight_scale_set]
+            yield header, own.tensors(read_weight(header), amax)
 
 
 def _announce(
@@ -184,6 +214,7 @@ def _provenance(
     groups: Groups,
     assignment: Assignment,
     result: ExportResult,
+    weights: _Weights,
     card: CardFacts | None,
 ) -> dict[str, Any]:
     """What autoquant.json says: enough to make the checkpoint again and to check it."""
@@ -197,6 +228,7 @@ def _provenance(
         "source_digest": source.digest,
         "source_elements": source.headers.elements,
         "checkpoint_bytes": result.checkpoint_bytes,
+        "sha256": weights.digests,
         "bpe": result.bpe,
         "assignment": complete.to_dict()["groups"],
         "uncalibrated_inputs": list(result.uncalibrated),

@@ -1,6 +1,6 @@
 """From source weights to the tensors that the exported checkpoint stores."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import autoquant_kernels as kernels
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from autoquant.assignment import Assignment
 from autoquant.checkpoint.headers import Headers, TensorHeader
-from autoquant.checkpoint.layout_modelopt import GLOBAL_SCALE, INPUT_SCALE, WEIGHT_SCALE
+from autoquant.checkpoint.layout import Layout, tensor_names
 from autoquant.checkpoint.tensors import read_tensor
 from autoquant.errors import SourceError
 from autoquant.formats import Choice, Format
@@ -22,34 +22,30 @@ class QuantizedLinear:
 
     linear: Linear
     choice: Choice
-    weight_amax: float
-    """Largest magnitude over the weights of its scale set."""
     input_amax: float
     """Largest magnitude over the calibration inputs of its scale set."""
+    layout: Layout
 
-    def tensors(self, weight: Tensor) -> dict[str, Tensor]:
+    def tensors(self, weight: Tensor, weight_amax: float) -> dict[str, Tensor]:
         """The stored tensors by name.
 
         Args:
             weight: [out_features, in_features], BF16.
+            weight_amax: largest magnitude over the weights of its scale set.
         """
-        name, tensor = self.linear.name, self.linear.tensor
-        if self.choice.format is Format.FP8:
-            scale = kernels.fp8_scale(self.weight_amax)
-            return {
-                tensor: kernels.quantize_fp8(weight, scale),
-                name + WEIGHT_SCALE: scale,
-                name + INPUT_SCALE: kernels.fp8_scale(self.input_amax),
-            }
-        assert self.choice.scale_rule is not None
-        scale = kernels.nvfp4_global_scale(self.weight_amax, self.choice.scale_rule)
-        codes, block_scale = kernels.quantize_nvfp4(weight, scale, rule=self.choice.scale_rule)
-        return {
-            tensor: codes,
-            name + WEIGHT_SCALE: block_scale,
-            name + GLOBAL_SCALE: scale,
-            name + INPUT_SCALE: kernels.nvfp4_global_scale(self.input_amax),
-        }
+        names = tensor_names(self.layout, self.choice.format)
+        rule = self.choice.scale_rule
+        if rule is None:
+            scale, input_scale = kernels.fp8_scale(weight_amax), kernels.fp8_scale(self.input_amax)
+            large = {names.weight: kernels.quantize_fp8(weight, scale)}
+        else:
+            scale = kernels.nvfp4_global_scale(weight_amax, rule)
+            input_scale = kernels.nvfp4_global_scale(self.input_amax)
+            codes, block_scale = kernels.quantize_nvfp4(weight, scale, rule=rule)
+            large = {names.weight: codes, names.weight_scale: block_scale}
+        scalars = zip(names.scalars, (scale, input_scale), strict=True)
+        small = {end: names.stored(scalar) for end, scalar in scalars}
+        return {self.linear.name + end: tensor for end, tensor in (large | small).items()}
 
 
 def read_weight(header: TensorHeader) -> Tensor:
@@ -57,34 +53,45 @@ def read_weight(header: TensorHeader) -> Tensor:
     return read_tensor(header).to(torch.bfloat16)
 
 
-def weight_ranges(
-    headers: Headers,
-    groups: Iterable[LayerGroup],
-    assignment: Assignment,
-    on_bytes: Callable[[int], None],
-) -> dict[str, float]:
-    """Largest weight magnitude of every scale set that the assignment quantizes.
+class WeightRanges:
+    """Largest weight magnitudes of scale sets, read when a set is first asked for.
 
-    Raises:
-        SourceError: a weight is NaN or infinite.
+    Members of a set are neighbours in most checkpoints, so that what is read here for its range
+    comes from the system's cache when it is read again to be quantized.
+
+    Args:
+        headers: where the weights are.
+        linears: all that will be quantized; each belongs to a set.
     """
-    ranges: dict[str, float] = {}
-    for group in groups:
-        if assignment[group.name].format is Format.BF16:
-            continue
-        for linear in group.linears:
-            header = headers[linear.tensor]
-            lowest, highest = torch.aminmax(read_weight(header))
-            largest = torch.maximum(-lowest, highest)
-            if not torch.isfinite(largest):
-                raise SourceError(
-                    f"{header.name} in {header.file.name} holds NaN or Inf.",
-                    fix="repair or download the model again; such a weight has no scale.",
-                )
-            known = ranges.get(linear.weight_scale_set, 0.0)
-            ranges[linear.weight_scale_set] = max(known, largest.item())
-            on_bytes(header.bytes)
-    return ranges
+
+    def __init__(self, headers: Headers, linears: Iterable[Linear]) -> None:
+        self._headers = headers
+        self._unread: dict[str, list[Linear]] = {}
+        self._known: dict[str, float] = {}
+        for linear in linears:
+            self._unread.setdefault(linear.weight_scale_set, []).append(linear)
+
+    def __getitem__(self, scale_set: str) -> float:
+        """The largest magnitude over the weights of a set.
+
+        Raises:
+            SourceError: a weight is NaN or infinite.
+        """
+        for linear in self._unread.pop(scale_set, ()):
+            largest = _largest_magnitude(self._headers[linear.tensor])
+            self._known[scale_set] = max(largest, self._known.get(scale_set, 0.0))
+        return self._known[scale_set]
+
+
+def _largest_magnitude(header: TensorHeader) -> float:
+    lowest, highest = torch.aminmax(read_weight(header))
+    largest = torch.maximum(-lowest, highest).item()
+    if not largest < float("inf"):
+        raise SourceError(
+            f"{header.name} in {header.file.name} holds NaN or Inf.",
+            fix="repair or download the model again; such a weight has no scale.",
+        )
+    return largest
 
 
 def input_ranges(

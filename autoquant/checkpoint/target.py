@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -19,18 +19,19 @@ _LOCK = ".autoquant-export"
 def new_folder(target: Path, *, source: Path) -> Iterator[Path]:
     """A temporary folder beside `target`, which takes its place when the block ends well.
 
-    What an export that was killed has left behind is removed; on an error nothing is left.
+    What an export that was killed has left behind is removed; on an error nothing is left. The
+    mark that makes a leftover ours stays until `target` is complete.
 
     Raises:
-        ConfigError: `target` is inside `source` or holds it.
+        ConfigError: `target` is inside `source` or holds it, or cannot be written.
         RunConflict: `target` holds something, or another process is writing it.
     """
     target = target.absolute()
     require_free(target, source=source)
-    temporary = target.parent / f".{target.name}.unfinished"
-    _require_ours(temporary)
-    temporary.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(temporary / _LOCK)
+    workplace = target.parent / f".{target.name}.unfinished"
+    _require_ours(workplace)
+    workplace.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(workplace / _LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -38,19 +39,23 @@ def new_folder(target: Path, *, source: Path) -> Iterator[Path]:
             f"another export is writing {target}.", fix="wait for it, or name another folder."
         ) from None
     try:
-        _clear(temporary)
-        yield temporary
-        sync_folder(temporary)
-        (temporary / _LOCK).unlink(missing_ok=True)
+        _clear(workplace)
+        _require_empty(target)
+        folder = workplace / "checkpoint"
+        folder.mkdir()
+        yield folder
+        for parent, _, _ in os.walk(folder, topdown=False):
+            sync_folder(Path(parent))
         if target.is_dir():
             target.rmdir()
-        os.rename(temporary, target)
+        os.rename(folder, target)
         sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     finally:
+        _clear(workplace)
+        (workplace / _LOCK).unlink(missing_ok=True)
         lock.release()
+        with suppress(OSError):  # another export has come in between
+            workplace.rmdir()
 
 
 def require_free(target: Path, *, source: Path) -> None:
@@ -61,12 +66,16 @@ def require_free(target: Path, *, source: Path) -> None:
         RunConflict: `target` holds something.
     """
     _require_apart(target, source)
+    _require_empty(target)
+    _require_writable(target)
+
+
+def _require_empty(target: Path) -> None:
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise RunConflict(
             f"{target.absolute()} exists and holds something.",
             fix="name a new folder, or remove this one.",
         )
-    _require_writable(target)
 
 
 def _require_writable(target: Path) -> None:
@@ -103,12 +112,12 @@ def _require_apart(target: Path, source: Path) -> None:
         )
 
 
-def _require_ours(temporary: Path) -> None:
-    if not temporary.exists() or (temporary.is_dir() and not any(temporary.iterdir())):
+def _require_ours(workplace: Path) -> None:
+    if not workplace.exists() or (workplace.is_dir() and not any(workplace.iterdir())):
         return
-    if not (temporary / _LOCK).exists():
+    if not (workplace / _LOCK).exists():
         raise RunConflict(
-            f"{temporary} exists and is not from AutoQuant.",
+            f"{workplace} exists and is not from AutoQuant.",
             fix="move it away, or export elsewhere.",
         )
 
@@ -116,6 +125,6 @@ def _require_ours(temporary: Path) -> None:
 def _clear(folder: Path) -> None:
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
+            shutil.rmtree(entry, ignore_errors=True)
         elif entry.name != _LOCK:
             entry.unlink()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from autoquant.checkpoint.digests import file_digests
 from autoquant.checkpoint.engine_view import EngineView
 from autoquant.checkpoint.export import AUTOQUANT_FILE
 from autoquant.checkpoint.json_file import read_json_object
@@ -90,6 +91,7 @@ def verify(
         *_sharing_problems(checkpoint),
         *_declaration_problems(checkpoint),
         *_size_problems(checkpoint, source),
+        *_digest_problems(checkpoint),
     ]
     if source is not None:
         problems += _name_problems(checkpoint, source)
@@ -179,6 +181,17 @@ def _size_problems(checkpoint: QuantizedCheckpoint, source: Source | None) -> It
             yield f"{AUTOQUANT_FILE} says {key} {said.get(key)}, and the tensors have {value}."
     if source is not None and said.get("source_digest") != source.digest:
         yield f"{AUTOQUANT_FILE} names another source than {source.path}."
+
+
+def _digest_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
+    """Weight files that are not, bit for bit, those that were exported."""
+    file = checkpoint.path / AUTOQUANT_FILE
+    said = read_json_object(file).get("sha256") if file.exists() else None
+    if not isinstance(said, dict):
+        return
+    for name, digest in file_digests(checkpoint.headers.files).items():
+        if said.get(name) != digest:
+            yield f"{name} has changed since it was exported: its SHA-256 is {digest[:16]}..."
 
 
 def _name_problems(checkpoint: QuantizedCheckpoint, source: Source) -> Iterator[str]:
