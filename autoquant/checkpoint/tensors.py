@@ -1,6 +1,6 @@
 """Single tensors of a checkpoint, read from their byte ranges."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import IO
 
 import torch
@@ -59,17 +59,25 @@ def copy_bytes(header: TensorHeader, target: IO[bytes]) -> None:
 
     Raises:
         SourceError: the file has become shorter or unreadable since its header was read.
+        OSError: `target` cannot be written.
     """
+    for piece in _pieces(header):
+        target.write(piece)
+
+
+def _pieces(header: TensorHeader) -> Iterator[memoryview]:
+    """The stored bytes in order; a piece is valid until the next one is asked for."""
+    buffer = memoryview(bytearray(min(header.bytes, _COPY_BYTES)))
     left = header.bytes
     try:
         with header.file.open("rb", buffering=0) as stream:
             stream.seek(header.begin)
             while left:
-                piece = stream.read(min(left, _COPY_BYTES))
-                if not piece:
+                count = stream.readinto(buffer[:left])
+                if not count:
                     raise _changed(header)
-                target.write(piece)
-                left -= len(piece)
+                yield buffer[:count]
+                left -= count
     except OSError as error:
         raise _unreadable(header, error) from error
 

@@ -24,7 +24,12 @@ from autoquant.cli.output import print_fields, print_json
         (
             "autoquant export --assignment runs/demo/assignment.yaml --out demo-nvfp4",
             "The bundled model under an assignment:",
-        )
+        ),
+        (
+            "autoquant export BIG-MODEL --assignment runs/big/assignment.yaml "
+            "--calibrated runs/big/calibration.json --out big-nvfp4",
+            "With the input ranges of a search, in the memory of one tensor:",
+        ),
     ],
 )
 @model_argument(required=False)
@@ -36,6 +41,16 @@ from autoquant.cli.output import print_fields, print_json
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
     help="Assignment to export, YAML or JSON.",
+)
+@option(
+    "--calibrated",
+    heading="Data",
+    setting=False,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    default=None,
+    metavar="FILE",
+    help="calibration.json of a search: its input ranges are taken, no text is read and the model "
+    "is not loaded.",
 )
 @option("--seed", heading="Data", type=int, default=0, help="Which tokens come first.")
 @token_options()
@@ -68,6 +83,7 @@ def command(**settings: Any) -> None:
             tokens=token_plan(settings),
             device=settings["device"],
             trust_remote_code=settings["trust_remote_code"],
+            calibrated=settings["calibrated"],
             observer=terminal,
         )
     fields = {

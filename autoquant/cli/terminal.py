@@ -1,12 +1,13 @@
-"""A search as seen on standard error: a live bar on a terminal, a line per trial otherwise."""
+"""A search as seen on standard error: a live bar on a terminal, a line now and then otherwise."""
 
+import time
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -15,10 +16,48 @@ from rich.progress import (
 )
 
 from autoquant.cli.output import note, warn
+from autoquant.report.words import duration
+from autoquant.search.observer import Unit
 from autoquant.search.trials import Trial
 
 _LINES_PER_STAGE = 10
-"""Progress lines of a stage without trials, where there is no terminal."""
+_SECONDS_PER_LINE = 60.0
+"""Without a terminal, a stage says where it is at every tenth of it and every minute."""
+
+
+@dataclass(kw_only=True)
+class _Stage:
+    name: str
+    steps: int
+    unit: Unit
+    done: int = 0
+    started: float = field(default_factory=time.monotonic)
+    line_at: float = field(default_factory=time.monotonic)
+    """When the last line was printed."""
+
+    def advance(self, count: int) -> bool:
+        """Count steps; whether a line is due."""
+        before, self.done = self._tenths(), self.done + count
+        now = time.monotonic()
+        if self._tenths() == before and now - self.line_at < _SECONDS_PER_LINE:
+            return False
+        self.line_at = now
+        return self.steps >= _LINES_PER_STAGE
+
+    def amount(self) -> str:
+        """`12/40`, or `1.2/4.0 GB`."""
+        if self.unit is Unit.BYTES:
+            return f"{self.done / 1e9:.1f}/{self.steps / 1e9:.1f} GB"
+        return f"{self.done}/{self.steps}"
+
+    def left(self) -> str:
+        """The time that the rest will take at the pace so far."""
+        passed = time.monotonic() - self.started
+        rest = max(0, self.steps - self.done)
+        return f", {duration(passed * rest / self.done)} left" if rest and self.done else ""
+
+    def _tenths(self) -> int:
+        return self.done * _LINES_PER_STAGE // max(1, self.steps)
 
 
 class Terminal:
@@ -30,7 +69,7 @@ class Terminal:
         self._progress = Progress(
             TextColumn("{task.description:>10}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[amount]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[status]}"),
@@ -38,7 +77,7 @@ class Terminal:
             disable=not self._live,
         )
         self._task: TaskID | None = None
-        self._stage, self._steps, self._done = "", 0, 0
+        self._stage = _Stage(name="", steps=0, unit=Unit.STEPS)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -52,29 +91,30 @@ class Terminal:
     ) -> None:
         self._progress.stop()
 
-    def stage(self, name: str, steps: int) -> None:
+    def stage(self, name: str, steps: int, unit: Unit = Unit.STEPS) -> None:
         """Begin a bar, or say that the stage begins."""
-        self._stage, self._steps, self._done = name, steps, 0
+        self._stage = _Stage(name=name, steps=steps, unit=unit)
         if self._live:
-            self._task = self._progress.add_task(name, total=steps, status="")
+            self._task = self._progress.add_task(
+                name, total=steps, status="", amount=self._stage.amount()
+            )
         else:
-            note(f"{name}: {steps} steps" if steps > 1 else name)
+            note(f"{name}: {steps} steps" if unit is Unit.STEPS and steps > 1 else name)
 
-    def step(self) -> None:
-        """Advance the bar; without a terminal, say so ten times a stage."""
-        self._done += 1
-        if self._live and self._task is not None:
-            self._progress.advance(self._task)
-        elif self._steps >= _LINES_PER_STAGE and self._shares(self._done) > self._shares(
-            self._done - 1
-        ):
-            note(f"{self._stage} {self._done}/{self._steps}")
+    def step(self, count: int = 1) -> None:
+        """Advance the bar; without a terminal, say so at every tenth and every minute."""
+        is_due = self._stage.advance(count)
+        if self._live:
+            self._update()
+        elif is_due:
+            note(f"{self._stage.name} {self._stage.amount()}{self._stage.left()}")
 
     def trial(self, trial: Trial, best: Trial | None) -> None:
         """Show the trial and the best candidate that keeps the budget."""
         lead = f"best={best.kl:.5f} bpe={best.bpe:.3f}" if best is not None else "none fits yet"
-        if self._live and self._task is not None:
-            self._progress.update(self._task, advance=1, status=lead)
+        self._stage.advance(1)
+        if self._live:
+            self._update(status=lead)
         else:
             note(
                 f"trial {trial.number:3d}  kl={trial.kl:.5f} +-{trial.stderr:.5f} "
@@ -90,5 +130,7 @@ class Terminal:
         """Print a warning above the bar."""
         warn(message)
 
-    def _shares(self, done: int) -> int:
-        return done * _LINES_PER_STAGE // max(1, self._steps)
+    def _update(self, **fields: str) -> None:
+        if self._task is not None:
+            stage = self._stage
+            self._progress.update(self._task, completed=stage.done, amount=stage.amount(), **fields)

@@ -1,12 +1,18 @@
 """One pass in BF16 over the calibration split: input ranges and expert coverage."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from autoquant.data.tokens import Split
+from autoquant.errors import SourceError
+from autoquant.groups import LayerGroup
 from autoquant.model.inputs import InputScales, fill_unseen
+from autoquant.rundir import read_json
 from autoquant.scoring.scorer import Scorer
+
+_OF_A_SEARCH = "pass the calibration.json of a search of this model, or leave it out to calibrate."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,3 +71,22 @@ def calibrate(scorer: Scorer, split: Split, advance: Callable[[], None]) -> Cali
     return Calibration(
         input_amax=input_amax, unseen=unseen, expert_tokens=scorer.quantized.expert_counts()
     )
+
+
+def read_input_amax(file: Path, groups: Iterable[LayerGroup]) -> dict[str, float]:
+    """The input ranges that a search has written to `calibration.json`.
+
+    Raises:
+        SourceError: missing, damaged, or without a range for an input of `groups`.
+    """
+    stored = read_json(file.parent, file.name)
+    if stored is None or not isinstance(stored.get("input_amax"), dict):
+        raise SourceError(f"{file} holds no input ranges.", fix=_OF_A_SEARCH)
+    ranges = stored["input_amax"]
+    for group in groups:
+        for linear in group.linears:
+            if not isinstance(ranges.get(linear.input_scale_set), (int, float)):
+                raise SourceError(
+                    f"{file} has no input range for {linear.input_scale_set}.", fix=_OF_A_SEARCH
+                )
+    return {str(name): float(amax) for name, amax in ranges.items()}

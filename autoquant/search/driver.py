@@ -34,7 +34,7 @@ from autoquant.scoring.kl import TokenScores
 from autoquant.search import confirm
 from autoquant.search.baselines import baselines
 from autoquant.search.config import SearchConfig
-from autoquant.search.observer import Observer
+from autoquant.search.observer import Observer, Unit
 from autoquant.search.problem import Problem
 from autoquant.search.refine import Effort, refine
 from autoquant.search.result import Confirmed, make_result, make_tokens
@@ -300,7 +300,7 @@ class Search:
         from autoquant.checkpoint.verify import verify
 
         target = self.run.path / CHECKPOINT
-        self.observer.stage("export", 1)
+        size = self.config.source.headers.bytes
         card = CardFacts(
             command=self.command,
             budget_bpe=self.config.budget.bpe,
@@ -315,10 +315,18 @@ class Search:
         )
         with self._timed("export"):
             if not target.exists():
-                amax = calibration.input_amax
-                export(self.config.source, groups, assignment, amax, target, card=card)
-            _require_sound(verify(target, self.config.source))
-        self.observer.step()
+                self.observer.stage("export", size, Unit.BYTES)
+                export(
+                    self.config.source,
+                    groups,
+                    assignment,
+                    calibration.input_amax,
+                    target,
+                    card=card,
+                    on_bytes=self.observer.step,
+                )
+            self.observer.stage("verify", size, Unit.BYTES)
+            _require_sound(verify(target, self.config.source, on_bytes=self.observer.step))
         return str(target)
 
     def _keep_trial(self, trial: Trial, ledger: Ledger) -> None:

@@ -15,8 +15,8 @@ from autoquant.formats import BF16
 from autoquant.grouping import Groups, find_groups
 from autoquant.model.exported import groups_of, install, is_quantized
 from autoquant.model.inputs import ActivationMode
-from autoquant.probe.calibration import Calibration, calibrate
-from autoquant.search.observer import Observer
+from autoquant.probe.calibration import Calibration, calibrate, read_input_amax
+from autoquant.search.observer import Observer, Unit
 from autoquant.search.session import Session, open_session
 
 
@@ -84,32 +84,39 @@ def export_assignment(
     tokens: TokenPlan,
     device: str | None,
     trust_remote_code: bool,
+    calibrated: Path | None = None,
     observer: Observer,
 ) -> ExportResult:
     """Calibrate the input scales of `source` and write it under `assignment` to `target`.
 
+    Args:
+        calibrated: `calibration.json` of a search; its ranges are taken then, no text is read and
+            the model is not loaded.
+
     Raises:
-        SourceError: model or text missing, damaged or not understood.
+        SourceError: model, text or `calibrated` missing, damaged or not understood.
         ConfigError: the assignment names a group or format that the model does not allow.
         RunConflict: `target` holds something.
     """
     require_free(target, source=source.path)
     groups = _groups_of(source, assignment)
-    session = open_session(
-        source,
-        [g for g in groups if assignment[g.name] != BF16],
-        calibration=calibration,
-        tokens=tokens,
-        mode=ActivationMode.W4A4,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        observer=observer,
-    )
-    amax = _calibrate(session, observer).input_amax
-    observer.stage("export", 1)
-    result = export(source, groups, assignment, amax, target)
-    observer.step()
-    return result
+    quantized = [g for g in groups if assignment[g.name] != BF16]
+    if calibrated is not None:
+        amax = read_input_amax(calibrated, quantized)
+    else:
+        session = open_session(
+            source,
+            quantized,
+            calibration=calibration,
+            tokens=tokens,
+            mode=ActivationMode.W4A4,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            observer=observer,
+        )
+        amax = _calibrate(session, observer).input_amax
+    observer.stage("export", source.headers.bytes, Unit.BYTES)
+    return export(source, groups, assignment, amax, target, on_bytes=observer.step)
 
 
 def _groups_of(source: Source, assignment: Assignment) -> Groups:
