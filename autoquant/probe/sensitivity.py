@@ -7,10 +7,9 @@ from typing import Any
 
 from autoquant.data.tokens import Split
 from autoquant.formats import BF16, Choice
+from autoquant.probe.interactions import Interactions, Key, SketchBook
 from autoquant.scoring.kl import TokenKl
 from autoquant.scoring.scorer import Scorer
-
-Key = tuple[str, Choice]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +54,8 @@ class Sensitivity:
     kl: Mapping[Key, float]
     stderr: Mapping[Key, float] = field(repr=False)
     """Standard error over sequences."""
+    interactions: Interactions | None = field(default=None, repr=False)
+    """How probes add up, where it was measured."""
 
     def __getitem__(self, key: Key) -> float:
         return 0.0 if key[1] == BF16 else self.kl[key]
@@ -75,6 +76,7 @@ def probe(
     keys: Sequence[Key],
     done: Iterable[BatchProbe],
     keep: Callable[[BatchProbe], None],
+    sketches: SketchBook | None = None,
 ) -> Sensitivity:
     """Measure every key on every batch that is not done yet.
 
@@ -84,18 +86,24 @@ def probe(
         keys: (group, choice) pairs, BF16 excluded.
         done: batch probes of an earlier process.
         keep: called with each new batch probe before the next begins.
+        sketches: of these keys; without them the interactions of groups stay unknown.
     """
+    sketch = sketches.sketch if sketches else None
     results = {(p.batch, p.group, p.choice): p for p in done}
     for batch in range(len(split.batches)):
         missing = [key for key in keys if (batch, *key) not in results]
-        if not missing:
-            continue
-        scores = scorer.probe_batch(split, batch, missing)
-        for (group, choice), score in zip(missing, scores, strict=True):
+        scores = scorer.probe_batch(split, batch, missing, sketch) if missing else ()
+        for (group, choice), (score, change) in zip(missing, scores, strict=True):
             result = _batch_probe(batch, group, choice, score)
+            if sketches:
+                sketches.put(batch, (group, choice), change)
             keep(result)
             results[batch, group, choice] = result
-    return _summarize(keys, results.values())
+        if sketches:
+            sketches.finish(batch)
+    kl, stderr = _summarize(keys, results.values())
+    found = sketches.interactions(len(split.batches)) if sketches else None
+    return Sensitivity(kl, stderr, found)
 
 
 def _batch_probe(batch: int, group: str, choice: Choice, score: TokenKl) -> BatchProbe:
@@ -109,7 +117,10 @@ def _batch_probe(batch: int, group: str, choice: Choice, score: TokenKl) -> Batc
     )
 
 
-def _summarize(keys: Sequence[Key], probes: Iterable[BatchProbe]) -> Sensitivity:
+def _summarize(
+    keys: Sequence[Key], probes: Iterable[BatchProbe]
+) -> tuple[dict[Key, float], dict[Key, float]]:
+    """Mean KL and its standard error of each key, nats per token."""
     by_key: dict[Key, list[BatchProbe]] = {key: [] for key in keys}
     for p in sorted(probes, key=lambda p: p.batch):
         if (p.group, p.choice) in by_key:
@@ -118,7 +129,7 @@ def _summarize(keys: Sequence[Key], probes: Iterable[BatchProbe]) -> Sensitivity
     stderr = {
         k: _standard_error([s for p in ps for s in p.sequence_kl]) for k, ps in by_key.items()
     }
-    return Sensitivity(kl, stderr)
+    return kl, stderr
 
 
 def _standard_error(values: Sequence[float]) -> float:

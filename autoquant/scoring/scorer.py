@@ -24,6 +24,7 @@ from autoquant.formats import Choice
 from autoquant.model.quantized import QuantizedModel
 from autoquant.scoring.forward import Trace, Trunk
 from autoquant.scoring.kl import TokenKl, TokenScores, likelihoods
+from autoquant.scoring.sketch import LogitSketch
 
 CPU_TILE_BYTES = 1 << 26
 GPU_TILE_BYTES = 1 << 29
@@ -91,16 +92,24 @@ class Scorer:
         )
 
     def probe_batch(
-        self, split: Split, index: int, probes: Iterable[tuple[str, Choice]]
-    ) -> Iterator[TokenKl]:
-        """Measure groups on one batch, each alone in its choice, the rest in BF16."""
+        self,
+        split: Split,
+        index: int,
+        probes: Iterable[tuple[str, Choice]],
+        sketch: LogitSketch | None = None,
+    ) -> Iterator[tuple[TokenKl, torch.Tensor]]:
+        """Measure groups on one batch, each alone in its choice, the rest in BF16.
+
+        Yields:
+            Each probe's KL, and its logit change as `sketch` keeps it, float32; empty without one.
+        """
         batch = self._batch(split, index)
         trace = self.trunk.trace(batch.tokens)
         for group, choice in probes:
             with self._applied(Assignment.of({group: choice})):
                 start = self._block[group]
                 probed = self.trunk.trace(batch.tokens, start=start, after=trace, keep=False)
-                result = self._compare(batch, probed.hidden)
+                result = self._compare_and_sketch(batch, probed.hidden, sketch)
             yield result
 
     def noise_batch(self, split: Split, index: int) -> TokenKl:
@@ -186,15 +195,21 @@ class Scorer:
         joined = {name: torch.cat(values).cpu().numpy() for name, values in columns.items()}
         return TokenScores(sequence=_sequence(batch), **joined)
 
-    @torch.inference_mode()
     def _compare(self, batch: _Batch, hidden: torch.Tensor) -> TokenKl:
         """Compare hidden states [B, L, H]; the head is quantized if the current choices say so."""
-        tiles = [
-            kernels.token_kl(reference, logits)
-            for _, reference, logits in self._tiles(batch, hidden)
-        ]
+        return self._compare_and_sketch(batch, hidden, None)[0]
+
+    @torch.inference_mode()
+    def _compare_and_sketch(
+        self, batch: _Batch, hidden: torch.Tensor, sketch: LogitSketch | None
+    ) -> tuple[TokenKl, torch.Tensor]:
+        tiles, sketches = [], [hidden.new_empty(0, dtype=torch.float32)]
+        for span, reference, logits in self._tiles(batch, hidden):
+            tiles.append(kernels.token_kl(reference, logits))
+            if sketch is not None:
+                sketches.append(sketch.of(reference, logits, first=span.start))
         kl = torch.cat(tiles).double().cpu().numpy()
-        return TokenKl(kl=kl, sequence=_sequence(batch))
+        return TokenKl(kl=kl, sequence=_sequence(batch)), torch.cat(sketches)
 
     def _tiles(
         self, batch: _Batch, hidden: torch.Tensor

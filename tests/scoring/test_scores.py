@@ -120,7 +120,7 @@ def test_kl_does_not_depend_on_what_was_measured_before(folder, scorer, candidat
 def test_a_probe_is_the_score_of_its_group_alone(scorer):
     keys = [(group.name, choice) for group in scorer.quantized.groups for choice in (NVFP4, FP8)]
     for index in range(len(SPLIT.batches)):
-        for (group, choice), probed in zip(
+        for (group, choice), (probed, _) in zip(
             keys, scorer.probe_batch(SPLIT, index, keys), strict=True
         ):
             alone = scorer.score_batch(Assignment.of({group: choice}), SPLIT, index)
