@@ -9,10 +9,13 @@ from typing import Any
 import yaml
 
 from autoquant.assignment import Assignment
+from autoquant.checkpoint.layout import Layout
+from autoquant.checkpoint.layout_compressed_tensors import transformers_caveat
 from autoquant.checkpoint.source import Source
 from autoquant.formats import Format
 from autoquant.grouping import Groups
 from autoquant.grouping_table import ROLES
+from autoquant.kv_cache import KvCache
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -63,8 +66,30 @@ class CardFacts:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """How the checkpoint is read."""
+
+    layout: Layout
+    formats: Mapping[str, Format]
+    """Format of every quantized linear, by its name on disk."""
+    kv_cache: KvCache
+
+    @property
+    def caveat(self) -> str | None:
+        """What transformers does wrong with it, or None."""
+        if self.layout is Layout.MODELOPT:
+            return None
+        return transformers_caveat(self.formats)
+
+
 def model_card(
-    source: Source, groups: Groups, assignment: Assignment, bpe: float, card: CardFacts | None
+    source: Source,
+    groups: Groups,
+    assignment: Assignment,
+    bpe: float,
+    served: Served,
+    card: CardFacts | None,
 ) -> str:
     """README.md of the checkpoint, Markdown with the hub's YAML front matter."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -85,6 +110,7 @@ def model_card(
         name=base or Path(source.model).resolve().name,
         base=base,
         bpe=bpe,
+        served=served,
         card=card,
         counts=_counts_by_role(groups, assignment),
         layers=_layer_map(groups, assignment),

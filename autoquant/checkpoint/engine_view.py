@@ -1,23 +1,82 @@
 """The format that serving engines give a module, by the JSON files of a checkpoint.
 
-Follows vLLM's `ModelOptMixedPrecisionConfig`, the strictest reader: exclusion comes first, by exact
-name, by a part of a fused matrix or by any substring; then the exact entry, or that of the experts.
+Follows vLLM, the strictest reader. In the ModelOpt layout (`ModelOptMixedPrecisionConfig`),
+exclusion comes first, by exact name, by a part of a fused matrix or by any substring; then the
+exact entry, or that of the experts. In the compressed-tensors layout (`CompressedTensorsConfig`),
+exclusion is by exact name, and targets are names, expressions or the class of all linears.
 """
 
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 from autoquant import grouping_table as table
+from autoquant.checkpoint import layout_compressed_tensors as ct
+from autoquant.checkpoint.layout_modules import HEAD, engine_name, layer_of, spellings
 from autoquant.formats import Format
 
 _ALGORITHMS = {"NVFP4": Format.NVFP4, "FP8": Format.FP8}
+_BITS = {4: Format.NVFP4, 8: Format.FP8}
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineView:
-    """What one of the two files declares."""
+class EngineView(ABC):
+    """What a declaration says."""
+
+    fp8_kv_cache: bool
+
+    @abstractmethod
+    def format(self, module: str) -> Format:
+        """The format of a linear by its name on disk."""
+
+
+def modelopt_views(
+    flat: Mapping[str, Any], nested: Mapping[str, Any]
+) -> tuple["ModeloptView", "ModeloptView"]:
+    """What `quantization_config` and hf_quant_config.json say, which is to be the same.
+
+    Raises:
+        KeyError: one lacks a key that engines need.
+    """
+    inner = nested["quantization"]
+    return (
+        ModeloptView(
+            algorithm=flat["quant_algo"],
+            layers=flat.get("quantized_layers"),
+            excluded=tuple(flat["ignore"]),
+            fp8_kv_cache=flat["kv_cache_scheme"] is not None,
+        ),
+        ModeloptView(
+            algorithm=inner["quant_algo"],
+            layers=inner.get("quantized_layers"),
+            excluded=tuple(inner["exclude_modules"]),
+            fp8_kv_cache=inner["kv_cache_quant_algo"] is not None,
+        ),
+    )
+
+
+def compressed_tensors_view(config: Mapping[str, Any]) -> "CompressedTensorsView":
+    """What `quantization_config` says.
+
+    Raises:
+        KeyError: it lacks a key that engines need.
+    """
+    targets: dict[str, Format] = {}
+    for group in config["config_groups"].values():
+        targets |= dict.fromkeys(group["targets"], _BITS[group["weights"]["num_bits"]])
+    return CompressedTensorsView(
+        targets=targets,
+        excluded=frozenset(config["ignore"]),
+        fp8_kv_cache=config.get("kv_cache_scheme") is not None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeloptView(EngineView):
+    """What one of the two ModelOpt files declares."""
 
     algorithm: str
     """`MIXED_PRECISION`, `NVFP4` or `FP8`."""
@@ -27,34 +86,13 @@ class EngineView:
     """Modules that stay as they are."""
     _answers: dict[str, bool] = field(default_factory=dict, compare=False, repr=False)
 
-    @classmethod
-    def flat(cls, config: Mapping[str, Any]) -> Self:
-        """From `quantization_config` of config.json; KeyError if it lacks a key engines need."""
-        if "kv_cache_scheme" not in config:
-            raise KeyError("kv_cache_scheme")
-        layers = config.get("quantized_layers")
-        return cls(algorithm=config["quant_algo"], layers=layers, excluded=tuple(config["ignore"]))
-
-    @classmethod
-    def nested(cls, config: Mapping[str, Any]) -> Self:
-        """From hf_quant_config.json; KeyError if it lacks a key engines need."""
-        inner = config["quantization"]
-        if "kv_cache_quant_algo" not in inner:
-            raise KeyError("kv_cache_quant_algo")
-        layers, excluded = inner.get("quantized_layers"), tuple(inner["exclude_modules"])
-        return cls(algorithm=inner["quant_algo"], layers=layers, excluded=excluded)
-
     def format(self, module: str) -> Format:
-        """The format of a linear by its name on disk."""
         expert = table.ROUTED_EXPERT.fullmatch(module)
-        if self._is_excluded(expert["container"] if expert else _engine_name(module)):
+        if self._is_excluded(expert["container"] if expert else engine_name(module)):
             return Format.BF16
         if self.layers is None:
             return _ALGORITHMS.get(self.algorithm, Format.BF16)
-        names = [module]
-        if expert:
-            container = expert["container"]
-            names += [container, container.replace(".block_sparse_moe.", ".mlp.")]
+        names = [module, *(spellings(expert["container"]) if expert else ())]
         found = {self.layers.get(name, {}).get("quant_algo", "") for name in names}
         return _ALGORITHMS.get(found.pop(), Format.BF16) if len(found) == 1 else Format.BF16
 
@@ -63,12 +101,12 @@ class EngineView:
         """Only entries of a module's own layer, or outside of all, can be part of its name."""
         nearby: dict[str, list[str]] = {}
         for name in self.excluded:
-            nearby.setdefault(_layer(name), []).append(name)
+            nearby.setdefault(layer_of(name), []).append(name)
         return nearby
 
     def _is_excluded(self, name: str) -> bool:
         if name not in self._answers:
-            layer = _layer(name)
+            layer = layer_of(name)
             entries = self._excluded_in_layer.get(layer, [])
             if layer:
                 entries = entries + self._excluded_in_layer.get("", [])
@@ -79,13 +117,36 @@ class EngineView:
         return self._answers[name]
 
 
-def _engine_name(module: str) -> str:
-    """The name of the fused matrix in which engines hold the module, or its own."""
-    parent, _, last = module.rpartition(".")
-    row = next((row for row in table.FUSED if last in row.parts), None)
-    return f"{parent}.{row.engine_name}" if row else module
+@dataclass(frozen=True, kw_only=True)
+class CompressedTensorsView(EngineView):
+    """What `quantization_config` declares."""
 
+    targets: Mapping[str, Format]
+    """Formats by module name, expression or class."""
+    excluded: frozenset[str]
+    """Modules that stay as they are."""
 
-def _layer(name: str) -> str:
-    match = table.LAYER.fullmatch(name)
-    return match["layer"] if match else ""
+    def format(self, module: str) -> Format:
+        found = {self._format(name) for name in spellings(module)}
+        return found.pop() if len(found) == 1 else Format.BF16
+
+    def _format(self, name: str) -> Format:
+        if name in self.excluded:
+            return Format.BF16
+        if name in self.targets:
+            return self.targets[name]
+        for expression, format in self._expressions:
+            if expression.match(name):
+                return format
+        if name == HEAD:
+            return Format.BF16
+        return self.targets.get(ct.ANY_LINEAR, Format.BF16)
+
+    @cached_property
+    def _expressions(self) -> list[tuple[re.Pattern[str], Format]]:
+        mark = ct.EXPRESSION
+        return [
+            (re.compile(target.removeprefix(mark)), format)
+            for target, format in self.targets.items()
+            if target.startswith(mark)
+        ]

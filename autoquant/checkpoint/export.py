@@ -11,16 +11,13 @@ from torch import Tensor
 
 import autoquant
 from autoquant.assignment import Assignment
-from autoquant.checkpoint.card import CardFacts, model_card
+from autoquant.checkpoint.card import CardFacts, Served, model_card
 from autoquant.checkpoint.companions import companion_files
+from autoquant.checkpoint.declaration import Declaration, declare, quantized_linears
 from autoquant.checkpoint.digests import file_digests
 from autoquant.checkpoint.headers import TensorHeader
-from autoquant.checkpoint.layout_modelopt import (
-    QUANTIZATION_FILE,
-    StoredTensor,
-    quantization_files,
-    stored_tensors,
-)
+from autoquant.checkpoint.kv_scales import kv_scales
+from autoquant.checkpoint.layout import Layout, StoredTensor, stored_tensors
 from autoquant.checkpoint.pipeline import ahead
 from autoquant.checkpoint.quantize import (
     QuantizedLinear,
@@ -36,6 +33,7 @@ from autoquant.errors import ConfigError
 from autoquant.files import to_json, write_atomic
 from autoquant.formats import Format
 from autoquant.grouping import Groups
+from autoquant.kv_cache import KvCache, KvRange
 
 AUTOQUANT_FILE = "autoquant.json"
 SCHEMA_VERSION = 1
@@ -63,10 +61,12 @@ def export(
     input_amax: Mapping[str, float],
     target: Path,
     *,
+    layout: Layout = Layout.MODELOPT,
+    kv_ranges: Mapping[str, KvRange] | None = None,
     card: CardFacts | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> ExportResult:
-    """Write `source` under `assignment` to the new folder `target`, in the ModelOpt layout.
+    """Write `source` under `assignment` to the new folder `target`.
 
     Everything that the assignment does not name is copied byte for byte. Peak memory is a few times
     the largest tensor. The folder appears when it is complete.
@@ -77,6 +77,9 @@ def export(
         assignment: groups that it lacks stay as they are.
         input_amax: largest calibration input magnitude of each input scale set.
         target: a folder that does not exist yet, or an empty one.
+        layout: who is to read it.
+        kv_ranges: largest calibrated keys and values of each attention module, for an FP8 cache;
+            without them engines keep their cache in BF16.
         card: what the model card says beyond the formats.
         on_bytes: called with the number of source bytes whose export has just been written; they
             add up to the size of the source.
@@ -88,7 +91,9 @@ def export(
     """
     _require_legal(groups, assignment)
     inputs, uncalibrated = input_ranges(groups, assignment, input_amax)
-    files = quantization_files(source.headers, groups, assignment)
+    formats = quantized_linears(groups, assignment)
+    kv_cache = KvCache.FP8 if kv_ranges else KvCache.BF16
+    declared = declare(layout, source.headers, groups, formats, kv_cache)
     companions, left_out = companion_files(source.path)
     with new_folder(target, source=source.path) as folder:
         quantized = {
@@ -96,12 +101,14 @@ def export(
                 linear=linear,
                 choice=assignment[group.name],
                 input_amax=inputs[linear.input_scale_set],
+                layout=layout,
             )
             for group in groups
             if assignment[group.name].format is not Format.BF16
             for linear in group.linears
         }
-        weights = _write_shards(source, quantized, folder, on_bytes)
+        added = kv_scales(kv_ranges or {}, layout)
+        weights = _write_shards(source, quantized, added, folder, on_bytes)
         for name in companions:
             copy_file(source.path / name, folder / name)
         result = ExportResult(
@@ -111,12 +118,15 @@ def export(
             uncalibrated=uncalibrated,
             left_out=tuple(n for n in left_out if source.path / n not in source.headers.files),
         )
-        write_atomic(folder / CONFIG_FILE, to_json(_config(source, files), indent=2))
-        if files is not None:
-            write_atomic(folder / QUANTIZATION_FILE, to_json(files[1], indent=2))
+        write_atomic(folder / CONFIG_FILE, to_json(_config(source, declared), indent=2))
+        for file, content in (declared.files if declared else {}).items():
+            write_atomic(folder / file, to_json(content, indent=2))
         provenance = _provenance(source, groups, assignment, result, weights, card)
+        provenance |= {"layout": str(layout), "kv_cache": str(kv_cache)}
         write_atomic(folder / AUTOQUANT_FILE, to_json(provenance, indent=2))
-        write_atomic(folder / "README.md", model_card(source, groups, assignment, result.bpe, card))
+        served = Served(layout=layout, formats=formats, kv_cache=kv_cache)
+        text = model_card(source, groups, assignment, result.bpe, served, card)
+        write_atomic(folder / "README.md", text)
         if set(weights.placed.values()) != {SINGLE_FILE}:
             index = {"metadata": {"total_size": weights.bytes}, "weight_map": weights.placed}
             write_atomic(folder / INDEX_FILE, to_json(index, indent=2))
@@ -147,6 +157,7 @@ def _require_legal(groups: Groups, assignment: Assignment) -> None:
 def _write_shards(
     source: Source,
     quantized: Mapping[str, QuantizedLinear],
+    added: Mapping[str, Mapping[str, Tensor]],
     folder: Path,
     on_bytes: Callable[[int], None],
 ) -> _Weights:
@@ -156,7 +167,8 @@ def _write_shards(
     size = 0
     streamed = ahead(_quantized_tensors(source, quantized))
     for file, parts in groupby(streamed, key=lambda part: part[0].file):
-        stored = [t for h in source.headers if h.file == file for t in _announce(h, quantized)]
+        headers = [header for header in source.headers if header.file == file]
+        stored = [t for header in headers for t in _announce(header, quantized, added)]
         metadata = source.headers.metadata[file]
         with ShardWriter(folder / file.name, stored, metadata) as shard:
             for header, tensors in parts:
@@ -165,6 +177,8 @@ def _write_shards(
                 else:
                     for name, tensor in tensors.items():
                         shard.put(name, tensor)
+                for name, tensor in added.get(header.name, {}).items():
+                    shard.put(name, tensor)
                 on_bytes(header.bytes)
         placed |= dict.fromkeys((tensor.name for tensor in stored), file.name)
         digests |= file_digests([folder / file.name])
@@ -187,18 +201,24 @@ def _quantized_tensors(
 
 
 def _announce(
-    header: TensorHeader, quantized: Mapping[str, QuantizedLinear]
-) -> tuple[StoredTensor, ...]:
-    if header.name in quantized:
-        own = quantized[header.name]
-        return stored_tensors(own.linear, own.choice.format)
-    return (StoredTensor(name=header.name, dtype=header.dtype, shape=header.shape),)
+    header: TensorHeader,
+    quantized: Mapping[str, QuantizedLinear],
+    added: Mapping[str, Mapping[str, Tensor]],
+) -> Iterator[StoredTensor]:
+    """What is written for a tensor of the source: itself or its quantized form, and additions."""
+    own = quantized.get(header.name)
+    if own is None:
+        yield StoredTensor(name=header.name, dtype=header.dtype, shape=header.shape)
+    else:
+        yield from stored_tensors(own.linear, own.choice.format, own.layout)
+    for name, tensor in added.get(header.name, {}).items():
+        yield StoredTensor(name=name, dtype="F32", shape=tuple(tensor.shape))
 
 
-def _config(source: Source, files: tuple[dict[str, Any], dict[str, Any]] | None) -> dict[str, Any]:
+def _config(source: Source, declared: Declaration | None) -> dict[str, Any]:
     """The source's config; a quantized model computes in BF16, whatever its source did."""
     config = copy.deepcopy(dict(source.config))
-    if files is None:
+    if declared is None:
         return config
     for part in (config, config.get("text_config")):
         for key in ("dtype", "torch_dtype"):
@@ -206,7 +226,7 @@ def _config(source: Source, files: tuple[dict[str, Any], dict[str, Any]] | None)
                 part[key] = "bfloat16"
     if not {"dtype", "torch_dtype"} & config.keys():
         config["torch_dtype"] = "bfloat16"
-    return config | {"quantization_config": files[0]}
+    return config | {"quantization_config": declared.config}
 
 
 def _provenance(
@@ -222,7 +242,6 @@ def _provenance(
     return {
         "schema_version": SCHEMA_VERSION,
         "autoquant_version": autoquant.__version__,
-        "layout": "modelopt",
         "base_model": source.hub_id,
         "revision": source.revision,
         "source_digest": source.digest,

@@ -9,15 +9,12 @@ from typing import Any
 import torch
 
 from autoquant.checkpoint.digests import file_digests
-from autoquant.checkpoint.engine_view import EngineView
+from autoquant.checkpoint.engine_view import EngineView, compressed_tensors_view, modelopt_views
 from autoquant.checkpoint.export import AUTOQUANT_FILE
 from autoquant.checkpoint.json_file import read_json_object
-from autoquant.checkpoint.layout_modelopt import (
-    GLOBAL_SCALE,
-    INPUT_SCALE,
-    QUANTIZATION_FILE,
-    WEIGHT_SCALE,
-)
+from autoquant.checkpoint.kv_scales import kv_scale_tensors
+from autoquant.checkpoint.layout import Layout, tensor_names
+from autoquant.checkpoint.layout_modelopt import QUANTIZATION_FILE
 from autoquant.checkpoint.quantize import read_weight
 from autoquant.checkpoint.quantized import QuantizedCheckpoint, open_quantized
 from autoquant.checkpoint.rounding import Distance, fp8_distance, nvfp4_distance
@@ -111,12 +108,13 @@ def verify(
 
 
 def _scale_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
-    for name, format in checkpoint.formats.items():
-        scalar = GLOBAL_SCALE if format is Format.NVFP4 else WEIGHT_SCALE
-        for tensor in (name + scalar, name + INPUT_SCALE):
-            value = checkpoint.scalar(tensor).item()
-            if not 0 < value < float("inf"):
-                yield f"{tensor} is {value}; a scale is positive and finite."
+    scalars = [name + end for name in checkpoint.formats for end in checkpoint.names(name).scalars]
+    for module in checkpoint.attention:
+        scalars += [tensor.name for tensor in kv_scale_tensors(module, checkpoint.layout)]
+    for tensor in scalars:
+        value = checkpoint.stored_scalar(tensor).item()
+        if not 0 < value < float("inf"):
+            yield f"{tensor} is {value}; a scale is positive and finite."
 
 
 def _sharing_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
@@ -126,40 +124,59 @@ def _sharing_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
         if len(formats) > 1:
             yield f"{group.name} mixes {', '.join(sorted(formats))}; its linears share a format."
         elif formats != {Format.BF16}:
-            weight = GLOBAL_SCALE if Format.NVFP4 in formats else WEIGHT_SCALE
+            weight, inputs = tensor_names(checkpoint.layout, formats.pop()).scalars
             members = [(n.weight_scale_set, n.name + weight) for n in group.linears]
-            members += [(n.input_scale_set, n.name + INPUT_SCALE) for n in group.linears]
+            members += [(n.input_scale_set, n.name + inputs) for n in group.linears]
             first: dict[tuple[str, bool], tuple[str, torch.Tensor]] = {}
             for scale_set, tensor in members:
-                value = checkpoint.scalar(tensor)
-                key = scale_set, tensor.endswith(INPUT_SCALE)
+                value = checkpoint.stored_scalar(tensor)
+                key = scale_set, tensor.endswith(inputs)
                 other, expected = first.setdefault(key, (tensor, value))
                 if not torch.equal(value, expected):
                     yield f"{tensor} is {value.item()} and {other} {expected.item()}; they share."
 
 
 def _declaration_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
-    """Disagreement between what is stored and what the two JSON files declare."""
-    file = checkpoint.path / QUANTIZATION_FILE
+    """Disagreement between what is stored and what the JSON files declare."""
     flat = checkpoint.config.get("quantization_config")
+    file = checkpoint.path / QUANTIZATION_FILE
     if not checkpoint.formats:
         if flat is not None or file.exists():
             yield "nothing is quantized, and a quantization is declared."
         return
-    if flat is None or not file.exists():
-        yield f"quantization_config and {QUANTIZATION_FILE} are both needed, and one is missing."
+    is_modelopt = checkpoint.layout is Layout.MODELOPT
+    if flat is None or file.exists() is not is_modelopt:
+        yield (
+            f"quantization_config and {QUANTIZATION_FILE} are both needed, and one is missing."
+            if is_modelopt or flat is None
+            else f"{QUANTIZATION_FILE} is not read beside {checkpoint.layout}, and it is there."
+        )
         return
+    view: EngineView
     try:
-        view, other = EngineView.flat(flat), EngineView.nested(read_json_object(file))
+        if is_modelopt:
+            view, other = modelopt_views(flat, read_json_object(file))
+            if view != other:
+                yield f"quantization_config and {QUANTIZATION_FILE} disagree."
+        else:
+            view = compressed_tensors_view(flat)
     except (KeyError, TypeError, AttributeError) as error:
         yield f"a declaration of the quantization lacks what engines need: {error}."
         return
-    if view != other:
-        yield f"quantization_config and {QUANTIZATION_FILE} disagree."
+    yield from _view_problems(checkpoint, view)
+
+
+def _view_problems(checkpoint: QuantizedCheckpoint, view: EngineView) -> Iterator[str]:
     for name in {*checkpoint.formats, *(linear.name for linear in checkpoint.groups.linears)}:
         stored, declared = checkpoint.formats.get(name, Format.BF16), view.format(name)
         if stored is not declared:
             yield f"{name} is stored in {stored}, and engines take it for {declared}."
+    if view.fp8_kv_cache is not bool(checkpoint.attention):
+        declared_cache = "FP8" if view.fp8_kv_cache else "BF16"
+        yield (
+            f"the cache of keys and values is declared in {declared_cache}, and scales are stored "
+            f"for {len(checkpoint.attention)} attention modules."
+        )
 
 
 def _size_problems(checkpoint: QuantizedCheckpoint, source: Source | None) -> Iterator[str]:
@@ -232,21 +249,20 @@ def _code_problems(
     checkpoint: QuantizedCheckpoint, name: str, source: Source | None, errors: dict[str, float]
 ) -> Iterator[str]:
     format = checkpoint.formats[name]
-    codes = read_tensor(checkpoint.headers[name + _WEIGHT])
-    scale = read_tensor(checkpoint.headers[name + WEIGHT_SCALE])
+    codes, scale = checkpoint.codes(name), checkpoint.weight_scale(name)
     eights = scale if format is Format.NVFP4 else codes
     if (eights.view(torch.uint8) & 0x7F == 0x7F).any():
         yield f"{name} holds an E4M3 NaN."
         return
     if format is Format.NVFP4 and bool((scale.float() <= 0).any()):
-        yield f"{name}{WEIGHT_SCALE} holds a block scale that is not positive."
+        yield f"{name} holds a block scale that is not positive."
         return
     if source is None:
         return
     weight = read_weight(source.headers[name + _WEIGHT])
     distance: Distance
     if format is Format.NVFP4:
-        distance = nvfp4_distance(weight, codes, scale, checkpoint.scalar(name + GLOBAL_SCALE))
+        distance = nvfp4_distance(weight, codes, scale, checkpoint.global_scale(name))
     else:
         distance = fp8_distance(weight, codes, scale)
     errors[str(format)] = max(distance.relative_error, errors.get(str(format), 0.0))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autoquant.checkpoint.headers import DTYPE_BYTES, TensorHeader
-from autoquant.checkpoint.layout_modelopt import StoredTensor
+from autoquant.checkpoint.layout import StoredTensor
 from autoquant.checkpoint.tensors import TORCH_DTYPES, copy_bytes
 
 _LENGTH_BYTES = 8

@@ -11,7 +11,8 @@ from exported import NVFP4_MAX, export_mixed, mixed, uniform
 from tiny_models import MODELS, save_model
 
 from autoquant.assignment import Assignment
-from autoquant.checkpoint.engine_view import EngineView
+from autoquant.checkpoint.declaration import quantized_linears
+from autoquant.checkpoint.engine_view import modelopt_views
 from autoquant.checkpoint.headers import Headers, TensorHeader
 from autoquant.checkpoint.layout_modelopt import quantization_files
 from autoquant.checkpoint.source import Source, open_source
@@ -20,9 +21,8 @@ from autoquant.grouping import find_groups, group_tensors
 
 
 def files_of(source: Source, assignment: Assignment) -> tuple[dict[str, Any], dict[str, Any]]:
-    made = quantization_files(source.headers, find_groups(source), assignment)
-    assert made is not None
-    return made
+    groups = find_groups(source)
+    return quantization_files(source.headers, groups, quantized_linears(groups, assignment))
 
 
 @pytest.fixture
@@ -39,7 +39,8 @@ def test_both_files_are_written_and_agree(dense, tmp_path):
     export_mixed(dense, tmp_path / "out")
     flat = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     nested = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
-    assert EngineView.flat(flat) == EngineView.nested(nested)
+    view, other = modelopt_views(flat, nested)
+    assert view == other
     assert flat["quant_method"] == flat["producer"]["name"] == nested["producer"]["name"]
     assert flat["quant_method"] == "modelopt"
     assert flat["kv_cache_scheme"] is None
@@ -53,7 +54,7 @@ def test_every_linear_has_its_format_in_the_engines_eyes(kind, tmp_path):
     groups = find_groups(source)
     assignment = mixed(groups)
     flat, nested = files_of(source, assignment)
-    for view in (EngineView.flat(flat), EngineView.nested(nested)):
+    for view in modelopt_views(flat, nested):
         for group in groups:
             for linear in group.linears:
                 assert view.format(linear.name) is assignment[group.name].format
@@ -96,10 +97,6 @@ def test_one_format_beside_bf16_is_a_uniform_checkpoint(dense, choice, algorithm
     assert flat["config_groups"]["group_0"]["targets"] == ["Linear"]
 
 
-def test_nothing_quantized_declares_nothing(dense):
-    assert quantization_files(dense.headers, find_groups(dense), Assignment.of({})) is None
-
-
 def test_tied_head_that_is_not_on_disk_is_excluded(tmp_path):
     source = open_source(save_model("qwen3", tmp_path))
     flat, _ = files_of(source, uniform(find_groups(source), FP8))
@@ -139,9 +136,8 @@ def test_bf16_experts_beside_a_quantized_shared_expert_are_excluded(tmp_path):
     source = open_source(save_model("deepseek_v3", tmp_path))
     groups = find_groups(source, shared_experts="separate")
     assignment = Assignment.of({"model.layers.1.mlp.shared_experts.gate_up": FP8})
-    made = quantization_files(source.headers, groups, assignment)
-    assert made is not None
-    assert "model.layers.1.mlp.experts" in made[0]["ignore"]
+    flat, _ = quantization_files(source.headers, groups, quantized_linears(groups, assignment))
+    assert "model.layers.1.mlp.experts" in flat["ignore"]
 
 
 def test_no_excluded_name_is_part_of_a_quantized_one(tmp_path):
@@ -161,12 +157,11 @@ def test_no_excluded_name_is_part_of_a_quantized_one(tmp_path):
     groups = group_tensors(tensors, {}, {})
     headers = Headers(tensors=tensors, metadata={})
     assignment = Assignment.of({"model.layers.0.mlp.gate_up": NVFP4_MAX})
-    made = quantization_files(headers, groups, assignment)
-    assert made is not None
+    made = quantization_files(headers, groups, quantized_linears(groups, assignment))
     flat, _ = made
     assert flat["quant_algo"] == "MIXED_PRECISION"
     assert flat["ignore"] == ["model.layers.0.mlp.down_proj", "lm_head"]
-    assert EngineView.flat(flat).format("model.layers.0.mlp.gate_proj") is Format.NVFP4
+    assert modelopt_views(*made)[0].format("model.layers.0.mlp.gate_proj") is Format.NVFP4
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2_moe", "deepseek_v3"])

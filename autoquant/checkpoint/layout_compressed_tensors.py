@@ -1,0 +1,137 @@
+"""The compressed-tensors layout: `quantization_config` of config.json, and NVFP4's reciprocals.
+
+Format: https://github.com/vllm-project/compressed-tensors. One group per format, FP8 first, because
+transformers takes the first group for that of the experts. Modules are targeted by exact name;
+engines that know the experts of a checkpoint under other names find them by an expression.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import autoquant_kernels as kernels
+import torch
+from torch import Tensor
+
+from autoquant import grouping_table as table
+from autoquant.checkpoint.headers import Headers
+from autoquant.checkpoint.layout_modules import (
+    HEAD,
+    experts_container,
+    spellings,
+    unquantized_modules,
+)
+from autoquant.formats import NVFP4_BLOCK, Format, ScaleRule
+from autoquant.grouping import Groups
+
+METHOD = "compressed-tensors"
+VERSION = "0.20.0"
+"""Of the library whose layout this is."""
+
+ANY_LINEAR = "Linear"
+EXPRESSION = "re:"
+MIXED = "mixed-precision"
+_ORDER = (Format.FP8, Format.NVFP4)
+_FORMATS = {Format.FP8: "float-quantized", Format.NVFP4: "nvfp4-pack-quantized"}
+_ENGINES_PARTS = frozenset({"gate_proj", "up_proj", "down_proj"})
+"""Parts of an expert that SGLang looks up, whatever the checkpoint calls them."""
+
+_FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+_NVFP4 = {
+    "num_bits": 4,
+    "type": "float",
+    "strategy": "tensor_group",
+    "group_size": NVFP4_BLOCK,
+    "symmetric": True,
+    "dynamic": False,
+    "scale_dtype": "torch.float8_e4m3fn",
+}
+
+
+def quantization_config(
+    headers: Headers, groups: Groups, formats: Mapping[str, Format], *, fp8_kv_cache: bool = False
+) -> dict[str, Any]:
+    """`quantization_config` of config.json.
+
+    Args:
+        headers: the source's tensors.
+        groups: its layer groups.
+        formats: format of every quantized linear by name; at least one.
+        fp8_kv_cache: whether the checkpoint holds scales of an FP8 cache.
+    """
+    used = [format for format in _ORDER if format in formats.values()]
+    is_mixed = len(used) > 1
+    config_groups = {}
+    for number, format in enumerate(used):
+        own = [name for name, other in formats.items() if other is format]
+        targets = _targets(own) if is_mixed else _every_linear(own)
+        config_groups[f"group_{number}"] = _group(format, targets)
+    return {
+        "quant_method": METHOD,
+        "format": MIXED if is_mixed else _FORMATS[used[0]],
+        "quantization_status": "compressed",
+        "version": VERSION,
+        "config_groups": config_groups,
+        "ignore": unquantized_modules(headers, groups, formats),
+        "kv_cache_scheme": _FP8 if fp8_kv_cache else None,
+    }
+
+
+def scale_of(reciprocal: Tensor) -> Tensor:
+    """The NVFP4 scalar whose float32 reciprocal is stored, 0-dimensional float32.
+
+    Several scales can have one reciprocal. Scales are BF16 magnitudes over a constant, and such a
+    one is taken where there is one, so that what was exported is what is read.
+    """
+    stored = reciprocal.reshape(())
+    plain = 1 / stored
+    if not 0 < plain < float("inf"):
+        return plain
+    for rule in (ScaleRule.MAX, ScaleRule.FOUR_OVER_SIX):
+        step = kernels.nvfp4_global_scale(1.0, rule)
+        amax = (plain / step).to(torch.bfloat16).float()
+        scale = kernels.nvfp4_global_scale(amax.item(), rule) if amax > 0 else plain
+        if 1 / scale == stored:
+            return scale
+    return plain
+
+
+def _group(format: Format, targets: list[str]) -> dict[str, Any]:
+    weights = _FP8 if format is Format.FP8 else _NVFP4
+    inputs = weights if format is Format.FP8 else weights | {"dynamic": "local"}
+    return {
+        "format": _FORMATS[format],
+        "targets": targets,
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+    }
+
+
+def _every_linear(names: list[str]) -> list[str]:
+    """Targets of a checkpoint with one format; engines' heads are no linears by their class."""
+    return [ANY_LINEAR, HEAD] if HEAD in names else [ANY_LINEAR]
+
+
+def _targets(names: list[str]) -> list[str]:
+    """Every linear under all of its names, and experts as engines may look for them."""
+    targets: dict[str, None] = {}
+    for name in names:
+        targets |= dict.fromkeys(spellings(name))
+        expert = table.ROUTED_EXPERT.fullmatch(name)
+        if expert and expert["part"] not in _ENGINES_PARTS:
+            containers = "|".join(map(re.escape, spellings(expert["container"])))
+            targets[rf"{EXPRESSION}({containers})\.\d+\.\w+$"] = None
+    return list(targets)
+
+
+def transformers_caveat(formats: Mapping[str, Format]) -> str | None:
+    """What transformers does wrong with the checkpoint in this layout, or None."""
+    if not any(
+        format is Format.NVFP4 and experts_container(name) for name, format in formats.items()
+    ):
+        return None
+    return (
+        "transformers 5 drops the global scale of NVFP4 experts while it loads them, and computes "
+        "with wrong weights without a word"
+    )
