@@ -178,6 +178,7 @@ def search(
     activation_mode: Literal["w4a4", "w4a16"] = "w4a4",
     trials: int = 60,
     max_seconds: float | None = None,
+    max_tokens: int | None = None,
     seed: int = 0,
     calibration: str = "stdlib",
     calibration_tokens: int = 8_192,
@@ -207,6 +208,7 @@ def search(
         activation_mode: whether NVFP4 layers see NVFP4 inputs (w4a4) or BF16 inputs (w4a16).
         trials: joint measurements beyond the baselines and the solver's optimum.
         max_seconds: begin no further trial after this time.
+        max_tokens: begin no further trial once all trials together have seen so many tokens.
         seed: same seed, same result.
         calibration: text or JSONL file, folder, or datasets id (`org/name:split`).
         calibration_tokens: tokens that input ranges are taken from.

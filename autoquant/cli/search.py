@@ -69,6 +69,14 @@ from autoquant.cli.output import print_json
     metavar="S",
     help="Begin no further trial after this time.",
 )
+@option(
+    "--max-tokens",
+    heading="Search",
+    type=click.IntRange(min=1),
+    default=None,
+    metavar="N",
+    help="Begin no further trial once all trials together have seen N tokens.",
+)
 @option("--seed", heading="Search", type=int, default=0, help="Same seed, same result.")
 @token_options()
 @device_options()

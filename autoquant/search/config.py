@@ -11,7 +11,7 @@ from autoquant.data.tokens import TokenPlan
 from autoquant.model.inputs import ActivationMode
 from autoquant.spaces import SearchSpace
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Raised when a change of arithmetic changes what a search would measure."""
 
 
@@ -30,6 +30,8 @@ class SearchConfig:
     """Joint measurements beyond the baselines and the solver's optimum."""
     max_seconds: float | None = None
     """Time after which no further trial begins."""
+    max_tokens: int | None = None
+    """Tokens of all trials together after which no further trial begins."""
     finalists: int = 4
     """Candidates that are measured again on the report split, besides the solver's optimum."""
     seed: int = 0
@@ -63,6 +65,7 @@ class SearchConfig:
             },
             "activation_mode": str(self.mode),
             "trials": self.trials,
+            **({"max_tokens": self.max_tokens} if self.max_tokens is not None else {}),
             "finalists": self.finalists,
             "seed": self.seed,
             "numerics": NUMERICS_VERSION,

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant.assignment import Assignment
 from autoquant.errors import RunConflict, SourceError
-from autoquant.formats import BF16, ScaleRule
+from autoquant.formats import BF16
 from autoquant.grouping import Groups
 from autoquant.plan import Plan, make_plan
 from autoquant.probe.calibration import Calibration, calibrate
+from autoquant.probe.interactions import SketchBook
 from autoquant.probe.sensitivity import BatchProbe, Sensitivity, keys_of, probe
 from autoquant.rundir import (
     ASSIGNMENT,
     CALIBRATION,
     CHECKPOINT,
     GROUPS,
+    INTERACTIONS,
     REPORT,
     RESULT,
     SENSITIVITY,
@@ -32,11 +34,12 @@ from autoquant.rundir import (
 )
 from autoquant.scoring.kl import TokenScores
 from autoquant.search import confirm
-from autoquant.search.baselines import baselines
+from autoquant.search.bounds import Bounds
 from autoquant.search.config import SearchConfig
+from autoquant.search.explore import Explored, explore, most_trials
 from autoquant.search.observer import Observer, Unit
 from autoquant.search.problem import Problem
-from autoquant.search.refine import Effort, refine
+from autoquant.search.refine import Effort
 from autoquant.search.result import Confirmed, make_result, make_tokens
 from autoquant.search.session import Session, open_session
 from autoquant.search.trials import Ledger, Stage, Trial
@@ -77,6 +80,7 @@ class Search:
         finished = self.run.read_json(RESULT)
         if finished is not None:
             self.observer.note(f"{self.run.path} already holds this search's result.")
+            self._track_again(finished)
             return self._with_checkpoint(plan, finished)
         session = self._open(plan)
         calibration = self._calibrate(session)
@@ -84,9 +88,9 @@ class Search:
         problem = Problem(
             accounting=plan.accounting, budget=self.config.budget, sensitivity=sensitivity
         )
-        ledger = self._measure(session, problem)
-        confirmed = self._confirm(session, problem, ledger)
-        return self._finish(session, problem, ledger, calibration, confirmed)
+        ledger, explored = self._measure(session, problem)
+        confirmed = self._confirm(session, ledger, explored)
+        return self._finish(session, explored.problem, ledger, calibration, confirmed)
 
     def _plan(self) -> Plan:
         plan = make_plan(self.config.source, self.config.space)
@@ -155,15 +159,15 @@ class Search:
             self.run.append(SENSITIVITY_LOG, result.to_dict())
             self.observer.step()
 
+        sketches = SketchBook(self.run.path / INTERACTIONS, keys, split.batches[0].numel())
         with self._timed("probe"):
-            sensitivity = probe(session.scorer, split, keys, done, keep)
+            sensitivity = probe(session.scorer, split, keys, done, keep, sketches)
         self.run.write_json(SENSITIVITY, sensitivity.to_dict())
         return sensitivity
 
-    def _measure(self, session: Session, problem: Problem) -> Ledger:
-        """Baselines, the solver's optimum, then refinement."""
+    def _measure(self, session: Session, problem: Problem) -> tuple[Ledger, Explored]:
+        """Everything that is measured jointly on the search split."""
         earlier = [Trial.from_dict(record) for record in self.run.records(TRIALS)]
-        effort = Effort.of(self.config.trials)
         ledger = Ledger(
             session.scorer,
             session.splits["search"],
@@ -174,27 +178,22 @@ class Search:
         )
         for trial in earlier:
             self.tracker.trial(_record(trial))
-        named = list(baselines(problem))
-        max_only = problem.restricted(ScaleRule.MAX)
-        most = len(named) + (2 if max_only else 1) + self.config.trials
-        self.observer.stage("refine", most - len(earlier))
-        with self._timed("baselines"):
-            for name, assignment in named:
-                ledger.measure(assignment, Stage.BASELINE, name)
-        with self._timed("solve"):
-            ledger.measure(_optimum(problem), Stage.SOLVER, "optimum")
-            if max_only is not None:
-                assignment = problem.decode(max_only.solve())
-                ledger.measure(assignment, Stage.SOLVER, "optimum, rule max only")
-        with self._timed("refine"):
-            refine(problem, ledger, effort, seed=self.config.seed, in_time=self._in_time())
-        return ledger
+        self.observer.stage("refine", most_trials(problem, self.config.trials) - len(earlier))
+        explored = explore(
+            problem,
+            ledger,
+            Effort.of(self.config.trials),
+            seed=self.config.seed,
+            bounds=Bounds(self._in_time(), self.config.max_tokens),
+            timed=self._timed,
+        )
+        return ledger, explored
 
-    def _confirm(self, session: Session, problem: Problem, ledger: Ledger) -> Confirmed:
+    def _confirm(self, session: Session, ledger: Ledger, explored: Explored) -> Confirmed:
         """Finalists and baselines on the report split."""
         session.scorer.forget(session.splits["search"])
-        solver = ledger.measure(_optimum(problem), Stage.SOLVER, "optimum")
-        ranked = sorted((t for t in ledger.trials if t.fits), key=lambda t: (t.kl, t.number))
+        solver = explored.incumbent
+        ranked = sorted(ledger.whole(), key=lambda t: (t.kl, t.number))
         challengers = [t for t in ranked if t is not solver][: self.config.finalists]
         finalists = [solver, *challengers]
         others = [t for t in ledger.trials if t.stage is Stage.BASELINE and t not in finalists]
@@ -237,17 +236,7 @@ class Search:
             result["checkpoint"] = self._export(
                 problem.accounting.groups, calibration, assignment, result
             )
-        stored = self._keep_result(result)
-        self.tracker.summary(
-            {
-                "result.kl": result["kl"]["mean"],
-                "result.kl_stderr": result["kl"]["stderr"],
-                "result.bpe": result["bpe"]["checkpoint"],
-                "result.top1_agreement": result["top1_agreement"],
-                "result.checkpoint_bytes": float(result["checkpoint_bytes"]),
-            }
-        )
-        return stored
+        return self._keep_result(result)
 
     def _keep_result(self, result: dict[str, Any]) -> dict[str, Any]:
         result["seconds"] = {**self.seconds, "total": sum(self.seconds.values())}
@@ -255,6 +244,7 @@ class Search:
         self._report()
         stored = self.run.read_json(RESULT)
         assert stored is not None
+        self.tracker.result(stored)
         return stored
 
     def _report(self) -> None:
@@ -329,6 +319,12 @@ class Search:
             _require_sound(verify(target, self.config.source, on_bytes=self.observer.step))
         return str(target)
 
+    def _track_again(self, finished: dict[str, Any]) -> None:
+        """Record what the store did not have when the search ended."""
+        for record in self.run.records(TRIALS):
+            self.tracker.trial(_record(Trial.from_dict(record)))
+        self.tracker.result(finished)
+
     def _keep_trial(self, trial: Trial, ledger: Ledger) -> None:
         self.run.append(TRIALS, trial.to_dict())
         self.tracker.trial(_record(trial))
@@ -349,10 +345,6 @@ class Search:
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
             self.run.write_json(SECONDS, self.seconds)
-
-
-def _optimum(problem: Problem) -> Assignment:
-    return problem.decode(problem.knapsack.solve())
 
 
 def _require_sound(verification: "Verification") -> None:

@@ -1,7 +1,7 @@
 """The budget as a knapsack over the open groups, and its solutions as assignments."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from autoquant.assignment import Assignment
@@ -44,6 +44,11 @@ class Problem:
             ),
             budget=self.budget.max_bytes(self.accounting) - self._closed_bytes(),
         )
+
+    @property
+    def keys(self) -> tuple[tuple[str, Choice], ...]:
+        """(group, choice) of every option of the knapsack, group after group."""
+        return tuple((g.name, choice) for g in self.groups for choice in self._choices(g))
 
     def scores(self, score_of: ScoreOf) -> tuple[tuple[float, ...], ...]:
         """Scores of every option; within a group, more bits never score worse.
@@ -95,6 +100,19 @@ class Problem:
     def selection(self, assignment: Assignment) -> Selection:
         """The inverse of `decode`."""
         return tuple(self._choices(group).index(assignment[group.name]) for group in self.groups)
+
+    def allows(self, assignment: Assignment) -> bool:
+        """Whether every group has one of its choices."""
+        return all(assignment[name] in c for name, c in self.accounting.choices.items())
+
+    def without(self, rule: ScaleRule) -> "Problem":
+        """The problem with NVFP4 under `rule` closed wherever it is not a group's only choice."""
+        closed = Choice(Format.NVFP4, rule)
+        choices = {
+            name: tuple(c for c in legal if c != closed) or legal
+            for name, legal in self.accounting.choices.items()
+        }
+        return replace(self, accounting=replace(self.accounting, choices=choices))
 
     def predicted(self, assignment: Assignment) -> float:
         """Sum of the groups' own KL, nats per token."""

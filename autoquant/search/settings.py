@@ -27,6 +27,7 @@ def make_config(settings: Mapping[str, Any]) -> SearchConfig:
         mode=ActivationMode(settings["activation_mode"]),
         trials=settings["trials"],
         max_seconds=settings["max_seconds"],
+        max_tokens=settings["max_tokens"],
         seed=settings["seed"],
         device=settings["device"],
         trust_remote_code=settings["trust_remote_code"],

@@ -1,4 +1,8 @@
-"""Joint measurements of candidates: each assignment once, each one on disk before the next."""
+"""Joint measurements of candidates: each assignment once, each one on disk before the next.
+
+A candidate may race against the best so far: batch after batch their KL is compared in pairs, and
+one that is clearly worse is not measured to the end.
+"""
 
 import math
 import time
@@ -7,11 +11,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+
 from autoquant.assignment import Assignment
 from autoquant.budget import Accounting, Scope
 from autoquant.data.tokens import Split
 from autoquant.formats import Choice
+from autoquant.scoring.kl import Floats, TokenKl
 from autoquant.scoring.scorer import Scorer
+
+RACE_DEVIATIONS = 3.0
+"""Standard errors of the paired difference beyond which a candidate is given up."""
+RACE_SEQUENCES = 8
+"""Fewest sequences on which a candidate is given up."""
 
 
 class Stage(StrEnum):
@@ -19,8 +31,10 @@ class Stage(StrEnum):
 
     BASELINE = "baseline"
     SOLVER = "solver"
+    RULES = "rules"
     RUNNER_UP = "runner-up"
     REWEIGHT = "reweight"
+    REFIT = "refit"
     SWAP = "swap"
 
 
@@ -34,10 +48,15 @@ class Trial:
     """What it is in words: a baseline's name, the rank of a runner-up, the groups of a swap."""
     assignment: Assignment
     kl: float
-    """Mean, nats per token."""
+    """Mean, nats per token; of a stopped candidate the rival's plus their mean difference."""
     stderr: float
+    """Of `kl`; of a stopped candidate that of the difference."""
     sequence_kl: tuple[float, ...]
-    """Mean KL of each sequence, nats per token, for paired comparisons."""
+    """Mean KL of each sequence measured, nats per token, for paired comparisons."""
+    tokens: int
+    """Tokens measured."""
+    is_stopped: bool
+    """Whether it was clearly worse than the best before all tokens were measured."""
     bpe: float
     fits: bool
     """Whether it keeps the budget."""
@@ -57,6 +76,8 @@ class Trial:
             "seconds": self.seconds,
             "digest": self.assignment.digest,
             "params": dict(self.params),
+            "tokens": self.tokens,
+            "is_stopped": self.is_stopped,
             "sequence_kl": list(self.sequence_kl),
             "groups": {name: str(choice) for name, choice in self.assignment},
         }
@@ -72,6 +93,8 @@ class Trial:
             kl=data["kl"],
             stderr=math.nan if data["stderr"] is None else data["stderr"],
             sequence_kl=tuple(data["sequence_kl"]),
+            tokens=data["tokens"],
+            is_stopped=data["is_stopped"],
             bpe=data["bpe"],
             fits=data["fits"],
             seconds=data["seconds"],
@@ -115,14 +138,24 @@ class Ledger:
         stage: Stage,
         name: str,
         params: Mapping[str, float] | None = None,
+        *,
+        rival: Trial | None = None,
     ) -> Trial:
-        """The trial of `assignment`, measured now unless it already was."""
+        """The trial of `assignment`, measured now unless it already was.
+
+        Args:
+            assignment: of every group.
+            stage: who proposes it.
+            name: what it is in words.
+            params: of a reweighting.
+            rival: a whole trial to race against; none measures to the end.
+        """
         known = self._known.get(assignment.digest)
         if known is not None:
             return known
         trial = self._earlier.get(assignment.digest)
         if trial is None:
-            trial = self._measure(assignment, stage, name, params or {})
+            trial = self._measure(assignment, stage, name, params or {}, rival)
             self._keep(trial)
         self._known[assignment.digest] = trial
         self.trials.append(trial)
@@ -136,25 +169,73 @@ class Ledger:
         """Whether this process or an earlier one has measured `assignment`."""
         return self.has(assignment) or assignment.digest in self._earlier
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all trials together."""
+        return sum(trial.tokens for trial in self.trials)
+
+    def whole(self) -> list[Trial]:
+        """The candidates within the budget that were measured to the end."""
+        return [t for t in self.trials if t.fits and not t.is_stopped]
+
     def best(self) -> Trial:
         """The candidate of least KL that keeps the budget; the earliest of equals."""
-        return min((t for t in self.trials if t.fits), key=lambda t: (t.kl, t.number))
+        return min(self.whole(), key=lambda t: (t.kl, t.number))
 
     def _measure(
-        self, assignment: Assignment, stage: Stage, name: str, params: Mapping[str, float]
+        self,
+        assignment: Assignment,
+        stage: Stage,
+        name: str,
+        params: Mapping[str, float],
+        rival: Trial | None,
     ) -> Trial:
         started = time.monotonic()
-        scores = self._scorer.score(assignment, self._split)
+        parts: list[TokenKl] = []
+        gap = None
+        for index in range(len(self._split.batches)):
+            parts.append(self._scorer.score_batch(assignment, self._split, index))
+            if rival is not None and index + 1 < len(self._split.batches):
+                gap = _lost(TokenKl.joined(parts), rival)
+                if gap is not None:
+                    break
+        scores = TokenKl.joined(parts)
+        kl, stderr = scores.mean, scores.stderr()
+        if rival is not None and gap is not None:
+            kl, stderr = rival.kl + gap.mean, gap.stderr
         return Trial(
             number=len(self.trials),
             stage=stage,
             name=name,
             assignment=assignment,
-            kl=scores.mean,
-            stderr=scores.stderr(),
+            kl=kl,
+            stderr=stderr,
             sequence_kl=tuple(map(float, scores.by_sequence())),
+            tokens=len(scores.kl),
+            is_stopped=gap is not None,
             bpe=self._accounting.bpe(assignment, Scope.CHECKPOINT),
             fits=self._fits(assignment),
             seconds=time.monotonic() - started,
             params=params,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Gap:
+    """How much worse a candidate is than its rival on the same sequences, nats per token."""
+
+    mean: float
+    stderr: float
+
+
+def _lost(scores: TokenKl, rival: Trial) -> _Gap | None:
+    """The gap to the rival, if it is wider than its error allows for equals."""
+    sizes, means = scores.tokens_by_sequence(), scores.by_sequence()
+    if len(means) < RACE_SEQUENCES:
+        return None
+    differences: Floats = means - np.array(rival.sequence_kl[: len(means)])
+    shares = sizes / sizes.sum()
+    mean = float(shares @ differences)
+    variance = float(shares**2 @ (differences - mean) ** 2) * len(means) / (len(means) - 1)
+    gap = _Gap(mean, math.sqrt(variance))
+    return gap if gap.mean > RACE_DEVIATIONS * gap.stderr else None

@@ -306,7 +306,7 @@ def test_a_single_sequence_has_no_standard_error(search):
 def test_no_trial_begins_after_the_time_is_up(search):
     _, run = search("--max-seconds", 0.001, "--no-export", "--trials", 50)
     stages = {trial["stage"] for trial in outcome(run)[1]}
-    assert stages == {"baseline", "solver"}
+    assert stages == {"baseline", "solver", "rules"}
 
 
 @pytest.mark.slow

@@ -103,6 +103,6 @@ def test_predictions_add_up(problem_of):
 @pytest.mark.parametrize("trials", [0, 1, 2, 7, 60, 61, 500])
 def test_trials_are_shared_out_without_rest(trials):
     effort = Effort.of(trials)
-    assert effort.runners_up + effort.reweight + effort.swaps == trials
+    assert effort.runners_up + effort.reweight + effort.refit + effort.swaps == trials
     assert min(effort.runners_up, effort.reweight, effort.swaps) >= 0
     assert effort.runners_up <= 30

@@ -1,0 +1,70 @@
+"""Everything that is measured jointly on the search split, in order."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from autoquant.assignment import Assignment
+from autoquant.formats import ScaleRule
+from autoquant.search.baselines import baselines
+from autoquant.search.bounds import Bounds
+from autoquant.search.problem import Problem
+from autoquant.search.refine import Effort, refine
+from autoquant.search.rules import with_sound_rules
+from autoquant.search.trials import Ledger, Stage, Trial
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explored:
+    """What joint measurements left."""
+
+    problem: Problem
+    """With the scale rules that passed the joint check."""
+    incumbent: Trial
+    """The solver's optimum of that problem, which challengers have to beat."""
+
+
+def most_trials(problem: Problem, trials: int) -> int:
+    """An upper bound of the joint measurements, for a progress bar."""
+    rules = len(ScaleRule)
+    return sum(1 for _ in baselines(problem)) + 2 + rules + trials
+
+
+def explore(
+    problem: Problem,
+    ledger: Ledger,
+    effort: Effort,
+    *,
+    seed: int,
+    bounds: Bounds,
+    timed: Callable[[str], AbstractContextManager[None]],
+) -> Explored:
+    """Measure baselines and the solver's optimum, check the scale rules, then refine.
+
+    Args:
+        problem: what is searched.
+        ledger: measures.
+        effort: joint measurements of each proposer.
+        seed: of the sampler.
+        bounds: of the refinement.
+        timed: charges the time of a block to a stage.
+    """
+    with timed("baselines"):
+        for name, assignment in baselines(problem):
+            ledger.measure(assignment, Stage.BASELINE, name)
+    with timed("solve"):
+        ledger.measure(optimum(problem), Stage.SOLVER, "optimum")
+        max_only = problem.restricted(ScaleRule.MAX)
+        if max_only is not None:
+            plain = problem.decode(max_only.solve())
+            ledger.measure(plain, Stage.SOLVER, "optimum, rule max only")
+        sound = with_sound_rules(problem, ledger, optimum(problem))
+        incumbent = ledger.measure(optimum(sound), Stage.SOLVER, "optimum, sound rules only")
+    with timed("refine"):
+        refine(sound, ledger, effort, seed=seed, bounds=bounds)
+    return Explored(problem=sound, incumbent=incumbent)
+
+
+def optimum(problem: Problem) -> Assignment:
+    """The solver's optimum: least summed KL of single groups within the budget."""
+    return problem.decode(problem.knapsack.solve())
