@@ -157,7 +157,7 @@ def _why_fixed(
 
 
 def _why_no_matrix(tensor: TensorHeader) -> Fixed | None:
-    if tensor.name.endswith(".bias"):
+    if tensor.name.endswith((".bias", "_bias")):
         return Fixed.BIAS
     if len(tensor.shape) < 2:
         return Fixed.VECTOR

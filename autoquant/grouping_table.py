@@ -5,6 +5,7 @@ A new architecture is a row here. The rows follow the fused parameters of vLLM
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -39,7 +40,7 @@ class Fused:
 
 
 FUSED = (
-    Fused("qkv", "qkv", ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    Fused("qkv", "qkv", ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"), "qkv_proj"),
     Fused("qkv_a", "qkv_a", ("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
     Fused("in_proj_qkvz", "gdn_in", ("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
     Fused("gate_up", "gate_up", ("gate_proj", "up_proj"), "gate_up_proj"),
@@ -71,10 +72,23 @@ SHARED_EXPERT_ROLES = {"gate_up": "shared_gate_up", "down": "shared_down"}
 
 LAYER = re.compile(r"(?P<layer>(?:.*?\.)?(?:layers|h|blocks)\.(?P<index>\d+))\.(?P<rest>.+)")
 ROUTED_EXPERT = re.compile(r"(?P<container>.+\.experts)\.(?P<index>\d+)\.(?P<part>[^.]+)")
-FUSED_EXPERTS = re.compile(r".+\.experts\.[a-z_]+")
+FUSED_EXPERTS = re.compile(r"(?P<container>.+\.experts)\.(?P<product>[a-z_]+)")
 SHARED_EXPERT = re.compile(r".+\.(shared_experts?|shared_mlp)\.(?P<part>[^.]+)")
 LINEAR = re.compile(r".*(proj|linear|dense|attn|mlp|fc\d*|[wW]?qkv|query_key_value|w[qkvo0-9]).*")
 """Last name of a matrix that is plausibly the weight of an `nn.Linear`."""
+
+
+JOINED_EXPERTS: Mapping[str, tuple[str, ...]] = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+}
+"""Names that engines give the parts, along N, of a tensor that holds all experts of a layer."""
+
+MODELS_WITH_JOINED_EXPERTS = frozenset({"qwen3_vl_moe", "qwen3_5_moe"})
+"""Model types whose engines load quantized experts one by one although checkpoints join them.
+gpt_oss and llama4 are missing: vLLM transposes every expert of theirs that it reads in the ModelOpt
+layout, which packed codes do not survive."""
+
 
 HEADS = frozenset({"lm_head", "embed_out", "output"})
 TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
@@ -91,7 +105,7 @@ class Fixed(StrEnum):
     BIAS = "biases"
     VECTOR = "norms and other vectors"
     CONVOLUTION = "convolutions"
-    FUSED_EXPERTS = "experts stored as one 3-D tensor, which cannot be quantized yet"
+    FUSED_EXPERTS = "experts stored as one 3-D tensor, whose quantized form engines do not load"
     ROUTER = "routers and gates"
     KV_B = "kv_b_proj, which engines absorb into attention"
     STATE_SPACE = "state-space gates"
@@ -106,7 +120,7 @@ FIXED_COMPONENTS = (
         Fixed.TOWER,
         re.compile(
             r"(vision|visual|audio|speech|image|video|multi_modal|multimodal|mm)(_.*)?"
-            r"|talker|code2wav|token2wav|aligner|connector"
+            r"|talker|code2wav|token2wav|aligner|connector|patch_merge.*"
         ),
     ),
 )

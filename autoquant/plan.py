@@ -7,6 +7,7 @@ from typing import Any
 
 from autoquant.assignment import Assignment
 from autoquant.budget import Accounting, Budget, Scope, require_feasible
+from autoquant.checkpoint.architecture import knows
 from autoquant.checkpoint.source import Source
 from autoquant.formats import Format
 from autoquant.grouping import Groups, find_groups
@@ -42,6 +43,11 @@ class Plan:
         choices = self.options.choices.values()
         return sum(choice.format is not Format.BF16 for own in choices for choice in own)
 
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know before trusting the plan."""
+        return (*source_warnings(self.source), *self.options.warnings)
+
     def require_feasible(self, budget: Budget) -> None:
         """Raise `InfeasibleBudget` if no legal assignment keeps the budget."""
         require_feasible(self.accounting, budget)
@@ -64,13 +70,13 @@ class Plan:
             "space": self.space.name,
             "elements": self.accounting.elements,
             "searched_elements": self.accounting.searched_elements,
-            "source_bytes": self.source.headers.bytes,
+            "source_bytes": self.source.headers.stored_bytes,
             "probes": self.probes,
             "floor": self._size(self.floor),
             "ceiling": self._size(self.ceiling),
             "groups": [self._group(group) for group in self.groups],
             "fixed": dict(self.fixed_bytes),
-            "warnings": list(self.options.warnings),
+            "warnings": list(self.warnings),
         }
 
     def _size(self, assignment: Assignment) -> dict[str, Any]:
@@ -92,6 +98,23 @@ class Plan:
             "choices": sizes,
             "closed": {str(format): closed[format] for format in Format if format in closed},
         }
+
+
+def source_warnings(source: Source) -> tuple[str, ...]:
+    """What cannot be known of a model from what is there of it."""
+    warnings = []
+    kind = source.config.get("model_type")
+    if not knows(kind):
+        warnings.append(
+            f"transformers knows no model of the type {kind!r}: groups are guessed from names, and "
+            "a search needs the model's own code and --trust-remote-code."
+        )
+    if not source.has_weights:
+        warnings.append(
+            f"{source.path} holds no weights: sizes follow from its config.json, without the "
+            "tensors that transformers does not build, such as multi-token prediction heads."
+        )
+    return tuple(warnings)
 
 
 def make_plan(source: Source, space: SearchSpace) -> Plan:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ _DENSE: dict[str, Any] = {
 }
 _HEAD_DIM = {"head_dim": 16}
 _MLA = {
+    "num_key_value_heads": 4,
     "n_routed_experts": 4,
     "n_group": 2,
     "topk_group": 1,
@@ -55,6 +57,123 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 1,
         },
     ),
+    "qwen3_next": (
+        "Qwen3Next",
+        _DENSE
+        | _HEAD_DIM
+        | {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        _DENSE
+        | _HEAD_DIM
+        | {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+            "ssm_state_size": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "n_groups": 2,
+            "chunk_size": 16,
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 48,
+            "moe_latent_size": 32,
+        },
+    ),
+    "gpt_oss": (
+        "GptOss",
+        _DENSE
+        | _HEAD_DIM
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "minimax_m3_vl": (
+        "MiniMaxM3VL",
+        _DENSE
+        | _HEAD_DIM
+        | {
+            "rotary_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 32,
+            "shared_intermediate_size": 32,
+            "dense_intermediate_size": 96,
+            "mlp_layer_types": ["dense", "sparse"],
+            "layer_types": ["full_attention", "minimax_m3_sparse"],
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_block_size": 8,
+            "index_topk_blocks": 2,
+        },
+    ),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoe",
+        _DENSE
+        | _HEAD_DIM
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 3, 3],
+            },
+        },
+    ),
+}
+
+_VISION: dict[str, dict[str, Any]] = {
+    "minimax_m3_vl": {
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "image_token_index": 3,
+        "video_token_index": 4,
+        "projector_hidden_size": 64,
+    },
+    "qwen3_vl_moe": {
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "depth": 1,
+            "num_heads": 2,
+            "patch_size": 14,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        "image_token_id": 3,
+        "video_token_id": 4,
+        "vision_start_token_id": 5,
+        "vision_end_token_id": 6,
+    },
+}
+"""What models that see images have beside `text_config`."""
+
+_CLASSES = {
+    "minimax_m3_vl": "MiniMaxM3SparseForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }
 
 
@@ -72,9 +191,31 @@ def save_model(
     import transformers
 
     name, settings = MODELS[kind]
-    config = getattr(transformers, f"{name}Config")(**(settings | changes))
+    settings = settings | changes
+    if kind in _VISION:
+        settings = {"text_config": settings} | _VISION[kind]
+    config = getattr(transformers, f"{name}Config")(**settings)
     torch.manual_seed(seed)
     with contextlib.redirect_stderr(io.StringIO()):
-        model = getattr(transformers, f"{name}ForCausalLM")(config).to(getattr(torch, dtype))
-        model.save_pretrained(folder, max_shard_size=shard_size)
+        model = getattr(transformers, _CLASSES.get(kind, f"{name}ForCausalLM"))(config)
+        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size)
+    if kind == "qwen3_vl_moe":
+        change_tensors(folder, _transpose_experts)
     return folder
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Rewrite every weight file of `folder` after `change` of its tensors by name."""
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.glob("*.safetensors"):
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _transpose_experts(tensors: dict[str, Any]) -> None:
+    """As Qwen publishes them; transformers saves [E, N, K]."""
+    for name, tensor in tensors.items():
+        if ".experts." in name:
+            tensors[name] = tensor.transpose(1, 2).contiguous()

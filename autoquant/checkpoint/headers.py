@@ -1,4 +1,4 @@
-"""Names, dtypes, shapes and byte ranges of a safetensors file, read without its weights.
+"""Names, dtypes, shapes and byte ranges of safetensors files, read without their weights.
 
 Format: https://huggingface.co/docs/safetensors. Eight bytes hold the header's length N (little
 endian), N bytes hold a JSON object, and the tensors follow without gaps.
@@ -6,7 +6,7 @@ endian), N bytes hold a JSON object, and the tensors follow without gaps.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,13 +42,32 @@ _METADATA = "__metadata__"
 _DOWNLOAD_AGAIN = "download or save the file again."
 
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Where a matrix [N, K] lies inside a stored one: `stored[:, first:first + N]` transposed."""
+
+    stored: tuple[int, int]
+    """Shape of the stored matrix, [K, at least N]."""
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScale:
+    """The scales of a weight [N, K] that is stored as E4M3 codes."""
+
+    header: "TensorHeader"
+    """[N / rows, K / columns], rounded up."""
+    block: tuple[int, int]
+    """Rows and columns that share a scale."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorHeader:
     """One tensor of a checkpoint, and where its bytes are."""
 
     name: str
     dtype: str
-    """safetensors spelling: `BF16`, `F8_E4M3`, ..."""
+    """safetensors spelling: `BF16`, `F8_E4M3`, ...; of a block-FP8 weight what it stands for."""
     shape: tuple[int, ...]
     file: Path
     """The safetensors file that holds it."""
@@ -56,6 +75,11 @@ class TensorHeader:
     """Offset of the first byte, from the start of the file."""
     end: int
     """Offset behind the last byte, from the start of the file."""
+    columns: Columns | None = None
+    """How the bytes between `begin` and `end` hold the tensor, where they hold more, or its
+    transpose."""
+    block_scale: BlockScale | None = None
+    """Scales of a weight that is stored as codes."""
 
     @property
     def elements(self) -> int:
@@ -63,16 +87,35 @@ class TensorHeader:
 
     @property
     def bytes(self) -> int:
-        return self.end - self.begin
+        """What the tensor takes in its dtype."""
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the tensor and its block scales take in their file."""
+        if self.block_scale is None:
+            return self.bytes
+        return self.end - self.begin + self.block_scale.header.bytes
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the bytes between `begin` and `end` are the tensor's own."""
+        return self.columns is None and self.block_scale is None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Headers:
-    """Every tensor of a checkpoint by name, in the order of its files and byte ranges."""
+    """Every tensor of a checkpoint by name, in the order of its files and byte ranges.
+
+    The tensors are those that the layers compute with: weights of experts that a file holds as one
+    tensor are apart, and codes with block scales are the weights that they stand for.
+    """
 
     tensors: Mapping[str, TensorHeader] = field(repr=False)
     metadata: Mapping[Path, Mapping[str, str]]
     """Free-text metadata of each file; its keys are the files, in the order of their names."""
+    joined: Mapping[str, TensorHeader] = field(default_factory=dict, repr=False)
+    """Stored 3-D tensors of experts by the name of each of their parts."""
 
     @classmethod
     def read(cls, files: tuple[Path, ...]) -> Self:
@@ -114,8 +157,25 @@ class Headers:
 
     @cached_property
     def bytes(self) -> int:
-        """Bytes of all tensor data, the files' own headers excluded."""
+        """Bytes of all tensors in their dtypes, the files' own headers excluded."""
         return sum(tensor.bytes for tensor in self.tensors.values())
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensor data as the files hold it."""
+        return sum(tensor.stored_bytes for tensor in self.tensors.values())
+
+    def to_write(self, changed: Container[str]) -> Iterator[TensorHeader]:
+        """The tensors in file order, with joined ones whole where no part of theirs is changed."""
+        apart = {whole.name for part, whole in self.joined.items() if part in changed}
+        written: set[str] = set()
+        for tensor in self:
+            whole = self.joined.get(tensor.name)
+            if whole is None or whole.name in apart:
+                yield tensor
+            elif whole.name not in written:
+                written.add(whole.name)
+                yield whole
 
     def __getitem__(self, name: str) -> TensorHeader:
         return self.tensors[name]

@@ -41,6 +41,12 @@ def read_checkpoint_headers(folder: Path) -> Headers:
     return headers
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether `folder` has a weight file of any kind, readable or not, or an index of some."""
+    endings = (".safetensors", ".bin", ".pt", ".pth", ".index.json", "adapter_config.json")
+    return any(file.name.endswith(endings) for file in folder.iterdir())
+
+
 def inside(folder: Path, name: str) -> Path:
     """`folder/name`, which has to be a file of the checkpoint itself.
 

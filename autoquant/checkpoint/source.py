@@ -8,10 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from autoquant.checkpoint import hub
+from autoquant.checkpoint import hub, stored_forms
+from autoquant.checkpoint.architecture import architecture_headers
 from autoquant.checkpoint.headers import Headers
 from autoquant.checkpoint.json_file import read_json_object
-from autoquant.checkpoint.shards import INDEX_FILE, inside, read_checkpoint_headers
+from autoquant.checkpoint.shards import (
+    INDEX_FILE,
+    holds_weights,
+    inside,
+    read_checkpoint_headers,
+)
 from autoquant.errors import SourceError
 
 CONFIG_FILE = "config.json"
@@ -37,9 +43,12 @@ class Source:
     """The folder or the hub id, as the user wrote it."""
     path: Path
     config: Mapping[str, Any] = field(repr=False)
+    """config.json without the declaration of block FP8, whose weights `headers` gives in BF16."""
     headers: Headers = field(repr=False)
     revision: str | None
     """Commit on the hub, or None for a plain folder."""
+    has_weights: bool = True
+    """False if the headers were derived from config.json."""
 
     @cached_property
     def digest(self) -> str:
@@ -82,7 +91,8 @@ def open_source(model: str | Path, *, revision: str | None = None, weights: bool
             model. `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` work as they do elsewhere.
         revision: branch, tag or commit on the hub.
         weights: False leaves the weights of a hub id on the hub and reads their headers over the
-            network; the digest of such a source cannot be told.
+            network, and derives those of a folder without weights from its config.json; the digest
+            of such a source cannot be told.
 
     Raises:
         SourceError: not found, incomplete, damaged, or already quantized.
@@ -90,18 +100,27 @@ def open_source(model: str | Path, *, revision: str | None = None, weights: bool
     path = Path(model)
     if str(model) == REFERENCE_NAME and not path.exists():
         path = REFERENCE_MODEL
-    if path.is_dir():
+    has_weights = True
+    if not path.is_dir():
+        path, headers = _open_hub(model, revision, weights)
+    elif weights or holds_weights(path):
         headers = _headers(path)
     else:
-        path, headers = _open_hub(model, revision, weights)
-    config = read_json_object(inside(path, CONFIG_FILE))
+        _require_config(path)
+        headers, has_weights = architecture_headers(path), False
+    config = dict(read_json_object(inside(path, CONFIG_FILE)))
+    block = stored_forms.block_size(config)
+    if block is not None:
+        headers = stored_forms.dequantized(headers, block)
+        del config[stored_forms.QUANTIZATION]
     _require_unquantized(path, config, headers)
     return Source(
         model=REFERENCE_NAME if path == REFERENCE_MODEL else str(model),
         path=path,
         config=config,
-        headers=headers,
+        headers=stored_forms.apart(headers, config, text_config(config).get("hidden_size")),
         revision=_revision(path),
+        has_weights=has_weights,
     )
 
 
@@ -123,20 +142,25 @@ def _open_hub(model: str | Path, revision: str | None, weights: bool) -> tuple[P
 
 
 def _headers(path: Path) -> Headers:
+    _require_config(path)
+    return read_checkpoint_headers(path)
+
+
+def _require_config(path: Path) -> None:
     if not (path / CONFIG_FILE).exists():
         raise SourceError(
             f"{path} holds no {CONFIG_FILE}.", fix="pass a model folder as save_pretrained writes."
         )
-    return read_checkpoint_headers(path)
 
 
 def _require_unquantized(path: Path, config: Mapping[str, Any], headers: Headers) -> None:
-    if any(tensor.name.endswith("weight_scale_inv") for tensor in headers):
+    if any(tensor.name.endswith(stored_forms.BLOCK_SCALE) for tensor in headers):
         raise SourceError(
-            f"{path} stores block-scaled FP8 weights, which are not read yet.",
-            fix="pass the BF16 version of the model.",
+            f"{path} stores block scales, and its {CONFIG_FILE} declares no quant_method fp8 "
+            "with a weight_block_size.",
+            fix=f"download {CONFIG_FILE} again, or pass the BF16 version of the model.",
         )
-    method = config.get("quantization_config")
+    method = config.get(stored_forms.QUANTIZATION)
     if method is not None:
         name = method.get("quant_method") if isinstance(method, dict) else method
         raise SourceError(

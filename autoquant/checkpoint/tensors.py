@@ -6,7 +6,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from autoquant.checkpoint.headers import TensorHeader
+from autoquant.checkpoint.headers import BlockScale, TensorHeader
 from autoquant.errors import SourceError
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -33,25 +33,49 @@ _COPY_BYTES = 16 << 20
 
 
 def read_tensor(header: TensorHeader) -> Tensor:
-    """The tensor in its stored dtype, in memory of its own.
+    """The tensor in the dtype of its header, in memory of its own.
 
     Raises:
         SourceError: the file has become shorter or unreadable since its header was read.
     """
-    buffer = torch.empty(header.bytes, dtype=torch.uint8)
+    stored = _read_bytes(header)
+    if header.block_scale is not None:
+        codes = stored.view(torch.float8_e4m3fn).view(header.shape)
+        return _dequantize_blocks(codes, header.block_scale)
+    numbers = stored.view(TORCH_DTYPES[header.dtype])
+    if header.columns is None:
+        return numbers.view(header.shape)
+    first, rows = header.columns.first, header.shape[0]
+    return numbers.view(header.columns.stored)[:, first : first + rows].t().contiguous()
+
+
+def _dequantize_blocks(codes: Tensor, blocks: BlockScale) -> Tensor:
+    """Codes [N, K] times the scale of their block, in float32, rounded once to BF16.
+
+    The arithmetic of `weight_dequant` in DeepSeek-V3's `inference/kernel.py`.
+    """
+    scale = read_tensor(blocks.header).float()
+    for axis, size in enumerate(blocks.block):
+        scale = scale.repeat_interleave(size, dim=axis).narrow(axis, 0, codes.shape[axis])
+    return codes.float().mul_(scale).to(torch.bfloat16)
+
+
+def _read_bytes(header: TensorHeader) -> Tensor:
+    size = header.end - header.begin
+    buffer = torch.empty(size, dtype=torch.uint8)
     view = buffer.numpy().data
     try:
         with header.file.open("rb", buffering=0) as stream:
             stream.seek(header.begin)
             filled = 0
-            while filled < header.bytes:
+            while filled < size:
                 count = stream.readinto(view[filled:])
                 if not count:
                     raise _changed(header)
                 filled += count
     except OSError as error:
         raise _unreadable(header, error) from error
-    return buffer.view(TORCH_DTYPES[header.dtype]).view(header.shape)
+    return buffer
 
 
 def copy_bytes(header: TensorHeader, target: IO[bytes]) -> None:
@@ -66,7 +90,10 @@ def copy_bytes(header: TensorHeader, target: IO[bytes]) -> None:
 
 
 def _pieces(header: TensorHeader) -> Iterator[memoryview]:
-    """The stored bytes in order; a piece is valid until the next one is asked for."""
+    """The tensor's bytes in order; a piece is valid until the next one is asked for."""
+    if not header.is_plain:
+        yield read_tensor(header).reshape(-1).view(torch.uint8).numpy().data
+        return
     buffer = memoryview(bytearray(min(header.bytes, _COPY_BYTES)))
     left = header.bytes
     try:

@@ -54,7 +54,7 @@ def command(
     search_space = load_space(space)
     budget = Budget(budget_bpe, Scope(budget_scope)) if budget_bpe is not None else None
     plan = make_plan(open_source(model or REFERENCE_MODEL, weights=False), search_space)
-    for warning in plan.options.warnings:
+    for warning in plan.warnings:
         warn(warning)
     if budget is not None:
         plan.require_feasible(budget)
@@ -77,7 +77,7 @@ def _print(plan: "Plan", budget: "Budget | None") -> None:
         "model": plan.source.model,
         "space": plan.space.name,
         "elements": f"{accounting.elements:,}",
-        "as it is": _size(plan.source.headers.bytes),
+        "as it is": _size(plan.source.headers.stored_bytes),
         "ceiling": _limit(plan, ceiling=True),
         "floor": _limit(plan, ceiling=False),
     }

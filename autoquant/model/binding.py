@@ -1,7 +1,8 @@
 """From names on disk to modules in memory.
 
-transformers renames some checkpoints while loading (`block_sparse_moe` becomes `mlp`) and fuses
-experts into 3-D parameters; assignments and exports keep the names on disk.
+transformers renames some checkpoints while loading (`block_sparse_moe` becomes `mlp`), joins
+linears (gate and up in MiniMax-M3) and fuses experts into 3-D parameters; assignments and exports
+keep the names on disk.
 """
 
 import re
@@ -20,22 +21,65 @@ _EXPERT = re.compile(
 )
 _DOWN = frozenset({"down_proj", "w2"})
 
-_RENAMES = (
-    ("", ""),
-    ("block_sparse_moe.", "mlp."),
-    ("model.language_model.", "language_model.model."),
-    ("language_model.model.", "model.language_model."),
-    ("backbone.", "model."),
-    ("transformer.", "model."),
-)
+
+class Names:
+    """Where a model keeps the tensors of its checkpoint, by the rules that it was loaded with.
+
+    Args:
+        model: a transformers model that `from_pretrained` has loaded.
+    """
+
+    def __init__(self, model: Any) -> None:
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        rules = getattr(model, "_weight_conversions", None) or []
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._order = {
+            pattern: number
+            for converter in self._converters
+            for number, pattern in enumerate(converter.source_patterns)
+        }
+        self._prefix = model.base_model_prefix
+        self._parameters = model.state_dict()
+        self._modules = dict(model.named_modules())
+
+    def locate(self, tensor: str) -> tuple[str, int]:
+        """Name in memory of the parameter that holds a tensor, and which of its parts that is."""
+        from transformers.core_model_loading import rename_source_key
+
+        name, pattern = rename_source_key(
+            tensor, self._renamings, self._converters, self._prefix, self._parameters
+        )
+        if name not in self._parameters and tensor in self._parameters:
+            return tensor, 0
+        return name, self._order.get(pattern, 0) if pattern is not None else 0
+
+    def module_of(self, tensor: str) -> Any | None:
+        """The module whose parameter holds a tensor, or None if the model has none."""
+        return self._modules.get(self.locate(tensor)[0].rpartition(".")[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseSlot:
-    """A linear that is a module of its own."""
+    """The weight of one `nn.Linear`."""
 
-    linear: Linear
+    linears: tuple[Linear, ...]
+    """Whose rows it holds, from the first to the last; more than one where memory joins them."""
     module: nn.Linear
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name of the first linear."""
+        return self.linears[0].name
+
+    @property
+    def weight_scale_set(self) -> str:
+        return self.linears[0].weight_scale_set
+
+    @property
+    def input_scale_set(self) -> str:
+        return self.linears[0].input_scale_set
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,20 +105,19 @@ class ExpertsSlot:
 Slot = DenseSlot | ExpertsSlot
 
 
-def bind(model: nn.Module, group: LayerGroup) -> tuple[Slot, ...]:
+def bind(names: Names, group: LayerGroup) -> tuple[Slot, ...]:
     """Find the modules of a group's linears.
 
     Raises:
         SourceError: a linear has no module of its shape, or one that is no `nn.Linear`.
     """
-    modules = dict(model.named_modules())
     slots: list[Slot] = []
     for container, linears in _by_container(group):
-        module = _find(modules, container) if container else None
-        if module is not None and _holds_fused(module):
+        module = _fused_experts(names, container, linears[0]) if container else None
+        if module is not None:
             slots.append(_experts_slot(container, module, linears))
         else:
-            slots += [_dense_slot(modules, linear) for linear in linears]
+            slots += _dense_slots(names, linears)
     return tuple(slots)
 
 
@@ -87,40 +130,51 @@ def _by_container(group: LayerGroup) -> Iterator[tuple[str, list[Linear]]]:
     yield from containers.items()
 
 
-def _holds_fused(module: Any) -> bool:
-    return any(hasattr(module, name) for name in ("gate_up_proj", "up_proj")) and (
-        getattr(getattr(module, "down_proj", None), "ndim", 0) == 3
-    )
+def _fused_experts(names: Names, container: str, linear: Linear) -> Any | None:
+    """The module that holds all experts as 3-D parameters, if there is one.
 
-
-def _find(modules: dict[str, nn.Module], name: str) -> Any | None:
-    for old, new in _RENAMES:
-        found = modules.get(name.replace(old, new) if old else name)
-        if found is not None:
-            return found
+    A checkpoint that joins its experts has no tensor of the name of a single one.
+    """
+    for tensor in (linear.tensor, f"{container}.down_proj"):
+        module = names.module_of(tensor)
+        if getattr(getattr(module, "down_proj", None), "ndim", 0) == 3:
+            return module
     return None
 
 
-def _dense_slot(modules: dict[str, nn.Module], linear: Linear) -> DenseSlot:
-    module = _find(modules, linear.name)
+def _dense_slots(names: Names, linears: list[Linear]) -> Iterator[DenseSlot]:
+    """One slot for each module; linears that memory joins are in one."""
+    parts: dict[str, list[tuple[int, Linear]]] = {}
+    for linear in linears:
+        name, number = names.locate(linear.tensor)
+        parts.setdefault(name, []).append((number, linear))
+    for numbered in parts.values():
+        numbered.sort(key=lambda part: part[0])
+        yield _dense_slot(names, tuple(linear for _, linear in numbered))
+
+
+def _dense_slot(names: Names, linears: tuple[Linear, ...]) -> DenseSlot:
+    first = linears[0]
+    module = names.module_of(first.tensor)
     if module is None:
         raise SourceError(
-            f"no module in memory carries the checkpoint's {linear.name}.",
+            f"no module in memory carries the checkpoint's {first.name}.",
             fix="fix it to bf16 in the search space, or name the architecture in a report.",
         )
     if not isinstance(module, nn.Linear):
         raise SourceError(
-            f"{linear.name} is a {type(module).__name__}, and only nn.Linear and experts with 3-D "
+            f"{first.name} is a {type(module).__name__}, and only nn.Linear and experts with 3-D "
             "parameters can be quantized.",
             fix="fix it to bf16 in the search space.",
         )
-    shape = (linear.out_features, linear.in_features)
-    if tuple(module.weight.shape) != shape:
+    shape = (sum(linear.out_features for linear in linears), first.in_features)
+    sets = {(linear.weight_scale_set, linear.input_scale_set) for linear in linears}
+    if tuple(module.weight.shape) != shape or len(sets) > 1:
         raise SourceError(
-            f"{linear.name} is {shape} on disk and {tuple(module.weight.shape)} in memory.",
+            f"{first.name} is {shape} on disk and {tuple(module.weight.shape)} in memory.",
             fix="fix it to bf16 in the search space; its layout is not understood.",
         )
-    return DenseSlot(linear=linear, module=module)
+    return DenseSlot(linears=linears, module=module)
 
 
 def _experts_slot(container: str, module: Any, linears: list[Linear]) -> ExpertsSlot:

@@ -72,6 +72,8 @@ def experts_forward(
     rows = _grouped_linear(hook.input(DOWN, inner), _operand(module, hook, DOWN), counts)
     if module.has_bias:
         rows = rows + module.down_proj_bias[expert_of_row[order]]
+    if getattr(module, "has_post_expert_norm", False):
+        rows = module.post_expert_norm(rows)
     rows = rows * top_k_weights.reshape(-1)[order, None].to(rows.dtype)
     by_token = torch.empty_like(rows)
     by_token[order] = rows
@@ -86,11 +88,10 @@ def parameter_name(module: Any, part: str) -> str:
 
 
 def check_supported(name: str, module: Any) -> None:
-    """Raise unless the experts' layout is one that `experts_forward` computes.
+    """Raise unless the experts' operands can be replaced.
 
     Raises:
-        SourceError: a forward that transformers does not dispatch by name, transposed weights or a
-            norm after each expert.
+        SourceError: a forward that transformers does not dispatch by name, or transposed weights.
     """
     if not hasattr(module, "has_gate"):
         raise SourceError(
@@ -98,17 +99,17 @@ def check_supported(name: str, module: Any) -> None:
             "fake-quantize.",
             fix="fix its experts to bf16 in the search space.",
         )
-    for trait in ("is_transposed", "has_post_expert_norm"):
-        if getattr(module, trait, False):
-            raise SourceError(
-                f"{name} ({type(module).__name__}) keeps its experts with {trait}, "
-                "which this version cannot fake-quantize.",
-                fix="fix its experts to bf16 in the search space.",
-            )
+    if module.is_transposed:
+        raise SourceError(
+            f"{name} ({type(module).__name__}) keeps its experts transposed, which this version "
+            "cannot fake-quantize.",
+            fix="fix its experts to bf16 in the search space.",
+        )
 
 
 def _operand(module: Any, hook: ExpertsHook, part: str) -> torch.Tensor:
-    return hook.weight(part, getattr(module, parameter_name(module, part)))
+    weight: torch.Tensor = getattr(module, parameter_name(module, part))
+    return hook.weight(part, weight.transpose(1, 2) if module.is_transposed else weight)
 
 
 def _wide_bias(module: Any) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Self
 import autoquant_kernels as kernels
 import torch
 
+from autoquant import grouping_table as table
 from autoquant.errors import SourceError
 from autoquant.formats import Format
 
@@ -107,8 +108,9 @@ def fill_unseen(observed: Mapping[str, float | None]) -> tuple[dict[str, float],
 
 
 def _largest_beside(name: str, observed: Mapping[str, float | None]) -> float:
-    block = name.partition(".mlp")[0].partition(".block_sparse_moe")[0]
-    return _largest(a for n, a in observed.items() if n.startswith(f"{block}.")) or (
+    match = table.LAYER.fullmatch(name)
+    beside = f"{match['layer']}." if match else name
+    return _largest(a for n, a in observed.items() if n.startswith(beside)) or (
         _largest(observed.values()) or 1.0
     )
 

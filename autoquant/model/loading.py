@@ -6,6 +6,12 @@ from typing import Any
 
 import torch
 
+from autoquant.checkpoint import stored_forms
+from autoquant.checkpoint.architecture import auto_class
+from autoquant.checkpoint.headers import TensorHeader
+from autoquant.checkpoint.json_file import read_json_object
+from autoquant.checkpoint.source import open_source
+from autoquant.checkpoint.tensors import read_tensor
 from autoquant.errors import ConfigError, OutOfMemory, SourceError
 from autoquant.model import experts
 
@@ -48,22 +54,17 @@ def load_model(path: Path, device: torch.device, *, trust_remote_code: bool = Fa
             weight that is NaN or infinite.
         OutOfMemory: the weights do not fit the device.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     experts.register()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    auto: Any = AutoModelForCausalLM
     try:
-        model, report = auto.from_pretrained(
-            path,
-            dtype=torch.bfloat16,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        model, report = _from_pretrained(path, trust_remote_code)
         model = model.to(device).eval().requires_grad_(False)
+    except SourceError:
+        raise
     except Exception as error:  # model code and remote code raise anything
         if _is_out_of_memory(error):
             raise OutOfMemory(
@@ -86,6 +87,33 @@ def load_model(path: Path, device: torch.device, *, trust_remote_code: bool = Fa
         device=device,
         max_length=_max_length(model.config.get_text_config()),
     )
+
+
+def _from_pretrained(path: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+    """The model in BF16, and what transformers says of the weights it found."""
+    from transformers import AutoConfig
+
+    settings: dict[str, Any] = {"dtype": torch.bfloat16, "output_loading_info": True}
+    local = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    config: Any = AutoConfig.from_pretrained(path, **local)
+    auto = auto_class(config)
+    if stored_forms.block_size(read_json_object(path / "config.json")) is None:
+        loaded: tuple[Any, dict[str, Any]] = auto.from_pretrained(path, **local, **settings)
+    else:
+        del config.quantization_config
+        weights = {header.name: _Unread(header) for header in open_source(path).headers}
+        loaded = auto.from_pretrained(None, config=config, state_dict=weights, **settings)
+    return loaded
+
+
+class _Unread:
+    """A tensor that is read when transformers asks for its content, as a safetensors slice is."""
+
+    def __init__(self, header: TensorHeader) -> None:
+        self._header = header
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return read_tensor(self._header)[index]
 
 
 def _max_length(config: Any) -> int:

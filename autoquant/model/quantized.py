@@ -17,7 +17,7 @@ from autoquant.assignment import Assignment
 from autoquant.formats import BF16, Choice
 from autoquant.groups import LayerGroup
 from autoquant.model import weights
-from autoquant.model.binding import DenseSlot, ExpertsSlot, Slot, bind
+from autoquant.model.binding import DenseSlot, ExpertsSlot, Names, Slot, bind
 from autoquant.model.experts import DOWN, WIDE, ExpertsHook, parameter_name
 from autoquant.model.inputs import ActivationMode, InputScales, InputSet
 from autoquant.model.weights import WeightStore
@@ -78,7 +78,7 @@ class _DenseForward:
 
     def __init__(self, slot: DenseSlot, state: GroupState, context: _Context, amax: float) -> None:
         self.slot, self.state, self.context, self.amax = slot, state, context, amax
-        self.inputs = context.input_set(slot.linear.input_scale_set)
+        self.inputs = context.input_set(slot.input_scale_set)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(*self.operands(x), self.slot.module.bias)
@@ -88,7 +88,7 @@ class _DenseForward:
         weight, choice = self.slot.module.weight, self.state.choice
         x = self.context.read(x, self.inputs, choice)
         if choice != BF16:
-            key = (self.slot.linear.name, choice)
+            key = (self.slot.name, choice)
             compute = partial(weights.fake_quantize, weight, self.amax, choice)
             weight = self.context.store.get(key, weight, compute)
         return x, weight
@@ -144,6 +144,7 @@ class QuantizedModel:
     ) -> None:
         self.model = model
         self.mode = mode
+        self._names = Names(model)
         self._context = _Context(mode=mode, store=WeightStore(weight_cache_bytes))
         self._states: dict[str, GroupState] = {}
         self._slots: list[tuple[GroupState, Slot]] = []
@@ -215,9 +216,8 @@ class QuantizedModel:
             if choice == BF16:
                 continue
             if isinstance(slot, DenseSlot):
-                self._context.store.put(
-                    (slot.linear.name, choice), weights[slot.linear.tensor], slot.module.weight
-                )
+                joined = torch.cat([weights[linear.tensor] for linear in slot.linears])
+                self._context.store.put((slot.name, choice), joined, slot.module.weight)
                 continue
             for part, linears in ((WIDE, slot.wide), (DOWN, slot.down)):
                 like = getattr(slot.module, parameter_name(slot.module, part))
@@ -225,17 +225,17 @@ class QuantizedModel:
                 self._context.store.put((f"{slot.name}:{part}", choice), stacked, like)
 
     def _install(self, state: GroupState) -> None:
-        slots = bind(self.model, state.group)
+        slots = bind(self._names, state.group)
         self._slots += [(state, slot) for slot in slots]
         ranges: dict[str, float] = {}
         for slot in slots:
             if isinstance(slot, DenseSlot):
-                name = slot.linear.weight_scale_set
+                name = slot.weight_scale_set
                 own = weights.largest_magnitude(slot.module.weight)
                 ranges[name] = max(own, ranges.get(name, 0.0))
         for slot in slots:
             if isinstance(slot, DenseSlot):
-                amax = ranges[slot.linear.weight_scale_set]
+                amax = ranges[slot.weight_scale_set]
                 forward = _DenseForward(slot, state, self._context, amax)
                 slot.module.forward = forward  # type: ignore[method-assign, assignment]
             else:

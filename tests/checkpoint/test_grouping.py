@@ -17,6 +17,7 @@ ATTENTION = {"self_attn.qkv": "qkv", "self_attn.o_proj": "o"}
 MLA = {"self_attn.qkv_a": "qkv_a", "self_attn.q_b_proj": "q_b", "self_attn.o_proj": "o"}
 MLP = {"mlp.gate_up": "gate_up", "mlp.down_proj": "down"}
 EXPERTS = {"mlp.experts": "experts"}
+GDN = {"linear_attn.in_proj_qkvz": "gdn_in", "linear_attn.out_proj": "out"}
 DISK_EXPERTS = {"block_sparse_moe.experts": "experts"}
 
 LAYERS = {
@@ -29,6 +30,25 @@ LAYERS = {
     "minimax_m2": (ATTENTION | DISK_EXPERTS, ATTENTION | DISK_EXPERTS),
     "deepseek_v3": (MLA | MLP, MLA | EXPERTS),
     "glm4_moe": (ATTENTION | MLP, ATTENTION | EXPERTS),
+    "qwen3_next": (GDN | EXPERTS, ATTENTION | EXPERTS),
+    "nemotron_h": (
+        {"mixer.in_proj": "in", "mixer.out_proj": "out"},
+        {
+            "mixer.experts": "experts",
+            "mixer.fc1_latent_proj": "other",
+            "mixer.fc2_latent_proj": "other",
+        },
+        {"mixer.qkv": "qkv", "mixer.o_proj": "o"},
+        {"mixer.up_proj": "gate_up", "mixer.down_proj": "down"},
+    ),
+    "gpt_oss": (ATTENTION, ATTENTION),
+    "minimax_m3_vl": (ATTENTION | MLP, ATTENTION | DISK_EXPERTS),
+    "qwen3_vl_moe": (ATTENTION | EXPERTS, ATTENTION | EXPERTS),
+}
+PREFIX = {
+    "nemotron_h": "backbone",
+    "minimax_m3_vl": "language_model.model",
+    "qwen3_vl_moe": "model.language_model",
 }
 
 
@@ -51,12 +71,13 @@ def reasons(groups: Groups) -> dict[str, Fixed]:
 def test_groups_of_a_real_model(kind, tmp_path):
     groups = find_groups(open_source(save_model(kind, tmp_path)))
     expected = [
-        (f"model.layers.{layer}.{name}", role, layer)
+        (f"{PREFIX.get(kind, 'model')}.layers.{layer}.{name}", role, layer)
         for layer, roles in enumerate(LAYERS[kind])
         for name, role in roles.items()
     ]
     if kind != "qwen3":
-        expected.append(("lm_head", "head", None))
+        head = "language_model.lm_head" if kind == "minimax_m3_vl" else "lm_head"
+        expected.append((head, "head", None))
     assert [(group.name, group.role, group.layer) for group in groups] == expected
 
 

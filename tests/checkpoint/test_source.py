@@ -204,11 +204,11 @@ def test_already_quantized(folder):
     fails(folder, r"already quantized \(quantization_config: awq\)")
 
 
-def test_block_scaled_fp8_source(folder):
+def test_block_scales_that_the_config_does_not_declare(folder):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.weight_scale_inv"] = torch.ones(1, 1)
     save_file(tensors, folder / "model.safetensors")
-    fails(folder, "block-scaled FP8 weights, which are not read yet")
+    fails(folder, r"stores block scales, and its config\.json declares no quant_method fp8")
 
 
 @pytest.fixture

@@ -51,8 +51,9 @@ class Live:
         found = {}
         for _, slot in self.quantized._slots:
             if isinstance(slot, DenseSlot):
-                x = torch.ones(1, slot.linear.in_features, dtype=torch.bfloat16)
-                found[slot.linear.tensor] = self.quantized.operands(slot.module, x)[1].clone()
+                (linear,) = slot.linears
+                x = torch.ones(1, linear.in_features, dtype=torch.bfloat16)
+                found[linear.tensor] = self.quantized.operands(slot.module, x)[1].clone()
                 continue
             hook = slot.module.autoquant_hook
             wide = hook.weight("wide", slot.module.gate_up_proj)

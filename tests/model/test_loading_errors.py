@@ -10,7 +10,7 @@ from searchable import save_searchable
 
 from autoquant.errors import ConfigError, OutOfMemory, SourceError
 from autoquant.groups import LayerGroup, Linear
-from autoquant.model.binding import bind
+from autoquant.model.binding import Names, bind
 from autoquant.model.loading import choose_device, load_model
 
 CPU = torch.device("cpu")
@@ -122,13 +122,13 @@ def test_a_linear_that_is_no_linear_is_named():
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=32, n_layer=1, n_head=2))
     with pytest.raises(SourceError, match=r"transformer\.h\.0\.mlp\.c_fc is a Conv1D"):
-        bind(model, group_of("transformer.h.0.mlp.c_fc", 128, 32))
+        bind(Names(model), group_of("transformer.h.0.mlp.c_fc", 128, 32))
 
 
 def test_a_linear_without_module_is_named(saved):
     model = load_model(saved, CPU).model
     with pytest.raises(SourceError, match=r"no module in memory carries .*mlp\.extra_proj"):
-        bind(model, group_of("model.layers.0.mlp.extra_proj", 96, 64))
+        bind(Names(model), group_of("model.layers.0.mlp.extra_proj", 96, 64))
 
 
 def test_a_linear_of_another_shape_is_named(saved):
@@ -136,7 +136,7 @@ def test_a_linear_of_another_shape_is_named(saved):
     with pytest.raises(
         SourceError, match=r"up_proj is \(64, 96\) on disk and \(96, 64\) in memory"
     ):
-        bind(model, group_of("model.layers.0.mlp.up_proj", 64, 96))
+        bind(Names(model), group_of("model.layers.0.mlp.up_proj", 64, 96))
 
 
 def group_of(name, out_features, in_features):
