@@ -1,7 +1,9 @@
 """Searches in MLflow: what is recorded, that it goes on, and that it never costs a search."""
 
 import shutil
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,38 @@ import pytest
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from autoquant.rundir import RunDirectory
 from autoquant.tracking import ChildRuns, Tracker, TrialRecord, track
 
 SETTINGS = {"model": "org/model", "budget_bpe": 5.0, "seed": 0}
 KLS = (0.5, 0.25, 0.375)
+RESULT = {
+    "budget_bpe": 5.0,
+    "budget_scope": "checkpoint",
+    "activation_mode": "w4a4",
+    "calibration": "stdlib",
+    "tokens": {"report": {"tokens": 8192, "digest": "d" * 64}},
+    "kl": {"mean": 0.125, "stderr": None, "p99": 0.5},
+    "perplexity": {"bf16": 10.0, "quantized": 10.5},
+    "top1_agreement": 0.75,
+    "bpe": {"checkpoint": 4.75},
+    "checkpoint_bytes": 4096,
+    "counts": {"nvfp4": 3, "fp8": 1, "bf16": 0},
+    "winner": {"digest": "ab"},
+    "baselines": [
+        {"name": "uniform nvfp4", "bpe": 4.5, "kl": 0.25, "stderr": 0.01, "fits": True},
+        {
+            "name": "experts nvfp4, rest fp8",
+            "bpe": 5.5,
+            "kl": 0.0625,
+            "stderr": None,
+            "fits": False,
+        },
+    ],
+}
 
 
 @pytest.fixture(scope="session")
@@ -128,20 +156,66 @@ def test_files_of_the_run_directory_are_artifacts_beside_it(runs, search):
     assert (runs / "mlartifacts" / run_id / "artifacts" / "groups.json").is_file()
 
 
-def test_splits_are_data_set_inputs_and_the_result_is_metrics(runs, search):
+def test_splits_are_data_set_inputs_recorded_once(runs, search):
     def record(tracker: Tracker) -> None:
         tracker.dataset("stdlib", digest="d" * 64, context="report", tokens=8192)
-        tracker.summary({"report_kl": 0.125, "never_measured": float("nan")})
 
-    search(after=record)
-    run = the_run(runs)
-    (used,) = run.inputs.dataset_inputs
+    search(before=record, after=lambda tracker: tracker.result(RESULT))
+    (used,) = the_run(runs).inputs.dataset_inputs
     assert used.dataset.name == "stdlib"
     assert used.dataset.digest == "d" * 36
     assert used.dataset.profile == '{"num_tokens": 8192}'
     assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "report")]
-    assert run.data.metrics["report_kl"] == 0.125
-    assert "never_measured" not in run.data.metrics
+
+
+def test_the_result_is_metrics_and_a_description_with_the_baselines(runs, search):
+    search(after=lambda tracker: tracker.result(RESULT))
+    run = the_run(runs)
+    assert {name: run.data.metrics[name] for name in run.data.metrics if "." in name} == {
+        "result.kl": 0.125,
+        "result.kl_p99": 0.5,
+        "result.bpe": 4.75,
+        "result.top1_agreement": 0.75,
+        "result.perplexity": 10.5,
+        "result.perplexity_bf16": 10.0,
+        "result.checkpoint_bytes": 4096.0,
+        "baseline.uniform nvfp4": 0.25,
+        "baseline.experts nvfp4 rest fp8": 0.0625,
+    }
+    said = run.data.tags["mlflow.note.content"]
+    assert "50% less than uniform nvfp4, the best fixed recipe within the budget" in said
+    assert [line.split(" | ")[0] for line in said.splitlines() if line.startswith("| ")] == [
+        "| mix",
+        "| experts nvfp4, rest fp8",
+        "| **this search**",
+        "| uniform nvfp4",
+    ]
+
+
+def test_the_checkpoint_is_a_model_that_lies_outside(runs, search, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    for name in ("README.md", "config.json", "model.safetensors"):
+        (checkpoint / name).write_text(name)
+    result = RESULT | {"checkpoint": str(checkpoint)}
+    for _ in range(2):
+        search(after=lambda tracker: tracker.result(result))
+    run = the_run(runs)
+    (model,) = client(runs).search_logged_models([run.info.experiment_id])
+    assert (model.name, model.status, model.source_run_id) == ("a", "READY", run.info.run_id)
+    assert model.tags["autoquant.checkpoint"] == str(checkpoint)
+    assert model.tags["mlflow.model.isExternal"] == "true"
+    assert model.params["groups.nvfp4"] == "3"
+    figures = {metric.key: metric for metric in model.metrics}
+    assert figures["result.kl"].value == 0.125
+    assert figures["result.kl"].dataset_digest == "d" * 36
+    assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
+    files = sorted(
+        file.name for file in Path(model.artifact_location.removeprefix("file://")).iterdir()
+    )
+    assert files == ["MLmodel", "README.md", "config.json", "location.json"]
+    assert history(runs, "kl") == list(enumerate(KLS))
+    assert search.warnings == []
 
 
 @pytest.mark.parametrize(
@@ -241,7 +315,7 @@ def test_a_store_that_cannot_be_opened_costs_one_warning(runs, search):
 
     def record(tracker: Tracker) -> None:
         tracker.dataset("stdlib", digest="d1", context="report", tokens=1)
-        tracker.summary({"kl": 0.5})
+        tracker.result(RESULT)
 
     search(after=record)
     assert search.warnings == [
@@ -301,8 +375,71 @@ def test_a_store_that_stays_away_costs_one_warning_and_no_trial(runs, search, mo
             monkeypatch.setattr(MlflowClient, name, refuse)
 
     search(before=cut)
-    assert search.warnings == ["recording in MLflow failed, the search goes on: gone"]
-    assert len(calls) == 2, "once when it failed and once at the end, not at every trial"
+    assert search.warnings == [
+        "recording in MLflow failed, the search goes on: gone",
+        "5 records of this search are not in MLflow; the same command sends them.",
+    ]
+    assert len(calls) == 3, "once when it failed and twice at the end, not at every trial"
+
+
+def test_one_record_that_a_store_refuses_does_not_keep_the_others(runs, search, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException("no such API: this server is older")
+
+    monkeypatch.setattr(MlflowClient, "set_tag", refuse)
+    search(after=lambda tracker: tracker.result(RESULT))
+    assert search.warnings[1:] == [
+        "1 records of this search are not in MLflow; the same command sends them."
+    ]
+    run = the_run(runs)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["result.kl"] == 0.125
+    assert [file.path for file in client(runs).list_artifacts(run.info.run_id)] == ["groups.json"]
+
+
+def test_a_store_that_may_only_be_read_costs_one_warning(runs, search, monkeypatch):
+    path = runs / "mlflow.db"
+    before = path.read_bytes()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///file:{path}?mode=ro&uri=true")
+    search()
+    (warning,) = search.warnings
+    assert warning.startswith("this search is not recorded in MLflow: ")
+    assert "readonly database" in warning
+    assert path.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_store_that_another_holds_costs_one_warning(runs, search):
+    with closing(sqlite3.connect(runs / "mlflow.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        search()
+    assert search.warnings == ["this search is not recorded in MLflow: database is locked"]
+
+
+@pytest.fixture
+def _impatient() -> Iterator[None]:
+    """MLflow waits 20 seconds for a lock; here it gives up at once."""
+
+    def hurry(connection: Any, cursor: Any, statement: str, *rest: Any) -> tuple[str, Any]:
+        return statement.replace("busy_timeout = 20000", "busy_timeout = 20"), rest[0]
+
+    event.listen(Engine, "before_cursor_execute", hurry, retval=True)
+    yield
+    event.remove(Engine, "before_cursor_execute", hurry)
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_store_locked_in_the_middle_has_everything_in_the_end(runs, search):
+    with closing(sqlite3.connect(runs / "mlflow.db")) as other:
+        search(
+            before=lambda tracker: other.execute("BEGIN EXCLUSIVE"),
+            after=lambda tracker: other.rollback(),
+        )
+    (warning,) = search.warnings
+    assert warning.startswith("recording in MLflow failed, the search goes on: ")
+    assert "locked" in warning
+    assert the_run(runs).info.status == "FINISHED"
+    assert history(runs, "kl") == list(enumerate(KLS))
 
 
 def test_an_error_of_the_search_is_not_taken_for_one_of_the_store(search):

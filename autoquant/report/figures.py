@@ -5,7 +5,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from autoquant.report.record import RunRecord, TrialRow
-from autoquant.report.style import LIGHT, new_figure, plain_log
+from autoquant.report.style import LIGHT, new_figure, plain_log, powers_of_ten
 from autoquant.report.words import rank_correlation
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def tokens(record: RunRecord) -> "Figure":
         for name, dash in (("median", ":"), ("mean", "-"), ("p99", "--")):
             if kl[name]:
                 axes.axvline(kl[name], color=LIGHT["ink"], lw=1, ls=dash, label=f"{name}, winner")
-    axes.set_xscale("log")
+    powers_of_ten(axes, "x")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("KL of a token, nats (the first bin holds all below)")
     axes.set_ylabel("% of tokens")

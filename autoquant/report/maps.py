@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from autoquant.report.record import GroupRow, RunRecord
-from autoquant.report.style import LIGHT, RAMP, new_figure
+from autoquant.report.style import LIGHT, RAMP, new_figure, sign_marker
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,8 +136,8 @@ def _draw_formats(axes: "Axes", groups: Sequence[GroupRow]) -> None:
             axes.plot(
                 [column for (_, column), group in cells.items() if _format(group) == name],
                 [row for (row, _), group in cells.items() if _format(group) == name],
-                marker=f"${sign}$",
-                ms=2.5 + 2 * len(sign),
+                marker=sign_marker(sign),
+                ms=5,
                 ls="none",
                 color=LIGHT[f"on-{name}"],
                 mew=0,

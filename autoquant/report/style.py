@@ -5,6 +5,7 @@ a CSS variable of the same name, so that the picture follows the page's theme.
 """
 
 import io
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.path import Path
 
 PALETTE = {
     "ink": ("#1f2430", "#e7e9ee"),
@@ -46,6 +48,8 @@ LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 RAMP = [LIGHT[f"ramp{step}"] for step in range(7)]
 
 _VARIABLE = {light: f"var(--{name})" for name, light in LIGHT.items()}
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 _RC: dict[str, Any] = {
     "font.family": "sans-serif",
@@ -112,6 +116,29 @@ def plain_log(axes: "Axes", which: str) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def powers_of_ten(axes: "Axes", which: str) -> None:
+    """Logarithmic axis over many decades, labelled in plain text: mathtext is slow to set."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    getattr(axes, f"set_{which}scale")("log")
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"10{str(round(math.log10(value))).translate(_RAISED)}")
+    )
+    axis.set_minor_locator(NullLocator())
+
+
+def sign_marker(text: str) -> "Path":
+    """The text as a marker of unit height around the origin, without mathtext, which is slow."""
+    from matplotlib.path import Path
+    from matplotlib.textpath import TextPath
+
+    letters = TextPath((0, 0), text, size=1)
+    box = letters.get_extents()
+    middle = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
+    return Path((letters.vertices - middle) / box.height, letters.codes)
+
+
 def to_svg(figure: "Figure", name: str, label: str) -> str:
     """Inline SVG: text as text, colours as CSS variables, the same bytes for the same figure.
 
@@ -124,6 +151,7 @@ def to_svg(figure: "Figure", name: str, label: str) -> str:
 
     import matplotlib as mpl
 
+    _lay_out(figure)
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(
@@ -143,6 +171,15 @@ def to_svg(figure: "Figure", name: str, label: str) -> str:
     svg = _with_classes(svg, name)
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', _opening(html.escape(label)), svg, count=1)
     return re.sub(r"\n\s*", "\n", svg)
+
+
+def _lay_out(figure: "Figure") -> None:
+    """Place everything now, so that saving need not draw the whole figure once more to do so."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        figure.dpi = 72
+        engine.execute(figure)
+        figure.set_layout_engine(None)
 
 
 def _rounded(match: re.Match[str]) -> str:

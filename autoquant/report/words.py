@@ -1,6 +1,6 @@
 """Numbers as readers expect them, and the verdict of a search in a sentence."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autoquant.report.record import RunRecord
@@ -45,10 +45,12 @@ def duration(seconds: float) -> str:
 
 
 def verdict(record: RunRecord) -> str:
-    """What the search found, in a sentence or two."""
-    if record.result is None:
-        return _unfinished(record)
-    result = record.result
+    """What the search found or how far it came, in a sentence or two."""
+    return _unfinished(record) if record.result is None else finding(record.result)
+
+
+def finding(result: Mapping[str, Any]) -> str:
+    """What a finished search found, in a sentence or two; `result` is its `result.json`."""
     kl, bpe = result["kl"], result["bpe"]["checkpoint"]
     rival = best_baseline(result)
     text = (
@@ -61,7 +63,7 @@ def verdict(record: RunRecord) -> str:
     return f"{text}; {_against(kl['mean'], rival)}"
 
 
-def best_baseline(result: dict[str, Any]) -> dict[str, Any] | None:
+def best_baseline(result: Mapping[str, Any]) -> dict[str, Any] | None:
     """The baseline of least KL that keeps the budget."""
     fitting = [row for row in result["baselines"] if row["fits"]]
     return min(fitting, key=lambda row: float(row["kl"]), default=None)

@@ -1,0 +1,189 @@
+"""A search into one MLflow run, call by call; no call raises."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoquant.environment import redact
+from autoquant.rundir import (
+    ASSIGNMENT,
+    CALIBRATION,
+    CONFIG,
+    GROUPS,
+    REPORT,
+    RESULT,
+    SENSITIVITY,
+    TOKENS,
+    TRIALS,
+)
+from autoquant.tracking.outcome import description, figures, log_checkpoint
+from autoquant.tracking.tracker import ChildRuns, TrialRecord
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+ARTIFACTS = (
+    *(CONFIG, GROUPS, CALIBRATION, SENSITIVITY, TRIALS),
+    *(ASSIGNMENT, RESULT, TOKENS, REPORT),
+)
+
+_DIGEST = 36
+"""Characters that MLflow keeps of a data set's digest."""
+
+_MOST_FAILURES = 2
+"""In a row, when a search ends: a dead server must not be waited for at every record."""
+
+
+class Recorder:
+    """Records into one MLflow run; `autoquant.tracking.track` opens and closes it."""
+
+    def __init__(
+        self,
+        client: "MlflowClient",
+        *,
+        experiment_id: str,
+        run_id: str,
+        folder: Path,
+        child_runs: ChildRuns,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._client = client
+        self._experiment_id = experiment_id
+        self._run_id = run_id
+        self._folder = folder
+        self._child_runs = child_runs
+        self._warn = warn
+        self._recorded = {metric.step for metric in client.get_metric_history(run_id, "kl")}
+        self._datasets: set[str] = set()
+        self._best_kl = math.inf
+        self._unsent: deque[Callable[[], None]] = deque()
+        self._has_failed = False
+
+    def dataset(self, name: str, *, digest: str, context: str, tokens: int) -> None:
+        """Record the tokens of one split as a data set input of the run."""
+        if context not in self._datasets:
+            self._datasets.add(context)
+            self._send(lambda: self._log_dataset(name, digest, context, tokens))
+
+    def trial(self, record: TrialRecord) -> None:
+        """Record the trial's metrics at its number, and its child run.
+
+        `best_kl` is the least so far within the budget, and absent before there is one.
+        """
+        is_best = record.fits and record.kl < self._best_kl
+        if is_best:
+            self._best_kl = record.kl
+        if record.number in self._recorded:
+            return
+        self._recorded.add(record.number)
+        metrics = {
+            "kl": record.kl,
+            "best_kl": self._best_kl,
+            "bpe": record.bpe,
+            "seconds": record.seconds,
+        }
+        self._send(lambda: self._log_metrics(self._run_id, metrics, record.number))
+        if self._child_runs == "all" or (self._child_runs == "best" and is_best):
+            self._send(lambda: self._log_child(record))
+
+    def result(self, result: Mapping[str, Any]) -> None:
+        """Record the figures of the result, its description, and its checkpoint without weights."""
+        text = result["calibration"]
+        for context, split in result["tokens"].items():
+            self.dataset(text, digest=split["digest"], context=context, tokens=split["tokens"])
+        metrics, note = figures(result), description(result)
+        self._send(lambda: self._log_metrics(self._run_id, metrics, step=0))
+        self._send(lambda: self._log_description(note))
+        if "checkpoint" in result:
+            report = text, result["tokens"]["report"]["digest"][:_DIGEST]
+            name = self._folder.resolve().name
+            self._send(
+                lambda: log_checkpoint(
+                    self._client, self._experiment_id, self._run_id, result, report, name
+                )
+            )
+
+    def close(self, status: str) -> None:
+        """Record the run directory's files and end the run with an MLflow status."""
+        for name in ARTIFACTS:
+            if (self._folder / name).exists():
+                self._unsent.append(lambda name=name: self._log_file(name))  # type: ignore[misc]
+        self._unsent.append(lambda: self._client.set_terminated(self._run_id, status))
+        left = self._send_the_rest()
+        if left:
+            self._warn(
+                f"{left} records of this search are not in MLflow; the same command sends them."
+            )
+
+    def _send(self, action: Callable[[], None]) -> None:
+        self._unsent.append(action)
+        while self._unsent and not self._has_failed:
+            if self._succeeds(self._unsent[0]):
+                self._unsent.popleft()
+
+    def _send_the_rest(self) -> int:
+        """Send each record that is left, whatever became of those before it; how many remain."""
+        failures = left = 0
+        while self._unsent and failures < _MOST_FAILURES:
+            sent = self._succeeds(self._unsent.popleft())
+            failures = 0 if sent else failures + 1
+            left += not sent
+        return left + len(self._unsent)
+
+    def _succeeds(self, action: Callable[[], None]) -> bool:
+        try:
+            action()
+        except Exception as error:  # MLflow's, SQLAlchemy's, requests' or the file system's
+            if not self._has_failed:
+                self._warn(f"recording in MLflow failed, the search goes on: {one_line(error)}")
+            self._has_failed = True
+            return False
+        return True
+
+    def _log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            run_id,
+            metrics=[
+                Metric(name, value, now, step)
+                for name, value in metrics.items()
+                if math.isfinite(value)
+            ],
+        )
+
+    def _log_description(self, text: str) -> None:
+        self._client.set_tag(self._run_id, "mlflow.note.content", text)
+
+    def _log_child(self, record: TrialRecord) -> None:
+        from mlflow.entities import Param
+
+        tags = {"mlflow.parentRunId": self._run_id, "autoquant.assignment": record.digest}
+        name = f"trial-{record.number:04d}"
+        run_id = self._client.create_run(self._experiment_id, tags=tags, run_name=name).info.run_id
+        params = [Param(f"groups.{name}", str(count)) for name, count in record.counts.items()]
+        params += [Param("origin", record.origin), Param("fits", str(record.fits))]
+        self._client.log_batch(run_id, params=params)
+        metrics = {"kl": record.kl, "bpe": record.bpe, "seconds": record.seconds}
+        self._log_metrics(run_id, metrics, step=0)
+        self._client.set_terminated(run_id, "FINISHED")
+
+    def _log_dataset(self, name: str, digest: str, context: str, tokens: int) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        profile = f'{{"num_tokens": {tokens}}}'
+        dataset = Dataset(name, digest[:_DIGEST], "local", name, profile=profile)
+        tag = InputTag("mlflow.data.context", context)
+        self._client.log_inputs(self._run_id, datasets=[DatasetInput(dataset, [tag])])
+
+    def _log_file(self, name: str) -> None:
+        self._client.log_artifact(self._run_id, str(self._folder / name))
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what went wrong, without credentials."""
+    return (redact(str(error)) or type(error).__name__).strip().partition("\n")[0]
