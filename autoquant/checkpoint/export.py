@@ -167,7 +167,7 @@ def _write_shards(
     size = 0
     streamed = ahead(_quantized_tensors(source, quantized))
     for file, parts in groupby(streamed, key=lambda part: part[0].file):
-        headers = [header for header in source.headers if header.file == file]
+        headers = [h for h in source.headers.to_write(quantized) if h.file == file]
         stored = [t for header in headers for t in _announce(header, quantized, added)]
         metadata = source.headers.metadata[file]
         with ShardWriter(folder / file.name, stored, metadata) as shard:
@@ -191,7 +191,7 @@ def _quantized_tensors(
 ) -> Iterator[tuple[TensorHeader, dict[str, Tensor] | None]]:
     """Every tensor of the source in file order with what is stored for it, None for itself."""
     ranges = WeightRanges(source.headers, (own.linear for own in quantized.values()))
-    for header in source.headers:
+    for header in source.headers.to_write(quantized):
         own = quantized.get(header.name)
         if own is None:
             yield header, None

@@ -11,6 +11,7 @@ import autoquant_kernels as kernels
 import torch
 from torch import Tensor
 
+from autoquant.checkpoint import stored_forms
 from autoquant.checkpoint.headers import Headers, TensorHeader
 from autoquant.checkpoint.json_file import read_json_object
 from autoquant.checkpoint.kv_scales import attention_of, kv_scale_tensors
@@ -161,7 +162,8 @@ def open_quantized(folder: str | Path) -> QuantizedCheckpoint:
         )
     config = read_json_object(inside(path, CONFIG_FILE))
     layout = _layout(path, config.get("quantization_config"))
-    headers = read_checkpoint_headers(path)
+    hidden = text_config(config).get("hidden_size")
+    headers = stored_forms.apart(read_checkpoint_headers(path), config, hidden)
     return QuantizedCheckpoint(
         path=path,
         config=config,

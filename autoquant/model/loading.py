@@ -101,8 +101,10 @@ def _from_pretrained(path: Path, trust_remote_code: bool) -> tuple[Any, dict[str
         loaded: tuple[Any, dict[str, Any]] = auto.from_pretrained(path, **local, **settings)
     else:
         del config.quantization_config
+        with torch.device("meta"):
+            kind: Any = type(auto.from_config(config))
         weights = {header.name: _Unread(header) for header in open_source(path).headers}
-        loaded = auto.from_pretrained(None, config=config, state_dict=weights, **settings)
+        loaded = kind.from_pretrained(None, config=config, state_dict=weights, **settings)
     return loaded
 
 
