@@ -24,8 +24,8 @@ WIDE, DOWN = "wide", "down"
 class ExpertsHook:
     """What happens to the operands of a block's experts; the default leaves them alone."""
 
-    def routed(self, counts: torch.Tensor) -> None:
-        """See the number of rows of each expert, [E] int64."""
+    def routed(self, counts: torch.Tensor, tokens: torch.Tensor) -> None:
+        """See the number of rows of each expert [E] and the token of each row [R], int64."""
 
     def input(self, part: str, rows: torch.Tensor) -> torch.Tensor:
         """Return the rows [*, K] that the product `part` multiplies with."""
@@ -34,6 +34,12 @@ class ExpertsHook:
     def weight(self, part: str, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight [E, N, K] that the product `part` multiplies with."""
         return weight
+
+    def product(
+        self, part: str, rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the product `part` [R, N] of rows [R, K], each with its expert's weight."""
+        return grouped_linear(rows, weight, counts)
 
 
 _PLAIN = ExpertsHook()
@@ -62,14 +68,15 @@ def experts_forward(
     expert_of_row = top_k_index.reshape(-1)
     order = torch.argsort(expert_of_row, stable=True)
     counts = torch.bincount(expert_of_row, minlength=module.num_experts)
-    hook.routed(counts)
+    tokens = order // top_k
+    hook.routed(counts, tokens)
 
-    inputs = hook.input(WIDE, hidden_states)[order // top_k]
-    wide = _grouped_linear(inputs, _operand(module, hook, WIDE), counts)
+    inputs = hook.input(WIDE, hidden_states)[tokens]
+    wide = hook.product(WIDE, inputs, _operand(module, hook, WIDE), counts)
     if module.has_bias:
         wide = wide + _wide_bias(module)[expert_of_row[order]]
     inner = module._apply_gate(wide) if module.has_gate else module.act_fn(wide)
-    rows = _grouped_linear(hook.input(DOWN, inner), _operand(module, hook, DOWN), counts)
+    rows = hook.product(DOWN, hook.input(DOWN, inner), _operand(module, hook, DOWN), counts)
     if module.has_bias:
         rows = rows + module.down_proj_bias[expert_of_row[order]]
     if getattr(module, "has_post_expert_norm", False):
@@ -117,8 +124,30 @@ def _wide_bias(module: Any) -> torch.Tensor:
     return bias
 
 
-def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Row r times the transposed weight of its expert: [R, K] x [E, N, K] -> [R, N]."""
+def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Row r times the transposed weight of its expert: [R, K] x [E, N, K] -> [R, N].
+
+    Rows may have a gradient, weights have none.
+    """
+    apply: Callable[..., torch.Tensor] = _GroupedLinear.apply
+    return apply(rows, weight, counts)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight, counts)
+        return _multiply(rows, weight, counts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        weight, counts = ctx.saved_tensors
+        return _multiply(gradient.contiguous(), weight.transpose(-2, -1), counts), None, None
+
+
+def _multiply(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     if rows.is_cuda and rows.dtype is torch.bfloat16:
         offsets = counts.cumsum(0).to(torch.int32)
         grouped: Callable[..., torch.Tensor] = torch._grouped_mm

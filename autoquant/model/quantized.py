@@ -103,7 +103,7 @@ class _ExpertsForward(ExpertsHook):
         self.counts = ExpertCounts(slot.name)
         self.amax: dict[str, list[float]] = {}
 
-    def routed(self, counts: torch.Tensor) -> None:
+    def routed(self, counts: torch.Tensor, tokens: torch.Tensor) -> None:
         if self.inputs[WIDE].observing:
             seen = self.counts.tokens
             self.counts.tokens = counts.clone() if seen is None else seen + counts
@@ -170,6 +170,11 @@ class QuantizedModel:
         """Input and weight that `module` multiplies at this moment, whether searched or not."""
         forward = module.__dict__.get("forward")
         return forward.operands(x) if isinstance(forward, _DenseForward) else (x, module.weight)
+
+    def modules(self) -> Iterator[tuple[str, Any]]:
+        """Each module that multiplies with weights of a group, after the group's name."""
+        for state, slot in self._slots:
+            yield state.group.name, slot.module
 
     def forget_inputs(self) -> None:
         """Drop tensors of the last forward, so that no memory outlives it."""

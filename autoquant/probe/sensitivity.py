@@ -94,19 +94,20 @@ def probe(
         missing = [key for key in keys if (batch, *key) not in results]
         scores = scorer.probe_batch(split, batch, missing, sketch) if missing else ()
         for (group, choice), (score, change) in zip(missing, scores, strict=True):
-            result = _batch_probe(batch, group, choice, score)
+            result = batch_probe(batch, group, choice, score)
             if sketches:
                 sketches.put(batch, (group, choice), change)
             keep(result)
             results[batch, group, choice] = result
         if sketches:
             sketches.finish(batch)
-    kl, stderr = _summarize(keys, results.values())
+    kl, stderr = summarize(keys, results.values())
     found = sketches.interactions(len(split.batches)) if sketches else None
     return Sensitivity(kl, stderr, found)
 
 
-def _batch_probe(batch: int, group: str, choice: Choice, score: TokenKl) -> BatchProbe:
+def batch_probe(batch: int, group: str, choice: Choice, score: TokenKl) -> BatchProbe:
+    """The record of one probe's KL on a batch."""
     return BatchProbe(
         batch=batch,
         group=group,
@@ -117,7 +118,7 @@ def _batch_probe(batch: int, group: str, choice: Choice, score: TokenKl) -> Batc
     )
 
 
-def _summarize(
+def summarize(
     keys: Sequence[Key], probes: Iterable[BatchProbe]
 ) -> tuple[dict[Key, float], dict[Key, float]]:
     """Mean KL and its standard error of each key, nats per token."""

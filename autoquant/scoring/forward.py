@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Trunk:
         self._start = 0
         self._boundaries: list[torch.Tensor] = []
         self._keep = True
+        self._recompute = False
         self._returns_tuple = [False] * len(self.blocks)
         for index, block in enumerate(self.blocks):
             block.forward = self._wrapped(index, block.forward)
@@ -80,6 +82,21 @@ class Trunk:
             self.model(input_ids=tokens, use_cache=False)
         boundaries, self._boundaries = tuple(self._boundaries), []
         return Trace(boundaries, seen[0])
+
+    def differentiable(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [B, L, H] with their graph back to the first block.
+
+        What happens inside a block is computed again in the backward pass, so that memory holds
+        the states between blocks and the inside of one.
+        """
+        self._start, self._boundaries, self._keep = 0, [], False
+        self._recompute = True
+        try:
+            with torch.enable_grad(), self._without_head() as seen:
+                self.model(input_ids=tokens, use_cache=False)
+        finally:
+            self._recompute = False
+        return seen[0]
 
     def check_resuming(self, tokens: torch.Tensor) -> bool:
         """Find out, bit for bit, whether later blocks need nothing but the state between blocks.
@@ -138,6 +155,11 @@ class Trunk:
                 hidden_states = self._boundaries[index]
             elif self._keep:
                 self._boundaries.append(hidden_states)
+            if self._recompute:
+                states = hidden_states if index else hidden_states.detach().requires_grad_()
+                return checkpoint(
+                    forward, states, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+                )
             result = forward(hidden_states, *args, **kwargs)
             self._returns_tuple[index] = isinstance(result, tuple)
             return result

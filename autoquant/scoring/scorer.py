@@ -10,7 +10,7 @@ those that the forward would compute again, so the KL is the same to the bit.
 Shapes: B sequences, L tokens, H hidden, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import autoquant_kernels as kernels
@@ -123,6 +123,23 @@ class Scorer:
             parts = (batch.tokens,) if is_other else batch.tokens.split(1)
             return self._compare(batch, torch.cat([self.trunk.hidden(part) for part in parts]))
 
+    @torch.no_grad()
+    def pull_back(
+        self, hidden: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """The gradient at final hidden states [B, L, H] of the sum of logits times `change`.
+
+        Args:
+            hidden: of the BF16 model.
+            change: from a tile of float32 logits [T, V] to as many factors, taken as constants.
+        """
+        weight = self.trunk.head.weight
+        weight = weight if hidden.is_cuda else weight.float()
+        flat = hidden.flatten(0, 1)
+        tiles = flat.split(self._tile_rows(hidden))
+        parts = [change(self._logits(tile, weight)).to(weight.dtype) @ weight for tile in tiles]
+        return torch.cat(parts).to(hidden.dtype).view_as(hidden)
+
     def forget(self, split: Split) -> None:
         """Give back what is kept of a split."""
         for index in range(len(split.batches)):
@@ -217,8 +234,7 @@ class Scorer:
         """Yield tokens, reference logits and candidate's logits, float32 [T, V], tile by tile."""
         head = self.trunk.head
         ours, theirs = hidden.flatten(0, 1), batch.reference.flatten(0, 1)
-        tile_bytes = GPU_TILE_BYTES if hidden.is_cuda else CPU_TILE_BYTES
-        rows = max(1, tile_bytes // (4 * head.weight.shape[0]))
+        rows = self._tile_rows(hidden)
         for start in range(0, len(ours), rows):
             span = slice(start, start + rows)
             reference = batch.logits.get(start)
@@ -228,6 +244,12 @@ class Scorer:
                     self._cache_left -= _bytes(reference)
                     batch.logits[start] = reference
             yield span, reference, self._logits(*self.quantized.operands(head, ours[span]))
+
+    def _tile_rows(self, hidden: torch.Tensor) -> int:
+        """Tokens of one logit tile."""
+        tile_bytes = GPU_TILE_BYTES if hidden.is_cuda else CPU_TILE_BYTES
+        vocabulary: int = self.trunk.head.weight.shape[0]
+        return max(1, tile_bytes // (4 * vocabulary))
 
     def _logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Float32 logits [T, V] of hidden states [T, H] under a head weight [V, H]."""
