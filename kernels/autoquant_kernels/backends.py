@@ -1,6 +1,7 @@
 """Which implementation serves a device; `AUTOQUANT_KERNELS` forces one."""
 
 import os
+from collections.abc import Sequence
 from ctypes import CDLL
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,33 +17,36 @@ VARIABLE = "AUTOQUANT_KERNELS"
 
 
 class Backend(Protocol):
-    """The operations on contiguous tensors of one device, with scales already checked."""
+    """The operations on contiguous tensors of one device, with scales already checked.
 
-    def fake_quant_nvfp4(self, x: Tensor, global_scale: float, out: Tensor) -> None:
+    `scales` holds one scale, or one for each of as many equal parts of the tensor.
+    """
+
+    def fake_quant_nvfp4(self, x: Tensor, scales: Sequence[float], out: Tensor) -> None:
         """Dynamic NVFP4, `[..., K]` to `[..., K]`."""
 
     def fake_quant_nvfp4_weight(
-        self, x: Tensor, global_scale: float, rule: str, out: Tensor
+        self, x: Tensor, scales: Sequence[float], rule: str, out: Tensor
     ) -> None:
         """Exported-form NVFP4, `[..., K]` to `[..., K]`."""
 
     def quantize_nvfp4(
-        self, x: Tensor, global_scale: float, rule: str, codes: Tensor, block_scale: Tensor
+        self, x: Tensor, scales: Sequence[float], rule: str, codes: Tensor, block_scale: Tensor
     ) -> None:
         """NVFP4 codes and block scales of `[..., K]`."""
 
     def dequantize_nvfp4(
-        self, codes: Tensor, block_scale: Tensor, global_scale: float, out: Tensor
+        self, codes: Tensor, block_scale: Tensor, scales: Sequence[float], out: Tensor
     ) -> None:
         """NVFP4 codes and block scales to `[..., K]`."""
 
-    def fake_quant_fp8(self, x: Tensor, scale: float, out: Tensor) -> None:
+    def fake_quant_fp8(self, x: Tensor, scales: Sequence[float], out: Tensor) -> None:
         """FP8 there and back, any shape."""
 
-    def quantize_fp8(self, x: Tensor, scale: float, codes: Tensor) -> None:
+    def quantize_fp8(self, x: Tensor, scales: Sequence[float], codes: Tensor) -> None:
         """FP8 codes of any shape."""
 
-    def dequantize_fp8(self, codes: Tensor, scale: float, out: Tensor) -> None:
+    def dequantize_fp8(self, codes: Tensor, scales: Sequence[float], out: Tensor) -> None:
         """FP8 codes to numbers."""
 
     def token_kl(self, reference: Tensor, logits: Tensor, out: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Checks made before any memory is written; each says the value, the rule and the way out."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,26 +52,30 @@ def require_rule(rule: str) -> None:
         raise ValueError(f"rule={rule!r}; it must be one of {', '.join(RULES)}.")
 
 
-def scale_value(name: str, scale: float | Tensor) -> float:
-    """The positive finite float32 value of a per-tensor scale.
+def scale_values(name: str, scale: float | Tensor, shape: Sequence[int]) -> list[float]:
+    """The positive finite float32 values of a scale of a tensor of `shape`.
 
-    A scale that lives on a GPU is read back, which waits for that GPU: keep scales on the host.
+    There is one, or one for each of the matrices along the first dimension. A scale that lives on a
+    GPU is read back, which waits for that GPU: keep scales on the host.
     """
     if isinstance(scale, Tensor):
-        if scale.numel() != 1 or scale.dtype != torch.float32:
+        has_one_each = len(shape) > 1 and tuple(scale.shape) == tuple(shape[:1])
+        if scale.dtype != torch.float32 or not (scale.numel() == 1 or has_one_each):
             raise ValueError(
-                f"{name} has shape {tuple(scale.shape)} and dtype {scale.dtype}; "
-                "it must be one float32 value: one scale per tensor."
+                f"{name} has shape {tuple(scale.shape)} and dtype {scale.dtype}; it must be one "
+                f"float32 value, or one for each matrix along the first dimension of "
+                f"{tuple(shape)}."
             )
-        value = float(scale.item())
+        values: list[float] = scale.reshape(-1).tolist()
     else:
-        value = float(torch.tensor(scale, dtype=torch.float32).item())
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(
-            f"{name} is {value}; it must be positive and finite: compute it from the largest "
-            "magnitude of the tensor with nvfp4_global_scale or fp8_scale."
-        )
-    return value
+        values = [torch.tensor(scale, dtype=torch.float32).item()]
+    for value in values:
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(
+                f"{name} is {value}; it must be positive and finite: compute it from the largest "
+                "magnitude of the tensor with nvfp4_global_scale or fp8_scale."
+            )
+    return values
 
 
 def output(

@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import tempfile
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -38,7 +39,8 @@ class Job(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("out2", ctypes.c_void_p),
         ("elements", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
+        ("parts", ctypes.c_int64),
+        ("scales", ctypes.c_void_p),
         ("scale", ctypes.c_float),
         ("dtype", ctypes.c_int32),
         ("rule", ctypes.c_int32),
@@ -52,32 +54,32 @@ class CpuBackend:
         self._run_kernel = library.autoquant_run
         self._level = level
 
-    def fake_quant_nvfp4(self, x: Tensor, global_scale: float, out: Tensor) -> None:
-        self._run("fake_quant_nvfp4", (x,), (out,), x, global_scale)
+    def fake_quant_nvfp4(self, x: Tensor, scales: Sequence[float], out: Tensor) -> None:
+        self._run("fake_quant_nvfp4", (x,), (out,), x, scales)
 
     def fake_quant_nvfp4_weight(
-        self, x: Tensor, global_scale: float, rule: str, out: Tensor
+        self, x: Tensor, scales: Sequence[float], rule: str, out: Tensor
     ) -> None:
-        self._run("fake_quant_nvfp4_weight", (x,), (out,), x, global_scale, rule)
+        self._run("fake_quant_nvfp4_weight", (x,), (out,), x, scales, rule)
 
     def quantize_nvfp4(
-        self, x: Tensor, global_scale: float, rule: str, codes: Tensor, block_scale: Tensor
+        self, x: Tensor, scales: Sequence[float], rule: str, codes: Tensor, block_scale: Tensor
     ) -> None:
-        self._run("quantize_nvfp4", (x,), (codes, block_scale), x, global_scale, rule)
+        self._run("quantize_nvfp4", (x,), (codes, block_scale), x, scales, rule)
 
     def dequantize_nvfp4(
-        self, codes: Tensor, block_scale: Tensor, global_scale: float, out: Tensor
+        self, codes: Tensor, block_scale: Tensor, scales: Sequence[float], out: Tensor
     ) -> None:
-        self._run("dequantize_nvfp4", (codes, block_scale), (out,), out, global_scale)
+        self._run("dequantize_nvfp4", (codes, block_scale), (out,), out, scales)
 
-    def fake_quant_fp8(self, x: Tensor, scale: float, out: Tensor) -> None:
-        self._run("fake_quant_fp8", (x,), (out,), x, scale)
+    def fake_quant_fp8(self, x: Tensor, scales: Sequence[float], out: Tensor) -> None:
+        self._run("fake_quant_fp8", (x,), (out,), x, scales)
 
-    def quantize_fp8(self, x: Tensor, scale: float, codes: Tensor) -> None:
-        self._run("quantize_fp8", (x,), (codes,), x, scale)
+    def quantize_fp8(self, x: Tensor, scales: Sequence[float], codes: Tensor) -> None:
+        self._run("quantize_fp8", (x,), (codes,), x, scales)
 
-    def dequantize_fp8(self, codes: Tensor, scale: float, out: Tensor) -> None:
-        self._run("dequantize_fp8", (codes,), (out,), out, scale)
+    def dequantize_fp8(self, codes: Tensor, scales: Sequence[float], out: Tensor) -> None:
+        self._run("dequantize_fp8", (codes,), (out,), out, scales)
 
     def token_kl(self, reference: Tensor, logits: Tensor, out: Tensor) -> None:
         self._run("token_kl", (reference, logits), (out,), logits)
@@ -88,18 +90,20 @@ class CpuBackend:
         sources: tuple[Tensor, ...],
         outs: tuple[Tensor, ...],
         unpacked: Tensor,
-        scale: float = 1.0,
+        scales: Sequence[float] = (),
         rule: str = "max",
     ) -> None:
-        by_row = operation == "token_kl"
+        parts = len(scales) or unpacked.shape[0]
+        values = (ctypes.c_float * len(scales))(*scales)
         job = Job(
             sources[0].data_ptr(),
             sources[-1].data_ptr(),
             outs[0].data_ptr(),
             outs[-1].data_ptr(),
-            unpacked.shape[1] if by_row else unpacked.numel(),
-            unpacked.shape[0] if by_row else 0,
-            scale,
+            unpacked.numel() // parts,
+            parts,
+            ctypes.addressof(values),
+            0.0,
             DTYPES.index(unpacked.dtype),
             RULES.index(rule),
         )

@@ -1,4 +1,4 @@
-"""FP8 E4M3 with one float32 scale per tensor, divided in float32 and rounded once."""
+"""FP8 E4M3 with one float32 scale per matrix, divided in float32 and rounded once."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from autoquant_kernels.checks import (
     require_dtype,
     require_float,
     require_output_dtype,
-    scale_value,
+    scale_values,
 )
 
 
@@ -18,7 +18,8 @@ def fake_quant_fp8(x: Tensor, scale: float | Tensor, *, out: Tensor | None = Non
 
     Args:
         x: bfloat16, float16 or float32, any shape.
-        scale: positive float32, `fp8_scale(amax)`; keep it on the host.
+        scale: positive float32, `fp8_scale(amax)`, one or `[E]` for `x` `[E, ...]` of two or more
+            dimensions; keep it on the host.
         out: where to write, contiguous, of the shape and dtype of `x`.
 
     Returns:
@@ -28,10 +29,10 @@ def fake_quant_fp8(x: Tensor, scale: float | Tensor, *, out: Tensor | None = Non
         ValueError: a dtype, device, scale or `out` that breaks these rules, before any writing.
     """
     require_float("x", x)
-    value = scale_value("scale", scale)
+    scales = scale_values("scale", scale, x.shape)
     out = output(out, tuple(x.shape), x.dtype, x)
     if x.numel():
-        ops.fake_quant_fp8(x.detach().contiguous(), value, out)
+        ops.fake_quant_fp8(x.detach().contiguous(), scales, out)
     return out
 
 
@@ -40,7 +41,8 @@ def quantize_fp8(x: Tensor, scale: float | Tensor) -> Tensor:
 
     Args:
         x: bfloat16, float16 or float32, any shape.
-        scale: positive float32, `fp8_scale(amax)`; keep it on the host.
+        scale: positive float32, `fp8_scale(amax)`, one or `[E]` for `x` `[E, ...]` of two or more
+            dimensions; keep it on the host.
 
     Returns:
         float8_e4m3fn of `x`'s shape. A NaN becomes code 0x7F.
@@ -49,10 +51,10 @@ def quantize_fp8(x: Tensor, scale: float | Tensor) -> Tensor:
         ValueError: a dtype or scale that breaks these rules.
     """
     require_float("x", x)
-    value = scale_value("scale", scale)
+    scales = scale_values("scale", scale, x.shape)
     codes = output(None, tuple(x.shape), torch.float8_e4m3fn, x)
     if x.numel():
-        ops.quantize_fp8(x.detach().contiguous(), value, codes)
+        ops.quantize_fp8(x.detach().contiguous(), scales, codes)
     return codes
 
 
@@ -67,7 +69,7 @@ def dequantize_fp8(
 
     Args:
         codes: float8_e4m3fn, any shape.
-        scale: positive float32, the `weight_scale` of the checkpoint.
+        scale: positive float32, the `weight_scale` of the checkpoint, one or `[E]`.
         dtype: bfloat16, float16 or float32.
         out: where to write, contiguous, of the shape of `codes` and of `dtype`.
 
@@ -76,8 +78,8 @@ def dequantize_fp8(
     """
     require_dtype("codes", codes, torch.float8_e4m3fn)
     require_output_dtype(dtype)
-    value = scale_value("scale", scale)
+    scales = scale_values("scale", scale, codes.shape)
     out = output(out, tuple(codes.shape), dtype, codes)
     if codes.numel():
-        ops.dequantize_fp8(codes.contiguous(), value, out)
+        ops.dequantize_fp8(codes.contiguous(), scales, out)
     return out

@@ -40,9 +40,10 @@ struct Job {
     const void* in2;
     void* out;
     void* out2;
-    int64_t elements;  // in all, or in one row for TOKEN_KL
-    int64_t rows;      // TOKEN_KL only
-    float scale;
+    int64_t elements;  // of one part
+    int64_t parts;     // rows for TOKEN_KL, else matrices with a scale of their own
+    const float* scales;
+    float scale;    // of the part that is worked on
     int32_t dtype;  // of the tensor that is not packed
     int32_t rule;
 };
@@ -122,8 +123,13 @@ constexpr const Kernel* LEVELS[] = {
 // VCVTNEPS2BF16 flushes subnormal results to zero. Below this scale some results are subnormal.
 constexpr float SMALLEST_SCALE_WITHOUT_SUBNORMALS = 0x1p-116f;
 
-bool writes_bfloat16_numbers(const Job& job, int32_t operation) {
-    return job.dtype == BFLOAT16 && operation != QUANTIZE_NVFP4 && operation != QUANTIZE_FP8;
+bool writes_bfloat16_subnormals(const Job& job, int32_t operation) {
+    if (job.dtype != BFLOAT16 || operation == QUANTIZE_NVFP4 || operation == QUANTIZE_FP8 ||
+        operation == TOKEN_KL)
+        return false;
+    for (int64_t part = 0; part < job.parts; ++part)
+        if (job.scales[part] < SMALLEST_SCALE_WITHOUT_SUBNORMALS) return true;
+    return false;
 }
 
 }  // namespace
@@ -141,12 +147,10 @@ extern "C" int32_t autoquant_best_level() {
 }
 
 extern "C" void autoquant_run(int32_t operation, int32_t level, const Job* job, int32_t threads) {
-    if (level == 3 && writes_bfloat16_numbers(*job, operation) &&
-        job->scale < SMALLEST_SCALE_WITHOUT_SUBNORMALS)
-        level = 2;
+    if (level == 3 && writes_bfloat16_subnormals(*job, operation)) level = 2;
     const Kernel kernel = LEVELS[level][operation];
     const bool by_row = operation == TOKEN_KL;
-    const int64_t units = by_row ? job->rows : (job->elements + TILE - 1) / TILE;
+    const int64_t units = job->parts * (by_row ? 1 : (job->elements + TILE - 1) / TILE);
     const int64_t least = by_row ? 1 : 64;
     const int64_t share = units / (8 * int64_t(threads));
     const int64_t grain = share > least ? share : least;

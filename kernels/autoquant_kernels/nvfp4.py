@@ -12,7 +12,7 @@ from autoquant_kernels.checks import (
     require_float,
     require_output_dtype,
     require_rule,
-    scale_value,
+    scale_values,
 )
 
 
@@ -27,7 +27,8 @@ def fake_quant_nvfp4(
 
     Args:
         x: bfloat16, float16 or float32 `[..., K]`, K a multiple of 16.
-        global_scale: positive float32, the calibrated `nvfp4_global_scale`; keep it on the host.
+        global_scale: positive float32, the calibrated `nvfp4_global_scale`, one or `[E]` for
+            `x` `[E, ..., K]`; keep it on the host.
         out: where to write, contiguous, of the shape and dtype of `x`.
 
     Returns:
@@ -39,10 +40,10 @@ def fake_quant_nvfp4(
     """
     require_float("x", x)
     require_blocks("x", x)
-    scale = scale_value("global_scale", global_scale)
+    scales = scale_values("global_scale", global_scale, x.shape)
     out = output(out, tuple(x.shape), x.dtype, x)
     if x.numel():
-        ops.fake_quant_nvfp4(x.detach().contiguous(), scale, out)
+        ops.fake_quant_nvfp4(x.detach().contiguous(), scales, out)
     return out
 
 
@@ -55,7 +56,8 @@ def fake_quant_nvfp4_weight(
 
     Args:
         w: bfloat16, float16 or float32 `[..., K]`, K a multiple of 16.
-        global_scale: positive float32, `nvfp4_global_scale(amax, rule)`; keep it on the host.
+        global_scale: positive float32, `nvfp4_global_scale(amax, rule)`, one or `[E]` for `w`
+            `[E, ..., K]`; keep it on the host.
         rule: how block scales are chosen, see `quantize_nvfp4`.
         out: where to write, contiguous, of the shape and dtype of `w`.
 
@@ -68,10 +70,10 @@ def fake_quant_nvfp4_weight(
     require_float("w", w)
     require_blocks("w", w)
     require_rule(rule)
-    scale = scale_value("global_scale", global_scale)
+    scales = scale_values("global_scale", global_scale, w.shape)
     out = output(out, tuple(w.shape), w.dtype, w)
     if w.numel():
-        ops.fake_quant_nvfp4_weight(w.detach().contiguous(), scale, rule, out)
+        ops.fake_quant_nvfp4_weight(w.detach().contiguous(), scales, rule, out)
     return out
 
 
@@ -91,7 +93,8 @@ def quantize_nvfp4(
 
     Args:
         w: bfloat16, float16 or float32 `[..., K]`, K a multiple of 16.
-        global_scale: positive float32, `nvfp4_global_scale(amax, rule)`; keep it on the host.
+        global_scale: positive float32, `nvfp4_global_scale(amax, rule)`, one or `[E]` for `w`
+            `[E, ..., K]`; keep it on the host.
         rule: `max`, `mse` or `four_over_six`.
 
     Returns:
@@ -104,12 +107,12 @@ def quantize_nvfp4(
     require_float("w", w)
     require_blocks("w", w)
     require_rule(rule)
-    scale = scale_value("global_scale", global_scale)
+    scales = scale_values("global_scale", global_scale, w.shape)
     rows = tuple(w.shape[:-1])
     codes = output(None, (*rows, w.shape[-1] // 2), torch.uint8, w)
     block_scale = output(None, (*rows, w.shape[-1] // BLOCK), torch.float8_e4m3fn, w)
     if w.numel():
-        ops.quantize_nvfp4(w.detach().contiguous(), scale, rule, codes, block_scale)
+        ops.quantize_nvfp4(w.detach().contiguous(), scales, rule, codes, block_scale)
     return codes, block_scale
 
 
@@ -126,7 +129,8 @@ def dequantize_nvfp4(
     Args:
         codes: uint8 `[..., K / 2]`, the even column in the low nibble.
         block_scale: float8_e4m3fn `[..., K / 16]`.
-        global_scale: positive float32, the `weight_scale_2` of the checkpoint.
+        global_scale: positive float32, the `weight_scale_2` of the checkpoint, one or `[E]` for
+            codes `[E, ..., K / 2]`.
         dtype: bfloat16, float16 or float32.
         out: where to write, contiguous `[..., K]` of `dtype`.
 
@@ -140,11 +144,11 @@ def dequantize_nvfp4(
     require_dtype("block_scale", block_scale, torch.float8_e4m3fn)
     require_output_dtype(dtype)
     require_matching_blocks(codes, block_scale)
-    scale = scale_value("global_scale", global_scale)
     shape = (*codes.shape[:-1], codes.shape[-1] * 2)
+    scales = scale_values("global_scale", global_scale, shape)
     out = output(out, shape, dtype, codes, block_scale)
     if codes.numel():
-        ops.dequantize_nvfp4(codes.contiguous(), block_scale.contiguous(), scale, out)
+        ops.dequantize_nvfp4(codes.contiguous(), block_scale.contiguous(), scales, out)
     return out
 
 

@@ -172,11 +172,12 @@ struct DequantizeFp8 {
 };
 
 template <class Op>
-static void tiles(const Job& job, int64_t first, int64_t last) {
-    const auto* in = static_cast<const uint8_t*>(job.in);
-    const auto* in2 = static_cast<const uint8_t*>(job.in2);
-    auto* out = static_cast<uint8_t*>(job.out);
-    auto* out2 = static_cast<uint8_t*>(job.out2);
+static void tiles_of_part(const Job& job, int64_t part, int64_t first, int64_t last) {
+    const int64_t before = part * job.elements;
+    const auto* in = static_cast<const uint8_t*>(job.in) + before * Op::IN / BLOCK;
+    const auto* in2 = static_cast<const uint8_t*>(job.in2) + before * Op::IN2 / BLOCK;
+    auto* out = static_cast<uint8_t*>(job.out) + before * Op::OUT / BLOCK;
+    auto* out2 = static_cast<uint8_t*>(job.out2) + before * Op::OUT2 / BLOCK;
     for (int64_t t = first; t < last; ++t) {
         const int64_t left = job.elements - t * TILE, block = t * (TILE / BLOCK);
         if (left >= TILE) {
@@ -190,6 +191,19 @@ static void tiles(const Job& job, int64_t first, int64_t last) {
         Op::tile(job, from, from2, to, to2);
         memcpy(out + block * Op::OUT, to, size_t(left * Op::OUT / BLOCK));
         if (Op::OUT2) memcpy(out2 + block * Op::OUT2, to2, size_t(left * Op::OUT2 / BLOCK));
+    }
+}
+
+template <class Op>
+static void tiles(const Job& whole, int64_t first, int64_t last) {
+    const int64_t size = (whole.elements + TILE - 1) / TILE;
+    Job job = whole;
+    while (first < last) {
+        const int64_t part = first / size, start = part * size;
+        const int64_t stop = last < start + size ? last : start + size;
+        job.scale = whole.scales[part];
+        tiles_of_part<Op>(job, part, first - start, stop - start);
+        first = stop;
     }
 }
 

@@ -1,4 +1,9 @@
-"""The operations as PyTorch sees them: opaque to compilers, writing into tensors they are given."""
+"""The operations as PyTorch sees them: opaque to compilers, writing into tensors they are given.
+
+`scales` holds one scale for the whole tensor, or one for each matrix along its first dimension.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -7,47 +12,49 @@ from autoquant_kernels.backends import backend_for
 
 
 @torch.library.custom_op("autoquant::fake_quant_nvfp4", mutates_args=("out",))
-def fake_quant_nvfp4(x: Tensor, global_scale: float, out: Tensor) -> None:
+def fake_quant_nvfp4(x: Tensor, scales: Sequence[float], out: Tensor) -> None:
     """Dynamic NVFP4, `[..., K]` to `[..., K]`."""
-    backend_for(x.device).fake_quant_nvfp4(x, global_scale, out)
+    backend_for(x.device).fake_quant_nvfp4(x, scales, out)
 
 
 @torch.library.custom_op("autoquant::fake_quant_nvfp4_weight", mutates_args=("out",))
-def fake_quant_nvfp4_weight(x: Tensor, global_scale: float, rule: str, out: Tensor) -> None:
+def fake_quant_nvfp4_weight(x: Tensor, scales: Sequence[float], rule: str, out: Tensor) -> None:
     """Exported-form NVFP4, `[..., K]` to `[..., K]`."""
-    backend_for(x.device).fake_quant_nvfp4_weight(x, global_scale, rule, out)
+    backend_for(x.device).fake_quant_nvfp4_weight(x, scales, rule, out)
 
 
 @torch.library.custom_op("autoquant::quantize_nvfp4", mutates_args=("codes", "block_scale"))
 def quantize_nvfp4(
-    x: Tensor, global_scale: float, rule: str, codes: Tensor, block_scale: Tensor
+    x: Tensor, scales: Sequence[float], rule: str, codes: Tensor, block_scale: Tensor
 ) -> None:
     """NVFP4 codes and block scales of `[..., K]`."""
-    backend_for(x.device).quantize_nvfp4(x, global_scale, rule, codes, block_scale)
+    backend_for(x.device).quantize_nvfp4(x, scales, rule, codes, block_scale)
 
 
 @torch.library.custom_op("autoquant::dequantize_nvfp4", mutates_args=("out",))
-def dequantize_nvfp4(codes: Tensor, block_scale: Tensor, global_scale: float, out: Tensor) -> None:
+def dequantize_nvfp4(
+    codes: Tensor, block_scale: Tensor, scales: Sequence[float], out: Tensor
+) -> None:
     """NVFP4 codes and block scales to `[..., K]`."""
-    backend_for(codes.device).dequantize_nvfp4(codes, block_scale, global_scale, out)
+    backend_for(codes.device).dequantize_nvfp4(codes, block_scale, scales, out)
 
 
 @torch.library.custom_op("autoquant::fake_quant_fp8", mutates_args=("out",))
-def fake_quant_fp8(x: Tensor, scale: float, out: Tensor) -> None:
+def fake_quant_fp8(x: Tensor, scales: Sequence[float], out: Tensor) -> None:
     """FP8 there and back, any shape."""
-    backend_for(x.device).fake_quant_fp8(x, scale, out)
+    backend_for(x.device).fake_quant_fp8(x, scales, out)
 
 
 @torch.library.custom_op("autoquant::quantize_fp8", mutates_args=("codes",))
-def quantize_fp8(x: Tensor, scale: float, codes: Tensor) -> None:
+def quantize_fp8(x: Tensor, scales: Sequence[float], codes: Tensor) -> None:
     """FP8 codes of any shape."""
-    backend_for(x.device).quantize_fp8(x, scale, codes)
+    backend_for(x.device).quantize_fp8(x, scales, codes)
 
 
 @torch.library.custom_op("autoquant::dequantize_fp8", mutates_args=("out",))
-def dequantize_fp8(codes: Tensor, scale: float, out: Tensor) -> None:
+def dequantize_fp8(codes: Tensor, scales: Sequence[float], out: Tensor) -> None:
     """FP8 codes to numbers."""
-    backend_for(codes.device).dequantize_fp8(codes, scale, out)
+    backend_for(codes.device).dequantize_fp8(codes, scales, out)
 
 
 @torch.library.custom_op("autoquant::token_kl", mutates_args=("out",))

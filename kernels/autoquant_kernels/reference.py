@@ -4,11 +4,11 @@ All arithmetic is IEEE float32, each operation rounded once to nearest even (RN)
 or E4M3 adds and subtracts 1.5 * 2^k, with k chosen so that one unit in the last place of the sum is
 one step of the target format. Tensors are worked on in chunks that stay in the CPU's cache.
 
-Every function takes contiguous tensors, a scale that is already a positive finite float32 value,
-and the tensors that it writes.
+Every function takes contiguous tensors, scales that are already positive finite float32 values (one
+for the whole tensor, or one for each of as many equal parts), and the tensors that it writes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -52,33 +52,32 @@ def _round_at(v: Tensor, *, smallest_exponent: int, step_shift: int) -> Tensor:
     return (v + magic).sub_(magic)
 
 
-def fake_quant_nvfp4(x: Tensor, global_scale: float, out: Tensor) -> None:
+def fake_quant_nvfp4(x: Tensor, scales: Sequence[float], out: Tensor) -> None:
     """Write `x` rounded through NVFP4 with block scales taken from the data (activations)."""
-    g = torch.tensor(global_scale, device=x.device)
-    for source, target in _chunks(CHUNK_BLOCKS, x.view(-1, BLOCK), out.view(-1, BLOCK)):
+    views = x.view(-1, BLOCK), out.view(-1, BLOCK)
+    for g, source, target in _scaled_chunks(scales, CHUNK_BLOCKS, *views):
         blocks = source.float()
         scale = round_e4m3(_largest(blocks) / (g * 6)) * g
         q = round_e2m1(blocks / _divisor(scale))
         target.copy_(torch.copysign(q * scale, blocks))
 
 
-def fake_quant_nvfp4_weight(x: Tensor, global_scale: float, rule: str, out: Tensor) -> None:
+def fake_quant_nvfp4_weight(x: Tensor, scales: Sequence[float], rule: str, out: Tensor) -> None:
     """Write what `dequantize_nvfp4(quantize_nvfp4(x))` gives, without storing the codes."""
-    g = torch.tensor(global_scale, device=x.device)
-    for source, target in _chunks(CHUNK_BLOCKS, x.view(-1, BLOCK), out.view(-1, BLOCK)):
+    views = x.view(-1, BLOCK), out.view(-1, BLOCK)
+    for g, source, target in _scaled_chunks(scales, CHUNK_BLOCKS, *views):
         blocks = source.float() + 0.0
         scale = _block_scales(blocks, g, rule) * g
         target.copy_(torch.copysign(_nearest(blocks, scale), blocks))
 
 
 def quantize_nvfp4(
-    x: Tensor, global_scale: float, rule: str, codes: Tensor, block_scale: Tensor
+    x: Tensor, scales: Sequence[float], rule: str, codes: Tensor, block_scale: Tensor
 ) -> None:
     """Write the packed E2M1 codes (even column in the low nibble) and the E4M3 block scales."""
-    g = torch.tensor(global_scale, device=x.device)
     views = x.view(-1, BLOCK), codes.view(-1, BLOCK // 2), block_scale.view(-1, 1)
     values = torch.tensor(E2M1_VALUES, device=x.device)
-    for source, packed, stored in _chunks(CHUNK_BLOCKS, *views):
+    for g, source, packed, stored in _scaled_chunks(scales, CHUNK_BLOCKS, *views):
         blocks = source.float()
         scale = _block_scales(blocks, g, rule)
         q = round_e2m1(blocks / _divisor(scale * g)).abs_().nan_to_num_(0.0)
@@ -89,37 +88,38 @@ def quantize_nvfp4(
         stored.copy_(scale.to(torch.float8_e4m3fn))
 
 
-def dequantize_nvfp4(codes: Tensor, block_scale: Tensor, global_scale: float, out: Tensor) -> None:
+def dequantize_nvfp4(
+    codes: Tensor, block_scale: Tensor, scales: Sequence[float], out: Tensor
+) -> None:
     """Write E2M1 code x RN(block scale x global scale)."""
-    g = torch.tensor(global_scale, device=codes.device)
     table = torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES), device=codes.device)
     views = codes.view(-1, BLOCK // 2), block_scale.view(-1, 1), out.view(-1, BLOCK)
-    for packed, stored, target in _chunks(CHUNK_BLOCKS, *views):
+    for g, packed, stored, target in _scaled_chunks(scales, CHUNK_BLOCKS, *views):
         code = torch.stack((packed & 15, packed >> 4), dim=-1).view(-1, BLOCK)
         target.copy_(table[code.int()] * (stored.float() * g))
 
 
-def fake_quant_fp8(x: Tensor, scale: float, out: Tensor) -> None:
-    """Write `x` rounded through E4M3 with one scale."""
-    s = torch.tensor(scale, device=x.device)
-    for source, target in _chunks(CHUNK_BLOCKS * BLOCK, x.view(-1), out.view(-1)):
+def fake_quant_fp8(x: Tensor, scales: Sequence[float], out: Tensor) -> None:
+    """Write `x` rounded through E4M3."""
+    views = x.view(-1), out.view(-1)
+    for s, source, target in _scaled_chunks(scales, CHUNK_BLOCKS * BLOCK, *views):
         values = source.float()
         target.copy_(torch.copysign(round_e4m3(values / s) * s, values))
 
 
-def quantize_fp8(x: Tensor, scale: float, codes: Tensor) -> None:
+def quantize_fp8(x: Tensor, scales: Sequence[float], codes: Tensor) -> None:
     """Write the E4M3 codes; a NaN becomes 0x7F."""
-    s = torch.tensor(scale, device=x.device)
-    for source, target in _chunks(CHUNK_BLOCKS * BLOCK, x.view(-1), codes.view(-1)):
+    views = x.view(-1), codes.view(-1)
+    for s, source, target in _scaled_chunks(scales, CHUNK_BLOCKS * BLOCK, *views):
         values = source.float()
         q = torch.copysign(round_e4m3(values / s), values)
         target.copy_(q.masked_fill_(values.isnan(), torch.nan).to(torch.float8_e4m3fn))
 
 
-def dequantize_fp8(codes: Tensor, scale: float, out: Tensor) -> None:
+def dequantize_fp8(codes: Tensor, scales: Sequence[float], out: Tensor) -> None:
     """Write E4M3 code x scale."""
-    s = torch.tensor(scale, device=codes.device)
-    for source, target in _chunks(CHUNK_BLOCKS * BLOCK, codes.view(-1), out.view(-1)):
+    views = codes.view(-1), out.view(-1)
+    for s, source, target in _scaled_chunks(scales, CHUNK_BLOCKS * BLOCK, *views):
         target.copy_(source.float() * s)
 
 
@@ -132,6 +132,18 @@ def token_kl(reference: Tensor, logits: Tensor, out: Tensor) -> None:
         p = log_p.exp()
         terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
         target.copy_(terms.sum(dim=-1).clamp_(min=0.0))
+
+
+def _scaled_chunks(
+    scales: Sequence[float], rows: int, *tensors: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """Chunks of as many equal parts as there are scales, each after its part's scale."""
+    size = tensors[0].shape[0] // len(scales)
+    for part, scale in enumerate(scales):
+        value = torch.tensor(scale, device=tensors[0].device)
+        own = (t[part * size : (part + 1) * size] for t in tensors)
+        for chunk in _chunks(rows, *own):
+            yield value, *chunk
 
 
 def _chunks(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

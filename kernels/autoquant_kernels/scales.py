@@ -1,4 +1,4 @@
-"""Per-tensor scales from the largest magnitude of a tensor."""
+"""Scales of whole matrices from their largest magnitudes."""
 
 import math
 
@@ -14,19 +14,20 @@ FOUR_OVER_SIX_MAX = 256.0
 
 
 def nvfp4_global_scale(amax: float | Tensor, rule: str = "max") -> Tensor:
-    """The NVFP4 per-tensor scale RN(amax / (6 M)), M = 448, or 256 under `four_over_six`.
+    """The NVFP4 global scale RN(amax / (6 M)), M = 448, or 256 under `four_over_six`.
 
     It is what a checkpoint stores as `weight_scale_2` or `input_scale`.
 
     Args:
         amax: largest magnitude of the tensor, or of all that share the scale; 0 counts as 1.
+            `[E]` for one scale per matrix.
         rule: the scale rule of the weight, `max`, `mse` or `four_over_six`.
 
     Returns:
-        float32, 0-dimensional, on the CPU whatever the device of `amax`.
+        float32 of the shape of `amax`, on the CPU whatever its device.
 
     Raises:
-        ValueError: `amax` negative, infinite or NaN, or not one value; unknown `rule`.
+        ValueError: `amax` negative, infinite or NaN, or of two dimensions; unknown `rule`.
     """
     require_rule(rule)
     largest = FOUR_OVER_SIX_MAX if rule == "four_over_six" else E4M3_MAX
@@ -34,24 +35,23 @@ def nvfp4_global_scale(amax: float | Tensor, rule: str = "max") -> Tensor:
 
 
 def fp8_scale(amax: float | Tensor) -> Tensor:
-    """The FP8 per-tensor scale RN(amax / 448): float32, 0-dimensional, on the CPU.
+    """The FP8 scale RN(amax / 448): float32 of the shape of `amax`, on the CPU.
 
     Raises:
-        ValueError: `amax` negative, infinite or NaN, or not one value.
+        ValueError: `amax` negative, infinite or NaN, or of two dimensions.
     """
     return _amax(amax) / torch.tensor(E4M3_MAX)
 
 
 def _amax(amax: float | Tensor) -> Tensor:
-    if isinstance(amax, Tensor):
-        if amax.numel() != 1:
-            raise ValueError(f"amax has shape {tuple(amax.shape)}; it must be one value.")
-        value = amax.detach().to("cpu", torch.float32).reshape(())
-    else:
-        value = torch.tensor(amax, dtype=torch.float32)
-    number = float(value)
-    if not (math.isfinite(number) and number >= 0):
+    value = torch.as_tensor(amax, dtype=torch.float32, device="cpu").detach()
+    if value.ndim > 1:
         raise ValueError(
-            f"amax is {number}; it must be finite and not negative: find the NaN or Inf first."
+            f"amax has shape {tuple(value.shape)}; it must be one value, or one per matrix."
         )
-    return value if number else torch.ones(())
+    for number in value.reshape(-1).tolist():
+        if not (math.isfinite(number) and number >= 0):
+            raise ValueError(
+                f"amax is {number}; it must be finite and not negative: find the NaN or Inf first."
+            )
+    return torch.where(value == 0, 1.0, value)

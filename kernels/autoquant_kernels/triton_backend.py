@@ -5,6 +5,7 @@ interpreted kernels read and write float32, cast by torch, and divide instead of
 """
 
 import os
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -24,91 +25,106 @@ INTERPRETED_BLOCKS = 4096
 SAFE_SCALES = (2.0**-80, 2.0**80)
 """Global scales for which corrected division by any block scale neither over- nor underflows."""
 
+SAFE_WEIGHT_SCALES = (2.0**-80, 2.0**-3)
+"""Those for which besides no block but one of zeros has a scale that underflows to 0."""
+
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 PACK_OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 KL_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
-def fake_quant_nvfp4(x: Tensor, global_scale: float, out: Tensor) -> None:
+def fake_quant_nvfp4(x: Tensor, scales: Sequence[float], out: Tensor) -> None:
     """Dynamic NVFP4."""
     source, target = _plain(x), _target(out)
-    blocks = x.numel() // BLOCK
+    blocks = x.numel() // BLOCK // len(scales)
     size = _blocks(BLOCKS)
+    g, many = _on_device(scales, x)
+    sixth, divide = _block_division(scales, SAFE_SCALES)
     with _device(x):
-        kernels.fake_quant_nvfp4[_grid(blocks, size)](
-            source, target, blocks, global_scale, _divide(global_scale), size, **OPTIONS
+        kernels.fake_quant_nvfp4[_grid(blocks, size, scales)](
+            source, target, blocks, g, sixth, divide, size, many, **OPTIONS
         )
     _finish(target, out)
 
 
-def fake_quant_nvfp4_weight(x: Tensor, global_scale: float, rule: str, out: Tensor) -> None:
+def fake_quant_nvfp4_weight(x: Tensor, scales: Sequence[float], rule: str, out: Tensor) -> None:
     """Exported-form NVFP4."""
     source, target = _plain(x), _target(out)
-    blocks = x.numel() // BLOCK
+    blocks = x.numel() // BLOCK // len(scales)
     size = _blocks(BLOCKS if rule == "max" else WIDE_BLOCKS)
+    g, many = _on_device(scales, x)
+    sixth, divide = _block_division(scales, SAFE_WEIGHT_SCALES)
     with _device(x):
-        kernels.fake_quant_nvfp4_weight[_grid(blocks, size)](
-            source, target, blocks, global_scale, rule, _divide(global_scale), size, **OPTIONS
+        kernels.fake_quant_nvfp4_weight[_grid(blocks, size, scales)](
+            source, target, blocks, g, sixth, rule, divide, size, many, **OPTIONS
         )
     _finish(target, out)
 
 
 def quantize_nvfp4(
-    x: Tensor, global_scale: float, rule: str, codes: Tensor, block_scale: Tensor
+    x: Tensor, scales: Sequence[float], rule: str, codes: Tensor, block_scale: Tensor
 ) -> None:
     """NVFP4 codes and block scales."""
-    blocks = x.numel() // BLOCK
+    blocks = x.numel() // BLOCK // len(scales)
     size = _blocks(WIDE_BLOCKS)
-    words, scales = codes.view(-1).view(torch.int32), block_scale.view(torch.uint8)
-    divide = _divide(global_scale)
+    words, stored = codes.view(-1).view(torch.int32), block_scale.view(torch.uint8)
+    g, many = _on_device(scales, x)
+    sixth, divide = _block_division(scales, SAFE_WEIGHT_SCALES)
     with _device(x):
-        kernels.quantize_nvfp4[_grid(blocks, size)](
-            _plain(x), words, scales, blocks, global_scale, rule, divide, size, **PACK_OPTIONS
+        kernels.quantize_nvfp4[_grid(blocks, size, scales)](
+            _plain(x), words, stored, blocks, g, sixth, rule, divide, size, many, **PACK_OPTIONS
         )
 
 
-def dequantize_nvfp4(codes: Tensor, block_scale: Tensor, global_scale: float, out: Tensor) -> None:
+def dequantize_nvfp4(
+    codes: Tensor, block_scale: Tensor, scales: Sequence[float], out: Tensor
+) -> None:
     """NVFP4 codes and block scales to numbers."""
     target = _target(out)
-    words, scales = codes.view(-1).view(torch.int32), block_scale.view(torch.uint8)
+    words, stored = codes.view(-1).view(torch.int32), block_scale.view(torch.uint8)
+    count = words.numel() // len(scales)
     size = _blocks(WORDS)
+    g, many = _on_device(scales, codes)
     with _device(codes):
-        kernels.dequantize_nvfp4[_grid(words.numel(), size)](
-            words, scales, target, words.numel(), global_scale, size, **OPTIONS
+        kernels.dequantize_nvfp4[_grid(count, size, scales)](
+            words, stored, target, count, g, size, many, **OPTIONS
         )
     _finish(target, out)
 
 
-def fake_quant_fp8(x: Tensor, scale: float, out: Tensor) -> None:
+def fake_quant_fp8(x: Tensor, scales: Sequence[float], out: Tensor) -> None:
     """FP8 there and back."""
     source, target = _plain(x), _target(out)
+    count, size = x.numel() // len(scales), _elements()
+    scale, many = _on_device(scales, x)
+    division = _fp8_division(scales)
     with _device(x):
-        kernels.fake_quant_fp8[_grid(x.numel(), _elements())](
-            source, target, x.numel(), scale, *_fp8_division(scale), _elements(), **OPTIONS
+        kernels.fake_quant_fp8[_grid(count, size, scales)](
+            source, target, count, scale, *division, size, many, **OPTIONS
         )
     _finish(target, out)
 
 
-def quantize_fp8(x: Tensor, scale: float, codes: Tensor) -> None:
+def quantize_fp8(x: Tensor, scales: Sequence[float], codes: Tensor) -> None:
     """FP8 codes."""
+    source, target = _plain(x), codes.view(torch.uint8)
+    count, size = x.numel() // len(scales), _elements()
+    scale, many = _on_device(scales, x)
+    division = _fp8_division(scales)
     with _device(x):
-        kernels.quantize_fp8[_grid(x.numel(), _elements())](
-            _plain(x),
-            codes.view(torch.uint8),
-            x.numel(),
-            scale,
-            *_fp8_division(scale),
-            _elements(),
-            **OPTIONS,
+        kernels.quantize_fp8[_grid(count, size, scales)](
+            source, target, count, scale, *division, size, many, **OPTIONS
         )
 
 
-def dequantize_fp8(codes: Tensor, scale: float, out: Tensor) -> None:
+def dequantize_fp8(codes: Tensor, scales: Sequence[float], out: Tensor) -> None:
     """FP8 codes to numbers."""
-    target = _target(out)
+    source, target = codes.view(torch.uint8), _target(out)
+    count, size = codes.numel() // len(scales), _elements()
+    scale, many = _on_device(scales, codes)
     with _device(codes):
-        kernels.dequantize_fp8[_grid(codes.numel(), _elements())](
-            codes.view(torch.uint8), target, codes.numel(), scale, _elements(), **OPTIONS
+        kernels.dequantize_fp8[_grid(count, size, scales)](
+            source, target, count, scale, size, many, **OPTIONS
         )
     _finish(target, out)
 
@@ -123,8 +139,15 @@ def token_kl(reference: Tensor, logits: Tensor, out: Tensor) -> None:
         )
 
 
-def _grid(units: int, size: int) -> tuple[int]:
-    return (triton.cdiv(units, size),)
+def _on_device(scales: Sequence[float], x: Tensor) -> tuple[float | Tensor, bool]:
+    """What a kernel takes as its scale, and whether that points to one for each matrix."""
+    if len(scales) == 1:
+        return scales[0], False
+    return torch.tensor(scales, device=x.device), True
+
+
+def _grid(units: int, size: int, scales: Sequence[float]) -> tuple[int]:
+    return (len(scales) * triton.cdiv(units, size),)
 
 
 def _blocks(size: int) -> int:
@@ -135,12 +158,17 @@ def _elements() -> int:
     return INTERPRETED_BLOCKS * BLOCK if INTERPRETED else ELEMENTS
 
 
-def _divide(scale: float) -> bool:
-    return INTERPRETED or not SAFE_SCALES[0] <= scale <= SAFE_SCALES[1]
+def _block_division(scales: Sequence[float], safe: tuple[float, float]) -> tuple[float, bool]:
+    """RN(1 / RN(6 g)) of a single scale, and whether the processor's own division is needed."""
+    return float(1 / (torch.tensor(scales[0]) * 6)), _divide(scales, safe)
 
 
-def _fp8_division(scale: float) -> tuple[float, bool]:
-    return float(1 / torch.tensor(scale)), _divide(scale)
+def _fp8_division(scales: Sequence[float]) -> tuple[float, bool]:
+    return float(1 / torch.tensor(scales[0])), _divide(scales, SAFE_SCALES)
+
+
+def _divide(scales: Sequence[float], safe: tuple[float, float]) -> bool:
+    return INTERPRETED or min(scales) < safe[0] or max(scales) > safe[1]
 
 
 def _device(x: Tensor) -> torch.cuda.device:

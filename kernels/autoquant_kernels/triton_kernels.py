@@ -7,11 +7,13 @@ scale multiplies by its reciprocal and corrects the quotient with two fused mult
 exact for a correctly rounded reciprocal (Markstein 1990) as long as nothing over- or underflows;
 outside that range of scales `DIVIDE` asks for the processor's own division. Kernels must be
 compiled with `enable_fp_fusion=False`. Scales become tensors because the interpreter keeps numbers
-as float64.
+as float64. With `MANY` a tensor is a row of equal matrices, and `g` or `scale` points to one scale
+for each of them; sizes are then those of one matrix.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 
 @triton.jit
@@ -59,14 +61,6 @@ def _e4m3_number(code):
 
 
 @triton.jit
-def _e2m1_code(v):
-    """The 3-bit code of 0 <= v <= 6: steps counted by the sum, plus 2 per binade from 2 on."""
-    magic = _magic(v, 127, 22)
-    total = (v + magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
-    return total - magic + (magic >> 22) - 299
-
-
-@triton.jit
 def _quotient(x, safe, reciprocal, limit, DIVIDE: tl.constexpr):
     """RN(|x| / safe), at most limit / safe; NaN may become the latter."""
     x = tl.minimum(tl.abs(x), limit)
@@ -77,17 +71,39 @@ def _quotient(x, safe, reciprocal, limit, DIVIDE: tl.constexpr):
 
 
 @triton.jit
-def _blocks(blocks, BLOCKS: tl.constexpr):
-    """Offsets `[BLOCKS, 1]` of this program's blocks, and which of them exist."""
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    return block[:, None], (block < blocks)[:, None]
+def _share(scale, units, UNITS: tl.constexpr, MANY: tl.constexpr):
+    """This program's scale, its first unit, and how many exist from that on."""
+    program = tl.program_id(0)
+    if MANY:
+        programs = tl.cdiv(units, UNITS)
+        matrix = program // programs
+        done = (program - matrix * programs).to(tl.int64) * UNITS
+        return tl.load(scale + matrix), matrix.to(tl.int64) * units + done, units - done
+    first = program.to(tl.int64) * UNITS
+    return scale, first, units - first
+
+
+@triton.jit
+def _reciprocal(scale, known, DIVIDE: tl.constexpr, MANY: tl.constexpr):
+    """RN(1 / scale), which the host knows where there is one scale; unused with `DIVIDE`."""
+    if MANY and not DIVIDE:
+        return libdevice.rcp_rn(scale)
+    return known
+
+
+@triton.jit
+def _blocks(g, blocks, BLOCKS: tl.constexpr, MANY: tl.constexpr):
+    """The scale `[1, 1]`, offsets `[BLOCKS, 1]` of this program's blocks, and which exist."""
+    g, first, left = _share(g, blocks, BLOCKS, MANY)
+    number = tl.arange(0, BLOCKS)[:, None]
+    return tl.full((1, 1), g, tl.float32), first + number, number < left
 
 
 @triton.jit
 def _load(x_ptr, block, exists):
     first = x_ptr + block * 16 + tl.arange(0, 8)[None, :]
-    low = tl.load(first, mask=exists, other=0.0)
-    high = tl.load(first + 8, mask=exists, other=0.0)
+    low = tl.load(first, mask=exists)
+    high = tl.load(first + 8, mask=exists)
     return low.to(tl.float32), high.to(tl.float32)
 
 
@@ -123,16 +139,18 @@ def _largest(low, high):
 
 
 @triton.jit
-def _divisor(scale):
+def _divisor(scale, DIVIDE: tl.constexpr):
     """A block whose scale underflows to 0 holds zeros whatever it is divided by."""
     safe = tl.where(scale == 0.0, 1.0, scale)
-    return safe, tl.div_rn(1.0, safe), safe * 6.0
+    if DIVIDE:
+        return safe, safe, safe * 6.0
+    return safe, libdevice.rcp_rn(safe), safe * 6.0
 
 
 @triton.jit
 def _nearest(low, high, scale, DIVIDE: tl.constexpr):
     """The magnitudes of the elements after rounding to E2M1 numbers x `scale`."""
-    safe, reciprocal, limit = _divisor(scale)
+    safe, reciprocal, limit = _divisor(scale, DIVIDE)
     low_q = _round_e2m1(_quotient(low, safe, reciprocal, limit, DIVIDE))
     high_q = _round_e2m1(_quotient(high, safe, reciprocal, limit, DIVIDE))
     return low_q * scale, high_q * scale
@@ -146,29 +164,41 @@ def _squared_error(low_y, high_y, low, high):
 
 
 @triton.jit
-def _stored_scale(exact):
-    """A block scale as checkpoints keep it; NaN stays NaN."""
-    atleast = tl.maximum(exact, 0.001953125, propagate_nan=tl.PropagateNan.ALL)
-    return _round_e4m3(tl.minimum(atleast, 448.0, propagate_nan=tl.PropagateNan.ALL))
+def _sixths(amax, g, sixth, DIVIDE: tl.constexpr):
+    """RN(amax / RN(6 g)), cut off where it rounds to 448; NaN stays NaN."""
+    six = g * 6.0
+    if DIVIDE:
+        t = tl.div_rn(amax, six)
+        return tl.minimum(t, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    amax = tl.minimum(amax, six * 448.0, propagate_nan=tl.PropagateNan.ALL)
+    guess = amax * sixth
+    return tl.fma(tl.fma(guess, -six, amax), sixth, guess)
 
 
 @triton.jit
-def _amax_scale(amax, g):
+def _stored_scale(exact):
+    """A block scale as checkpoints keep it; NaN stays NaN."""
+    return _round_e4m3(tl.maximum(exact, 0.001953125, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def _amax_scale(amax, g, sixth, DIVIDE: tl.constexpr):
     """The E4M3 number nearest to amax / 6g that checkpoints keep; 1 for a block of zeros."""
-    exact = tl.div_rn(amax, g * 6.0)
+    exact = _sixths(amax, g, sixth, DIVIDE)
     return tl.where(exact == 0.0, 1.0, _stored_scale(exact))
 
 
 @triton.jit
-def _four_scale(amax, g):
-    exact = tl.div_rn(amax, g * 6.0)
-    return tl.where(exact == 0.0, 1.0, _stored_scale(tl.div_rn(amax * 1.5, g * 6.0)))
+def _four_scale(amax, g, sixth, DIVIDE: tl.constexpr):
+    exact = _sixths(amax, g, sixth, DIVIDE)
+    four = _stored_scale(_sixths(amax * 1.5, g, sixth, DIVIDE))
+    return tl.where(exact == 0.0, 1.0, four)
 
 
 @triton.jit
-def _best_in_window(low, high, amax, g, DIVIDE: tl.constexpr):
+def _best_in_window(low, high, amax, g, sixth, DIVIDE: tl.constexpr):
     """The E4M3 scale of least squared error from 3 codes below to 8 above that of `amax`."""
-    start = _amax_scale(amax, g)
+    start = _amax_scale(amax, g, sixth, DIVIDE)
     start_code = _e4m3_code(start)
     best = start
     least = tl.full(start.shape, float("inf"), tl.float32)
@@ -180,73 +210,139 @@ def _best_in_window(low, high, amax, g, DIVIDE: tl.constexpr):
         better = (error < least) | (offset == -3)
         best = tl.where(better, candidate, best)
         least = tl.where(better, error, least)
-    fixed = (start != start) | (tl.div_rn(amax, g * 6.0) == 0.0)
+    fixed = (start != start) | (_sixths(amax, g, sixth, DIVIDE) == 0.0)
     return tl.where(fixed, start, best)
 
 
 @triton.jit
-def _weight_scale(low, high, g, RULE: tl.constexpr, DIVIDE: tl.constexpr):
+def _weight_scale(low, high, g, sixth, RULE: tl.constexpr, DIVIDE: tl.constexpr):
     """E4M3 block scales `[BLOCKS, 1]` as float32, as checkpoints keep them; NaN stays NaN."""
     amax = _largest(low, high)
     if RULE == "mse":
-        return _best_in_window(low, high, amax, g, DIVIDE)
+        return _best_in_window(low, high, amax, g, sixth, DIVIDE)
     if RULE == "four_over_six":
-        six, four = _amax_scale(amax, g), _four_scale(amax, g)
+        six = _amax_scale(amax, g, sixth, DIVIDE)
+        four = _four_scale(amax, g, sixth, DIVIDE)
         low_six, high_six = _nearest(low, high, six * g, DIVIDE)
         low_four, high_four = _nearest(low, high, four * g, DIVIDE)
         error_six = _squared_error(low_six, high_six, low, high)
         error_four = _squared_error(low_four, high_four, low, high)
         return tl.where(error_four < error_six, four, six)
-    return _amax_scale(amax, g)
+    return _amax_scale(amax, g, sixth, DIVIDE)
 
 
 @triton.jit
-def _weight_magnitudes(low, high, g, RULE: tl.constexpr, DIVIDE: tl.constexpr):
+def _weight_magnitudes(low, high, g, sixth, RULE: tl.constexpr, DIVIDE: tl.constexpr):
     """What the exported form of a weight dequantizes to, without signs."""
     if RULE == "four_over_six":
         amax = _largest(low, high)
-        low_six, high_six = _nearest(low, high, _amax_scale(amax, g) * g, DIVIDE)
-        low_four, high_four = _nearest(low, high, _four_scale(amax, g) * g, DIVIDE)
+        six = _amax_scale(amax, g, sixth, DIVIDE)
+        four = _four_scale(amax, g, sixth, DIVIDE)
+        low_six, high_six = _nearest(low, high, six * g, DIVIDE)
+        low_four, high_four = _nearest(low, high, four * g, DIVIDE)
         error_six = _squared_error(low_six, high_six, low, high)
         error_four = _squared_error(low_four, high_four, low, high)
-        four = error_four < error_six
-        return tl.where(four, low_four, low_six), tl.where(four, high_four, high_six)
-    return _nearest(low, high, _weight_scale(low, high, g, RULE, DIVIDE) * g, DIVIDE)
+        better = error_four < error_six
+        return tl.where(better, low_four, low_six), tl.where(better, high_four, high_six)
+    return _nearest(low, high, _weight_scale(low, high, g, sixth, RULE, DIVIDE) * g, DIVIDE)
 
 
 @triton.jit
-def fake_quant_nvfp4(x_ptr, out_ptr, blocks, g, DIVIDE: tl.constexpr, BLOCKS: tl.constexpr):
+def fake_quant_nvfp4(
+    x_ptr,
+    out_ptr,
+    blocks,
+    g,
+    sixth,
+    DIVIDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    MANY: tl.constexpr,
+):
     """Dynamic NVFP4 of `blocks` blocks."""
-    g = tl.full((1, 1), g, tl.float32)
-    block, exists = _blocks(blocks, BLOCKS)
+    g, block, exists = _blocks(g, blocks, BLOCKS, MANY)
+    sixth = _reciprocal(g * 6.0, sixth, DIVIDE, MANY)
     low, high = _load(x_ptr, block, exists)
-    t = tl.div_rn(_largest(low, high), g * 6.0)
-    scale = _round_e4m3(tl.minimum(t, 448.0, propagate_nan=tl.PropagateNan.ALL)) * g
+    scale = _round_e4m3(_sixths(_largest(low, high), g, sixth, DIVIDE)) * g
     low_y, high_y = _nearest(low, high, scale, DIVIDE)
     _store(out_ptr, block, exists, _with_sign_of(low_y, low), _with_sign_of(high_y, high))
 
 
 @triton.jit
 def fake_quant_nvfp4_weight(
-    x_ptr, out_ptr, blocks, g, RULE: tl.constexpr, DIVIDE: tl.constexpr, BLOCKS: tl.constexpr
+    x_ptr,
+    out_ptr,
+    blocks,
+    g,
+    sixth,
+    RULE: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    MANY: tl.constexpr,
 ):
     """The exported form of a weight, dequantized."""
-    g = tl.full((1, 1), g, tl.float32)
-    block, exists = _blocks(blocks, BLOCKS)
+    g, block, exists = _blocks(g, blocks, BLOCKS, MANY)
+    sixth = _reciprocal(g * 6.0, sixth, DIVIDE, MANY)
     low, high = _load(x_ptr, block, exists)
-    low_y, high_y = _weight_magnitudes(low, high, g, RULE, DIVIDE)
+    low_y, high_y = _weight_magnitudes(low, high, g, sixth, RULE, DIVIDE)
     low_y, high_y = _with_sign_of(low_y, low + 0.0), _with_sign_of(high_y, high + 0.0)
     _store(out_ptr, block, exists, low_y, high_y)
 
 
 @triton.jit
+def _columns(v):
+    """The columns of `[BLOCKS, 8]`, `[BLOCKS, 1]` each."""
+    left, right = _halves(v, 4)
+    a, b = _halves(left, 2)
+    c, d = _halves(right, 2)
+    v0, v1 = _halves(a, 1)
+    v2, v3 = _halves(b, 1)
+    v4, v5 = _halves(c, 1)
+    v6, v7 = _halves(d, 1)
+    return v0, v1, v2, v3, v4, v5, v6, v7
+
+
+@triton.jit
+def _joined_sums(v):
+    """v0 + 16 v1 + ... + 16^7 v7 of the columns, modulo 2^32."""
+    v0, v1, v2, v3, v4, v5, v6, v7 = _columns(v.to(tl.uint32, bitcast=True))
+    word = (v7 * 16 + v6) * 16 + v5
+    word = ((word * 16 + v4) * 16 + v3) * 16 + v2
+    return (word * 16 + v1) * 16 + v0
+
+
+@triton.jit
+def _joined_signs(v):
+    """The sign of column i in bit 4 i + 3. Shifting in four bits is one instruction."""
+    v0, v1, v2, v3, v4, v5, v6, v7 = _columns(v.to(tl.uint32, bitcast=True))
+    word = v7 >> 28
+    word = (word << 4) | (v6 >> 28)
+    word = (word << 4) | (v5 >> 28)
+    word = (word << 4) | (v4 >> 28)
+    word = (word << 4) | (v3 >> 28)
+    word = (word << 4) | (v2 >> 28)
+    word = (word << 4) | (v1 >> 28)
+    word = (word << 4) | (v0 >> 28)
+    return word & 0x88888888
+
+
+@triton.jit
 def _packed(x, scale, DIVIDE: tl.constexpr):
-    """The codes of `[BLOCKS, 8]` elements as `[BLOCKS, 1]` words, the first in the low nibble."""
-    safe, reciprocal, limit = _divisor(scale)
-    nibble = 4 * tl.arange(0, 8)[None, :]
-    signs = ((x + 0.0).to(tl.int32, bitcast=True) >> (28 - nibble)) & (8 << nibble)
-    codes = _e2m1_code(_quotient(x, safe, reciprocal, limit, DIVIDE)) << nibble
-    word = tl.sum(codes, axis=1, keep_dims=True) | tl.sum(signs, axis=1, keep_dims=True)
+    """The codes of `[BLOCKS, 8]` elements as `[BLOCKS, 1]` words, the first in the low nibble.
+
+    The code of v in [0, 6] is min(2 v, v + 2, v / 2 + 4) rounded to nearest even: each term is the
+    code between two powers of two. Adding 1.5 x 2^23 rounds it.
+    """
+    safe, reciprocal, _ = _divisor(scale, DIVIDE)
+    if DIVIDE:
+        signed = x + 0.0
+        quotient = tl.div_rn(signed, safe)
+    else:
+        signed = tl.fma(x, reciprocal, 0.0)  # -0.0 becomes 0.0
+        quotient = tl.fma(tl.fma(signed, -safe, x), reciprocal, signed)
+    v = tl.minimum(tl.abs(quotient), 6.0)
+    code = tl.minimum(v + 12582914.0, tl.fma(v, 0.5, 12582916.0))
+    code = tl.minimum(tl.fma(v, 2.0, 12582912.0), code)
+    word = (_joined_sums(code) - 0x3F400000) | _joined_signs(signed)
     return tl.where(scale != scale, 0, word)
 
 
@@ -257,15 +353,17 @@ def quantize_nvfp4(
     scales_ptr,
     blocks,
     g,
+    sixth,
     RULE: tl.constexpr,
     DIVIDE: tl.constexpr,
     BLOCKS: tl.constexpr,
+    MANY: tl.constexpr,
 ):
     """Eight codes to a word, two words and an E4M3 scale to a block."""
-    g = tl.full((1, 1), g, tl.float32)
-    block, exists = _blocks(blocks, BLOCKS)
+    g, block, exists = _blocks(g, blocks, BLOCKS, MANY)
+    sixth = _reciprocal(g * 6.0, sixth, DIVIDE, MANY)
     low, high = _load(x_ptr, block, exists)
-    scale = _weight_scale(low, high, g, RULE, DIVIDE)
+    scale = _weight_scale(low, high, g, sixth, RULE, DIVIDE)
     tl.store(scales_ptr + block, _e4m3_code(scale).to(tl.uint8), mask=exists)
     low_word = _packed(low, scale * g, DIVIDE)
     high_word = _packed(high, scale * g, DIVIDE)
@@ -281,12 +379,15 @@ def _e2m1_number(code):
 
 
 @triton.jit
-def dequantize_nvfp4(words_ptr, scales_ptr, out_ptr, words, g, WORDS: tl.constexpr):
+def dequantize_nvfp4(
+    words_ptr, scales_ptr, out_ptr, words, g, WORDS: tl.constexpr, MANY: tl.constexpr
+):
     """A thread turns a word of 8 codes into 8 neighbours; two words share a block scale."""
+    g, first, left = _share(g, words, WORDS, MANY)
     g = tl.full((1,), g, tl.float32)
-    at = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    at = first + tl.arange(0, WORDS)
     at = tl.max_contiguous(at, 1)  # one word per load, or its layout and the result's would differ
-    exists = at < words
+    exists = tl.arange(0, WORDS) < left
     word = tl.load(words_ptr + at, mask=exists, other=0)
     code = tl.load(scales_ptr + at // 2, mask=exists, other=0).to(tl.int32)
     scale = _e4m3_number(code) * g
@@ -294,6 +395,14 @@ def dequantize_nvfp4(words_ptr, scales_ptr, out_ptr, words, g, WORDS: tl.constex
     y = _e2m1_number(word[:, None] >> (4 * column)) * scale[:, None]
     first = out_ptr + at[:, None] * 8 + column
     tl.store(first, y.to(out_ptr.dtype.element_ty), mask=exists[:, None])
+
+
+@triton.jit
+def _elements(scale, n, ELEMENTS: tl.constexpr, MANY: tl.constexpr):
+    """The scale `[1]`, offsets `[ELEMENTS]` of this program's elements, and which exist."""
+    scale, first, left = _share(scale, n, ELEMENTS, MANY)
+    number = tl.arange(0, ELEMENTS)
+    return tl.full((1,), scale, tl.float32), first + number, number < left
 
 
 @triton.jit
@@ -311,37 +420,50 @@ def _fp8_magnitude(x, scale, reciprocal, DIVIDE: tl.constexpr):
 
 @triton.jit
 def fake_quant_fp8(
-    x_ptr, out_ptr, n, scale, reciprocal, DIVIDE: tl.constexpr, ELEMENTS: tl.constexpr
+    x_ptr,
+    out_ptr,
+    n,
+    scale,
+    reciprocal,
+    DIVIDE: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    MANY: tl.constexpr,
 ):
     """FP8 there and back."""
-    scale = tl.full((1,), scale, tl.float32)
-    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
-    y = _fp8_magnitude(x, scale, reciprocal, DIVIDE) * scale
-    tl.store(out_ptr + at, _with_sign_of(y, x).to(out_ptr.dtype.element_ty), mask=at < n)
+    scale, at, exists = _elements(scale, n, ELEMENTS, MANY)
+    x = tl.load(x_ptr + at, mask=exists, other=0.0).to(tl.float32)
+    y = _fp8_magnitude(x, scale, _reciprocal(scale, reciprocal, DIVIDE, MANY), DIVIDE) * scale
+    tl.store(out_ptr + at, _with_sign_of(y, x).to(out_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit
 def quantize_fp8(
-    x_ptr, codes_ptr, n, scale, reciprocal, DIVIDE: tl.constexpr, ELEMENTS: tl.constexpr
+    x_ptr,
+    codes_ptr,
+    n,
+    scale,
+    reciprocal,
+    DIVIDE: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    MANY: tl.constexpr,
 ):
     """FP8 codes."""
-    scale = tl.full((1,), scale, tl.float32)
-    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
-    code = _e4m3_code(_fp8_magnitude(x, scale, reciprocal, DIVIDE))
+    scale, at, exists = _elements(scale, n, ELEMENTS, MANY)
+    x = tl.load(x_ptr + at, mask=exists, other=0.0).to(tl.float32)
+    code = _e4m3_code(
+        _fp8_magnitude(x, scale, _reciprocal(scale, reciprocal, DIVIDE, MANY), DIVIDE)
+    )
     sign = (x.to(tl.int32, bitcast=True) >> 24) & tl.where(x != x, 0, 0x80)
-    tl.store(codes_ptr + at, (code | sign).to(tl.uint8), mask=at < n)
+    tl.store(codes_ptr + at, (code | sign).to(tl.uint8), mask=exists)
 
 
 @triton.jit
-def dequantize_fp8(codes_ptr, out_ptr, n, scale, ELEMENTS: tl.constexpr):
+def dequantize_fp8(codes_ptr, out_ptr, n, scale, ELEMENTS: tl.constexpr, MANY: tl.constexpr):
     """FP8 codes to numbers."""
-    scale = tl.full((1,), scale, tl.float32)
-    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    code = tl.load(codes_ptr + at, mask=at < n, other=0).to(tl.int32)
+    scale, at, exists = _elements(scale, n, ELEMENTS, MANY)
+    code = tl.load(codes_ptr + at, mask=exists, other=0).to(tl.int32)
     y = _e4m3_number(code) * scale
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=at < n)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit

@@ -57,12 +57,12 @@ def check_bits(x: Tensor) -> None:
     """Raise unless the backend in force returns the reference's bits."""
     g = float(ak.nvfp4_global_scale(x.abs().max()))
     expected = torch.empty_like(x)
-    reference.fake_quant_nvfp4(x, g, expected)
+    reference.fake_quant_nvfp4(x, [g], expected)
     assert_equal(expected, ak.fake_quant_nvfp4(x, g))
-    reference.fake_quant_fp8(x, g, expected)
+    reference.fake_quant_fp8(x, [g], expected)
     assert_equal(expected, ak.fake_quant_fp8(x, g))
     for rule in ("max", "mse", "four_over_six"):
-        reference.fake_quant_nvfp4_weight(x, g, rule, expected)
+        reference.fake_quant_nvfp4_weight(x, [g], rule, expected)
         assert_equal(expected, ak.fake_quant_nvfp4_weight(x, g, rule=rule))
         codes, scales = ak.quantize_nvfp4(x, g, rule=rule)
         assert_equal(expected, ak.dequantize_nvfp4(codes, scales, g))
@@ -95,7 +95,7 @@ def peers(x: Tensor) -> list[Timed]:
     g = float(ak.nvfp4_global_scale(x.abs().max()))
     out = torch.empty_like(x)
     found: list[Timed] = [
-        ("fake_quant_nvfp4", "reference", 4, lambda: reference.fake_quant_nvfp4(x, g, out))
+        ("fake_quant_nvfp4", "reference", 4, lambda: reference.fake_quant_nvfp4(x, [g], out))
     ]
     for build in (modelopt, compressed_tensors, torchao, inductor):
         try:

@@ -1,7 +1,7 @@
 """Times every GPU operation with a cold cache, after checking its bits against the reference.
 
     python kernels/bench/gpu.py --out kernels/bench/results/gpu.csv
-    python kernels/bench/gpu.py --tune
+    python kernels/bench/gpu.py --tune quantize_nvfp4 "weight max"
 
 The peer is ModelOpt's own Triton kernel, launched as its wrapper launches it. Event pairs enclose
 the kernel alone: a buffer several times the size of the cache is overwritten before each, which
@@ -10,7 +10,7 @@ also gives Python the time to have the launch queued.
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import autoquant_kernels as ak
@@ -23,6 +23,7 @@ from torch import Tensor
 SHAPES = ((4096, 4096), (8192, 28672), (32768, 4096))
 REPEATS = 100
 FLUSH_BYTES = 1 << 30
+MATRICES = 128
 HEAD = (32768, 4096, 131072)
 SCALE_RULES = ("mse", "four_over_six")
 
@@ -31,11 +32,11 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="CSV file for the rows")
-    parser.add_argument("--tune", action="store_true", help="time block sizes and warps instead")
+    parser.add_argument("--tune", nargs="+", help="operations whose block sizes to time instead")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     if arguments.tune:
-        tune()
+        tune(arguments.tune)
         return
     check_bits()
     check_parity_with_modelopt()
@@ -55,12 +56,12 @@ def check_bits() -> None:
         x = torch.randn(1024, 4096).mul_(torch.randn(1024, 1).mul_(2).exp_()).to(dtype)
         g = float(ak.nvfp4_global_scale(x.float().abs().max()))
         expected = torch.empty_like(x)
-        reference.fake_quant_nvfp4(x, g, expected)
+        reference.fake_quant_nvfp4(x, [g], expected)
         assert_equal(expected, ak.fake_quant_nvfp4(x.cuda(), g))
-        reference.fake_quant_fp8(x, g, expected)
+        reference.fake_quant_fp8(x, [g], expected)
         assert_equal(expected, ak.fake_quant_fp8(x.cuda(), g))
         for rule in ("max", *SCALE_RULES):
-            reference.fake_quant_nvfp4_weight(x, g, rule, expected)
+            reference.fake_quant_nvfp4_weight(x, [g], rule, expected)
             assert_equal(expected, ak.fake_quant_nvfp4_weight(x.cuda(), g, rule=rule))
             codes, scales = ak.quantize_nvfp4(x.cuda(), g, rule=rule)
             assert_equal(expected, ak.dequantize_nvfp4(codes, scales, g, dtype=dtype))
@@ -144,6 +145,7 @@ def operations(shape: tuple[int, int]) -> dict[str, tuple[str, float, Callable[[
     fp8 = ak.quantize_fp8(x, scale)
     device_g = torch.tensor(g, device="cuda")
     weight = ak.fake_quant_nvfp4_weight
+    each = ak.nvfp4_global_scale(x.abs().view(MATRICES, -1).amax(dim=1))
     return {
         "copy": ("torch", 4, lambda: out.copy_(x)),
         "fake_quant_nvfp4": ("triton", 4, lambda: ak.fake_quant_nvfp4(x, g, out=out)),
@@ -158,6 +160,13 @@ def operations(shape: tuple[int, int]) -> dict[str, tuple[str, float, Callable[[
         "quantize_fp8": ("triton", 3, lambda: ak.quantize_fp8(x, scale)),
         "dequantize_fp8": ("triton", 3, lambda: ak.dequantize_fp8(fp8, scale, out=out)),
         "weight max": ("triton", 4, lambda: weight(x, g, out=out)),
+        "weight max, 128 scales": (
+            "triton",
+            4,
+            lambda: weight(
+                x.view(MATRICES, -1, shape[1]), each, out=out.view(MATRICES, -1, shape[1])
+            ),
+        ),
         "weight four_over_six": (
             "triton",
             4,
@@ -210,17 +219,14 @@ def time_head() -> list[Row]:
     ]
 
 
-def tune() -> None:
-    """Print the median time of every block size and warp count."""
-    shape = (8192, 28672)
-    work = operations(shape)
-    for op in ("copy", *(name for name in work if name != "copy" and "modelopt" not in name)):
-        if op == "copy":
-            print(op, round(median(cold(work[op][2], 30)), 1))
-            continue
+def tune(names: Sequence[str]) -> None:
+    """Print the median times of block sizes and warp counts, the fastest first."""
+    work = operations((8192, 28672))
+    print("copy", round(median(cold(work["copy"][2], 30)), 1))
+    for op in names:
         sizes = (1024, 2048, 4096, 8192) if "fp8" in op else (64, 128, 256, 512)
         found = []
-        for size, warps in itertools.product(sizes, (2, 4, 8)):
+        for size, warps in itertools.product(sizes, (1, 2, 4, 8)):
             triton_backend.BLOCKS = triton_backend.WIDE_BLOCKS = size
             triton_backend.WORDS = triton_backend.ELEMENTS = size
             triton_backend.OPTIONS["num_warps"] = warps

@@ -106,10 +106,10 @@ def five_distributions(rows: int, columns: int) -> dict[str, Tensor]:
     }
 
 
-def all_outputs(x: Tensor, amax: float) -> dict[str, Tensor]:
+def all_outputs(x: Tensor, amax: float | Tensor) -> dict[str, Tensor]:
     """Every operation on `x` `[..., K]` under the backend in force, by name."""
-    scale = float(ak.fp8_scale(amax))
-    g = float(ak.nvfp4_global_scale(amax))
+    scale = ak.fp8_scale(amax)
+    g = ak.nvfp4_global_scale(amax)
     found = {
         "dynamic": ak.fake_quant_nvfp4(x, g),
         "fp8": ak.fake_quant_fp8(x, scale),
@@ -117,7 +117,7 @@ def all_outputs(x: Tensor, amax: float) -> dict[str, Tensor]:
     }
     found["fp8 numbers"] = ak.dequantize_fp8(found["fp8 codes"], scale, dtype=x.dtype)
     for rule in RULES:
-        g = float(ak.nvfp4_global_scale(amax, rule))
+        g = ak.nvfp4_global_scale(amax, rule)
         codes, scales = ak.quantize_nvfp4(x, g, rule=rule)
         found[f"{rule} weight"] = ak.fake_quant_nvfp4_weight(x, g, rule=rule)
         found[f"{rule} codes"], found[f"{rule} scales"] = codes, scales

@@ -62,23 +62,31 @@ def main() -> None:
         "words": "i32",
         "n": "i32",
         "g": "fp32",
+        "sixth": "fp32",
         "scale": "fp32",
         "reciprocal": "fp32",
     }
-    threads = 32 * triton_backend.OPTIONS["num_warps"]
+    usual, packing = (
+        options["num_warps"] for options in (triton_backend.OPTIONS, triton_backend.PACK_OPTIONS)
+    )
     cases = {
-        "fake_quant_nvfp4": ({"BLOCKS": triton_backend.BLOCKS, "DIVIDE": False}, 16),
-        "dequantize_nvfp4": ({"WORDS": triton_backend.WORDS}, 8),
-        "fake_quant_fp8": ({"ELEMENTS": triton_backend.ELEMENTS, "DIVIDE": False}, 1),
+        "fake_quant_nvfp4": ({"BLOCKS": triton_backend.BLOCKS, "DIVIDE": False}, 16, usual),
+        "quantize_nvfp4": (
+            {"BLOCKS": triton_backend.WIDE_BLOCKS, "RULE": "max", "DIVIDE": False},
+            16,
+            packing,
+        ),
+        "dequantize_nvfp4": ({"WORDS": triton_backend.WORDS}, 8, usual),
+        "fake_quant_fp8": ({"ELEMENTS": triton_backend.ELEMENTS, "DIVIDE": False}, 1, usual),
     }
     found = {}
-    for name, (constants, elements_per_unit) in cases.items():
+    for name, (constants, elements_per_unit, warps) in cases.items():
         kernel = getattr(triton_kernels, name)
         signature = {k: v for k, v in (pointers | scalars).items() if k in kernel.arg_names}
-        counts = instructions(kernel, signature, constants)
-        units = next(v for k, v in constants.items() if k != "DIVIDE")
+        counts = instructions(kernel, signature, constants | {"MANY": False}, warps=warps)
+        elements = next(iter(constants.values())) * elements_per_unit
         found[name] = {
-            "per_element": counts.total() * threads / (units * elements_per_unit),
+            "per_element": counts.total() * 32 * warps / elements,
             "exchanges": sum(counts[op] for op in ("SHFL", "STS", "LDS", "BAR")),
         }
     print(json.dumps(found))

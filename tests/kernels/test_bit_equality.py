@@ -53,6 +53,24 @@ def test_any_number_of_blocks(backend: str, blocks: int) -> None:
     compare(five_distributions(blocks, 16)["normal"].bfloat16(), 4.0, backend)
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("amax", [(3.0, 0.25, 1.0), (1e-36, 3.0, 1e30)])
+@pytest.mark.parametrize("columns", [32, 4112])
+def test_matrices_with_their_own_scales_equal_each_alone(
+    backend: str, amax: tuple[float, ...], columns: int
+) -> None:
+    x = torch.stack(
+        [five_distributions(3, columns)[name] for name in ("normal", "uniform", "laplace")]
+    )
+    x = (x * torch.tensor(amax)[:, None, None] / 4).bfloat16()
+    with forced("reference"):
+        alone = [all_outputs(matrix, largest) for matrix, largest in zip(x, amax, strict=True)]
+    with forced(backend) as device:
+        got = all_outputs(x.to(device), torch.tensor(amax))
+    for name, tensor in got.items():
+        assert_same_bits(torch.stack([each[name] for each in alone]), tensor)
+
+
 @pytest.mark.parametrize("backend", BACKENDS[:-1])
 @given(
     block=st.lists(st.floats(width=32), min_size=16, max_size=16),

@@ -35,10 +35,22 @@ class TestNvfp4:
         with pytest.raises(ValueError, match="positive and finite"):
             call(X, g)
 
-    @pytest.mark.parametrize("g", [torch.ones(2), torch.ones((), dtype=torch.float64)])
+    @pytest.mark.parametrize(
+        "g", [torch.ones(2), torch.ones(4, 1), torch.ones((), dtype=torch.float64)]
+    )
     def test_global_scale_tensor(self, call: object, g: Tensor) -> None:
-        with pytest.raises(ValueError, match="one float32 value"):
+        with pytest.raises(
+            ValueError, match=r"one float32 value, or one for each matrix.*\(4, 32\)"
+        ):
             call(X, g)
+
+    def test_a_scale_for_each_element(self, call: object) -> None:
+        with pytest.raises(ValueError, match="one float32 value"):
+            call(torch.ones(32), torch.ones(32))
+
+    def test_one_of_many_scales(self, call: object) -> None:
+        with pytest.raises(ValueError, match=r"-1\.0; it must be positive"):
+            call(X, torch.tensor([1.0, 2.0, -1.0, 1.0]))
 
 
 @pytest.mark.parametrize("call", [ak.fake_quant_nvfp4, ak.fake_quant_nvfp4_weight])
@@ -75,7 +87,9 @@ def test_unknown_rule(call: object) -> None:
         call(X, G, rule="best")
 
 
-@pytest.mark.parametrize("amax", [-1.0, torch.nan, torch.inf, torch.ones(2)])
+@pytest.mark.parametrize(
+    "amax", [-1.0, torch.nan, torch.inf, torch.tensor([1.0, -1.0]), torch.ones(2, 1)]
+)
 def test_amax(amax: float | Tensor) -> None:
     with pytest.raises(ValueError, match="amax"):
         ak.nvfp4_global_scale(amax)

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-LIMITS = {"fake_quant_nvfp4": 22, "dequantize_nvfp4": 12, "fake_quant_fp8": 16}
+LIMITS = {
+    "fake_quant_nvfp4": 19,
+    "quantize_nvfp4": 19,
+    "dequantize_nvfp4": 12,
+    "fake_quant_fp8": 16,
+}
 HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -39,6 +44,8 @@ def test_instructions_per_element(counted: dict[str, dict[str, float]], operatio
 
 
 @pytest.mark.slow
-def test_threads_exchange_nothing(counted: dict[str, dict[str, float]]) -> None:
+def test_threads_exchange_nothing_but_packed_block_scales(
+    counted: dict[str, dict[str, float]],
+) -> None:
     for operation, found in counted.items():
-        assert found["exchanges"] == 0, operation
+        assert found["exchanges"] <= (10 if operation == "quantize_nvfp4" else 0), operation
