@@ -14,7 +14,7 @@ bits per element of the checkpoint, and sizes bytes.
 
 import inspect
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _TRIAL_COLUMNS = tuple(field.name for field in fields(TrialRow))
 
-__all__ = ["Run", "load_run", "search"]
+__all__ = ["Run", "load_run", "search", "search_budgets"]
 
 
 class Run:
@@ -176,6 +176,7 @@ def search(
     budget_scope: Literal["checkpoint", "searched"] = "checkpoint",
     space: str = "default",
     activation_mode: Literal["w4a4", "w4a16"] = "w4a4",
+    kv_cache: Literal["bf16", "fp8"] = "bf16",
     trials: int = 60,
     max_seconds: float | None = None,
     max_tokens: int | None = None,
@@ -194,6 +195,7 @@ def search(
     out: Path | str | None = None,
     resume: bool = True,
     export: bool = True,
+    layout: Literal["modelopt", "compressed-tensors"] = "modelopt",
     observer: "Observer | None" = None,
 ) -> Run:
     """Search formats for every layer under a budget, and export the winner.
@@ -206,6 +208,8 @@ def search(
         budget_scope: what the budget counts: the whole checkpoint, or the layers left open.
         space: which layers may take which formats: a shipped space's name, or a YAML file.
         activation_mode: whether NVFP4 layers see NVFP4 inputs (w4a4) or BF16 inputs (w4a16).
+        kv_cache: how engines are to keep keys and values; fp8 calibrates and stores scales for
+            them, and counts what it costs in KL.
         trials: joint measurements beyond the baselines and the solver's optimum.
         max_seconds: begin no further trial after this time.
         max_tokens: begin no further trial once all trials together have seen so many tokens.
@@ -224,6 +228,8 @@ def search(
         out: run directory; a folder of `runs/` by default.
         resume: go on with an earlier run of the same search; False sets it aside.
         export: write the winner as a checkpoint.
+        layout: who reads it: vLLM, SGLang and TensorRT-LLM (modelopt), or vLLM, SGLang and
+            transformers (compressed-tensors).
         observer: told of every stage and trial; nobody by default.
 
     Raises:
@@ -233,34 +239,63 @@ def search(
         RunConflict: `out` holds another search, or another process holds it.
     """
     arguments = {name: value for name, value in locals().items() if name != "observer"}
+    return _search(arguments, observer)[0]
+
+
+def search_budgets(
+    model: str | Path | None = None, *, budgets_bpe: Sequence[float], **settings: Any
+) -> list[Run]:
+    """Search under several budgets with one set of probes; one run for each, in their order.
+
+    The same as the command `autoquant search --budget-bpe 4.75,5,5.5`.
+
+    Args:
+        model: folder or hub id; the bundled reference model by default.
+        budgets_bpe: most stored bits per element, distinct; each gets a folder of `out`.
+        settings: the other arguments of `search`; winners are exported with `export=True`.
+
+    Raises:
+        TypeError: `search` has no such argument.
+        ConfigError, InfeasibleBudget, SourceError, RunConflict: as `search` does.
+    """
+    bound = inspect.signature(search).bind(
+        model,
+        budget_bpe=",".join(f"{bpe:g}" for bpe in budgets_bpe),
+        **{"export": False} | settings,
+    )
+    bound.apply_defaults()
+    return _search(bound.arguments, bound.arguments.pop("observer"))
+
+
+def _search(arguments: dict[str, Any], observer: "Observer | None") -> list[Run]:
     from autoquant.cli.options import resolved_settings
     from autoquant.search.observer import Silent
-    from autoquant.search.run import run_search
-    from autoquant.search.settings import make_config
+    from autoquant.search.run import Tracking, run_searches
+    from autoquant.search.settings import make_configs
 
     words = _command_line(arguments)
     parsed = _parse(words)
-    outcome = run_search(
-        make_config(parsed.params),
+    outcomes = run_searches(
+        make_configs(parsed.params),
         out=parsed.params["out"],
-        resume=resume,
+        resume=arguments["resume"],
         settings=resolved_settings(parsed),
         command=shlex.join(["autoquant", "search", *words]),
-        track_in_mlflow=mlflow,
-        experiment=mlflow_experiment,
-        child_runs=mlflow_trials,
+        tracking=Tracking.of(parsed.params),
         observer=observer or Silent(),
     )
-    return load_run(outcome.path)
+    return [load_run(outcome.path) for outcome in outcomes]
 
 
 def _command_line(arguments: dict[str, Any]) -> list[str]:
     """The same search as words of a command line, defaults left out."""
-    parameters = inspect.signature(search).parameters
+    defaults = {name: p.default for name, p in inspect.signature(search).parameters.items()}
+    if "," in str(arguments["budget_bpe"]):
+        defaults["export"] = False
     words = []
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"
-        if value == parameters[name].default:
+        if value == defaults[name]:
             continue
         if name == "resume":
             words.append("--fresh")

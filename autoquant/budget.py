@@ -38,6 +38,8 @@ class Accounting:
     groups: Groups
     choices: Mapping[str, tuple[Choice, ...]]
     """Legal choices of each group; a group with one choice is not searched."""
+    added_bytes: int = 0
+    """Of tensors that the checkpoint stores besides those of the source: scales of its cache."""
 
     @cached_property
     def elements(self) -> int:
@@ -56,7 +58,8 @@ class Accounting:
     @cached_property
     def fixed_bytes(self) -> int:
         """Bytes of the tensors that belong to no group."""
-        return sum(self.headers[tensor.name].bytes for tensor in self.groups.fixed)
+        fixed = sum(self.headers[tensor.name].bytes for tensor in self.groups.fixed)
+        return fixed + self.added_bytes
 
     @cached_property
     def _group_bytes(self) -> dict[tuple[str, Format], int]:

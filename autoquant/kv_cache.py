@@ -16,13 +16,21 @@ class KvCache(StrEnum):
     BF16 = "bf16"
     FP8 = "fp8"
 
+    def attention(self, groups: Groups) -> tuple[str, ...]:
+        """Names on disk of the attention modules that need scales for the cache.
+
+        Raises:
+            ConfigError: see `attention_modules`.
+        """
+        return attention_modules(groups) if self is KvCache.FP8 else ()
+
     def stored_bytes(self, groups: Groups) -> int:
         """Bytes of the scales that a checkpoint of these groups stores for its cache.
 
         Raises:
             ConfigError: see `attention_modules`.
         """
-        return 2 * SCALAR_BYTES * len(attention_modules(groups)) if self is KvCache.FP8 else 0
+        return 2 * SCALAR_BYTES * len(self.attention(groups))
 
 
 @dataclass(frozen=True, slots=True)

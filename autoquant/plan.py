@@ -12,6 +12,7 @@ from autoquant.checkpoint.source import Source
 from autoquant.formats import Format
 from autoquant.grouping import Groups, find_groups
 from autoquant.groups import LayerGroup
+from autoquant.kv_cache import KvCache
 from autoquant.spaces import Options, SearchSpace
 
 SCHEMA_VERSION = 1
@@ -117,13 +118,19 @@ def source_warnings(source: Source) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def make_plan(source: Source, space: SearchSpace) -> Plan:
+def make_plan(source: Source, space: SearchSpace, kv_cache: KvCache = KvCache.BF16) -> Plan:
     """Group the tensors of `source` and apply `space` to them.
 
     Raises:
         SourceError: the model has no linear that can be quantized.
+        ConfigError: an FP8 cache for a model whose keys and values are not told apart.
     """
     groups = find_groups(source, shared_experts=space.shared_experts)
     options = space.options(groups)
-    accounting = Accounting(headers=source.headers, groups=groups, choices=options.choices)
+    accounting = Accounting(
+        headers=source.headers,
+        groups=groups,
+        choices=options.choices,
+        added_bytes=kv_cache.stored_bytes(groups),
+    )
     return Plan(source=source, space=space, groups=groups, options=options, accounting=accounting)

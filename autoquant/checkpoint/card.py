@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from autoquant.assignment import Assignment
+from autoquant.checkpoint.declaration import caveat
 from autoquant.checkpoint.layout import Layout
-from autoquant.checkpoint.layout_compressed_tensors import transformers_caveat
 from autoquant.checkpoint.source import Source
 from autoquant.formats import Format
 from autoquant.grouping import Groups
@@ -42,6 +42,8 @@ class CardFacts:
     budget_scope: str = "checkpoint"
     activation_mode: str
     """`w4a4` or `w4a16`; a KL without it means nothing."""
+    kv_cache: str = "bf16"
+    """Of the model that was measured."""
     text: str
     """The text that KL was measured on."""
     tokens: int
@@ -57,6 +59,7 @@ class CardFacts:
             "budget_bpe": self.budget_bpe,
             "budget_scope": self.budget_scope,
             "activation_mode": self.activation_mode,
+            "kv_cache": self.kv_cache,
             "text": self.text,
             "tokens": self.tokens,
             "kl": [
@@ -78,9 +81,7 @@ class Served:
     @property
     def caveat(self) -> str | None:
         """What transformers does wrong with it, or None."""
-        if self.layout is Layout.MODELOPT:
-            return None
-        return transformers_caveat(self.formats)
+        return caveat(self.layout, self.formats)
 
 
 def model_card(

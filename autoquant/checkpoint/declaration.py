@@ -34,6 +34,24 @@ def quantized_linears(groups: Groups, assignment: Assignment) -> dict[str, Forma
     }
 
 
+def caveat(layout: Layout, formats: Mapping[str, Format]) -> str | None:
+    """What a reader of the layout does wrong with such a checkpoint, or None."""
+    if layout is Layout.COMPRESSED_TENSORS:
+        return layout_compressed_tensors.transformers_caveat(formats)
+    return None
+
+
+def reader_warnings(layout: Layout, formats: Mapping[str, Format]) -> tuple[str, ...]:
+    """What to tell who makes such a checkpoint."""
+    found = caveat(layout, formats)
+    if found is None:
+        return ()
+    return (
+        f"{found}. vLLM and SGLang read them right, and `autoquant score MODEL --checkpoint DIR` "
+        "runs them without an engine.",
+    )
+
+
 def declare(
     layout: Layout,
     headers: Headers,

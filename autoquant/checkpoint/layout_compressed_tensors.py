@@ -90,9 +90,10 @@ def scale_of(reciprocal: Tensor) -> Tensor:
     for rule in (ScaleRule.MAX, ScaleRule.FOUR_OVER_SIX):
         step = kernels.nvfp4_global_scale(1.0, rule)
         amax = (plain / step).to(torch.bfloat16).float()
-        scale = kernels.nvfp4_global_scale(amax.item(), rule) if amax > 0 else plain
-        if 1 / scale == stored:
-            return scale
+        if 0 < amax < float("inf"):
+            scale = kernels.nvfp4_global_scale(amax.item(), rule)
+            if 1 / scale == stored:
+                return scale
     return plain
 
 

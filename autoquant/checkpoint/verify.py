@@ -23,6 +23,7 @@ from autoquant.checkpoint.source import Source
 from autoquant.checkpoint.tensors import read_tensor
 from autoquant.errors import SourceError
 from autoquant.formats import Format
+from autoquant.kv_cache import KvCache
 
 SCHEMA_VERSION = 1
 _WEIGHT = ".weight"
@@ -33,6 +34,9 @@ class Verification:
     """What reading a checkpoint back has shown."""
 
     path: Path
+    layout: Layout
+    kv_cache: KvCache
+    """What engines are told to keep keys and values in."""
     problems: tuple[str, ...]
     """One line each; none if the checkpoint is sound."""
     tensors: int
@@ -53,6 +57,8 @@ class Verification:
         return {
             "schema_version": SCHEMA_VERSION,
             "path": str(self.path),
+            "layout": str(self.layout),
+            "kv_cache": str(self.kv_cache),
             "ok": self.ok,
             "problems": list(self.problems),
             "tensors": self.tensors,
@@ -98,6 +104,8 @@ def verify(
     )
     return Verification(
         path=checkpoint.path,
+        layout=checkpoint.layout,
+        kv_cache=KvCache.FP8 if checkpoint.attention else KvCache.BF16,
         problems=tuple(problems),
         tensors=len(checkpoint.headers),
         linears={str(format): counts[format] for format in Format},

@@ -44,6 +44,7 @@ def command(checkpoint: Path, source: str | None, format: str) -> None:
 def _print(result: "Verification") -> None:
     fields: dict[str, object] = {
         "checkpoint": result.path,
+        "layout": f"{result.layout}, keys and values in {result.kv_cache.upper()}",
         "tensors": f"{result.tensors:,}",
         "linears": ", ".join(f"{n} {format.upper()}" for format, n in result.linears.items()),
         "stored": f"{result.checkpoint_bytes:,} bytes, {result.bpe:.4f} bits per element",

@@ -27,7 +27,8 @@ def install(
     Args:
         checkpoint: an export of `source`.
         source: what the model in memory was loaded from.
-        quantized: the live model, with every group that the checkpoint quantizes.
+        quantized: the live model, with every group that the checkpoint quantizes and every
+            attention module that it has scales for.
 
     Returns:
         The assignment to apply; its scale rules are nominal.
@@ -39,6 +40,8 @@ def install(
     _require_same_tensors(checkpoint, source)
     assignment = Assignment.of({g.name: _choice(checkpoint, g) for g in quantized.groups})
     quantized.set_input_scales(dict(_scales(checkpoint, quantized.groups)))
+    if quantized.kv_cache is not None:
+        quantized.kv_cache.set_scales(checkpoint.kv_scales)
     names = {linear.tensor for group in quantized.groups for linear in group.linears}
     weights = {}
     for name, tensor in checkpoint.tensors():

@@ -3,7 +3,7 @@
 The BF16 parameters are never written to: a quantized linear multiplies with another tensor.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from autoquant.model import weights
 from autoquant.model.binding import DenseSlot, ExpertsSlot, Names, Slot, bind
 from autoquant.model.experts import DOWN, WIDE, ExpertsHook, parameter_name
 from autoquant.model.inputs import ActivationMode, InputScales, InputSet
+from autoquant.model.kv_cache import QuantizedCache
 from autoquant.model.weights import WeightStore
 
 
@@ -129,6 +130,7 @@ class QuantizedModel:
         groups: the groups that may leave BF16; the rest of the model is not touched.
         mode: which inputs are quantized.
         weight_cache_bytes: memory for fake-quantized weights beside the model.
+        attention: names on disk of the attention modules whose keys and values are cached in FP8.
 
     Raises:
         SourceError: a group's linear cannot be found or cannot be quantized.
@@ -141,10 +143,12 @@ class QuantizedModel:
         *,
         mode: ActivationMode,
         weight_cache_bytes: int = 2**31,
+        attention: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.mode = mode
         self._names = Names(model)
+        self.kv_cache = QuantizedCache(model, self._names, attention) if attention else None
         self._context = _Context(mode=mode, store=WeightStore(weight_cache_bytes))
         self._states: dict[str, GroupState] = {}
         self._slots: list[tuple[GroupState, Slot]] = []
@@ -157,10 +161,17 @@ class QuantizedModel:
     def groups(self) -> tuple[LayerGroup, ...]:
         return tuple(state.group for state in self._states.values())
 
-    def apply(self, assignment: Assignment) -> None:
-        """Put every group into its choice; groups that the assignment lacks return to BF16."""
+    def apply(self, assignment: Assignment, *, with_cache: bool = False) -> None:
+        """Put every group into its choice; groups that the assignment lacks return to BF16.
+
+        Args:
+            assignment: group to choice.
+            with_cache: whether keys and values are rounded too, where there is such a cache.
+        """
         for name, state in self._states.items():
             state.choice = assignment[name]
+        if self.kv_cache is not None:
+            self.kv_cache.round(with_cache)
 
     def choose(self, choices: Mapping[str, Choice]) -> None:
         """Put the named groups into a choice and all others into BF16."""
@@ -182,14 +193,12 @@ class QuantizedModel:
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Collect input ranges and expert counts during the forwards inside."""
-        for inputs in self._context.inputs.values():
-            inputs.observing = True
+        """Collect ranges and expert counts during the forwards inside."""
+        self._observe(True)
         try:
             yield
         finally:
-            for inputs in self._context.inputs.values():
-                inputs.observing = False
+            self._observe(False)
             self.forget_inputs()
 
     def observed_ranges(self) -> dict[str, float | None]:
@@ -228,6 +237,12 @@ class QuantizedModel:
                 like = getattr(slot.module, parameter_name(slot.module, part))
                 stacked = torch.cat([weights[linear.tensor] for linear in linears]).view_as(like)
                 self._context.store.put((f"{slot.name}:{part}", choice), stacked, like)
+
+    def _observe(self, on: bool) -> None:
+        for inputs in self._context.inputs.values():
+            inputs.observing = on
+        if self.kv_cache is not None:
+            self.kv_cache.observe(on)
 
     def _install(self, state: GroupState) -> None:
         slots = bind(self._names, state.group)

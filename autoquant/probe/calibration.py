@@ -1,13 +1,14 @@
 """One pass in BF16 over the calibration split: input ranges and expert coverage."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from autoquant.data.tokens import Split
 from autoquant.errors import SourceError
 from autoquant.groups import LayerGroup
+from autoquant.kv_cache import KvRange
 from autoquant.model.inputs import InputScales, fill_unseen
 from autoquant.rundir import read_json
 from autoquant.scoring.scorer import Scorer
@@ -25,6 +26,8 @@ class Calibration:
     """Input sets that no calibration token reached; they took their block's largest range."""
     expert_tokens: dict[str, list[int]]
     """Tokens routed to each expert of each block."""
+    kv_ranges: dict[str, KvRange] = field(default_factory=dict)
+    """Largest keys and values of each attention module; empty where the cache stays in BF16."""
 
     def scales(self) -> dict[str, InputScales]:
         """Static input scales, as they are exported."""
@@ -40,7 +43,7 @@ class Calibration:
             "input_amax": self.input_amax,
             "unseen": list(self.unseen),
             "expert_tokens": self.expert_tokens,
-        }
+        } | ({"kv_amax": _as_lists(self.kv_ranges)} if self.kv_ranges else {})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -48,6 +51,7 @@ class Calibration:
             input_amax=data["input_amax"],
             unseen=tuple(data["unseen"]),
             expert_tokens=data["expert_tokens"],
+            kv_ranges={name: KvRange(*pair) for name, pair in data.get("kv_amax", {}).items()},
         )
 
 
@@ -68,8 +72,12 @@ def calibrate(scorer: Scorer, split: Split, advance: Callable[[], None]) -> Cali
             scorer.quantized.operands(scorer.trunk.head, hidden)
             advance()
     input_amax, unseen = fill_unseen(scorer.quantized.observed_ranges())
+    cache = scorer.quantized.kv_cache
     return Calibration(
-        input_amax=input_amax, unseen=unseen, expert_tokens=scorer.quantized.expert_counts()
+        input_amax=input_amax,
+        unseen=unseen,
+        expert_tokens=scorer.quantized.expert_counts(),
+        kv_ranges=cache.observed_ranges() if cache is not None else {},
     )
 
 
@@ -90,3 +98,28 @@ def read_input_amax(file: Path, groups: Iterable[LayerGroup]) -> dict[str, float
                     f"{file} has no input range for {linear.input_scale_set}.", fix=_OF_A_SEARCH
                 )
     return {str(name): float(amax) for name, amax in ranges.items()}
+
+
+def read_kv_ranges(file: Path, attention: Iterable[str]) -> dict[str, KvRange]:
+    """The largest keys and values that a search with an FP8 cache has written.
+
+    Raises:
+        SourceError: missing, damaged, or without a range for a module of `attention`.
+    """
+    stored = (read_json(file.parent, file.name) or {}).get("kv_amax")
+    ranges = {}
+    for name in attention:
+        match stored.get(name) if isinstance(stored, dict) else None:
+            case [int() | float() as keys, int() | float() as values]:
+                ranges[name] = KvRange(keys=keys, values=values)
+            case _:
+                raise SourceError(
+                    f"{file} has no range for the keys and values of {name}.",
+                    fix="pass the calibration.json of a search with --kv-cache fp8, or leave it "
+                    "out to calibrate.",
+                )
+    return ranges
+
+
+def _as_lists(ranges: Mapping[str, KvRange]) -> dict[str, list[float]]:
+    return {name: [found.keys, found.values] for name, found in ranges.items()}

@@ -82,7 +82,7 @@ class Scorer:
     def score_batch(self, assignment: Assignment, split: Split, index: int) -> TokenKl:
         """KL of a whole assignment on one batch of the split."""
         batch = self._batch(split, index)
-        with self._applied(assignment):
+        with self._served(assignment):
             return self._compare(batch, self._trace(assignment, batch).hidden)
 
     def score_fully(self, assignment: Assignment, split: Split) -> TokenScores:
@@ -178,7 +178,12 @@ class Scorer:
         return self._batches[key]
 
     def _applied(self, assignment: Assignment) -> "_Applied":
-        return _Applied(self.quantized, assignment)
+        """The assignment alone: of single groups, and of the BF16 model."""
+        return _Applied(self.quantized, assignment, with_cache=False)
+
+    def _served(self, assignment: Assignment) -> "_Applied":
+        """The assignment as it is served, with the cache's format."""
+        return _Applied(self.quantized, assignment, with_cache=True)
 
     def _trace(self, assignment: Assignment, batch: _Batch) -> Trace:
         """Run a candidate, from where it differs from the batch's previous one."""
@@ -202,7 +207,7 @@ class Scorer:
         labels = torch.full_like(batch.tokens, -1)
         labels[:, :-1] = batch.tokens[:, 1:]
         columns: dict[str, list[torch.Tensor]] = {}
-        with torch.inference_mode(), self._applied(assignment):
+        with torch.inference_mode(), self._served(assignment):
             hidden = self._trace(assignment, batch).hidden
             for span, reference, logits in self._tiles(batch, hidden):
                 tile = {"kl": kernels.token_kl(reference, logits).double()}
@@ -264,11 +269,13 @@ class Scorer:
 class _Applied:
     """Puts an assignment on for the time of a `with` block, BF16 after it."""
 
-    def __init__(self, quantized: QuantizedModel, assignment: Assignment) -> None:
-        self.quantized, self.assignment = quantized, assignment
+    def __init__(
+        self, quantized: QuantizedModel, assignment: Assignment, *, with_cache: bool
+    ) -> None:
+        self.quantized, self.assignment, self.with_cache = quantized, assignment, with_cache
 
     def __enter__(self) -> None:
-        self.quantized.apply(self.assignment)
+        self.quantized.apply(self.assignment, with_cache=self.with_cache)
 
     def __exit__(self, *_: object) -> None:
         self.quantized.apply(_BF16)
