@@ -1,7 +1,8 @@
 """NVFP4, FP8 or BF16 for every layer of a language model, by measured KL.
 
-`autoquant.search(...)` runs a search, `autoquant.load_run(path)` opens what one has left; both
-return an `autoquant.Run`. Nothing heavy is imported before they are called.
+`autoquant.search(...)` runs a search, `autoquant.search_budgets(...)` one for each of several
+budgets, and `autoquant.load_run(path)` opens what one has left; each gives an `autoquant.Run`.
+Nothing heavy is imported before they are called.
 """
 
 import importlib
@@ -13,8 +14,9 @@ if TYPE_CHECKING:
     from autoquant.api import Run as Run
     from autoquant.api import load_run as load_run
     from autoquant.api import search as search
+    from autoquant.api import search_budgets as search_budgets
 
-_LAZY = {"Run": "autoquant.api", "load_run": "autoquant.api"}
+_LAZY = dict.fromkeys(("Run", "load_run", "search_budgets"), "autoquant.api")
 
 
 def __getattr__(name: str) -> Any:

@@ -111,7 +111,11 @@ def group_tensors(
         members.setdefault((place.group, place.role), []).append(_linear(modules[name], place))
     groups = [
         LayerGroup(
-            name=name, role=role, layer=_layer(name), linears=tuple(sorted(linears, key=_natural))
+            name=name,
+            role=role,
+            layer=_layer(name),
+            linears=tuple(sorted(linears, key=_natural)),
+            closed=_why_closed(linears),
         )
         for (name, role), linears in members.items()
     ]
@@ -215,6 +219,11 @@ def _linear(tensor: TensorHeader, place: _Place) -> Linear:
         weight_scale_set=place.weight_scale_set,
         input_scale_set=place.input_scale_set,
     )
+
+
+def _why_closed(linears: Iterable[Linear]) -> str:
+    reasons = (table.CLOSED.get(linear.name.rpartition(".")[2], "") for linear in linears)
+    return next(filter(None, reasons), "")
 
 
 def _layer(name: str) -> int | None:

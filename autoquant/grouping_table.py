@@ -68,6 +68,13 @@ SINGLE = {
 }
 """Role of a linear that is multiplied alone, or that the checkpoint stores fused."""
 
+CLOSED = {
+    "index_q_proj": "vLLM joins it with the indexer of sparse attention, and loads no quantized "
+    "form of that matrix",
+}
+"""Why a group that a linear of this name belongs to stays BF16 (vLLM 0.33: per-tensor scales of the
+joined matrix have places for q, k and v alone)."""
+
 SHARED_EXPERT_ROLES = {"gate_up": "shared_gate_up", "down": "shared_down"}
 
 LAYER = re.compile(r"(?P<layer>(?:.*?\.)?(?:layers|h|blocks)\.(?P<index>\d+))\.(?P<rest>.+)")

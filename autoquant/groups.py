@@ -41,6 +41,8 @@ class LayerGroup:
     layer: int | None
     """Index of the decoder block, or None outside of them."""
     linears: tuple[Linear, ...] = field(repr=False)
+    closed: str = ""
+    """Why engines load the group in BF16 only; empty if they load every format."""
 
     @cached_property
     def elements(self) -> int:
@@ -55,6 +57,8 @@ class LayerGroup:
 
     def why_illegal(self, format: Format) -> str | None:
         """Why the group cannot take `format`, or None if it can."""
+        if self.closed and format is not Format.BF16:
+            return self.closed
         for linear in self.linears:
             reason = why_illegal(format, linear.in_features)
             if reason is not None:

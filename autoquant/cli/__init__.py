@@ -22,6 +22,7 @@ MODULES = {
 
 
 @click.group(
+    "autoquant",
     cls=LazyGroup,
     modules=MODULES,
     examples=[

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from autoquant.cli.options import GroupedCommand, format_option, option
+from autoquant.cli.options import GroupedCommand, format_option, out_option
 from autoquant.cli.output import print_json, print_table, warn
 
 if TYPE_CHECKING:
@@ -21,14 +21,7 @@ if TYPE_CHECKING:
     ],
 )
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@option(
-    "--out",
-    heading="Output",
-    setting=False,
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="HTML file to write as well.",
-)
+@out_option("FILE", "HTML file to write as well.")
 @format_option
 def command(runs: tuple[Path, ...], out: Path | None, format: str) -> None:
     """Set run directories side by side."""

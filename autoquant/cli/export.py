@@ -7,11 +7,15 @@ import click
 
 from autoquant.cli.options import (
     GroupedCommand,
+    assignment_option,
     config_option,
     device_options,
     format_option,
+    kv_cache_option,
+    layout_option,
     model_argument,
     option,
+    out_option,
     token_options,
 )
 from autoquant.cli.output import print_fields, print_json
@@ -33,15 +37,7 @@ from autoquant.cli.output import print_fields, print_json
     ],
 )
 @model_argument(required=False)
-@option(
-    "--assignment",
-    heading="Model",
-    setting=False,
-    required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Assignment to export, YAML or JSON.",
-)
+@assignment_option(required=True)
 @option(
     "--calibrated",
     heading="Data",
@@ -52,25 +48,20 @@ from autoquant.cli.output import print_fields, print_json
     help="calibration.json of a search: its input ranges are taken, no text is read and the model "
     "is not loaded.",
 )
-@option("--seed", heading="Data", type=int, default=0, help="Which tokens come first.")
+@kv_cache_option
 @token_options()
 @device_options()
-@option(
-    "--out",
-    heading="Output",
-    setting=False,
-    required=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="New folder for the checkpoint.",
-)
+@out_option("DIR", "New folder for the checkpoint.", required=True)
+@layout_option
 @format_option
 @config_option
 def command(**settings: Any) -> None:
-    """Calibrate input scales, quantize, and write a checkpoint in the ModelOpt layout."""
+    """Calibrate input scales, quantize, and write a checkpoint that engines load."""
     from autoquant.assignment import Assignment
+    from autoquant.checkpoint.layout import Layout
     from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
     from autoquant.cli.terminal import Terminal
+    from autoquant.kv_cache import KvCache
     from autoquant.search.settings import token_plan
     from autoquant.search.single import export_assignment
 
@@ -79,6 +70,8 @@ def command(**settings: Any) -> None:
             open_source(settings["model"] or REFERENCE_MODEL),
             Assignment.read(settings["assignment"]),
             settings["out"],
+            layout=Layout(settings["layout"]),
+            kv_cache=KvCache(settings["kv_cache"]),
             calibration=settings["calibration"],
             tokens=token_plan(settings),
             device=settings["device"],

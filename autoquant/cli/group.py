@@ -3,13 +3,15 @@
 import errno
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import IO, Any
 
 import click
 
 from autoquant.cli.options import write_examples
-from autoquant.errors import AutoQuantError, OutOfMemory, SourceError
+from autoquant.cli.usage import explain
+from autoquant.errors import AutoQuantError, ConfigError, OutOfMemory, SourceError
 
 INTERRUPTED_EXIT_CODE = 130
 
@@ -96,10 +98,22 @@ class LazyGroup(click.Group):
         write_examples(formatter, self.examples)
         super().format_epilog(ctx, formatter)
 
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Parse what precedes the command's name; a mistake leaves as a `Failure`."""
+        with _usage_as_failure():
+            return super().make_context(info_name, args, parent, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an error leaves as a `Failure`, or as it is with `--debug`."""
         try:
-            return super().invoke(ctx)
+            with _usage_as_failure():
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt as interrupt:
@@ -109,6 +123,17 @@ class LazyGroup(click.Group):
             if ctx.params["debug"]:
                 raise
             raise _failure(error) from error
+
+
+@contextmanager
+def _usage_as_failure() -> Iterator[None]:
+    """Give click's own errors the form of ours; a call without arguments still shows the help."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        raise Failure(*explain(error), ConfigError.exit_code) from error
 
 
 def _show_interrupt(interrupt: KeyboardInterrupt) -> None:

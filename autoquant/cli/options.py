@@ -7,7 +7,7 @@ import difflib
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from click.core import ParameterSource
@@ -69,7 +69,12 @@ class GroupedCommand(click.Command):
         super().format_epilog(ctx, formatter)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse; an error in a value from the configuration file names the file."""
+        """Parse; an error in a value from the configuration file names the file.
+
+        Raises:
+            ConfigError: the value is wrong.
+            click.UsageError: a flag is wrong; it knows its context, which click may leave out.
+        """
         try:
             return super().parse_args(ctx, args)
         except click.BadParameter as error:
@@ -79,6 +84,9 @@ class GroupedCommand(click.Command):
                 raise ConfigError(
                     f"{origin}: {name}: {error.message}", fix=f"correct `{name}` in the file."
                 ) from error
+            raise
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
             raise
 
 
@@ -102,16 +110,44 @@ def model_argument(*, required: bool) -> Decorator:
     return click.argument("model", required=required, metavar="MODEL" if required else "[MODEL]")
 
 
-def budget_options(*, required: bool) -> Decorator:
-    """`--budget-bpe` (float, bits per element) and `--budget-scope` (checkpoint or searched)."""
+class Budgets(click.ParamType[tuple[float, ...]]):
+    """Budgets separated by commas, bits per element; a tuple of floats in the order given."""
+
+    name = "budgets"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """The budgets of `4.75,5,5.5`.
+
+        Raises:
+            click.BadParameter: one of them is not a positive number, or is given twice.
+        """
+        if isinstance(value, tuple):
+            return value
+        one: click.ParamType[Any] = click.FloatRange(min=0, min_open=True)
+        budgets = tuple(one.convert(part.strip(), param, ctx) for part in str(value).split(","))
+        if len(set(budgets)) < len(budgets):
+            self.fail(f"{value!r} names a budget twice.", param, ctx)
+        return budgets
+
+
+def budget_options(*, required: bool, several: bool = False) -> Decorator:
+    """`--budget-bpe` (bits per element) and `--budget-scope` (checkpoint or searched).
+
+    Args:
+        required: whether there must be a budget.
+        several: whether there may be more than one, passed on as a tuple of floats.
+    """
+    purpose = "Most stored bits per element of the source model, scales included"
     return _stack(
         option(
             "--budget-bpe",
             heading="Budget",
             required=required,
-            type=click.FloatRange(min=0, min_open=True),
-            metavar="BITS",
-            help="Most stored bits per element of the source model, scales included.",
+            type=Budgets() if several else click.FloatRange(min=0, min_open=True),
+            metavar="BITS[,BITS...]" if several else "BITS",
+            help=f"{purpose}; several share one set of probes." if several else f"{purpose}.",
         ),
         option(
             "--budget-scope",
@@ -123,8 +159,82 @@ def budget_options(*, required: bool) -> Decorator:
     )
 
 
+def space_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--space NAME|FILE`, passed on as `space: str`."""
+    return option(
+        "--space",
+        heading="Search",
+        default="default",
+        metavar="NAME|FILE",
+        help="Which layers may take which formats: a shipped space, or a YAML file.",
+    )(function)
+
+
+def activation_mode_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--activation-mode w4a4|w4a16`, passed on as `activation_mode: str`."""
+    return option(
+        "--activation-mode",
+        heading="Search",
+        type=click.Choice(["w4a4", "w4a16"]),
+        default="w4a4",
+        help="Whether NVFP4 layers see NVFP4 inputs (Blackwell) or BF16 inputs (Hopper).",
+    )(function)
+
+
+def kv_cache_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--kv-cache bf16|fp8`, passed on as `kv_cache: str`."""
+    return option(
+        "--kv-cache",
+        heading="Search",
+        type=click.Choice(["bf16", "fp8"]),
+        default="bf16",
+        help="How engines are to keep keys and values: fp8 calibrates and stores scales for them, "
+        "and counts what it costs in KL.",
+    )(function)
+
+
+def layout_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--layout modelopt|compressed-tensors`, passed on as `layout: str`."""
+    return option(
+        "--layout",
+        heading="Output",
+        type=click.Choice(["modelopt", "compressed-tensors"]),
+        default="modelopt",
+        help="Who reads the checkpoint: vLLM, SGLang and TensorRT-LLM, or vLLM, SGLang and "
+        "transformers. The same codes and scales.",
+    )(function)
+
+
+def assignment_option(*, required: bool) -> Decorator:
+    """`--assignment FILE`, passed on as `assignment: Path | None`."""
+    return option(
+        "--assignment",
+        heading="Model",
+        setting=False,
+        required=required,
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Which group has which format, YAML or JSON, such as a search's assignment.yaml.",
+    )
+
+
+def out_option(
+    metavar: Literal["FILE", "DIR"], purpose: str, *, required: bool = False
+) -> Decorator:
+    """`--out FILE` or `--out DIR`, passed on as `out: Path | None`."""
+    return option(
+        "--out",
+        heading="Output",
+        setting=False,
+        required=required,
+        type=click.Path(file_okay=metavar == "FILE", dir_okay=metavar == "DIR", path_type=Path),
+        metavar=metavar,
+        help=purpose,
+    )
+
+
 def token_options() -> Decorator:
-    """`--calibration`, the tokens of each split, `--sequence-length` and `--batch-tokens`."""
+    """`--calibration`, `--seed`, tokens of each split and sequence, and `--batch-tokens`."""
     return _stack(
         option(
             "--calibration",
@@ -133,6 +243,14 @@ def token_options() -> Decorator:
             metavar="TEXT",
             help="Text or JSONL file, folder, or datasets id (org/name:split); stdlib is the "
             "source of Python's standard library.",
+        ),
+        option(
+            "--seed",
+            heading="Data",
+            type=int,
+            default=0,
+            metavar="N",
+            help="Same seed, same tokens and same result.",
         ),
         _tokens("--calibration-tokens", 8_192, "Tokens that input ranges are taken from."),
         _tokens("--search-tokens", 16_384, "Tokens that probes and trials are measured on."),
@@ -228,11 +346,18 @@ def config_option(function: Callable[..., Any]) -> Callable[..., Any]:
 def resolved_settings(ctx: click.Context) -> dict[str, Any]:
     """Every setting of the call with the value in force, as `--config` reads it back."""
     settings = {
-        name: str(value) if isinstance(value, Path) else value
+        name: _plain(value)
         for name in _settings_of(ctx.command)
         if (value := ctx.params[name]) is not None
     }
     return {"schema_version": CONFIG_SCHEMA_VERSION, **settings}
+
+
+def _plain(value: Any) -> Any:
+    """A setting as a configuration file holds it."""
+    if isinstance(value, tuple):
+        return value[0] if len(value) == 1 else ",".join(f"{item:g}" for item in value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def _stack(*decorators: Decorator) -> Decorator:

@@ -11,7 +11,7 @@ from autoquant.cli.options import (
     config_option,
     format_option,
     model_argument,
-    option,
+    space_option,
 )
 from autoquant.cli.output import print_fields, print_json, print_table, warn
 
@@ -33,13 +33,7 @@ if TYPE_CHECKING:
 )
 @model_argument(required=False)
 @budget_options(required=False)
-@option(
-    "--space",
-    heading="Search",
-    default="default",
-    metavar="NAME|FILE",
-    help="Which layers may take which formats: a shipped space, or a YAML file.",
-)
+@space_option
 @format_option
 @config_option
 def command(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from autoquant.cli.options import GroupedCommand, format_option, option
+from autoquant.cli.options import GroupedCommand, format_option, option, out_option
 from autoquant.cli.output import print_fields, print_json
 
 
@@ -17,14 +17,7 @@ from autoquant.cli.output import print_fields, print_json
     ],
 )
 @click.argument("run", type=click.Path(path_type=Path))
-@option(
-    "--out",
-    heading="Output",
-    setting=False,
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="HTML file to write.  [default: report.html in the run directory]",
-)
+@out_option("FILE", "HTML file to write.  [default: report.html in the run directory]")
 @option(
     "--png",
     heading="Output",

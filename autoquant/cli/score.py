@@ -7,14 +7,18 @@ import click
 
 from autoquant.cli.options import (
     GroupedCommand,
+    activation_mode_option,
+    assignment_option,
     config_option,
     device_options,
     format_option,
+    kv_cache_option,
     model_argument,
     option,
     token_options,
 )
 from autoquant.cli.output import figure, print_fields, print_json
+from autoquant.errors import ConfigError
 
 
 @click.command(
@@ -32,14 +36,7 @@ from autoquant.cli.output import figure, print_fields, print_json
     ],
 )
 @model_argument(required=False)
-@option(
-    "--assignment",
-    heading="Model",
-    setting=False,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Assignment to measure, YAML or JSON.",
-)
+@assignment_option(required=False)
 @option(
     "--checkpoint",
     heading="Model",
@@ -48,14 +45,8 @@ from autoquant.cli.output import figure, print_fields, print_json
     metavar="DIR",
     help="Exported checkpoint to measure against MODEL.",
 )
-@option(
-    "--activation-mode",
-    heading="Search",
-    type=click.Choice(["w4a4", "w4a16"]),
-    default="w4a4",
-    help="Whether NVFP4 layers see NVFP4 inputs (Blackwell) or BF16 inputs (Hopper).",
-)
-@option("--seed", heading="Data", type=int, default=0, help="Which tokens come first.")
+@activation_mode_option
+@kv_cache_option
 @option(
     "--split",
     heading="Data",
@@ -75,13 +66,22 @@ def command(**settings: Any) -> None:
     from autoquant.assignment import Assignment
     from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
     from autoquant.cli.terminal import Terminal
+    from autoquant.kv_cache import KvCache
     from autoquant.model.inputs import ActivationMode
     from autoquant.search.settings import token_plan
     from autoquant.search.single import score
 
     file, checkpoint = settings["assignment"], settings["checkpoint"]
     if (file is None) == (checkpoint is None):
-        raise click.UsageError("give either --assignment FILE or --checkpoint DIR.")
+        given = (
+            "neither --assignment nor --checkpoint is"
+            if file is None
+            else "both --assignment and --checkpoint are"
+        )
+        raise ConfigError(
+            f"{given} given: `score` measures one of them.",
+            fix="give either --assignment FILE or --checkpoint DIR.",
+        )
     with Terminal() as terminal:
         result = score(
             open_source(settings["model"] or REFERENCE_MODEL),
@@ -91,6 +91,7 @@ def command(**settings: Any) -> None:
             calibration=settings["calibration"],
             tokens=token_plan(settings),
             mode=ActivationMode(settings["activation_mode"]),
+            kv_cache=KvCache(settings["kv_cache"]),
             device=settings["device"],
             trust_remote_code=settings["trust_remote_code"],
             observer=terminal,
@@ -108,7 +109,7 @@ def _print(result: dict[str, Any]) -> None:
             "BPE": f"{result['bpe']:.4f} of the checkpoint",
             "groups": ", ".join(f"{n} {name}" for name, n in result["counts"].items() if n),
             "KL": f"{kl['mean']:.6f} +- {figure(kl['stderr'], '.6f')} nats per token "
-            f"({result['activation_mode']})",
+            f"({result['activation_mode']}, keys and values in {result['kv_cache'].upper()})",
             "median": f"{kl['median']:.6f}",
             "p99, p99.9, max": f"{kl['p99']:.4f}, {kl['p999']:.4f}, {kl['max']:.4f}",
             "top-1": f"{result['top1_agreement']:.2%} agree",

@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -10,13 +9,18 @@ import click
 from autoquant.cli.group import Interrupted
 from autoquant.cli.options import (
     GroupedCommand,
+    activation_mode_option,
     budget_options,
     config_option,
     device_options,
     format_option,
+    kv_cache_option,
+    layout_option,
     model_argument,
     option,
+    out_option,
     resolved_settings,
+    space_option,
     token_options,
     tracking_options,
 )
@@ -32,6 +36,7 @@ from autoquant.cli.output import print_json
             "autoquant search ./my-model --budget-bpe 5.0 --calibration ./texts",
             "Your model on your text:",
         ),
+        ("autoquant search --budget-bpe 4.75,5,5.5,6 --out runs/budgets", "Several budgets:"),
         (
             "autoquant search ./my-moe --budget-bpe 4.75 --space experts-only --trials 100",
             "Only the routed experts, with more trials:",
@@ -39,26 +44,16 @@ from autoquant.cli.output import print_json
     ],
 )
 @model_argument(required=False)
-@budget_options(required=True)
-@option(
-    "--space",
-    heading="Search",
-    default="default",
-    metavar="NAME|FILE",
-    help="Which layers may take which formats: a shipped space, or a YAML file.",
-)
-@option(
-    "--activation-mode",
-    heading="Search",
-    type=click.Choice(["w4a4", "w4a16"]),
-    default="w4a4",
-    help="Whether NVFP4 layers see NVFP4 inputs (Blackwell) or BF16 inputs (Hopper).",
-)
+@budget_options(required=True, several=True)
+@space_option
+@activation_mode_option
+@kv_cache_option
 @option(
     "--trials",
     heading="Search",
     type=click.IntRange(min=0),
     default=60,
+    metavar="N",
     help="Joint measurements beyond the baselines and the solver's optimum.",
 )
 @option(
@@ -77,19 +72,10 @@ from autoquant.cli.output import print_json
     metavar="N",
     help="Begin no further trial once all trials together have seen N tokens.",
 )
-@option("--seed", heading="Search", type=int, default=0, help="Same seed, same result.")
 @token_options()
 @device_options()
 @tracking_options()
-@option(
-    "--out",
-    heading="Output",
-    setting=False,
-    type=click.Path(file_okay=False, path_type=Path),
-    default=None,
-    metavar="DIR",
-    help="Run directory; the same search goes on in it.  [default: runs/NAME]",
-)
+@out_option("DIR", "Run directory; the same search goes on in it.  [default: runs/NAME]")
 @option(
     "--resume/--fresh",
     heading="Output",
@@ -101,9 +87,10 @@ from autoquant.cli.output import print_json
     "--export/--no-export",
     heading="Output",
     setting=False,
-    default=True,
-    help="Write the winner as a checkpoint.",
+    default=None,
+    help="Write the winner as a checkpoint.  [default: for a single budget]",
 )
+@layout_option
 @format_option
 @config_option
 @click.pass_context
@@ -112,30 +99,31 @@ def command(ctx: click.Context, /, **settings: Any) -> None:
 
     Without MODEL, on the reference model that comes with AutoQuant.
     """
-    from autoquant.cli.search_output import print_result
+    from autoquant.cli.search_output import print_frontier, print_result
     from autoquant.cli.terminal import Terminal
-    from autoquant.search.run import run_search
-    from autoquant.search.settings import make_config
+    from autoquant.search.run import Tracking, run_searches
+    from autoquant.search.settings import make_configs
 
     try:
         with Terminal() as terminal:
-            outcome = run_search(
-                make_config(settings),
+            outcomes = run_searches(
+                make_configs(settings),
                 out=settings["out"],
                 resume=settings["resume"],
                 settings=resolved_settings(ctx),
                 command=_command_line(),
-                track_in_mlflow=settings["mlflow"],
-                experiment=settings["mlflow_experiment"],
-                child_runs=settings["mlflow_trials"],
+                tracking=Tracking.of(settings),
                 observer=terminal,
             )
     except KeyboardInterrupt:
         raise Interrupted(_command_line()) from None
     if settings["format"] == "json":
-        print_json(outcome.result | {"run": str(outcome.path)})
+        found = [outcome.result | {"run": str(outcome.path)} for outcome in outcomes]
+        print_json(found[0] if len(found) == 1 else {"runs": found})
+    elif len(outcomes) == 1:
+        print_result(outcomes[0].result, outcomes[0].path)
     else:
-        print_result(outcome.result, outcome.path)
+        print_frontier([(outcome.result, outcome.path) for outcome in outcomes])
 
 
 def _command_line() -> str:

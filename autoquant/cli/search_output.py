@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.cli.output import figure, print_fields, print_table
+from autoquant.report.words import best_baseline
 
 
 def print_result(result: dict[str, Any], run: Path) -> None:
@@ -19,7 +20,8 @@ def print_result(result: dict[str, Any], run: Path) -> None:
             "size": f"{result['checkpoint_bytes']:,} bytes",
             "groups": ", ".join(f"{n} {name}" for name, n in counts.items() if n),
             "KL": f"{kl['mean']:.5f} +- {figure(kl['stderr'], '.5f')} nats per token, "
-            f"median {kl['median']:.5f}, p99 {kl['p99']:.4f} ({result['activation_mode']})",
+            f"median {kl['median']:.5f}, p99 {kl['p99']:.4f} ({result['activation_mode']}, "
+            f"keys and values in {result['kv_cache'].upper()})",
             "top-1": f"{result['top1_agreement']:.2%} agree",
             "perplexity": f"{result['perplexity']['bf16']:.3f} in BF16, "
             f"{result['perplexity']['quantized']:.3f} quantized",
@@ -45,3 +47,30 @@ def print_result(result: dict[str, Any], run: Path) -> None:
         print(f"next:       autoquant verify {shlex.quote(result['checkpoint'])}")
     else:
         print(f"next:       the same command with --export writes {run}/checkpoint")
+
+
+def print_frontier(found: list[tuple[dict[str, Any], Path]]) -> None:
+    """Print a line for each budget, and the next command to type."""
+    print_table(
+        ("budget", "BPE", "KL", "+-", "best recipe in budget", "its KL", "size", "run"),
+        [
+            (
+                f"{result['budget_bpe']:g}",
+                f"{result['bpe'][result['budget_scope']]:.4f}",
+                f"{result['kl']['mean']:.5f}",
+                figure(result["kl"]["stderr"], ".5f"),
+                *_best_recipe(result),
+                f"{result['checkpoint_bytes']:,} bytes",
+                str(run),
+            )
+            for result, run in found
+        ],
+    )
+    print()
+    runs = shlex.join(str(run) for _, run in found)
+    print(f"next:       autoquant compare {runs}")
+
+
+def _best_recipe(result: dict[str, Any]) -> tuple[str, str]:
+    best = best_baseline(result)
+    return (best["name"], f"{best['kl']:.5f}") if best else ("-", "-")

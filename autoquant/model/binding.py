@@ -26,13 +26,16 @@ class Names:
     """Where a model keeps the tensors of its checkpoint, by the rules that it was loaded with.
 
     Args:
-        model: a transformers model that `from_pretrained` has loaded.
+        model: a transformers model; one that was not loaded goes by its architecture's rules.
     """
 
     def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        rules = getattr(model, "_weight_conversions", None) or []
+        rules = getattr(model, "_weight_conversions", None)
+        if rules is None:
+            rules = get_model_conversion_mapping(model)
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._order = {

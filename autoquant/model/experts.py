@@ -65,26 +65,33 @@ def experts_forward(
     """
     hook: ExpertsHook = getattr(module, "autoquant_hook", _PLAIN)
     top_k = top_k_index.shape[-1]
-    expert_of_row = top_k_index.reshape(-1)
-    order = torch.argsort(expert_of_row, stable=True)
-    counts = torch.bincount(expert_of_row, minlength=module.num_experts)
+    expert_of_row, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    counts = _counts(expert_of_row, module.num_experts)
     tokens = order // top_k
     hook.routed(counts, tokens)
 
     inputs = hook.input(WIDE, hidden_states)[tokens]
     wide = hook.product(WIDE, inputs, _operand(module, hook, WIDE), counts)
     if module.has_bias:
-        wide = wide + _wide_bias(module)[expert_of_row[order]]
+        wide = wide + _wide_bias(module)[expert_of_row]
     inner = module._apply_gate(wide) if module.has_gate else module.act_fn(wide)
     rows = hook.product(DOWN, hook.input(DOWN, inner), _operand(module, hook, DOWN), counts)
     if module.has_bias:
-        rows = rows + module.down_proj_bias[expert_of_row[order]]
+        rows = rows + module.down_proj_bias[expert_of_row]
     if getattr(module, "has_post_expert_norm", False):
         rows = module.post_expert_norm(rows)
     rows = rows * top_k_weights.reshape(-1)[order, None].to(rows.dtype)
-    by_token = torch.empty_like(rows)
-    by_token[order] = rows
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    by_token = rows.index_select(0, place)
     return by_token.view(-1, top_k, rows.shape[-1]).sum(dim=1)
+
+
+def _counts(expert_of_row: torch.Tensor, experts: int) -> torch.Tensor:
+    """Rows of each expert [E] int64 of a sorted list, without waiting for the device."""
+    each = torch.arange(experts, dtype=expert_of_row.dtype, device=expert_of_row.device)
+    ends = torch.searchsorted(expert_of_row, each, right=True)
+    return torch.diff(ends, prepend=ends.new_zeros(1))
 
 
 def parameter_name(module: Any, part: str) -> str:

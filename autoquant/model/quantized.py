@@ -102,7 +102,7 @@ class _ExpertsForward(ExpertsHook):
         self.slot, self.state, self.context = slot, state, context
         self.inputs = {part: context.input_set(name) for part, name in slot.input_set.items()}
         self.counts = ExpertCounts(slot.name)
-        self.amax: dict[str, list[float]] = {}
+        self.amax: dict[str, torch.Tensor] = {}
 
     def routed(self, counts: torch.Tensor, tokens: torch.Tensor) -> None:
         if self.inputs[WIDE].observing:
@@ -117,8 +117,8 @@ class _ExpertsForward(ExpertsHook):
         if choice == BF16:
             return weight
         if part not in self.amax:
-            self.amax[part] = [weights.largest_magnitude(expert) for expert in weight]
-        compute = partial(weights.fake_quantize_experts, weight, self.amax[part], choice)
+            self.amax[part] = weights.largest_of_experts(weight)
+        compute = partial(weights.fake_quantize, weight, self.amax[part], choice)
         return self.context.store.get((f"{self.slot.name}:{part}", choice), weight, compute)
 
 

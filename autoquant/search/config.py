@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.budget import Budget
+from autoquant.checkpoint.layout import Layout
 from autoquant.checkpoint.source import Source
 from autoquant.data.text import STDLIB
 from autoquant.data.tokens import TokenPlan
+from autoquant.kv_cache import KvCache
 from autoquant.model.inputs import ActivationMode
 from autoquant.spaces import SearchSpace
 
@@ -39,6 +41,10 @@ class SearchConfig:
     trust_remote_code: bool = False
     export: bool = True
     """Whether to write the winner as a checkpoint."""
+    layout: Layout = Layout.MODELOPT
+    """Of the checkpoint."""
+    kv_cache: KvCache = KvCache.BF16
+    """What mixes are measured and exported with."""
 
     def signature(self) -> dict[str, Any]:
         """What makes a search the same as another, as JSON values.
@@ -66,6 +72,8 @@ class SearchConfig:
             "activation_mode": str(self.mode),
             "trials": self.trials,
             **({"max_tokens": self.max_tokens} if self.max_tokens is not None else {}),
+            **({"layout": str(self.layout)} if self.layout is not Layout.MODELOPT else {}),
+            **({"kv_cache": str(self.kv_cache)} if self.kv_cache is not KvCache.BF16 else {}),
             "finalists": self.finalists,
             "seed": self.seed,
             "numerics": NUMERICS_VERSION,

@@ -28,6 +28,7 @@ from autoquant.rundir import (
     RESULT,
     SENSITIVITY,
     SENSITIVITY_LOG,
+    SPLITS,
     TOKENS,
     TRIALS,
     RunDirectory,
@@ -42,13 +43,13 @@ from autoquant.search.problem import Problem
 from autoquant.search.refine import Effort
 from autoquant.search.result import Confirmed, make_result, make_tokens
 from autoquant.search.session import Session, open_session
+from autoquant.search.shared import Shared
 from autoquant.search.trials import Ledger, Stage, Trial
 from autoquant.tracking import Tracker, TrialRecord
 
 if TYPE_CHECKING:
     from autoquant.checkpoint.verify import Verification
 
-SPLITS = "splits.json"
 SECONDS = "seconds.json"
 
 
@@ -62,6 +63,8 @@ class Search:
     observer: Observer
     command: str
     """The command line, for the model card."""
+    shared: Shared = field(default_factory=Shared)
+    """With searches of other budgets."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Spent on each stage, by earlier processes too."""
 
@@ -82,6 +85,7 @@ class Search:
             self.observer.note(f"{self.run.path} already holds this search's result.")
             self._track_again(finished)
             return self._with_checkpoint(plan, finished)
+        self.shared.adopt_probes(self.run)
         session = self._open(plan)
         calibration = self._calibrate(session)
         sensitivity = self._probe(session, plan)
@@ -93,7 +97,7 @@ class Search:
         return self._finish(session, explored.problem, ledger, calibration, confirmed)
 
     def _plan(self) -> Plan:
-        plan = make_plan(self.config.source, self.config.space)
+        plan = make_plan(self.config.source, self.config.space, self.config.kv_cache)
         plan.require_feasible(self.config.budget)
         for warning in plan.options.warnings:
             self.observer.warn(warning)
@@ -101,10 +105,22 @@ class Search:
         return plan
 
     def _open(self, plan: Plan) -> Session:
+        if self.shared.session is None:
+            self.shared.session = self._load(plan)
+        session = self.shared.session
+        self._require_same_tokens(session)
+        for name, split in session.splits.items():
+            self.tracker.dataset(
+                self.config.calibration, digest=split.digest, context=name, tokens=split.tokens
+            )
+        return session
+
+    def _load(self, plan: Plan) -> Session:
         with self._timed("load"):
-            session = open_session(
+            return open_session(
                 self.config.source,
                 [g for g in plan.groups if plan.options.choices[g.name] != (BF16,)],
+                attention=self.config.kv_cache.attention(plan.groups),
                 calibration=self.config.calibration,
                 tokens=self.config.tokens,
                 mode=self.config.mode,
@@ -112,12 +128,6 @@ class Search:
                 trust_remote_code=self.config.trust_remote_code,
                 observer=self.observer,
             )
-        self._require_same_tokens(session)
-        for name, split in session.splits.items():
-            self.tracker.dataset(
-                self.config.calibration, digest=split.digest, context=name, tokens=split.tokens
-            )
-        return session
 
     def _require_same_tokens(self, session: Session) -> None:
         digests = {name: split.digest for name, split in session.splits.items()}
@@ -147,6 +157,8 @@ class Search:
                 "layer's range. More --calibration-tokens would help."
             )
         session.quantized.set_input_scales(calibration.scales())
+        if session.quantized.kv_cache is not None:
+            session.quantized.kv_cache.set_ranges(calibration.kv_ranges)
         return calibration
 
     def _probe(self, session: Session, plan: Plan) -> Sensitivity:
@@ -175,6 +187,7 @@ class Search:
             problem.fits,
             earlier,
             keep=lambda trial: self._keep_trial(trial, ledger),
+            elsewhere=self.shared.trials(),
         )
         for trial in earlier:
             self.tracker.trial(_record(trial))
@@ -203,7 +216,7 @@ class Search:
         with self._timed("confirm"):
             scores: list[TokenScores] = []
             for trial in candidates:
-                scores.append(session.scorer.score_fully(trial.assignment, split))
+                scores.append(self._score_fully(session, trial.assignment))
                 self.observer.step()
             noise = session.scorer.noise_batch(split, 0)
             within = [i for i, t in enumerate(candidates) if t.fits]
@@ -215,6 +228,14 @@ class Search:
             differences=dict(zip(within, differences, strict=True)),
             noise_floor=noise.mean,
         )
+
+    def _score_fully(self, session: Session, assignment: Assignment) -> TokenScores:
+        """Scores on the report split; what another budget has confirmed is taken from there."""
+        known = self.shared.confirmed
+        if assignment.digest not in known:
+            split = session.splits["report"]
+            known[assignment.digest] = session.scorer.score_fully(assignment, split)
+        return known[assignment.digest]
 
     def _finish(
         self,
@@ -286,6 +307,7 @@ class Search:
         result: dict[str, Any],
     ) -> str:
         from autoquant.checkpoint.card import CardFacts, KlRow
+        from autoquant.checkpoint.declaration import quantized_linears, reader_warnings
         from autoquant.checkpoint.export import export
         from autoquant.checkpoint.verify import verify
 
@@ -296,6 +318,7 @@ class Search:
             budget_bpe=self.config.budget.bpe,
             budget_scope=str(self.config.budget.scope),
             activation_mode=str(self.config.mode),
+            kv_cache=str(self.config.kv_cache),
             text=self.config.calibration,
             tokens=result["tokens"]["report"]["tokens"],
             rows=tuple(
@@ -303,6 +326,8 @@ class Search:
                 for row in [_own_row(result), *result["baselines"]]
             ),
         )
+        for warning in reader_warnings(self.config.layout, quantized_linears(groups, assignment)):
+            self.observer.warn(warning)
         with self._timed("export"):
             if not target.exists():
                 self.observer.stage("export", size, Unit.BYTES)
@@ -312,6 +337,8 @@ class Search:
                     assignment,
                     calibration.input_amax,
                     target,
+                    layout=self.config.layout,
+                    kv_ranges=calibration.kv_ranges,
                     card=card,
                     on_bytes=self.observer.step,
                 )

@@ -105,6 +105,10 @@ class Problem:
         """Whether every group has one of its choices."""
         return all(assignment[name] in c for name, c in self.accounting.choices.items())
 
+    def with_budget(self, budget: Budget) -> "Problem":
+        """The same under another budget."""
+        return replace(self, budget=budget)
+
     def without(self, rule: ScaleRule) -> "Problem":
         """The problem with NVFP4 under `rule` closed wherever it is not a group's only choice."""
         closed = Choice(Format.NVFP4, rule)

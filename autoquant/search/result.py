@@ -15,6 +15,7 @@ from autoquant.scoring.kl import TokenScores
 from autoquant.scoring.worst import describe_tokens
 from autoquant.search.config import SearchConfig
 from autoquant.search.confirm import Difference
+from autoquant.search.predictions import describe_predictions
 from autoquant.search.problem import Problem
 from autoquant.search.session import Session
 from autoquant.search.trials import Ledger, Stage, Trial
@@ -73,6 +74,7 @@ def make_result(
         "bpe": {str(scope): accounting.bpe(trial.assignment, scope) for scope in Scope},
         "checkpoint_bytes": accounting.checkpoint_bytes(trial.assignment),
         "activation_mode": str(config.mode),
+        "kv_cache": str(config.kv_cache),
         "kl": scores.summary(),
         "noise_floor": confirmed.noise_floor,
         "top1_agreement": scores.top1_agreement(),
@@ -99,6 +101,7 @@ def make_result(
         "counts": trial.assignment.counts(),
         "trials": len(ledger.trials),
         "stages": _stages(ledger),
+        "predictions": describe_predictions(problem, ledger),
         "tokens": {
             name: {"tokens": s.tokens, "sequences": s.sequences, "digest": s.digest}
             for name, s in session.splits.items()
@@ -155,13 +158,31 @@ def _difference(difference: Difference | None) -> dict[str, Any]:
 
 
 def _stages(ledger: Ledger) -> list[dict[str, Any]]:
-    """What each stage measured, and the best KL on the search split after it."""
+    """What each stage measured and contributed, in the order in which they began.
+
+    `best_kl` is the least KL on the search split within the budget after the stage, `gain` by how
+    much the stage lowered it, nats per token; `stopped` counts candidates that lost their race.
+    """
     rows: dict[Stage, dict[str, Any]] = {}
-    best = float("inf")
+    best = math.inf
     for trial in ledger.trials:
-        best = min(best, trial.kl) if trial.fits else best
-        row = rows.setdefault(trial.stage, {"stage": str(trial.stage), "trials": 0, "seconds": 0.0})
+        row = rows.setdefault(
+            trial.stage,
+            {
+                "stage": str(trial.stage),
+                "trials": 0,
+                "stopped": 0,
+                "tokens": 0,
+                "seconds": 0.0,
+                "gain": 0.0,
+            },
+        )
         row["trials"] += 1
+        row["stopped"] += trial.is_stopped
+        row["tokens"] += trial.tokens
         row["seconds"] += trial.seconds
+        if trial.fits and not trial.is_stopped and trial.kl < best:
+            row["gain"] += best - trial.kl if math.isfinite(best) else 0.0
+            best = trial.kl
         row["best_kl"] = best
     return list(rows.values())

@@ -1,6 +1,6 @@
 """The expensive state of a search or a score: model, tokens, calibrated scorer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ def open_session(
     source: Source,
     groups: Iterable[LayerGroup],
     *,
+    attention: Sequence[str] = (),
     calibration: str,
     tokens: TokenPlan,
     mode: ActivationMode,
@@ -44,6 +45,17 @@ def open_session(
     observer: Observer,
 ) -> Session:
     """Read the text, load the model, cut the tokens, and check that scoring is exact.
+
+    Args:
+        source: what to load.
+        groups: the groups that may leave BF16.
+        attention: attention modules whose keys and values are cached in FP8.
+        calibration: text source, as `load_corpus` takes it.
+        tokens: how many tokens go to which split.
+        mode: which inputs are quantized.
+        device: where to load to; the first GPU, else the CPU, by default.
+        trust_remote_code: run code that comes with the model.
+        observer: told of progress and shortfalls.
 
     Raises:
         SourceError: text or model missing, damaged or not understood.
@@ -60,7 +72,11 @@ def open_session(
     for shortfall in shortfalls(splits, plan):
         observer.warn(f"little text, wide intervals: {shortfall}.")
     quantized = QuantizedModel(
-        loaded.model, groups, mode=mode, weight_cache_bytes=_cache_bytes(loaded.model, chosen)
+        loaded.model,
+        groups,
+        mode=mode,
+        weight_cache_bytes=_cache_bytes(loaded.model, chosen),
+        attention=attention,
     )
     scorer = Scorer(quantized, chosen)
     scorer.check(splits["calibration"])

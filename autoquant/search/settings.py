@@ -4,11 +4,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoquant.budget import Budget, Scope
+from autoquant.checkpoint.layout import Layout
 from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
 from autoquant.data.tokens import TokenPlan
+from autoquant.kv_cache import KvCache
 from autoquant.model.inputs import ActivationMode
 from autoquant.search.config import SearchConfig
 from autoquant.space_file import load_space
+
+
+def make_configs(settings: Mapping[str, Any]) -> list[SearchConfig]:
+    """A search for each of `settings["budget_bpe"]`, all else as in `make_config`.
+
+    A single budget is exported unless told otherwise, several only when told.
+    """
+    budgets = settings["budget_bpe"]
+    export = settings["export"] if settings["export"] is not None else len(budgets) == 1
+    return [make_config({**settings, "budget_bpe": bpe, "export": export}) for bpe in budgets]
 
 
 def make_config(settings: Mapping[str, Any]) -> SearchConfig:
@@ -32,6 +44,8 @@ def make_config(settings: Mapping[str, Any]) -> SearchConfig:
         device=settings["device"],
         trust_remote_code=settings["trust_remote_code"],
         export=settings["export"],
+        layout=Layout(settings["layout"]),
+        kv_cache=KvCache(settings["kv_cache"]),
     )
 
 

@@ -5,7 +5,9 @@ from typing import Any
 
 from autoquant.assignment import Assignment
 from autoquant.budget import Accounting, Scope
+from autoquant.checkpoint.declaration import quantized_linears, reader_warnings
 from autoquant.checkpoint.export import ExportResult, export
+from autoquant.checkpoint.layout import Layout
 from autoquant.checkpoint.quantized import open_quantized
 from autoquant.checkpoint.source import Source
 from autoquant.checkpoint.target import require_free
@@ -13,9 +15,10 @@ from autoquant.data.tokens import TokenPlan
 from autoquant.errors import ConfigError
 from autoquant.formats import BF16
 from autoquant.grouping import Groups, find_groups
+from autoquant.kv_cache import KvCache
 from autoquant.model.exported import groups_of, install, is_quantized
 from autoquant.model.inputs import ActivationMode
-from autoquant.probe.calibration import Calibration, calibrate, read_input_amax
+from autoquant.probe.calibration import Calibration, calibrate, read_input_amax, read_kv_ranges
 from autoquant.search.observer import Observer, Unit
 from autoquant.search.session import Session, open_session
 
@@ -29,6 +32,7 @@ def score(
     calibration: str,
     tokens: TokenPlan,
     mode: ActivationMode,
+    kv_cache: KvCache = KvCache.BF16,
     device: str | None,
     trust_remote_code: bool,
     observer: Observer,
@@ -36,7 +40,8 @@ def score(
     """Measure an assignment of `source`, or a checkpoint exported from it.
 
     Exactly one of `assignment` and `checkpoint` is given. A checkpoint is measured with its own
-    dequantized weights and its own input scales; an assignment is calibrated first.
+    dequantized weights, its own input scales and the cache that it has scales for; an assignment is
+    calibrated first.
 
     Returns:
         KL statistics in nats per token, agreement, perplexities, BPE and tokens.
@@ -49,13 +54,16 @@ def score(
     if exported is not None:
         groups = groups_of(exported, source)
         quantized = [g for g in groups if is_quantized(exported, g)]
+        attention = exported.attention
     else:
         assert assignment is not None
         groups = _groups_of(source, assignment)
         quantized = [g for g in groups if assignment[g.name] != BF16]
+        attention = kv_cache.attention(groups)
     session = open_session(
         source,
         quantized,
+        attention=attention,
         calibration=calibration,
         tokens=tokens,
         mode=mode,
@@ -72,6 +80,7 @@ def score(
         "model": source.model,
         "checkpoint": str(checkpoint) if checkpoint is not None else None,
         "activation_mode": str(mode),
+        "kv_cache": str(KvCache.FP8 if attention else KvCache.BF16),
     }
 
 
@@ -80,6 +89,8 @@ def export_assignment(
     assignment: Assignment,
     target: Path,
     *,
+    layout: Layout = Layout.MODELOPT,
+    kv_cache: KvCache = KvCache.BF16,
     calibration: str,
     tokens: TokenPlan,
     device: str | None,
@@ -101,12 +112,15 @@ def export_assignment(
     require_free(target, source=source.path)
     groups = _groups_of(source, assignment)
     quantized = [g for g in groups if assignment[g.name] != BF16]
+    attention = kv_cache.attention(groups)
     if calibrated is not None:
         amax = read_input_amax(calibrated, quantized)
+        kv_ranges = read_kv_ranges(calibrated, attention)
     else:
         session = open_session(
             source,
             quantized,
+            attention=attention,
             calibration=calibration,
             tokens=tokens,
             mode=ActivationMode.W4A4,
@@ -114,9 +128,21 @@ def export_assignment(
             trust_remote_code=trust_remote_code,
             observer=observer,
         )
-        amax = _calibrate(session, observer).input_amax
+        found = _calibrate(session, observer)
+        amax, kv_ranges = found.input_amax, found.kv_ranges
+    for warning in reader_warnings(layout, quantized_linears(groups, assignment)):
+        observer.warn(warning)
     observer.stage("export", source.headers.bytes, Unit.BYTES)
-    return export(source, groups, assignment, amax, target, on_bytes=observer.step)
+    return export(
+        source,
+        groups,
+        assignment,
+        amax,
+        target,
+        layout=layout,
+        kv_ranges=kv_ranges,
+        on_bytes=observer.step,
+    )
 
 
 def _groups_of(source: Source, assignment: Assignment) -> Groups:
@@ -144,6 +170,8 @@ def _calibrate(session: Session, observer: Observer) -> Calibration:
     observer.stage("calibrate", len(split.batches))
     calibration = calibrate(session.scorer, split, observer.step)
     session.quantized.set_input_scales(calibration.scales())
+    if session.quantized.kv_cache is not None:
+        session.quantized.kv_cache.set_ranges(calibration.kv_ranges)
     return calibration
 
 
@@ -161,7 +189,12 @@ def _measure(
     observer.step()
     complete = {group.name: assignment[group.name] for group in groups}
     accounting = Accounting(
-        headers=source.headers, groups=groups, choices={n: (c, BF16) for n, c in complete.items()}
+        headers=source.headers,
+        groups=groups,
+        choices={n: (c, BF16) for n, c in complete.items()},
+        added_bytes=(KvCache.FP8 if session.quantized.kv_cache else KvCache.BF16).stored_bytes(
+            groups
+        ),
     )
     return {
         "kl": scores.summary(),

@@ -7,7 +7,7 @@ one that is clearly worse is not measured to the end.
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -115,6 +115,7 @@ class Ledger:
         fits: whether an assignment keeps the budget.
         earlier: trials of an earlier process, in order.
         keep: called with each new trial before the next begins.
+        elsewhere: whole trials of other budgets on the same tokens, which need no measuring.
     """
 
     def __init__(
@@ -125,7 +126,9 @@ class Ledger:
         fits: Callable[[Assignment], bool],
         earlier: Iterable[Trial],
         keep: Callable[[Trial], None],
+        elsewhere: Iterable[Trial] = (),
     ) -> None:
+        self._elsewhere = {trial.assignment.digest: trial for trial in elsewhere}
         self._scorer, self._split, self._accounting = scorer, split, accounting
         self._fits, self._keep = fits, keep
         self._earlier = {trial.assignment.digest: trial for trial in earlier}
@@ -155,7 +158,10 @@ class Ledger:
             return known
         trial = self._earlier.get(assignment.digest)
         if trial is None:
-            trial = self._measure(assignment, stage, name, params or {}, rival)
+            # A race may have stopped where another budget went on, so racers are run again.
+            if rival is None:
+                trial = self._taken_over(assignment, stage, name, params or {})
+            trial = trial or self._measure(assignment, stage, name, params or {}, rival)
             self._keep(trial)
         self._known[assignment.digest] = trial
         self.trials.append(trial)
@@ -181,6 +187,21 @@ class Ledger:
     def best(self) -> Trial:
         """The candidate of least KL that keeps the budget; the earliest of equals."""
         return min(self.whole(), key=lambda t: (t.kl, t.number))
+
+    def _taken_over(
+        self, assignment: Assignment, stage: Stage, name: str, params: Mapping[str, float]
+    ) -> Trial | None:
+        """Another budget's trial of the same assignment, as this search's own."""
+        trial = self._elsewhere.get(assignment.digest)
+        return trial and replace(
+            trial,
+            number=len(self.trials),
+            stage=stage,
+            name=name,
+            params=params,
+            fits=self._fits(assignment),
+            seconds=0.0,
+        )
 
     def _measure(
         self,

@@ -18,9 +18,25 @@ COMPANIONS = ("README.md", "config.json", "hf_quant_config.json")
 """Small files of a checkpoint that say what it is."""
 
 
-def figures(result: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics of the run: the winner's as `result.*`, each baseline's KL as `baseline.NAME`."""
-    return _winner(result) | {
+def winner_figures(result: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics of the winner, `result.*`; what was not measured is absent."""
+    kl, perplexity = result["kl"], result["perplexity"]
+    found = {
+        "kl": kl["mean"],
+        "kl_stderr": kl["stderr"],
+        "kl_p99": kl["p99"],
+        "bpe": result["bpe"]["checkpoint"],
+        "top1_agreement": result["top1_agreement"],
+        "perplexity": perplexity["quantized"],
+        "perplexity_bf16": perplexity["bf16"],
+        "checkpoint_bytes": float(result["checkpoint_bytes"]),
+    }
+    return {f"result.{name}": value for name, value in found.items() if value is not None}
+
+
+def baseline_figures(result: Mapping[str, Any]) -> dict[str, float]:
+    """KL of each baseline as a metric, `baseline.NAME`."""
+    return {
         f"baseline.{_NOT_IN_A_METRIC.sub('', row['name'])}": row["kl"]
         for row in result["baselines"]
     }
@@ -60,8 +76,9 @@ def log_checkpoint(
 ) -> None:
     """Log the exported checkpoint as a model that lies outside of MLflow; no weight is copied.
 
-    Its artifacts are the checkpoint's model card and configuration, and `location.json`, which
-    says where the weights are. A checkpoint that the run has logged before is left as it is.
+    The winner's metrics belong to it and to the run. Its artifacts are the checkpoint's model card
+    and configuration, and `location.json`, which says where the weights are. A checkpoint that the
+    run has logged before is left as it is.
 
     Args:
         client: of the store.
@@ -108,27 +125,12 @@ def log_checkpoint(
                 dataset_name=dataset,
                 dataset_digest=digest,
             )
-            for metric, value in _winner(result).items()
+            for metric, value in winner_figures(result).items()
             if math.isfinite(value)
         ],
     )
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     client.finalize_logged_model(model.model_id, "READY")
-
-
-def _winner(result: Mapping[str, Any]) -> dict[str, float]:
-    kl, perplexity = result["kl"], result["perplexity"]
-    found = {
-        "kl": kl["mean"],
-        "kl_stderr": kl["stderr"],
-        "kl_p99": kl["p99"],
-        "bpe": result["bpe"]["checkpoint"],
-        "top1_agreement": result["top1_agreement"],
-        "perplexity": perplexity["quantized"],
-        "perplexity_bf16": perplexity["bf16"],
-        "checkpoint_bytes": float(result["checkpoint_bytes"]),
-    }
-    return {f"result.{name}": value for name, value in found.items() if value is not None}
 
 
 def _is_logged(client: "MlflowClient", experiment_id: str, run_id: str) -> bool:

@@ -19,7 +19,12 @@ from autoquant.rundir import (
     TOKENS,
     TRIALS,
 )
-from autoquant.tracking.outcome import description, figures, log_checkpoint
+from autoquant.tracking.outcome import (
+    baseline_figures,
+    description,
+    log_checkpoint,
+    winner_figures,
+)
 from autoquant.tracking.tracker import ChildRuns, TrialRecord
 
 if TYPE_CHECKING:
@@ -94,17 +99,20 @@ class Recorder:
         text = result["calibration"]
         for context, split in result["tokens"].items():
             self.dataset(text, digest=split["digest"], context=context, tokens=split["tokens"])
-        metrics, note = figures(result), description(result)
-        self._send(lambda: self._log_metrics(self._run_id, metrics, step=0))
+        baselines, note = baseline_figures(result), description(result)
+        self._send(lambda: self._log_metrics(self._run_id, baselines, step=0))
         self._send(lambda: self._log_description(note))
-        if "checkpoint" in result:
-            report = text, result["tokens"]["report"]["digest"][:_DIGEST]
-            name = self._folder.resolve().name
-            self._send(
-                lambda: log_checkpoint(
-                    self._client, self._experiment_id, self._run_id, result, report, name
-                )
+        if "checkpoint" not in result:
+            winner = winner_figures(result)
+            self._send(lambda: self._log_metrics(self._run_id, winner, step=0))
+            return
+        report = text, result["tokens"]["report"]["digest"][:_DIGEST]
+        name = self._folder.resolve().name
+        self._send(
+            lambda: log_checkpoint(
+                self._client, self._experiment_id, self._run_id, result, report, name
             )
+        )
 
     def close(self, status: str) -> None:
         """Record the run directory's files and end the run with an MLflow status."""

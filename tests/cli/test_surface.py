@@ -6,72 +6,38 @@ import click
 
 from autoquant.cli import cli
 
+MODEL = {"[MODEL]", "--config", "--format"}
+BUDGET = {"--budget-bpe", "--budget-scope"}
+DEVICE = {"--device", "--trust-remote-code"}
+TOKENS = {
+    "--calibration",
+    "--seed",
+    "--calibration-tokens",
+    "--search-tokens",
+    "--report-tokens",
+    "--sequence-length",
+    "--batch-tokens",
+}
+TRACKING = {"--mlflow", "--no-mlflow", "--mlflow-experiment", "--mlflow-trials"}
+EFFORT = {"--trials", "--max-seconds", "--max-tokens"}
+RUN = {"--out", "--resume", "--fresh", "--export", "--no-export"}
+
 SURFACE = {
     "": {"--version", "--debug"},
-    "search": {
-        "[MODEL]",
-        "--budget-bpe",
-        "--budget-scope",
-        "--space",
-        "--activation-mode",
-        "--trials",
-        "--max-seconds",
-        "--seed",
-        "--calibration",
-        "--calibration-tokens",
-        "--search-tokens",
-        "--report-tokens",
-        "--sequence-length",
-        "--batch-tokens",
-        "--device",
-        "--trust-remote-code",
-        "--mlflow",
-        "--no-mlflow",
-        "--mlflow-experiment",
-        "--mlflow-trials",
-        "--out",
-        "--resume",
-        "--fresh",
-        "--export",
-        "--no-export",
-        "--format",
-        "--config",
-    },
-    "plan": {"[MODEL]", "--budget-bpe", "--budget-scope", "--space", "--format", "--config"},
-    "score": {
-        "[MODEL]",
-        "--assignment",
-        "--checkpoint",
-        "--activation-mode",
-        "--seed",
-        "--split",
-        "--calibration",
-        "--calibration-tokens",
-        "--search-tokens",
-        "--report-tokens",
-        "--sequence-length",
-        "--batch-tokens",
-        "--device",
-        "--trust-remote-code",
-        "--format",
-        "--config",
-    },
-    "export": {
-        "[MODEL]",
-        "--assignment",
-        "--seed",
-        "--calibration",
-        "--calibration-tokens",
-        "--search-tokens",
-        "--report-tokens",
-        "--sequence-length",
-        "--batch-tokens",
-        "--device",
-        "--trust-remote-code",
-        "--out",
-        "--format",
-        "--config",
-    },
+    "search": MODEL
+    | BUDGET
+    | DEVICE
+    | TOKENS
+    | TRACKING
+    | EFFORT
+    | RUN
+    | {"--space", "--activation-mode"},
+    "plan": MODEL | BUDGET | {"--space"},
+    "score": MODEL
+    | DEVICE
+    | TOKENS
+    | {"--assignment", "--checkpoint", "--activation-mode", "--split"},
+    "export": MODEL | DEVICE | TOKENS | {"--assignment", "--calibrated", "--out"},
     "verify": {"CHECKPOINT", "--source", "--format"},
     "report": {"RUN", "--out", "--png", "--format"},
     "compare": {"RUN...", "--out", "--format"},

@@ -1,0 +1,86 @@
+"""Which linears read the same tensor in a forward, held against what their names say.
+
+The groups follow the names of fused projections that engines are known to use. A forward knows
+nothing of engines, but linears that an engine multiplies as one matrix must read one tensor.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from autoquant import grouping_table as table
+from autoquant.groups import Linear
+from autoquant.model.quantized import QuantizedModel
+
+Tensors = Mapping[str, tuple[int, int]]
+"""What each linear read: address and number of elements of a tensor that is still alive."""
+
+
+def input_disagreements(quantized: QuantizedModel, tokens: torch.Tensor) -> tuple[str, ...]:
+    """Groups for which names and a forward of `tokens` [B, L] disagree, one line each.
+
+    Single experts that are modules of their own are left out: they share a scale although each
+    reads other tokens.
+    """
+    linears = {
+        linear.name: linear
+        for slot in quantized.dense_slots
+        for linear in slot.linears
+        if table.ROUTED_EXPERT.fullmatch(linear.name) is None
+    }
+    read = _trace(quantized, tokens)
+    seen = [linear for name, linear in linears.items() if name in read]
+    return (*_joined_by_name_alone(seen, read), *_joined_by_input_alone(seen, read))
+
+
+@torch.inference_mode()
+def _trace(quantized: QuantizedModel, tokens: torch.Tensor) -> Tensors:
+    """Run the model once; inputs are kept until the end, so that no address is used twice."""
+    read: dict[str, torch.Tensor] = {}
+    hooks = []
+    for slot in quantized.dense_slots:
+
+        def keep(module: Any, inputs: tuple[Any, ...], slot: Any = slot) -> None:
+            for linear in slot.linears:
+                read.setdefault(linear.name, inputs[0])
+
+        hooks.append(slot.module.register_forward_pre_hook(keep))
+    try:
+        quantized.model(input_ids=tokens, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        quantized.forget_inputs()
+    return {name: (tensor.data_ptr(), tensor.numel()) for name, tensor in read.items()}
+
+
+def _joined_by_name_alone(linears: Iterable[Linear], read: Tensors) -> Iterator[str]:
+    by_set: dict[str, list[Linear]] = {}
+    for linear in linears:
+        by_set.setdefault(linear.input_scale_set, []).append(linear)
+    for name, members in by_set.items():
+        if len({read[linear.name] for linear in members}) > 1:
+            yield (
+                f"{name}: by their names {_listed(members)} are one matrix in engines, and in a "
+                "forward they read different tensors; their shared input scale may not fit."
+            )
+
+
+def _joined_by_input_alone(linears: Iterable[Linear], read: Tensors) -> Iterator[str]:
+    by_input: dict[tuple[str, tuple[int, int]], list[Linear]] = {}
+    for linear in linears:
+        parent = linear.name.rpartition(".")[0]
+        by_input.setdefault((parent, read[linear.name]), []).append(linear)
+    for members in by_input.values():
+        sets = dict.fromkeys(linear.input_scale_set for linear in members)
+        if len(sets) > 1:
+            yield (
+                f"{', '.join(sets)}: by their names {_listed(members)} are matrices of their own, "
+                "and in a forward they read the same tensor; an engine that joins them needs one "
+                "format."
+            )
+
+
+def _listed(linears: Iterable[Linear]) -> str:
+    return ", ".join(linear.name.rpartition(".")[2] for linear in linears)

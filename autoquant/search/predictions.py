@@ -1,0 +1,81 @@
+"""How well single groups predict the whole, with and without their interactions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from autoquant.budget import Budget
+from autoquant.search.problem import Problem
+from autoquant.search.refine import measured
+from autoquant.search.solver import Selection
+from autoquant.search.surrogate import Floats, Surrogate
+from autoquant.search.trials import Ledger
+
+FOLDS = 5
+FRONTIER_POINTS = 25
+
+
+def describe_predictions(problem: Problem, ledger: Ledger) -> dict[str, Any]:
+    """The entry `predictions` of `result.json`; KL in nats per token on the search split.
+
+    Every candidate is predicted by fits that have not seen it: each of five takes its turn to be
+    left out.
+    """
+    surrogate = Surrogate.of(problem)
+    selections, kl = measured(problem, ledger)
+    trials = [t.number for t in ledger.trials if problem.allows(t.assignment)]
+    fitted = surrogate.fitted(selections, kl)
+    alone = _left_out(Surrogate.of(problem, with_pairs=False), selections, kl)
+    joint = _left_out(surrogate, selections, kl)
+    return {
+        "strength": fitted.strength,
+        "scale": fitted.law.scale,
+        "exponent": fitted.law.exponent,
+        "relative_error": {
+            "sum": _relative_error(surrogate.quadratic(selections), kl),
+            "sum_mapped": _relative_error(alone, kl),
+            "with_interactions": _relative_error(joint, kl),
+        },
+        "trials": [
+            {"trial": number, "kl": float(predicted)}
+            for number, predicted in zip(trials, joint, strict=True)
+        ],
+        "frontier": predicted_frontier(problem, fitted),
+    }
+
+
+def predicted_frontier(problem: Problem, fitted: Surrogate) -> list[dict[str, float]]:
+    """Predicted KL of the solver's optimum from the smallest checkpoint to the largest.
+
+    All budgets from one set of probes; a row has `bpe` (of the checkpoint) and `kl`.
+    """
+    accounting, scope = problem.accounting, problem.budget.scope
+    low, high = accounting.bpe(accounting.floor, scope), accounting.bpe(accounting.ceiling, scope)
+    rows = []
+    for bpe in np.linspace(low, high, FRONTIER_POINTS):
+        other = problem.with_budget(Budget(float(bpe), scope))
+        selection = other.knapsack.solve()
+        size = accounting.bpe(other.decode(selection))
+        rows.append({"bpe": size, "kl": float(fitted.predict([selection])[0])})
+    return rows
+
+
+def _left_out(surrogate: Surrogate, selections: Sequence[Selection], kl: Floats) -> Floats:
+    """Each candidate's prediction by a fit without its fold."""
+    folds = np.arange(len(kl)) % FOLDS
+    predicted = np.empty(len(kl))
+    for fold in np.unique(folds):
+        inside = np.flatnonzero(folds == fold).tolist()
+        outside = np.flatnonzero(folds != fold).tolist()
+        fit = surrogate.fitted([selections[i] for i in outside], kl[outside])
+        predicted[inside] = fit.predict([selections[i] for i in inside])
+    return predicted
+
+
+def _relative_error(predicted: Floats, measured: Floats) -> float:
+    """Mean of |predicted - measured| / measured; NaN where nothing is measured above zero."""
+    known = measured > 0.0
+    if not known.any():
+        return float("nan")
+    return float(np.mean(np.abs(predicted[known] - measured[known]) / measured[known]))

@@ -1,0 +1,90 @@
+"""What every architecture goes through: plan, search, export in each layout, verify, score."""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from click.testing import Result
+from searchable import save_text
+
+from autoquant.assignment import Assignment
+from autoquant.formats import Choice
+
+LAYOUTS = ("modelopt", "compressed-tensors")
+TOKENS = (
+    *("--calibration-tokens", 64, "--search-tokens", 64, "--report-tokens", 64),
+    *("--sequence-length", 32, "--batch-tokens", 64),
+)
+
+
+@dataclass(frozen=True)
+class Journey:
+    """One miniature on its way through every command, each step's result as JSON."""
+
+    source: Path
+    folder: Path
+    call: Callable[..., Result]
+
+    def json(self, *arguments: object) -> dict[str, Any]:
+        """What a command prints.
+
+        Raises:
+            AssertionError: it failed; says how.
+        """
+        result = self.call(*arguments, "--format", "json")
+        assert result.exit_code == 0, f"{arguments[0]}: {result.stderr[-500:]}"
+        found: dict[str, Any] = json.loads(result.stdout)
+        return found
+
+    @property
+    def tokens(self) -> tuple[object, ...]:
+        text = self.folder / "text"
+        if not text.exists():
+            save_text(text)
+        return (*TOKENS, "--calibration", text)
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def plan(self) -> dict[str, Any]:
+        return self.json("plan", self.source)
+
+    def search(self, plan: dict[str, Any]) -> dict[str, Any]:
+        """A search of no trials beyond the baselines, a third of the way from floor to ceiling."""
+        low, high = (plan[limit]["bpe"]["checkpoint"] for limit in ("floor", "ceiling"))
+        return self.json(
+            *("search", self.source, "--budget-bpe", round(low + (high - low) / 3, 3)),
+            *(*self.tokens, "--trials", 0, "--no-mlflow", "--out", self.run),
+        )
+
+    def mixed(self, plan: dict[str, Any]) -> Assignment:
+        """Formats in turn over the groups, so that each engine path is met."""
+        turn = itertools.cycle(("nvfp4/mse", "fp8", "bf16", "nvfp4/four_over_six", "fp8"))
+        chosen = {}
+        for group in plan["groups"]:
+            wish = next(turn)
+            chosen[group["name"]] = wish if wish in group["choices"] else "bf16"
+        return Assignment.of({name: Choice.parse(text) for name, text in chosen.items()})
+
+    def export(self, assignment: Assignment, layout: str) -> Path:
+        """The source under `assignment`, with the search's input ranges."""
+        file = self.folder / "mixed.json"
+        file.write_text(json.dumps(assignment.to_dict()))
+        target = self.folder / layout
+        self.json(
+            *("export", self.source, "--assignment", file, "--layout", layout),
+            *("--calibrated", self.run / "calibration.json", "--out", target),
+        )
+        return target
+
+    def verify(self, checkpoint: Path) -> dict[str, Any]:
+        found = self.json("verify", checkpoint, "--source", self.source)
+        assert found["ok"], found["problems"]
+        return found
+
+    def score(self, checkpoint: Path) -> dict[str, Any]:
+        return self.json("score", self.source, "--checkpoint", checkpoint, *self.tokens)

@@ -1,0 +1,111 @@
+"""`autoquant search` under several budgets: one set of probes, and each run as if it were alone."""
+
+import json
+
+import pytest
+from searchable import TOKEN_FLAGS, save_searchable, save_text
+
+import autoquant as package
+
+pytestmark = pytest.mark.slow
+
+OWN = ("run", "seconds", "versions", "command")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("budgets")
+    save_searchable("qwen3_moe", folder / "model")
+    save_text(folder / "text")
+    return folder
+
+
+@pytest.fixture
+def search(autoquant, folder):
+    def call(budget, out, *flags, code=0):
+        result = autoquant(
+            *("search", folder / "model", "--calibration", folder / "text", *TOKEN_FLAGS),
+            *("--budget-bpe", budget, "--trials", 12, "--no-mlflow", "--out", out, *flags),
+        )
+        assert result.exit_code == code, result.stderr
+        return result
+
+    return call
+
+
+def trials(run):
+    lines = (run / "trials.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def outcome(run):
+    result = json.loads((run / "result.json").read_text())
+    for row in result["stages"]:
+        del row["seconds"]
+    return {k: v for k, v in result.items() if k not in OWN}
+
+
+def test_each_budget_ends_as_it_would_alone(search, tmp_path):
+    many = json.loads(search("10,8.5", tmp_path / "many", "--format", "json").stdout)["runs"]
+    assert [row["budget_bpe"] for row in many] == [10.0, 8.5]
+    second = tmp_path / "many" / "8.5bpe"
+    search(8.5, tmp_path / "alone", "--no-export")
+    assert trials(second) == trials(tmp_path / "alone")
+    assert outcome(second) == outcome(tmp_path / "alone")
+    assert json.loads((second / "seconds.json").read_text())["probe"] < 1.0
+    assert not (second / "checkpoint").exists()
+    page = (tmp_path / "many" / "compare.html").read_text()
+    assert "8.5bpe" in page
+    assert "10bpe" in page
+    again = search("10,8.5", tmp_path / "many")
+    assert "already holds this search's result" in again.stderr
+    assert "next:       autoquant compare" in again.stdout
+
+
+def test_checkpoints_of_several_budgets_on_request(folder, tmp_path):
+    runs = package.search_budgets(
+        folder / "model",
+        budgets_bpe=[8.5, 10],
+        calibration=str(folder / "text"),
+        calibration_tokens=256,
+        search_tokens=512,
+        report_tokens=512,
+        sequence_length=32,
+        trials=0,
+        mlflow=False,
+        out=tmp_path / "runs",
+        export=True,
+    )
+    sizes = [run.result["checkpoint_bytes"] for run in runs]
+    assert len(runs) == 2
+    assert sizes[0] < sizes[1]
+    assert all((run.path / "checkpoint" / "config.json").exists() for run in runs)
+    assert runs[0].result["command"].endswith(f"--export -- {folder / 'model'}")
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("5,5", "names a budget twice"),
+        ("5,x", "'x' is not a valid float"),
+        ("5,-1", "-1.0 is not in the range x>0"),
+        ("5,", "'' is not a valid float"),
+    ],
+)
+def test_budgets_that_cannot_be_meant(search, tmp_path, budget, message):
+    assert message in search(budget, tmp_path / "run", code=2).stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_infeasible_budget_stops_all_before_anything_is_written(search, tmp_path):
+    result = search("9,3", tmp_path / "run", code=3)
+    assert "a budget of 3 bits per element" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_single_run_is_no_folder_of_budgets(search, tmp_path):
+    search(9, tmp_path / "run", "--no-export", "--trials", 0)
+    assert (
+        "is the run directory of a single budget"
+        in search("8.5,9", tmp_path / "run", code=5).stderr
+    )

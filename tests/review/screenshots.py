@@ -1,0 +1,37 @@
+"""Takes the pictures of docs/review.md again: python tests/review/screenshots.py runs/NAME."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from mlflow.tracking import MlflowClient
+from pages import LAYER_MAP, chromium, picture, report_of, run_address
+from servers import mlflow_server
+
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
+
+
+def take(run: Path) -> None:
+    """Write the report, and MLflow's pages of the run, as PNG."""
+    store = MlflowClient(tracking_uri=f"sqlite:///{run.parent / 'mlflow.db'}")
+    experiment = store.get_experiment_by_name("autoquant").experiment_id
+    run_id = json.loads((run / "tracking.json").read_text())["run_id"]
+    with chromium() as browser, mlflow_server(run.parent) as server:
+        page = browser.open(report_of(run), width=900, height=1150)
+        page.screenshot(path=IMAGES / "report.png")
+        picture(page, LAYER_MAP).screenshot(path=IMAGES / "layer-map.png")
+        for tab, ready, name in (
+            ("", "table", "mlflow-run"),
+            ("/model-metrics", "text=best_kl", "mlflow-curves"),
+        ):
+            address = run_address(server.url, experiment, run_id, tab)
+            page = browser.open(address, width=1300, height=1000)
+            page.locator(ready).first.wait_for()
+            page.wait_for_timeout(3_000)  # charts are drawn a while after they are there
+            page.screenshot(path=IMAGES / f"{name}.png")
+
+
+if __name__ == "__main__":
+    take(Path(sys.argv[1]).resolve())

@@ -1,0 +1,90 @@
+"""What a reviewer opens: the report and MLflow's page of a search, in a browser."""
+
+import json
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+from pages import (
+    CHROMIUM,
+    FRONTIER,
+    LAYER_MAP,
+    chromium,
+    cut_off,
+    picture,
+    report_of,
+    run_address,
+)
+from searchable import TOKEN_FLAGS, save_searchable, save_text
+from servers import mlflow_server
+
+import autoquant
+
+pytest.importorskip("playwright", reason="playwright is absent: pip install 'autoquant[test]'")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is absent: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished search with its checkpoint, recorded in the store beside it."""
+    folder = tmp_path_factory.mktemp("review")
+    flags = dict(zip(TOKEN_FLAGS[::2], TOKEN_FLAGS[1::2], strict=True))
+    return autoquant.search(
+        save_searchable("qwen3_moe", folder / "model"),
+        calibration=str(save_text(folder / "text")),
+        budget_bpe=9.0,
+        trials=6,
+        out=folder / "runs" / "reviewed",
+        **{flag.lstrip("-").replace("-", "_"): value for flag, value in flags.items()},
+    ).path
+
+
+@pytest.fixture(scope="module")
+def baselines(run) -> list[str]:
+    result = json.loads((run / "result.json").read_text())
+    return [row["name"] for row in result["baselines"]]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+def test_the_report_reads_on_a_screen_a_phone_and_in_the_dark(run, baselines, browser):
+    page = browser.open(report_of(run))
+    for label in (FRONTIER, LAYER_MAP):
+        assert picture(page, label).bounding_box()["width"] > 400
+    for name in baselines:
+        assert page.get_by_role("cell", name=name, exact=True).first.is_visible()
+    assert cut_off(page) == []
+    phone = browser.open(report_of(run), width=390, height=800)
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+    dark = browser.open(report_of(run), color_scheme="dark")
+    shade = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(shade) == "rgb(255, 255, 254)"
+    assert dark.evaluate(shade) == "rgb(21, 24, 30)"
+    assert browser.errors == []
+
+
+def test_mlflow_shows_the_result_the_baselines_the_checkpoint_and_the_report(
+    run, baselines, browser
+):
+    store = MlflowClient(tracking_uri=f"sqlite:///{run.parent / 'mlflow.db'}")
+    experiment = store.get_experiment_by_name("autoquant").experiment_id
+    run_id = json.loads((run / "tracking.json").read_text())["run_id"]
+    with mlflow_server(run.parent) as server:
+        page = browser.open(run_address(server.url, experiment, run_id))
+        for name in baselines:
+            page.get_by_role("cell", name=name, exact=True).wait_for()
+        page.get_by_role("link", name=run.name, exact=True).first.wait_for()
+        page = browser.open(run_address(server.url, experiment, run_id, "/artifacts/report.html"))
+        report = page.frame_locator("iframe")
+        for label in (FRONTIER, LAYER_MAP):
+            picture(report, label).wait_for()
+        for name in baselines:
+            report.get_by_role("cell", name=name, exact=True).first.wait_for()
+    assert browser.errors == []
