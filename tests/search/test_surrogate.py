@@ -60,14 +60,15 @@ def test_few_measurements_leave_interactions_out(generator):
 def test_corrections_learn_an_option_that_probes_misjudged(generator):
     surrogate = made(generator)
     selections = [s for s in every(surrogate) if 2 not in s]
-    kl = surrogate.predict(selections) + 4e-4 * np.array([s[1] == 0 for s in selections])
+    extra = 0.3 * surrogate.main[3 * 3]
+    kl = surrogate.predict(selections) + extra * np.array([s[3] == 0 for s in selections])
     order = generator.permutation(len(selections)).tolist()
-    train, test = order[::2], order[1::2]
+    train, test = order[:24], order[24:]
     errors = []
     for fit in (surrogate.fitted, surrogate.refitted):
         learned = fit([selections[i] for i in train], kl[train])
         errors.append(np.abs(learned.predict([selections[i] for i in test]) - kl[test]).mean())
-    assert errors[1] < 0.3 * errors[0]
+    assert errors[1] < 0.5 * errors[0]
 
 
 def test_the_law_is_monotone_and_the_identity_without_data():
