@@ -161,6 +161,11 @@ class QuantizedModel:
     def groups(self) -> tuple[LayerGroup, ...]:
         return tuple(state.group for state in self._states.values())
 
+    @property
+    def dense_slots(self) -> tuple[DenseSlot, ...]:
+        """Where the groups' linears are, those in 3-D parameters aside."""
+        return tuple(slot for _, slot in self._slots if isinstance(slot, DenseSlot))
+
     def apply(self, assignment: Assignment, *, with_cache: bool = False) -> None:
         """Put every group into its choice; groups that the assignment lacks return to BF16.
 

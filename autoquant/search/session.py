@@ -15,8 +15,12 @@ from autoquant.model.inputs import ActivationMode
 from autoquant.model.loading import LoadedModel, choose_device, load_model
 from autoquant.model.memory import keep_freed_memory
 from autoquant.model.quantized import QuantizedModel
+from autoquant.model.shared_inputs import input_disagreements
 from autoquant.scoring.scorer import Scorer
 from autoquant.search.observer import Observer
+
+_TRACED_TOKENS = 8
+"""Tokens of the forward that shows which linears share an input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,9 @@ def open_session(
         weight_cache_bytes=_cache_bytes(loaded.model, chosen),
         attention=attention,
     )
+    first = splits["calibration"].batches[0][:1, :_TRACED_TOKENS]
+    for disagreement in input_disagreements(quantized, first.to(chosen)):
+        observer.warn(disagreement)
     scorer = Scorer(quantized, chosen)
     scorer.check(splits["calibration"])
     observer.step()

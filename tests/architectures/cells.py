@@ -36,6 +36,7 @@ class Journey:
         """
         result = self.call(*arguments, "--format", "json")
         assert result.exit_code == 0, f"{arguments[0]}: {result.stderr[-500:]}"
+        assert "by their names" not in result.stderr, result.stderr
         found: dict[str, Any] = json.loads(result.stdout)
         return found
 

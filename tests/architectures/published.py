@@ -30,6 +30,12 @@ BLOCK_FP8 = ("minimax_m2", "deepseek_v3")
 KEPT = {"minimax_m2": ["gate", "e_score_correction_bias", "lm_head"], "deepseek_v3": []}
 """`modules_to_not_convert` as published."""
 
+ONLY_PUBLISHED: dict[str, dict[str, Any]] = {
+    "minimax_m2": {"rotary_dim": 8},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+}
+"""Keys of the publishers' config.json that transformers does not save; vLLM reads them."""
+
 BLOCK = 128
 _CODES = re.compile(r".+\.layers\..+(_proj|\.w[123])\.weight")
 
@@ -49,7 +55,8 @@ def save_published(kind: str, folder: Path) -> Path:
     save_searchable(base, folder, **changes)
     add_draft_layers(base, folder)
     if base == "minimax_m3_vl":
-        write_published_keys(folder)
+        write_keys_of_minimax_m3(folder)
+    change_config(folder, **ONLY_PUBLISHED.get(base, {}))
     if in_blocks:
         store_in_blocks(folder, KEPT[base])
     return folder
@@ -85,8 +92,8 @@ def add_draft_layers(kind: str, folder: Path) -> None:
     change_config(folder, num_nextn_predict_layers=1)
 
 
-def write_published_keys(folder: Path) -> None:
-    """What MiniMax-M3's config.json says and transformers does not save; vLLM reads it."""
+def write_keys_of_minimax_m3(folder: Path) -> None:
+    """What MiniMax-M3's config.json says beside what transformers saves."""
     config = json.loads((folder / "config.json").read_text())
     text, vision = config["text_config"], config["vision_config"]
     sparse = {
