@@ -1,7 +1,9 @@
-"""Process-wide memory settings for CPU runs."""
+"""Where large tensors live."""
 
 import ctypes
 import sys
+
+import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -16,3 +18,9 @@ def keep_freed_memory() -> None:
     if libc is not None and hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory, pinned if it comes from a GPU: copies then wait for nothing."""
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor, non_blocking=True)

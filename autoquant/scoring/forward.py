@@ -3,6 +3,7 @@
 Shapes: B sequences, L tokens, H hidden, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,19 +13,27 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from autoquant.model.memory import on_host
+
+ACTIVATION_SHARE = 1 / 12
+"""What a forward may take of a GPU's memory beside the weights, in shares of theirs."""
+STATE_SHARE = 1 / 50
+"""What the states that are kept for later may take; more of them wait in the host's memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
     """One forward's states between blocks, from which others may go on."""
 
-    boundaries: tuple[torch.Tensor, ...]
-    """Input of each block, [B, L, H]."""
+    boundaries: tuple[tuple[torch.Tensor, ...], ...]
+    """Input of each block for each part of the batch, [b, L, H], on the device or the host."""
     hidden: torch.Tensor
     """Final hidden states as the head reads them, [B, L, H]."""
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.boundaries, self.hidden))
+        states = (self.hidden, *(state for part in self.boundaries for state in part))
+        return sum(t.numel() * t.element_size() for t in states)
 
 
 class Trunk:
@@ -41,6 +50,11 @@ class Trunk:
         self.head: Any = model.get_output_embeddings()
         self.can_resume = bool(self.blocks)
         """Whether `trace` may start behind the first block; see `check_resuming`."""
+        self.sequences_at_once: int | None = None
+        """How many sequences run through the blocks together; see `limit_memory`."""
+        self.state_bytes: int | None = None
+        """Memory on the device for states between blocks; None is no limit."""
+        self._parts = 1
         self._start = 0
         self._boundaries: list[torch.Tensor] = []
         self._keep = True
@@ -76,12 +90,48 @@ class Trunk:
         if after is not None and start >= len(self.blocks):
             return after
         self._start = start if after is not None else 0
-        self._boundaries = [*after.boundaries[: self._start + 1]] if after is not None else []
         self._keep = keep
-        with self._without_head() as seen:
-            self.model(input_ids=tokens, use_cache=False)
-        boundaries, self._boundaries = tuple(self._boundaries), []
-        return Trace(boundaries, seen[0])
+        parts = self._split(tokens)
+        self._parts = len(parts)
+        boundaries, hidden = [], []
+        for index, part in enumerate(parts):
+            before = after.boundaries[index][: self._start + 1] if after is not None else ()
+            self._boundaries = [*before]
+            with self._without_head() as seen:
+                self.model(input_ids=part, use_cache=False)
+            boundaries.append(tuple(self._boundaries))
+            hidden += seen
+        self._boundaries = []
+        return Trace(tuple(boundaries), hidden[0] if len(hidden) == 1 else torch.cat(hidden))
+
+    def limit_memory(self, tokens: torch.Tensor) -> None:
+        """Keep later forwards on a GPU within shares of the weights' memory.
+
+        Measures what one sequence takes, and lets so many run together as fit.
+
+        Args:
+            tokens: int64 [1, L], a sequence as long as those to come.
+        """
+        if not tokens.is_cuda:
+            return
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        before = torch.cuda.memory_allocated(tokens.device)
+        torch.cuda.reset_peak_memory_stats(tokens.device)
+        self.hidden(tokens)
+        taken = torch.cuda.max_memory_allocated(tokens.device) - before
+        self.sequences_at_once = max(1, int(ACTIVATION_SHARE * weights / taken))
+        self.state_bytes = int(STATE_SHARE * weights)
+
+    def stored(self, state: torch.Tensor, count: int) -> torch.Tensor:
+        """A state to be kept, in the host's memory if `count` of its size exceed the device's."""
+        size = count * state.numel() * state.element_size()
+        return state if self.state_bytes is None or size <= self.state_bytes else on_host(state)
+
+    def _split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Equal parts of a batch that are small enough."""
+        sequences = len(tokens)
+        parts = math.ceil(sequences / (self.sequences_at_once or sequences))
+        return tokens.split(math.ceil(sequences / parts))
 
     def differentiable(self, tokens: torch.Tensor) -> torch.Tensor:
         """Final hidden states [B, L, H] with their graph back to the first block.
@@ -120,16 +170,19 @@ class Trunk:
 
         Other kernels sum in another order, which is the only difference between two BF16 runs.
         """
-        before = self.model.config._attn_implementation
+        before, together = self.model.config._attn_implementation, self.sequences_at_once
         try:
             self.model.set_attn_implementation("eager")
         except (ValueError, ImportError):
             yield False
             return
+        if together is not None:
+            self.sequences_at_once = 1  # every pair of positions of every head is in memory
         try:
             yield before != "eager"
         finally:
             self.model.set_attn_implementation(before)
+            self.sequences_at_once = together
 
     @contextmanager
     def _without_head(self) -> Iterator[list[torch.Tensor]]:
@@ -152,9 +205,11 @@ class Trunk:
             if index < self._start:
                 return (hidden_states,) if self._returns_tuple[index] else hidden_states
             if index < len(self._boundaries):
-                hidden_states = self._boundaries[index]
+                state = self._boundaries[index]
+                hidden_states = state.to(hidden_states.device, non_blocking=True)
             elif self._keep:
-                self._boundaries.append(hidden_states)
+                states = len(self.blocks) * self._parts
+                self._boundaries.append(self.stored(hidden_states, states))
             if self._recompute:
                 states = hidden_states if index else hidden_states.detach().requires_grad_()
                 return checkpoint(

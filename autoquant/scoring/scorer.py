@@ -27,9 +27,9 @@ from autoquant.scoring.kl import TokenKl, TokenScores, likelihoods
 from autoquant.scoring.sketch import LogitSketch
 
 CPU_TILE_BYTES = 1 << 26
-GPU_TILE_BYTES = 1 << 29
+GPU_TILE_BYTES = 1 << 28
 """Size of one float32 logit tile; a tile of each model is alive at a time. A GPU's matrix product
-needs about a thousand tokens to run at full speed, a CPU's fits the caches better with less."""
+needs about five hundred tokens to run at full speed, a CPU's fits the caches better with less."""
 
 _BF16 = Assignment.of({})
 
@@ -168,13 +168,15 @@ class Scorer:
             )
         with self._applied(_BF16):
             self.trunk.check_resuming(tokens)
+            self.trunk.limit_memory(tokens)
 
     def _batch(self, split: Split, index: int) -> _Batch:
         key = (split.digest, index)
         if key not in self._batches:
             tokens = split.batches[index].to(self.device)
             with self._applied(_BF16):
-                self._batches[key] = _Batch(tokens, self.trunk.hidden(tokens))
+                hidden = self.trunk.stored(self.trunk.hidden(tokens), len(split.batches))
+            self._batches[key] = _Batch(tokens, hidden)
         return self._batches[key]
 
     def _applied(self, assignment: Assignment) -> "_Applied":
@@ -244,7 +246,8 @@ class Scorer:
             span = slice(start, start + rows)
             reference = batch.logits.get(start)
             if reference is None:
-                reference = self._logits(theirs[span], head.weight)
+                known = theirs[span].to(ours.device, non_blocking=True)
+                reference = self._logits(known, head.weight)
                 if _bytes(reference) <= self._cache_left:
                     self._cache_left -= _bytes(reference)
                     batch.logits[start] = reference

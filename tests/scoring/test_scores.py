@@ -145,6 +145,26 @@ def test_forwards_start_between_blocks(scorer, monkeypatch):
     assert ran == [2]
 
 
+@torch.inference_mode()
+def test_a_batch_in_parts_with_its_states_on_the_host_scores_the_same(folder, scorer, candidates):
+    limited = scorer_of(folder, cache_bytes=2**30)
+    limited.check(SPLIT)
+    limited.trunk.sequences_at_once, limited.trunk.state_bytes = 3, 0
+    trace = limited.trunk.trace(SPLIT.batches[0])
+    assert [len(part[0]) for part in trace.boundaries] == [2, 2]
+    assert trace.bytes == scorer.trunk.trace(SPLIT.batches[0]).bytes
+    for candidate in candidates:
+        expected = scorer.score(candidate, SPLIT).kl
+        np.testing.assert_allclose(
+            limited.score(candidate, SPLIT).kl, expected, rtol=1e-5, atol=1e-7
+        )
+    keys = [(limited.quantized.groups[-3].name, NVFP4)]
+    ((probed, _),) = limited.probe_batch(SPLIT, 0, keys)
+    alone = limited.score_batch(Assignment.of(dict(keys)), SPLIT, 0)
+    assert np.array_equal(probed.kl, alone.kl)
+    assert limited.noise_batch(SPLIT, 0).mean < 1e-3
+
+
 def test_blocks_that_share_more_than_a_state_are_run_whole(folder):
     scorer = scorer_of(folder)
     first, last = scorer.trunk.blocks[0], scorer.trunk.blocks[-1]
