@@ -1,4 +1,4 @@
-"""Miniatures as their publishers save them: with draft layers, in block FP8, with their own code."""
+"""Miniatures as publishers save them: with draft layers, in block FP8, with all their keys."""
 
 import json
 import re
@@ -56,6 +56,8 @@ def save_published(kind: str, folder: Path) -> Path:
     add_draft_layers(base, folder)
     if base == "minimax_m3_vl":
         write_keys_of_minimax_m3(folder)
+    if base == "qwen3_vl_moe":
+        change_text_config(folder, norm_topk_prob=True)
     change_config(folder, **ONLY_PUBLISHED.get(base, {}))
     if in_blocks:
         store_in_blocks(folder, KEPT[base])
@@ -66,6 +68,12 @@ def change_config(folder: Path, **changes: Any) -> None:
     """Set keys of config.json."""
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def change_text_config(folder: Path, **changes: Any) -> None:
+    """Set keys of the language model's part of config.json."""
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    change_config(folder, text_config=text | changes)
 
 
 def add_draft_layers(kind: str, folder: Path) -> None:

@@ -1,0 +1,122 @@
+"""Plans of published models at full size, from config.json alone."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from published import change_config
+
+CONFIGS = Path(__file__).parent / "configs"
+"""Written by hand from what the publishers say of their models."""
+
+GIB = 2**30
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def of(name):
+        shutil.copy(CONFIGS / f"{name}.json", tmp_path / "config.json")
+        return tmp_path
+
+    return of
+
+
+def planned(folder, *arguments):
+    """The plan of a process of its own, and the most memory that it took, in bytes."""
+    code = "from autoquant.cli import cli; cli.main(standalone_mode=False)"
+    command = [sys.executable, "-c", code, "plan", folder, *arguments, "--format", "json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return json.loads(done.stdout), peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def near(published):
+    return pytest.approx(published, rel=0.015)
+
+
+@pytest.mark.slow
+def test_minimax_m2_5_has_the_published_sizes(folder):
+    """126 GiB with NVFP4 experts; 230 GB as published in block FP8; 229B parameters in BF16."""
+    plan, peak = planned(folder("minimax_m2.5"), "--space", "experts-only")
+    assert plan["floor"]["checkpoint_bytes"] == near(126 * GIB)
+    assert plan["source_bytes"] == near(230e9)
+    assert plan["elements"] == near(229e9)
+    assert plan["ceiling"]["bpe"]["checkpoint"] == pytest.approx(16, abs=0.01)
+    assert sum(group["role"] == "experts" for group in plan["groups"]) == 62
+    assert peak < 2e9
+    assert any("sizes follow from its config.json" in line for line in plan["warnings"])
+
+
+@pytest.mark.slow
+def test_nemotron_3_nano_has_the_published_sizes(folder):
+    """31.6B parameters: 23 Mamba, 23 expert and 6 attention layers."""
+    plan, peak = planned(folder("nemotron_3_nano"))
+    assert plan["elements"] == near(31.6e9)
+    assert plan["source_bytes"] == pytest.approx(2 * plan["elements"], rel=1e-3)
+    counts = {role: 0 for role in ("in", "out", "experts", "qkv", "o")}
+    for group in plan["groups"]:
+        counts[group["role"]] = counts.get(group["role"], 0) + 1
+    assert {role: counts[role] for role in ("in", "experts", "qkv")} == {
+        "in": 23,
+        "experts": 23,
+        "qkv": 6,
+    }
+    assert plan["floor"]["bpe"]["checkpoint"] < 5
+    assert peak < 2e9
+
+
+def test_modules_that_are_kept_are_counted_in_bf16(folder, autoquant):
+    def source_bytes(kept):
+        path = folder("minimax_m2.5")
+        config = json.loads((path / "config.json").read_text())["quantization_config"]
+        change_config(
+            path,
+            num_hidden_layers=1,
+            num_local_experts=2,
+            quantization_config=config | {"modules_to_not_convert": kept},
+        )
+        return json.loads(autoquant("plan", path, "--format", "json").stdout)["source_bytes"]
+
+    rows, columns = 3072, 48 * 128
+    in_blocks = rows * columns + 4 * (rows // 128) * (columns // 128)
+    assert source_bytes(["o_proj"]) - source_bytes([]) == 2 * rows * columns - in_blocks
+
+
+def test_a_type_that_transformers_does_not_know_gets_a_word(folder, autoquant):
+    path = folder("minimax_m2.5")
+    change_config(path, model_type="minimax_m9")
+    result = autoquant("plan", path)
+    assert result.exit_code == 4
+    assert "transformers knows no model of the type 'minimax_m9'" in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_config_that_cannot_be_built_is_an_error(folder, autoquant):
+    path = folder("minimax_m2.5")
+    change_config(path, num_attention_heads="many")
+    result = autoquant("plan", path)
+    assert result.exit_code == 4
+    assert "transformers cannot build the model that its config.json describes" in result.stderr
+
+
+def test_weights_of_an_unknown_type_are_planned_with_a_warning(autoquant, tmp_path):
+    from tiny_models import save_model
+
+    path = save_model("llama", tmp_path / "model")
+    change_config(path, model_type="llama_of_mine")
+    result = autoquant("plan", path)
+    assert result.exit_code == 0
+    assert "transformers knows no model of the type 'llama_of_mine'" in result.stderr
+    assert "qkv" in result.stdout
+
+
+def test_a_search_needs_weights(folder, autoquant, tmp_path):
+    path = folder("minimax_m2.5")
+    result = autoquant("search", path, "--budget-bpe", 5, "--out", tmp_path / "run")
+    assert result.exit_code == 4
+    assert "holds neither model.safetensors nor model.safetensors.index.json" in result.stderr
