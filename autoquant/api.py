@@ -174,6 +174,7 @@ def search(
     *,
     budget_bpe: float,
     budget_scope: Literal["checkpoint", "searched"] = "checkpoint",
+    cost: Literal["bits", "active-bytes"] = "bits",
     space: str = "default",
     activation_mode: Literal["w4a4", "w4a16"] = "w4a4",
     kv_cache: Literal["bf16", "fp8"] = "bf16",
@@ -206,6 +207,7 @@ def search(
         model: folder or hub id; the bundled reference model by default.
         budget_bpe: most stored bits per element of the source model, scales included.
         budget_scope: what the budget counts: the whole checkpoint, or the layers left open.
+        cost: what the budget limits: stored bits, or what one token reads.
         space: which layers may take which formats: a shipped space's name, or a YAML file.
         activation_mode: whether NVFP4 layers see NVFP4 inputs (w4a4) or BF16 inputs (w4a16).
         kv_cache: how engines are to keep keys and values; fp8 calibrates and stores scales for

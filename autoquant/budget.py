@@ -7,7 +7,7 @@ those of every tensor of the source.
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from fractions import Fraction
 from functools import cached_property
@@ -40,11 +40,17 @@ class Accounting:
     """Legal choices of each group; a group with one choice is not searched."""
     added_bytes: int = 0
     """Of tensors that the checkpoint stores besides those of the source: scales of its cache."""
+    shares: Mapping[str, Fraction] = field(default_factory=dict)
+    """Share of a group or a fixed tensor that counts, by name; all of it unless named. Bytes of a
+    share are rounded up."""
 
     @cached_property
     def elements(self) -> int:
         """Elements of every tensor of the source."""
-        return self.headers.elements
+        uncounted = sum(
+            self._elements(name) - self._counted(name, self._elements(name)) for name in self.shares
+        )
+        return self.headers.elements - uncounted
 
     @cached_property
     def searched(self) -> frozenset[str]:
@@ -53,13 +59,17 @@ class Accounting:
 
     @cached_property
     def searched_elements(self) -> int:
-        return sum(group.elements for group in self.groups if group.name in self.searched)
+        return sum(self._counted(name, self._elements(name)) for name in self.searched)
 
     @cached_property
     def fixed_bytes(self) -> int:
         """Bytes of the tensors that belong to no group."""
-        fixed = sum(self.headers[tensor.name].bytes for tensor in self.groups.fixed)
+        fixed = sum(self.tensor_bytes(tensor.name) for tensor in self.groups.fixed)
         return fixed + self.added_bytes
+
+    def tensor_bytes(self, name: str) -> int:
+        """Bytes of a tensor that belongs to no group."""
+        return self._counted(name, self.headers[name].bytes)
 
     @cached_property
     def _group_bytes(self) -> dict[tuple[str, Format], int]:
@@ -74,7 +84,15 @@ class Accounting:
 
     def group_bytes(self, group: str, choice: Choice) -> int:
         """Bytes of every tensor that the group stores under `choice`."""
-        return self._group_bytes[group, choice.format]
+        return self._counted(group, self._group_bytes[group, choice.format])
+
+    def _counted(self, name: str, size: int) -> int:
+        return math.ceil(size * self.shares[name]) if name in self.shares else size
+
+    def _elements(self, name: str) -> int:
+        """Elements of a group or a fixed tensor, all of them."""
+        known = self.groups.by_name
+        return known[name].elements if name in known else self.headers[name].elements
 
     def checkpoint_bytes(self, assignment: Assignment) -> int:
         """Bytes of all tensor data of the exported checkpoint."""
@@ -182,8 +200,8 @@ def _what_holds_it_up(accounting: Accounting, scope: Scope) -> str:
         parts[f"{what} {how} {choice.format.upper()}"] += size
     if scope is Scope.CHECKPOINT:
         for tensor in accounting.groups.fixed:
-            header = accounting.headers[tensor.name]
-            parts[f"{tensor.reason} fixed at {header.dtype}"] += header.bytes
+            dtype = accounting.headers[tensor.name].dtype
+            parts[f"{tensor.reason} fixed at {dtype}"] += accounting.tensor_bytes(tensor.name)
     elements = accounting.elements if scope is Scope.CHECKPOINT else accounting.searched_elements
     return ", ".join(
         f"{what} take {BYTE_BITS * size / elements:.2f} bits" for what, size in parts.most_common(3)

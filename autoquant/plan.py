@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from autoquant.active import Cost, charged
 from autoquant.assignment import Assignment
 from autoquant.budget import Accounting, Budget, Scope, require_feasible
 from autoquant.checkpoint.architecture import knows
@@ -49,9 +50,13 @@ class Plan:
         """What the user should know before trusting the plan."""
         return (*source_warnings(self.source), *self.options.warnings)
 
-    def require_feasible(self, budget: Budget) -> None:
+    def charged(self, cost: Cost) -> Accounting:
+        """The accounting of what `cost` counts."""
+        return charged(self.accounting, cost, self.source.text_config)
+
+    def require_feasible(self, budget: Budget, cost: Cost = Cost.BITS) -> None:
         """Raise `InfeasibleBudget` if no legal assignment keeps the budget."""
-        require_feasible(self.accounting, budget)
+        require_feasible(self.charged(cost), budget)
 
     @cached_property
     def fixed_bytes(self) -> Mapping[str, int]:

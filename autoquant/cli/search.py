@@ -45,6 +45,13 @@ from autoquant.cli.output import print_json
 )
 @model_argument(required=False)
 @budget_options(required=True, several=True)
+@option(
+    "--cost",
+    heading="Budget",
+    type=click.Choice(["bits", "active-bytes"]),
+    default="bits",
+    help="What the budget limits: stored bits, or what one token reads (top-k of the experts).",
+)
 @space_option
 @activation_mode_option
 @kv_cache_option

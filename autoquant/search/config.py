@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from autoquant.active import Cost
 from autoquant.budget import Budget
 from autoquant.checkpoint.layout import Layout
 from autoquant.checkpoint.source import Source
@@ -24,6 +25,8 @@ class SearchConfig:
     source: Source
     space: SearchSpace
     budget: Budget
+    cost: Cost = Cost.BITS
+    """What the budget limits."""
     calibration: str = STDLIB
     """Text source, as `load_corpus` takes it."""
     tokens: TokenPlan = field(default_factory=TokenPlan)
@@ -61,6 +64,7 @@ class SearchConfig:
             ],
             "budget_bpe": self.budget.bpe,
             "budget_scope": str(self.budget.scope),
+            **({"cost": str(self.cost)} if self.cost is not Cost.BITS else {}),
             "calibration": self.calibration,
             "tokens": {
                 "calibration": self.tokens.calibration,

@@ -90,15 +90,17 @@ class Search:
         calibration = self._calibrate(session)
         sensitivity = self._probe(session, plan)
         problem = Problem(
-            accounting=plan.accounting, budget=self.config.budget, sensitivity=sensitivity
+            accounting=plan.charged(self.config.cost),
+            budget=self.config.budget,
+            sensitivity=sensitivity,
         )
-        ledger, explored = self._measure(session, problem)
+        ledger, explored = self._measure(session, plan, problem)
         confirmed = self._confirm(session, ledger, explored)
-        return self._finish(session, explored.problem, ledger, calibration, confirmed)
+        return self._finish(session, plan, explored.problem, ledger, calibration, confirmed)
 
     def _plan(self) -> Plan:
         plan = make_plan(self.config.source, self.config.space, self.config.kv_cache)
-        plan.require_feasible(self.config.budget)
+        plan.require_feasible(self.config.budget, self.config.cost)
         for warning in plan.options.warnings:
             self.observer.warn(warning)
         self.run.write_json(GROUPS, plan.to_dict())
@@ -177,13 +179,13 @@ class Search:
         self.run.write_json(SENSITIVITY, sensitivity.to_dict())
         return sensitivity
 
-    def _measure(self, session: Session, problem: Problem) -> tuple[Ledger, Explored]:
+    def _measure(self, session: Session, plan: Plan, problem: Problem) -> tuple[Ledger, Explored]:
         """Everything that is measured jointly on the search split."""
         earlier = [Trial.from_dict(record) for record in self.run.records(TRIALS)]
         ledger = Ledger(
             session.scorer,
             session.splits["search"],
-            problem.accounting,
+            plan.accounting,
             problem.fits,
             earlier,
             keep=lambda trial: self._keep_trial(trial, ledger),
@@ -240,6 +242,7 @@ class Search:
     def _finish(
         self,
         session: Session,
+        plan: Plan,
         problem: Problem,
         ledger: Ledger,
         calibration: Calibration,
@@ -251,12 +254,10 @@ class Search:
         self.run.write_text(ASSIGNMENT, yaml.safe_dump(assignment.to_dict(), sort_keys=False))
         with self._or_warn(TOKENS):
             self.run.write_json(TOKENS, make_tokens(session, confirmed))
-        result = make_result(self.config, session, problem, ledger, calibration, confirmed)
+        result = make_result(self.config, session, plan, problem, ledger, calibration, confirmed)
         result["command"] = self.command
         if self.config.export:
-            result["checkpoint"] = self._export(
-                problem.accounting.groups, calibration, assignment, result
-            )
+            result["checkpoint"] = self._export(plan.groups, calibration, assignment, result)
         return self._keep_result(result)
 
     def _keep_result(self, result: dict[str, Any]) -> dict[str, Any]:

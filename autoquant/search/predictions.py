@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from autoquant.budget import Budget
+from autoquant.budget import Accounting, Budget
 from autoquant.search.problem import Problem
 from autoquant.search.refine import measured
 from autoquant.search.solver import Selection
@@ -16,11 +16,16 @@ FOLDS = 5
 FRONTIER_POINTS = 25
 
 
-def describe_predictions(problem: Problem, ledger: Ledger) -> dict[str, Any]:
+def describe_predictions(problem: Problem, ledger: Ledger, stored: Accounting) -> dict[str, Any]:
     """The entry `predictions` of `result.json`; KL in nats per token on the search split.
 
     Every candidate is predicted by fits that have not seen it: each of five takes its turn to be
     left out.
+
+    Args:
+        problem: what was searched.
+        ledger: what was measured.
+        stored: accounting of the whole checkpoint, for the frontier's BPE.
     """
     surrogate = Surrogate.of(problem)
     selections, kl = measured(problem, ledger)
@@ -41,11 +46,13 @@ def describe_predictions(problem: Problem, ledger: Ledger) -> dict[str, Any]:
             {"trial": number, "kl": float(predicted)}
             for number, predicted in zip(trials, joint, strict=True)
         ],
-        "frontier": predicted_frontier(problem, fitted),
+        "frontier": predicted_frontier(problem, fitted, stored),
     }
 
 
-def predicted_frontier(problem: Problem, fitted: Surrogate) -> list[dict[str, float]]:
+def predicted_frontier(
+    problem: Problem, fitted: Surrogate, stored: Accounting
+) -> list[dict[str, float]]:
     """Predicted KL of the solver's optimum from the smallest checkpoint to the largest.
 
     All budgets from one set of probes; a row has `bpe` (of the checkpoint) and `kl`.
@@ -56,7 +63,7 @@ def predicted_frontier(problem: Problem, fitted: Surrogate) -> list[dict[str, fl
     for bpe in np.linspace(low, high, FRONTIER_POINTS):
         other = problem.with_budget(Budget(float(bpe), scope))
         selection = other.knapsack.solve()
-        size = accounting.bpe(other.decode(selection))
+        size = stored.bpe(other.decode(selection))
         rows.append({"bpe": size, "kl": float(fitted.predict([selection])[0])})
     return rows
 

@@ -9,7 +9,9 @@ from importlib.metadata import version
 from typing import Any
 
 import autoquant
+from autoquant.active import Cost
 from autoquant.budget import Scope
+from autoquant.plan import Plan
 from autoquant.probe.calibration import Calibration
 from autoquant.scoring.kl import TokenScores
 from autoquant.scoring.worst import describe_tokens
@@ -57,6 +59,7 @@ class Confirmed:
 def make_result(
     config: SearchConfig,
     session: Session,
+    plan: Plan,
     problem: Problem,
     ledger: Ledger,
     calibration: Calibration,
@@ -64,7 +67,7 @@ def make_result(
 ) -> dict[str, Any]:
     """The contents of `result.json`, without times; KL in nats per token on the report split."""
     trial, scores = confirmed.trial, confirmed.scores[confirmed.winner]
-    accounting = problem.accounting
+    accounting, active = plan.accounting, plan.charged(Cost.ACTIVE_BYTES)
     return {
         "model": config.source.model,
         "source": {"digest": config.source.digest, "revision": config.source.revision},
@@ -73,6 +76,11 @@ def make_result(
         "budget_scope": str(config.budget.scope),
         "bpe": {str(scope): accounting.bpe(trial.assignment, scope) for scope in Scope},
         "checkpoint_bytes": accounting.checkpoint_bytes(trial.assignment),
+        "cost": str(config.cost),
+        "active": {
+            "bytes_per_token": active.checkpoint_bytes(trial.assignment),
+            "bpe": {str(scope): active.bpe(trial.assignment, scope) for scope in Scope},
+        },
         "activation_mode": str(config.mode),
         "kv_cache": str(config.kv_cache),
         "kl": scores.summary(),
@@ -101,7 +109,7 @@ def make_result(
         "counts": trial.assignment.counts(),
         "trials": len(ledger.trials),
         "stages": _stages(ledger),
-        "predictions": describe_predictions(problem, ledger),
+        "predictions": describe_predictions(problem, ledger, accounting),
         "tokens": {
             name: {"tokens": s.tokens, "sequences": s.sequences, "digest": s.digest}
             for name, s in session.splits.items()

@@ -104,7 +104,7 @@ def run_searches(
 
 def _require_a_choice(config: SearchConfig) -> None:
     plan = make_plan(config.source, config.space, config.kv_cache)
-    plan.require_feasible(config.budget)
+    plan.require_feasible(config.budget, config.cost)
     if not plan.options.open:
         raise ConfigError(
             f"the search space {config.space.name} leaves no layer of {config.source.model} open.",

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from autoquant.active import Cost
 from autoquant.budget import Budget, Scope
 from autoquant.checkpoint.layout import Layout
 from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
@@ -33,6 +34,7 @@ def make_config(settings: Mapping[str, Any]) -> SearchConfig:
     return SearchConfig(
         space=load_space(settings["space"]),
         budget=Budget(settings["budget_bpe"], Scope(settings["budget_scope"])),
+        cost=Cost(settings["cost"]),
         source=open_source(settings["model"] or REFERENCE_MODEL),
         calibration=settings["calibration"],
         tokens=token_plan(settings),

@@ -8,11 +8,13 @@ from autoquant.budget import Accounting, Scope
 from autoquant.checkpoint.declaration import quantized_linears, reader_warnings
 from autoquant.checkpoint.export import ExportResult, export
 from autoquant.checkpoint.layout import Layout
+from autoquant.checkpoint.modelopt_recipe import modelopt_recipe
 from autoquant.checkpoint.quantized import open_quantized
 from autoquant.checkpoint.source import Source
 from autoquant.checkpoint.target import require_free
 from autoquant.data.tokens import TokenPlan
 from autoquant.errors import ConfigError
+from autoquant.files import write_atomic
 from autoquant.formats import BF16
 from autoquant.grouping import Groups, find_groups
 from autoquant.kv_cache import KvCache
@@ -143,6 +145,27 @@ def export_assignment(
         kv_ranges=kv_ranges,
         on_bytes=observer.step,
     )
+
+
+def write_recipe(source: Source, assignment: Assignment, kv_cache: KvCache, file: Path) -> None:
+    """Write the formats of `assignment` as a ModelOpt recipe, YAML.
+
+    Raises:
+        ConfigError: the assignment names a group or format that the model does not allow, the model
+            has no such cache, or the file cannot be written.
+    """
+    import yaml
+
+    groups = _groups_of(source, assignment)
+    kv_cache.attention(groups)
+    recipe = modelopt_recipe(quantized_linears(groups, assignment), kv_cache)
+    try:
+        write_atomic(file, yaml.safe_dump(recipe, sort_keys=False))
+    except OSError as error:
+        raise ConfigError(
+            f"{file} cannot be written: {error.strerror or error}.",
+            fix="name a file in a folder that exists and that you may write to.",
+        ) from error
 
 
 def _groups_of(source: Source, assignment: Assignment) -> Groups:
