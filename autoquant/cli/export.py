@@ -1,7 +1,7 @@
 """`autoquant export`: an assignment as a checkpoint that engines load."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,11 @@ from autoquant.cli.options import (
     token_options,
 )
 from autoquant.cli.output import print_fields, print_json
+from autoquant.errors import ConfigError
+
+if TYPE_CHECKING:
+    from autoquant.assignment import Assignment
+    from autoquant.checkpoint.source import Source
 
 
 @click.command(
@@ -33,6 +38,10 @@ from autoquant.cli.output import print_fields, print_json
             "autoquant export BIG-MODEL --assignment runs/big/assignment.yaml "
             "--calibrated runs/big/calibration.json --out big-nvfp4",
             "With the input ranges of a search, in the memory of one tensor:",
+        ),
+        (
+            "autoquant export --assignment runs/demo/assignment.yaml --modelopt-recipe demo.yaml",
+            "The formats alone, for quantization-aware training with ModelOpt:",
         ),
     ],
 )
@@ -51,15 +60,51 @@ from autoquant.cli.output import print_fields, print_json
 @kv_cache_option
 @token_options()
 @device_options()
-@out_option("DIR", "New folder for the checkpoint.", required=True)
+@out_option("DIR", "New folder for the checkpoint.")
+@option(
+    "--modelopt-recipe",
+    heading="Output",
+    setting=False,
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    metavar="FILE",
+    help="YAML file for a recipe of NVIDIA ModelOpt with the same formats, to train from; without "
+    "--out it is all that is written.",
+)
 @layout_option
 @format_option
 @config_option
 def command(**settings: Any) -> None:
     """Calibrate input scales, quantize, and write a checkpoint that engines load."""
     from autoquant.assignment import Assignment
-    from autoquant.checkpoint.layout import Layout
     from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
+    from autoquant.kv_cache import KvCache
+    from autoquant.search.single import write_recipe
+
+    out, recipe = settings["out"], settings["modelopt_recipe"]
+    if out is None and recipe is None:
+        raise ConfigError(
+            "neither --out nor --modelopt-recipe: `export` has nothing to write.",
+            fix="give --out DIR for a checkpoint, --modelopt-recipe FILE for its formats.",
+        )
+    source = open_source(settings["model"] or REFERENCE_MODEL, weights=out is not None)
+    assignment = Assignment.read(settings["assignment"])
+    fields: dict[str, Any] = {}
+    if recipe is not None:
+        write_recipe(source, assignment, KvCache(settings["kv_cache"]), recipe)
+        fields["recipe"] = str(recipe)
+    if out is not None:
+        fields |= _export(source, assignment, settings)
+    if settings["format"] == "json":
+        print_json(fields)
+    elif out is None:
+        print_fields(fields)
+    else:
+        print_fields(fields | {"next": f"autoquant verify {out}"})
+
+
+def _export(source: "Source", assignment: "Assignment", settings: dict[str, Any]) -> dict[str, Any]:
+    from autoquant.checkpoint.layout import Layout
     from autoquant.cli.terminal import Terminal
     from autoquant.kv_cache import KvCache
     from autoquant.search.settings import token_plan
@@ -67,8 +112,8 @@ def command(**settings: Any) -> None:
 
     with Terminal() as terminal:
         result = export_assignment(
-            open_source(settings["model"] or REFERENCE_MODEL),
-            Assignment.read(settings["assignment"]),
+            source,
+            assignment,
             settings["out"],
             layout=Layout(settings["layout"]),
             kv_cache=KvCache(settings["kv_cache"]),
@@ -79,12 +124,8 @@ def command(**settings: Any) -> None:
             calibrated=settings["calibrated"],
             observer=terminal,
         )
-    fields = {
+    return {
         "checkpoint": str(result.path),
         "bpe": result.bpe,
         "checkpoint_bytes": result.checkpoint_bytes,
     }
-    if settings["format"] == "json":
-        print_json(fields)
-    else:
-        print_fields(fields | {"next": f"autoquant verify {settings['out']}"})

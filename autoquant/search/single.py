@@ -156,16 +156,13 @@ def write_recipe(source: Source, assignment: Assignment, kv_cache: KvCache, file
     """
     import yaml
 
+    from autoquant.report.html import writing
+
     groups = _groups_of(source, assignment)
     kv_cache.attention(groups)
     recipe = modelopt_recipe(quantized_linears(groups, assignment), kv_cache)
-    try:
+    with writing(file):
         write_atomic(file, yaml.safe_dump(recipe, sort_keys=False))
-    except OSError as error:
-        raise ConfigError(
-            f"{file} cannot be written: {error.strerror or error}.",
-            fix="name a file in a folder that exists and that you may write to.",
-        ) from error
 
 
 def _groups_of(source: Source, assignment: Assignment) -> Groups:

@@ -31,13 +31,16 @@ SURFACE = {
     | TRACKING
     | EFFORT
     | RUN
-    | {"--space", "--activation-mode"},
+    | {"--space", "--activation-mode", "--kv-cache", "--layout"},
     "plan": MODEL | BUDGET | {"--space"},
     "score": MODEL
     | DEVICE
     | TOKENS
-    | {"--assignment", "--checkpoint", "--activation-mode", "--split"},
-    "export": MODEL | DEVICE | TOKENS | {"--assignment", "--calibrated", "--out"},
+    | {"--assignment", "--checkpoint", "--activation-mode", "--kv-cache", "--split"},
+    "export": MODEL
+    | DEVICE
+    | TOKENS
+    | {"--assignment", "--calibrated", "--kv-cache", "--layout", "--modelopt-recipe", "--out"},
     "verify": {"CHECKPOINT", "--source", "--format"},
     "report": {"RUN", "--out", "--png", "--format"},
     "compare": {"RUN...", "--out", "--format"},
