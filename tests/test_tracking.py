@@ -379,7 +379,7 @@ def test_a_store_that_stays_away_costs_one_warning_and_no_trial(runs, search, mo
         "recording in MLflow failed, the search goes on: gone",
         "5 records of this search are not in MLflow; the same command sends them.",
     ]
-    assert len(calls) == 3, "once when it failed and twice at the end, not at every trial"
+    assert len(calls) == 4, "when it failed and a few times at the end, not at every trial"
 
 
 def test_one_record_that_a_store_refuses_does_not_keep_the_others(runs, search, monkeypatch):

@@ -119,8 +119,8 @@ class Recorder:
         for name in ARTIFACTS:
             if (self._folder / name).exists():
                 self._unsent.append(lambda name=name: self._log_file(name))  # type: ignore[misc]
-        self._unsent.append(lambda: self._client.set_terminated(self._run_id, status))
         left = self._send_the_rest()
+        left += not self._succeeds(lambda: self._client.set_terminated(self._run_id, status))
         if left:
             self._warn(
                 f"{left} records of this search are not in MLflow; the same command sends them."
