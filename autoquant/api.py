@@ -68,10 +68,11 @@ class Run:
         return self._record.result
 
     def trials(self) -> "pd.DataFrame":
-        """Every measured mix [T, 10], indexed by trial number.
+        """Every measured mix [T, 12], indexed by trial number.
 
         Columns: stage, name, kl and stderr (on search tokens), bpe, fits (the budget), seconds,
-        predicted_kl (the sum of its groups' own), is_frontier, groups (group name to choice).
+        predicted_kl (the sum of its groups' own), joint_kl (predicted with their interactions),
+        is_stopped (lost its race, `kl` is an estimate), is_frontier, groups (name to choice).
         """
         return _frame(map(asdict, self._record.trials), _TRIAL_COLUMNS).set_index("number")
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STAGES = ("baseline", "solver", "runner-up", "reweight", "swap")
+STAGES = ("baseline", "solver", "rules", "runner-up", "reweight", "refit", "swap")
 NORMAL_95 = 1.96
 """Standard errors on each side of a 95 % interval."""
 
@@ -41,29 +41,41 @@ def frontier(record: RunRecord) -> "Figure":
 
 
 def prediction(record: RunRecord) -> "Figure":
-    """Measured KL against the sum of the groups' own KL, for all mixes and for the candidates."""
-    candidates = [t for t in record.trials if t.fits and t.stage != "baseline"]
+    """Measured KL against the sum of the groups' own, and against the fit with interactions.
+
+    Before the search is finished the second panel shows the sum again, of the candidates alone.
+    """
     figure = new_figure(6.2, 3.5)
-    whole, near = figure.subplots(1, 2)
-    for axes, trials, title in (
-        (whole, record.trials, "all mixes"),
-        (near, candidates, "candidates"),
-    ):
-        shown = [t for t in trials if t.predicted_kl > 0 and t.kl > 0]
-        _scatter(axes, shown, lambda trial: trial.predicted_kl)
-        if shown:
-            low = max(min(t.predicted_kl for t in shown), min(t.kl for t in shown))
-            high = min(max(t.predicted_kl for t in shown), max(t.kl for t in shown))
-            if low < high:
-                axes.plot([low, high], [low, high], color=LIGHT["muted"], lw=1, label="equal")
-        plain_log(axes, "x")
-        plain_log(axes, "y")
-        rank = rank_correlation([t.predicted_kl for t in shown], [t.kl for t in shown])
-        axes.set_title(title if rank is None else f"{title}, rank {rank:.2f}", fontsize=9.5)
-        axes.set_xlabel("sum of the groups' own KL")
-    whole.set_ylabel("measured KL, nats per token")
-    _legend(figure, [whole, near], columns=3)
+    alone, joint = figure.subplots(1, 2)
+    measured = [t for t in record.trials if not t.is_stopped]
+    _draw_prediction(alone, measured, lambda t: t.predicted_kl, "sum of the groups' own KL")
+    if any(t.joint_kl is not None for t in measured):
+        known = [t for t in measured if t.joint_kl is not None]
+        _draw_prediction(joint, known, lambda t: t.joint_kl, "fit with interactions")
+    else:
+        near = [t for t in measured if t.fits and t.stage != "baseline"]
+        _draw_prediction(joint, near, lambda t: t.predicted_kl, "the same, candidates")
+    alone.set_ylabel("measured KL, nats per token")
+    _legend(figure, [alone, joint], columns=3)
     return figure
+
+
+def _draw_prediction(axes: "Axes", trials: Sequence[TrialRow], predicted: Any, label: str) -> None:
+    shown = [t for t in trials if predicted(t) > 0 and t.kl > 0]
+    _scatter(axes, shown, predicted)
+    if shown:
+        low = max(min(map(predicted, shown)), min(t.kl for t in shown))
+        high = min(max(map(predicted, shown)), max(t.kl for t in shown))
+        if low < high:
+            axes.plot([low, high], [low, high], color=LIGHT["muted"], lw=1, label="equal")
+    plain_log(axes, "x")
+    plain_log(axes, "y")
+    if shown:
+        error = sum(abs(predicted(t) - t.kl) / t.kl for t in shown) / len(shown)
+        rank = rank_correlation([predicted(t) for t in shown], [t.kl for t in shown])
+        ordered = "" if rank is None else f", rank {rank:.2f}"
+        axes.set_title(f"off by {100 * error:.1f} %{ordered}", fontsize=9.5)
+    axes.set_xlabel(label)
 
 
 def convergence(record: RunRecord) -> "Figure":
@@ -75,7 +87,7 @@ def convergence(record: RunRecord) -> "Figure":
     _scatter(axes, record.trials, lambda trial: trial.number)
     best: list[tuple[int, float]] = []
     for trial in record.trials:
-        if trial.fits and (not best or trial.kl < best[-1][1]):
+        if trial.fits and not trial.is_stopped and (not best or trial.kl < best[-1][1]):
             best.append((trial.number, trial.kl))
     if best:
         best.append((record.trials[-1].number, best[-1][1]))
@@ -175,10 +187,10 @@ def _draw_budget(axes: "Axes", record: RunRecord) -> None:
 
 
 def _scatter(axes: "Axes", trials: Sequence[TrialRow], x: Any) -> None:
-    """Trials against `x`, coloured by stage; hollow where the budget is exceeded."""
+    """Trials against `x`, coloured by stage; hollow over the budget, crosses if stopped early."""
     for stage in dict.fromkeys([*STAGES, *(trial.stage for trial in trials)]):
         color = LIGHT.get(stage, LIGHT["other"])
-        rows = [trial for trial in trials if trial.stage == stage]
+        rows = [trial for trial in trials if trial.stage == stage and not trial.is_stopped]
         if rows:
             marker = "D" if stage == "solver" else "o"
             axes.scatter(
@@ -192,6 +204,17 @@ def _scatter(axes: "Axes", trials: Sequence[TrialRow], x: Any) -> None:
                 zorder=3 if stage == "solver" else 2,
             )
             axes.scatter([], [], s=28, marker=marker, color=color, label=stage)
+    stopped = [trial for trial in trials if trial.is_stopped]
+    if stopped:
+        axes.scatter(
+            [x(trial) for trial in stopped],
+            [trial.kl for trial in stopped],
+            s=12,
+            marker="x",
+            color=LIGHT["other"],
+            linewidths=1,
+            label="stopped early",
+        )
     if any(not trial.fits for trial in trials):
         axes.scatter(
             [], [], s=28, facecolors="none", edgecolors=LIGHT["baseline"], label="over the budget"

@@ -53,6 +53,11 @@ class TrialRow:
     seconds: float
     predicted_kl: float
     """Sum of its groups' own KL."""
+    joint_kl: float | None
+    """Predicted with the interactions of groups by a fit that has not seen it; None before the
+    search is finished."""
+    is_stopped: bool
+    """Whether it lost its race: `kl` is the rival's plus the difference on the tokens it saw."""
     is_frontier: bool
     """Whether no measured mix of as few bits has a lower KL."""
     groups: Mapping[str, str]
@@ -140,7 +145,7 @@ class RunRecord:
             calibration=calibration,
             tokens=tokens,
             probes=probes,
-            trials=_trials(records, probes),
+            trials=_trials(records, probes, (result or {}).get("predictions")),
             missing=tuple(name for name, is_absent in absent.items() if is_absent),
         )
 
@@ -161,7 +166,8 @@ class RunRecord:
         if self.result is not None:
             winner = self.result["winner"]["trial"]
             return next((t for t in self.trials if t.number == winner), None)
-        return min((t for t in self.trials if t.fits), key=lambda t: t.kl, default=None)
+        whole = (t for t in self.trials if t.fits and not t.is_stopped)
+        return min(whole, key=lambda t: t.kl, default=None)
 
     @cached_property
     def groups(self) -> tuple[GroupRow, ...]:
@@ -197,7 +203,7 @@ class RunRecord:
         return found
 
     def stages(self) -> list[dict[str, Any]]:
-        """Of each stage: trials, seconds, the best KL after it, and its gain.
+        """Of each stage: trials, those stopped early, seconds, the best KL after it, and its gain.
 
         The gain is the relative fall of the best KL within the budget that its trials brought;
         None for the stage that measured the first such mix.
@@ -206,15 +212,17 @@ class RunRecord:
         best: float | None = None
         for trial in self.trials:
             row = rows.setdefault(
-                trial.stage, {"stage": trial.stage, "trials": 0, "seconds": 0.0, "gain": 0.0}
+                trial.stage,
+                {"stage": trial.stage, "trials": 0, "stopped": 0, "seconds": 0.0, "gain": 0.0},
             )
-            if trial.fits and (best is None or trial.kl < best):
+            if trial.fits and not trial.is_stopped and (best is None or trial.kl < best):
                 if best is None:
                     row["gain"] = None
                 elif row["gain"] is not None:
                     row["gain"] = 1 - (1 - row["gain"]) * trial.kl / best
                 best = trial.kl
             row["trials"] += 1
+            row["stopped"] += trial.is_stopped
             row["seconds"] += trial.seconds
             row["best_kl"] = best
         return list(rows.values())
@@ -261,9 +269,12 @@ def _progress(probes: tuple[ProbeRow, ...], plan: Mapping[str, Any] | None) -> s
 
 
 def _trials(
-    records: Iterable[Mapping[str, Any]], probes: Iterable[ProbeRow]
+    records: Iterable[Mapping[str, Any]],
+    probes: Iterable[ProbeRow],
+    predictions: Mapping[str, Any] | None,
 ) -> tuple[TrialRow, ...]:
     records = sorted(records, key=lambda record: int(record["number"]))
+    joint = {row["trial"]: row["kl"] for row in (predictions or {"trials": ()})["trials"]}
     alone = {(probe.group, probe.choice): probe.kl for probe in probes}
     frontier = _frontier(records)
     return tuple(
@@ -277,6 +288,8 @@ def _trials(
             fits=record["fits"],
             seconds=record["seconds"],
             predicted_kl=sum(alone.get(item, 0.0) for item in record["groups"].items()),
+            joint_kl=joint.get(record["number"]),
+            is_stopped=record.get("is_stopped", False),
             is_frontier=record["number"] in frontier,
             groups=record["groups"],
         )
@@ -285,9 +298,10 @@ def _trials(
 
 
 def _frontier(records: Iterable[Mapping[str, Any]]) -> set[int]:
-    """Numbers of the trials that no other beats in both BPE and KL."""
+    """Numbers of the trials, measured to the end, that no other beats in both BPE and KL."""
     found, best = set(), float("inf")
-    for record in sorted(records, key=lambda r: (r["bpe"], r["kl"], r["number"])):
+    whole = (record for record in records if not record.get("is_stopped", False))
+    for record in sorted(whole, key=lambda r: (r["bpe"], r["kl"], r["number"])):
         if record["kl"] < best:
             found.add(record["number"])
             best = record["kl"]

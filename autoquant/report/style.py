@@ -34,6 +34,8 @@ PALETTE = {
     "runner-up": ("#2e7fc2", "#58a8e7"),
     "reweight": ("#2a9d63", "#55cf93"),
     "swap": ("#c77d0a", "#f2b04d"),
+    "rules": ("#8a5a2b", "#c99a6b"),
+    "refit": ("#7a4fc0", "#b497ec"),
     "ramp0": ("#eef4fb", "#1b2836"),
     "ramp1": ("#cfe0f2", "#233c55"),
     "ramp2": ("#a3c5e6", "#2d5478"),

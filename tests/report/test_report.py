@@ -195,7 +195,9 @@ def test_a_run_that_failed_in_its_probes_shows_the_finished_ones(autoquant, inte
 
 def test_a_run_that_failed_at_once_still_has_a_report(autoquant, interrupted):
     for path in interrupted.iterdir():
-        if path.name != "run.json":
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "run.json":
             path.unlink()
     done = autoquant("report", interrupted, "--format", "json")
     assert done.exit_code == 0, done.stderr
