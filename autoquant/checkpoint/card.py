@@ -78,11 +78,6 @@ class Served:
     """Format of every quantized linear, by its name on disk."""
     kv_cache: KvCache
 
-    @property
-    def caveat(self) -> str | None:
-        """What transformers does wrong with it, or None."""
-        return caveat(self.layout, self.formats)
-
 
 def model_card(
     source: Source,
@@ -112,6 +107,7 @@ def model_card(
         base=base,
         bpe=bpe,
         served=served,
+        caveat=caveat(served.layout, groups, served.formats),
         card=card,
         counts=_counts_by_role(groups, assignment),
         layers=_layer_map(groups, assignment),

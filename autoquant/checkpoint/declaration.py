@@ -34,16 +34,16 @@ def quantized_linears(groups: Groups, assignment: Assignment) -> dict[str, Forma
     }
 
 
-def caveat(layout: Layout, formats: Mapping[str, Format]) -> str | None:
+def caveat(layout: Layout, groups: Groups, formats: Mapping[str, Format]) -> str | None:
     """What a reader of the layout does wrong with such a checkpoint, or None."""
     if layout is Layout.COMPRESSED_TENSORS:
-        return layout_compressed_tensors.transformers_caveat(formats)
+        return layout_compressed_tensors.transformers_caveat(groups, formats)
     return None
 
 
-def reader_warnings(layout: Layout, formats: Mapping[str, Format]) -> tuple[str, ...]:
+def reader_warnings(layout: Layout, groups: Groups, assignment: Assignment) -> tuple[str, ...]:
     """What to tell who makes such a checkpoint."""
-    found = caveat(layout, formats)
+    found = caveat(layout, groups, quantized_linears(groups, assignment))
     if found is None:
         return ()
     return (

@@ -126,13 +126,20 @@ def _targets(names: list[str]) -> list[str]:
     return list(targets)
 
 
-def transformers_caveat(formats: Mapping[str, Format]) -> str | None:
-    """What transformers does wrong with the checkpoint in this layout, or None."""
-    if not any(
-        format is Format.NVFP4 and experts_container(name) for name, format in formats.items()
-    ):
-        return None
-    return (
-        "transformers 5 drops the global scale of NVFP4 experts while it loads them, and computes "
-        "with wrong weights without a word"
-    )
+def transformers_caveat(groups: Groups, formats: Mapping[str, Format]) -> str | None:
+    """What transformers does wrong with the checkpoint in this layout, or None.
+
+    It takes one scheme for all experts of a model: that of the first group of the file.
+    """
+    routed = [linear.name for linear in groups.linears if experts_container(linear.name)]
+    if Format.NVFP4 in map(formats.get, routed):
+        return (
+            "transformers 5 drops the global scale of NVFP4 experts while it loads them, and "
+            "computes with wrong weights without a word"
+        )
+    if routed and Format.FP8 not in formats.values():
+        return (
+            "transformers 5 takes the experts for NVFP4 like the rest, and fails to load them, "
+            "where no layer is FP8"
+        )
+    return None

@@ -308,7 +308,7 @@ class Search:
         result: dict[str, Any],
     ) -> str:
         from autoquant.checkpoint.card import CardFacts, KlRow
-        from autoquant.checkpoint.declaration import quantized_linears, reader_warnings
+        from autoquant.checkpoint.declaration import reader_warnings
         from autoquant.checkpoint.export import export
         from autoquant.checkpoint.verify import verify
 
@@ -327,7 +327,7 @@ class Search:
                 for row in [_own_row(result), *result["baselines"]]
             ),
         )
-        for warning in reader_warnings(self.config.layout, quantized_linears(groups, assignment)):
+        for warning in reader_warnings(self.config.layout, groups, assignment):
             self.observer.warn(warning)
         with self._timed("export"):
             if not target.exists():

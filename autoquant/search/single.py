@@ -20,6 +20,7 @@ from autoquant.grouping import Groups, find_groups
 from autoquant.kv_cache import KvCache
 from autoquant.model.exported import groups_of, install, is_quantized
 from autoquant.model.inputs import ActivationMode
+from autoquant.model.memory import keep_freed_memory
 from autoquant.probe.calibration import Calibration, calibrate, read_input_amax, read_kv_ranges
 from autoquant.search.observer import Observer, Unit
 from autoquant.search.session import Session, open_session
@@ -116,6 +117,7 @@ def export_assignment(
     quantized = [g for g in groups if assignment[g.name] != BF16]
     attention = kv_cache.attention(groups)
     if calibrated is not None:
+        keep_freed_memory()
         amax = read_input_amax(calibrated, quantized)
         kv_ranges = read_kv_ranges(calibrated, attention)
     else:
@@ -132,7 +134,7 @@ def export_assignment(
         )
         found = _calibrate(session, observer)
         amax, kv_ranges = found.input_amax, found.kv_ranges
-    for warning in reader_warnings(layout, quantized_linears(groups, assignment)):
+    for warning in reader_warnings(layout, groups, assignment):
         observer.warn(warning)
     observer.stage("export", source.headers.bytes, Unit.BYTES)
     return export(

@@ -18,9 +18,15 @@ NVFP4_MAX, NVFP4_MSE, NVFP4_46 = (Choice(Format.NVFP4, rule) for rule in ScaleRu
 
 
 def mixed(groups: Groups) -> Assignment:
-    """Every format and scale rule in turn, experts in NVFP4 and FP8."""
+    """Every format and scale rule in turn, experts in NVFP4 and FP8; BF16 where one is illegal."""
     cycle = itertools.cycle((NVFP4_MSE, FP8, BF16, NVFP4_46, NVFP4_MAX))
-    return Assignment.of({group.name: next(cycle) for group in groups})
+    choices = {group.name: next(cycle) for group in groups}
+    return Assignment.of(
+        {
+            name: BF16 if groups[name].why_illegal(choice.format) else choice
+            for name, choice in choices.items()
+        }
+    )
 
 
 def uniform(groups: Groups, choice: Choice) -> Assignment:

@@ -18,7 +18,7 @@ from exported import (
 )
 from hypothesis import example, given
 from hypothesis import strategies as st
-from searchable import save_searchable
+from searchable import TOKEN_FLAGS, save_searchable, save_text
 from tiny_models import MODELS, save_model
 
 from autoquant.assignment import Assignment
@@ -228,11 +228,13 @@ def test_missing_scale_is_an_error_at_once(dense, assignment, tmp_path, end):
 @pytest.mark.parametrize(
     ("choice", "is_said"), [(NVFP4_MAX, True), (FP8, False)], ids=["nvfp4", "fp8"]
 )
-def test_card_says_that_transformers_loads_nvfp4_experts_wrong(choice, is_said, tmp_path):
+@pytest.mark.parametrize("role", ["mlp.experts", "self_attn.qkv"])
+def test_card_says_what_transformers_cannot_load(choice, is_said, role, tmp_path):
     source = open_source(save_model("qwen3_moe", tmp_path / "source"))
-    chosen = Assignment.of({"model.layers.0.mlp.experts": choice})
+    chosen = Assignment.of({f"model.layers.0.{role}": choice})
     text = (export_as(source, chosen, tmp_path / "out") / "README.md").read_text()
-    assert ("Not with transformers" in text) is is_said
+    said = "drops the global scale of NVFP4 experts" if role == "mlp.experts" else "fails to load"
+    assert ("Not with transformers" in text) is (said in text) is is_said
     assert ("autoquant score ORIGINAL --checkpoint PATH" in text) is is_said
     assert ("transformers 5.16 or newer loads it too" in text) is not is_said
     assert "TensorRT" not in text
@@ -324,3 +326,25 @@ def test_weights_alone_are_what_was_scored_in_transformers(choice: Choice, tmp_p
     model = load_model(source.path, torch.device("cpu")).model
     QuantizedModel(model, groups, mode=ActivationMode.W4A16).apply(chosen)
     assert (logits(theirs) - logits(model)).abs().max().item() == 0.0
+
+
+@pytest.mark.slow
+def test_nvfp4_experts_are_run_by_score_and_said_to_be(autoquant, tmp_path):
+    """Experts that transformers loads wrong have exactly the KL of their assignment here."""
+    source = save_searchable("qwen3_moe", tmp_path / "source")
+    text = save_text(tmp_path / "text")
+    choices = {"mlp.experts": NVFP4_46, "self_attn.qkv": FP8, "self_attn.o_proj": NVFP4_MSE}
+    mix = Assignment.of({f"model.layers.1.{name}": choice for name, choice in choices.items()})
+    (tmp_path / "mix.json").write_text(json.dumps(mix.to_dict()))
+    flags = ("--calibration", text, *TOKEN_FLAGS, "--format", "json")
+    what = ("--assignment", tmp_path / "mix.json")
+    exported = autoquant(
+        *("export", source, *what, *flags, "--layout", CT, "--out", tmp_path / "out")
+    )
+    assert exported.exit_code == 0, exported.stderr
+    assert "drops the global scale of NVFP4 experts" in exported.stderr
+    assert "autoquant score MODEL --checkpoint DIR" in exported.stderr
+    of_mix = json.loads(autoquant("score", source, *what, *flags).stdout)
+    of_out = json.loads(autoquant("score", source, "--checkpoint", tmp_path / "out", *flags).stdout)
+    assert of_out["kl"] == of_mix["kl"]
+    assert of_out["kl"]["mean"] > 0
