@@ -29,7 +29,8 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 
-_COPY_BYTES = 16 << 20
+PIECE_BYTES = 1 << 20
+"""Read and written at once: small enough to stay in a processor's cache on its way."""
 
 
 def read_tensor(header: TensorHeader) -> Tensor:
@@ -79,7 +80,7 @@ def _read_bytes(header: TensorHeader) -> Tensor:
 
 
 def copy_bytes(header: TensorHeader, target: IO[bytes]) -> None:
-    """Append the stored bytes of a tensor to `target`, a few MiB at a time.
+    """Append the stored bytes of a tensor to `target`, a MiB at a time.
 
     Raises:
         SourceError: the file has become shorter or unreadable since its header was read.
@@ -94,7 +95,7 @@ def _pieces(header: TensorHeader) -> Iterator[memoryview]:
     if not header.is_plain:
         yield read_tensor(header).reshape(-1).view(torch.uint8).numpy().data
         return
-    buffer = memoryview(bytearray(min(header.bytes, _COPY_BYTES)))
+    buffer = memoryview(bytearray(min(header.bytes, PIECE_BYTES)))
     left = header.bytes
     try:
         with header.file.open("rb", buffering=0) as stream:

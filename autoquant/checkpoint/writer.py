@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autoquant.checkpoint.headers import DTYPE_BYTES, TensorHeader
 from autoquant.checkpoint.layout import StoredTensor
-from autoquant.checkpoint.tensors import TORCH_DTYPES, copy_bytes
+from autoquant.checkpoint.tensors import PIECE_BYTES, TORCH_DTYPES, copy_bytes
 
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
@@ -78,7 +78,9 @@ class ShardWriter:
         if content.dtype != self._dtypes[name]:
             raise ValueError(f"{name} was announced as {self._dtypes[name]}, got {content.dtype}")
         self._seek(name, content.numel() * content.element_size())
-        self._file.write(content.reshape(-1).view(torch.uint8).numpy().data)
+        stored = content.reshape(-1).view(torch.uint8).numpy().data
+        for begin in range(0, len(stored), PIECE_BYTES):
+            self._file.write(stored[begin : begin + PIECE_BYTES])
 
     def copy(self, source: TensorHeader) -> None:
         """Store a tensor of another checkpoint as its bytes are."""

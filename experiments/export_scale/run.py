@@ -6,12 +6,11 @@ the source are dropped from the system's cache before each timing, so that both 
 """
 
 import argparse
-import json
+import multiprocessing
 import os
 import platform
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +23,7 @@ import torch
 import yaml
 
 from autoquant.assignment import Assignment
-from autoquant.checkpoint.layout_modelopt import StoredTensor
+from autoquant.checkpoint.layout import StoredTensor
 from autoquant.checkpoint.source import open_source
 from autoquant.checkpoint.writer import ShardWriter
 from autoquant.files import to_json, write_atomic
@@ -180,7 +179,7 @@ def kill_exports(work: Path, log: Path, seconds: float, kills: int) -> list[dict
     for _ in range(kills):
         process = start_export(work, log)
         moment = generator.uniform(0, 1.1 * seconds)
-        timer = threading.Timer(moment, lambda: process.send_signal(signal.SIGKILL))
+        timer = threading.Timer(moment, process.kill)
         timer.start()
         process.wait()
         timer.cancel()
@@ -201,7 +200,9 @@ def require_complete(work: Path) -> None:
 def main() -> None:
     """Run everything in a scratch folder and write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="scratch folder, removed at the end")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="scratch folder, removed at the end"
+    )
     parser.add_argument("--kind", choices=SHAPES, default="dense")
     parser.add_argument("--gigabytes", type=float, default=20.0)
     parser.add_argument("--kills", type=int, default=3)
@@ -209,7 +210,12 @@ def main() -> None:
     args = parser.parse_args()
     work: Path = args.work
     source = work / "source"
-    make_source(source, args.kind, int(args.gigabytes * 1e9))
+    if not source.exists():  # in a process of its own: its memory is not the export's
+        task = multiprocessing.get_context("spawn").Process(
+            target=make_source, args=(source, args.kind, int(args.gigabytes * 1e9))
+        )
+        task.start()
+        task.join()
     opened = open_source(source)
     groups = find_groups(opened)
     assignment = make_assignment(groups)
