@@ -178,6 +178,8 @@ def search(
     cost: Literal["bits", "active-bytes"] = "bits",
     space: str = "default",
     activation_mode: Literal["w4a4", "w4a16"] = "w4a4",
+    probe: Literal["exact", "screened", "gradient"] = "exact",
+    sensitivity: Path | str | None = None,
     kv_cache: Literal["bf16", "fp8"] = "bf16",
     trials: int = 60,
     max_seconds: float | None = None,
@@ -213,6 +215,10 @@ def search(
         activation_mode: whether NVFP4 layers see NVFP4 inputs (w4a4) or BF16 inputs (w4a16).
         kv_cache: how engines are to keep keys and values; fp8 calibrates and stores scales for
             them, and counts what it costs in KL.
+        probe: how each layer's part is found out: its KL in every format; in one format, the
+            others scaled by gradients; or gradients alone.
+        sensitivity: run directory whose probes to take over, of `autoquant probe` or of another
+            search with the same settings.
         trials: joint measurements beyond the baselines and the solver's optimum.
         max_seconds: begin no further trial after this time.
         max_tokens: begin no further trial once all trials together have seen so many tokens.
@@ -286,6 +292,7 @@ def _search(arguments: dict[str, Any], observer: "Observer | None") -> list[Run]
         command=shlex.join(["autoquant", "search", *words]),
         tracking=Tracking.of(parsed.params),
         observer=observer or Silent(),
+        sensitivity=parsed.params["sensitivity"],
     )
     return [load_run(outcome.path) for outcome in outcomes]
 

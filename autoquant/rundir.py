@@ -24,6 +24,7 @@ SCHEMA_VERSION = 1
 CONFIG = "config.resolved.yaml"
 GROUPS = "groups.json"
 SENSITIVITY_LOG = "sensitivity.jsonl"
+GRADIENT_LOG = "gradient.jsonl"
 SENSITIVITY = "sensitivity.json"
 INTERACTIONS = "interactions"
 TRIALS = "trials.jsonl"

@@ -10,6 +10,7 @@ from autoquant.cli.group import LazyGroup
 MODULES = {
     "search": "autoquant.cli.search",
     "plan": "autoquant.cli.plan",
+    "probe": "autoquant.cli.probe",
     "score": "autoquant.cli.score",
     "export": "autoquant.cli.export",
     "verify": "autoquant.cli.verify",

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,11 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, resume: str) -> None:
         super().__init__()
         self.resume = resume
+
+
+def typed_command() -> str:
+    """The command line as the user typed it; `--fresh` would not go on, so it is left out."""
+    return shlex.join(["autoquant", *(a for a in sys.argv[1:] if a != "--fresh")])
 
 
 class Failure(click.ClickException):

@@ -233,8 +233,25 @@ def out_option(
     )
 
 
-def token_options() -> Decorator:
-    """`--calibration`, `--seed`, tokens of each split and sequence, and `--batch-tokens`."""
+def probe_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--probe exact|screened|gradient`, passed on as `probe: str`."""
+    return option(
+        "--probe",
+        heading="Search",
+        type=click.Choice(["exact", "screened", "gradient"]),
+        default="exact",
+        help="How each layer's part is found out: its KL in every format; in one format, the "
+        "others scaled by gradients; or gradients alone.",
+    )(function)
+
+
+def token_options(*, report: bool = True) -> Decorator:
+    """`--calibration`, `--seed`, tokens of each split and sequence, and `--batch-tokens`.
+
+    Args:
+        report: whether there is a report split.
+    """
+    reported = _tokens("--report-tokens", 65_536, "Tokens that the finalists are confirmed on.")
     return _stack(
         option(
             "--calibration",
@@ -254,7 +271,7 @@ def token_options() -> Decorator:
         ),
         _tokens("--calibration-tokens", 8_192, "Tokens that input ranges are taken from."),
         _tokens("--search-tokens", 16_384, "Tokens that probes and trials are measured on."),
-        _tokens("--report-tokens", 65_536, "Tokens that the finalists are confirmed on."),
+        *([reported] if report else []),
         _tokens("--sequence-length", 256, "Longest sequence."),
         _tokens("--batch-tokens", 4_096, "Tokens of one forward."),
     )

@@ -1,12 +1,11 @@
 """`autoquant search`: the main job."""
 
-import shlex
-import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
-from autoquant.cli.group import Interrupted
+from autoquant.cli.group import Interrupted, typed_command
 from autoquant.cli.options import (
     GroupedCommand,
     activation_mode_option,
@@ -19,6 +18,7 @@ from autoquant.cli.options import (
     model_argument,
     option,
     out_option,
+    probe_option,
     resolved_settings,
     space_option,
     token_options,
@@ -55,6 +55,17 @@ from autoquant.cli.output import print_json
 @space_option
 @activation_mode_option
 @kv_cache_option
+@probe_option
+@option(
+    "--sensitivity",
+    heading="Search",
+    setting=False,
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="RUN",
+    help="Run directory whose probes to take over, of `autoquant probe` or of another search with "
+    "the same settings.  [default: what `autoquant probe` wrote to runs/]",
+)
 @option(
     "--trials",
     heading="Search",
@@ -118,12 +129,13 @@ def command(ctx: click.Context, /, **settings: Any) -> None:
                 out=settings["out"],
                 resume=settings["resume"],
                 settings=resolved_settings(ctx),
-                command=_command_line(),
+                command=typed_command(),
                 tracking=Tracking.of(settings),
                 observer=terminal,
+                sensitivity=settings["sensitivity"],
             )
     except KeyboardInterrupt:
-        raise Interrupted(_command_line()) from None
+        raise Interrupted(typed_command()) from None
     if settings["format"] == "json":
         found = [outcome.result | {"run": str(outcome.path)} for outcome in outcomes]
         print_json(found[0] if len(found) == 1 else {"runs": found})
@@ -131,8 +143,3 @@ def command(ctx: click.Context, /, **settings: Any) -> None:
         print_result(outcomes[0].result, outcomes[0].path)
     else:
         print_frontier([(outcome.result, outcome.path) for outcome in outcomes])
-
-
-def _command_line() -> str:
-    """The command line as the user typed it; `--fresh` would not go on, so it is left out."""
-    return shlex.join(["autoquant", *(a for a in sys.argv[1:] if a != "--fresh")])

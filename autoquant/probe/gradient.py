@@ -14,7 +14,9 @@ What it leaves out: terms of higher order, the re-rounding of everything behind 
 tokens that a router behind it sends to other experts.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -23,6 +25,7 @@ from autoquant.data.tokens import Split
 from autoquant.errors import AutoQuantError
 from autoquant.probe.gradient_taps import Taps
 from autoquant.probe.interactions import Key
+from autoquant.probe.method import ProbeMethod
 from autoquant.probe.sensitivity import BatchProbe, Sensitivity, batch_probe, summarize
 from autoquant.scoring.scorer import Scorer
 
@@ -34,12 +37,33 @@ class NoGradient(Exception):
     """The model's backward pass does not serve; the message says why in a line."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchEstimate:
+    """The estimates of all keys on one batch: the unit that is written to disk."""
+
+    batch: int
+    probes: tuple[BatchProbe, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": str(ProbeMethod.GRADIENT),
+            "batch": self.batch,
+            "probes": [probe.to_dict() for probe in self.probes],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "BatchEstimate":
+        return cls(
+            batch=data["batch"], probes=tuple(BatchProbe.from_dict(p) for p in data["probes"])
+        )
+
+
 def gradient_probe(
     scorer: Scorer,
     split: Split,
     keys: Sequence[Key],
-    done: Iterable[BatchProbe],
-    keep: Callable[[BatchProbe], None],
+    done: Iterable[BatchEstimate],
+    keep: Callable[[BatchEstimate], None],
     *,
     seed: int,
 ) -> Sensitivity:
@@ -49,20 +73,20 @@ def gradient_probe(
         scorer: calibrated.
         split: the search tokens.
         keys: (group, choice) pairs, BF16 excluded.
-        done: batch probes of an earlier process, made by this method with this seed.
-        keep: called with each new batch probe, all of a batch before the next batch begins.
+        done: estimates of an earlier process with the same keys and seed.
+        keep: called with each new batch before the next begins.
         seed: of the random factors.
 
     Raises:
         NoGradient: an architecture or a kernel without a backward pass.
     """
-    results = {(p.batch, p.group, p.choice): p for p in done}
+    results = {estimate.batch: estimate for estimate in done}
     for batch in range(len(split.batches)):
-        missing = [key for key in keys if (batch, *key) not in results]
-        for result in _probe_batch(scorer, split, batch, missing, seed) if missing else ():
-            keep(result)
-            results[result.batch, result.group, result.choice] = result
-    return Sensitivity(*summarize(keys, results.values()))
+        if batch not in results:
+            probes = tuple(_probe_batch(scorer, split, batch, keys, seed))
+            results[batch] = BatchEstimate(batch=batch, probes=probes)
+            keep(results[batch])
+    return Sensitivity(*summarize(keys, (p for r in results.values() for p in r.probes)))
 
 
 def _probe_batch(
@@ -73,9 +97,10 @@ def _probe_batch(
     inside = [key for key in keys if key[0] not in head]
     tokens = split.batches[batch].to(scorer.device)
     generator = torch.Generator(scorer.device).manual_seed((seed * 1_000_003 + batch) % 2**63)
-    effects = _effects(scorer, tokens, inside, generator) if inside else {}
+    parts = scorer.trunk.parts(tokens) if inside else ()
+    effects = [_effects(scorer, part, inside, generator) for part in parts]
     for group, choice in inside:
-        kl = _kl_of_sequences(effects[group, choice].view(tokens.shape))
+        kl = _kl_of_sequences(torch.cat([part[group, choice] for part in effects]))
         if not torch.isfinite(kl).all():
             raise NoGradient(f"the gradient at {group} is not finite")
         yield BatchProbe(
@@ -95,7 +120,7 @@ def _probe_batch(
 def _effects(
     scorer: Scorer, tokens: torch.Tensor, keys: Sequence[Key], generator: torch.Generator
 ) -> dict[Key, torch.Tensor]:
-    """<v, dz> through each token's products, float32 [B * L], of each key."""
+    """<v, dz> through each token's products, float32 [B, L], of each key."""
     taps = Taps(scorer.quantized, keys, tokens.numel())
     try:
         with taps.installed():
@@ -110,7 +135,7 @@ def _effects(
     for group, choice in keys:
         if (group, choice) not in taps.effects:
             raise NoGradient(f"no gradient reaches {group}")
-    return taps.effects
+    return {key: effect.view(tokens.shape) for key, effect in taps.effects.items()}
 
 
 def _factor(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

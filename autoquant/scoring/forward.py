@@ -91,7 +91,7 @@ class Trunk:
             return after
         self._start = start if after is not None else 0
         self._keep = keep
-        parts = self._split(tokens)
+        parts = self.parts(tokens)
         self._parts = len(parts)
         boundaries, hidden = [], []
         for index, part in enumerate(parts):
@@ -127,8 +127,8 @@ class Trunk:
         size = count * state.numel() * state.element_size()
         return state if self.state_bytes is None or size <= self.state_bytes else on_host(state)
 
-    def _split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Equal parts of a batch that are small enough."""
+    def parts(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Equal parts of a batch [B, L], each small enough to run at once."""
         sequences = len(tokens)
         parts = math.ceil(sequences / (self.sequences_at_once or sequences))
         return tokens.split(math.ceil(sequences / parts))

@@ -1,5 +1,6 @@
 """Everything that decides a search's outcome, and what makes two searches the same."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,22 @@ from autoquant.data.text import STDLIB
 from autoquant.data.tokens import TokenPlan
 from autoquant.kv_cache import KvCache
 from autoquant.model.inputs import ActivationMode
+from autoquant.probe.method import ProbeMethod
 from autoquant.spaces import SearchSpace
 
 NUMERICS_VERSION = 2
 """Raised when a change of arithmetic changes what a search would measure."""
+
+_AFTER_PROBES = {
+    "budget_bpe",
+    "budget_scope",
+    "cost",
+    "trials",
+    "max_tokens",
+    "layout",
+    "finalists",
+}
+"""Parts of a signature that only later stages depend on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +44,7 @@ class SearchConfig:
     """Text source, as `load_corpus` takes it."""
     tokens: TokenPlan = field(default_factory=TokenPlan)
     mode: ActivationMode = ActivationMode.W4A4
+    probe: ProbeMethod = ProbeMethod.EXACT
     trials: int = 60
     """Joint measurements beyond the baselines and the solver's optimum."""
     max_seconds: float | None = None
@@ -78,6 +92,7 @@ class SearchConfig:
             **({"max_tokens": self.max_tokens} if self.max_tokens is not None else {}),
             **({"layout": str(self.layout)} if self.layout is not Layout.MODELOPT else {}),
             **({"kv_cache": str(self.kv_cache)} if self.kv_cache is not KvCache.BF16 else {}),
+            **({"probe": str(self.probe)} if self.probe is not ProbeMethod.EXACT else {}),
             "finalists": self.finalists,
             "seed": self.seed,
             "numerics": NUMERICS_VERSION,
@@ -85,9 +100,27 @@ class SearchConfig:
 
     def run_name(self) -> str:
         """A folder name for the run: model, budget and the head of the signature's digest."""
+        return self._name(f"{self.budget.bpe:g}bpe", self.signature())
+
+    def probe_signature(self) -> dict[str, Any]:
+        """What makes calibration and probes the same as another search's, as JSON values."""
+        return probe_part(self.signature())
+
+    def probe_name(self) -> str:
+        """A folder name for the probes alone."""
+        return self._name("probes", self.probe_signature())
+
+    def _name(self, what: str, signature: Mapping[str, Any]) -> str:
         import hashlib
         import json
 
-        digest = hashlib.sha256(json.dumps(self.signature(), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(signature, sort_keys=True).encode()).hexdigest()
         model = Path(self.source.model).name.strip(".") or "model"
-        return f"{model}-{self.budget.bpe:g}bpe-{digest[:8]}"
+        return f"{model}-{what}-{digest[:8]}"
+
+
+def probe_part(signature: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the signature of a search or of probes: what decides calibration and probes."""
+    kept = {name: value for name, value in signature.items() if name not in _AFTER_PROBES}
+    tokens = {name: count for name, count in signature["tokens"].items() if name != "report"}
+    return {**kept, "tokens": tokens}

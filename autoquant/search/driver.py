@@ -16,18 +16,15 @@ from autoquant.formats import BF16
 from autoquant.grouping import Groups
 from autoquant.plan import Plan, make_plan
 from autoquant.probe.calibration import Calibration, calibrate
-from autoquant.probe.interactions import SketchBook
-from autoquant.probe.sensitivity import BatchProbe, Sensitivity, keys_of, probe
+from autoquant.probe.sensitivity import Sensitivity, keys_of
 from autoquant.rundir import (
     ASSIGNMENT,
     CALIBRATION,
     CHECKPOINT,
     GROUPS,
-    INTERACTIONS,
     REPORT,
     RESULT,
     SENSITIVITY,
-    SENSITIVITY_LOG,
     SPLITS,
     TOKENS,
     TRIALS,
@@ -39,6 +36,7 @@ from autoquant.search.bounds import Bounds
 from autoquant.search.config import SearchConfig
 from autoquant.search.explore import Explored, explore, most_trials
 from autoquant.search.observer import Observer, Unit
+from autoquant.search.probes import Probes
 from autoquant.search.problem import Problem
 from autoquant.search.refine import Effort
 from autoquant.search.result import Confirmed, make_result, make_tokens
@@ -80,6 +78,7 @@ class Search:
             SourceError: model or text missing, damaged or not understood.
         """
         plan = self._plan()
+        plan.require_feasible(self.config.budget, self.config.cost)
         finished = self.run.read_json(RESULT)
         if finished is not None:
             self.observer.note(f"{self.run.path} already holds this search's result.")
@@ -98,9 +97,25 @@ class Search:
         confirmed = self._confirm(session, ledger, explored)
         return self._finish(session, plan, explored.problem, ledger, calibration, confirmed)
 
+    def probe(self) -> dict[str, Any]:
+        """Run the stages up to the probes, whatever the budget; what `sensitivity.json` holds.
+
+        Raises:
+            RunConflict: the text or the tokenizer changed since the run began.
+            SourceError: model or text missing, damaged or not understood.
+        """
+        stored = self.run.read_json(SENSITIVITY)
+        if stored is not None:
+            self.observer.note(f"{self.run.path} already holds these probes.")
+            return stored
+        plan = self._plan()
+        session = self._open(plan)
+        self._calibrate(session)
+        self._probe(session, plan)
+        return self.run.read_json(SENSITIVITY) or {}
+
     def _plan(self) -> Plan:
         plan = make_plan(self.config.source, self.config.space, self.config.kv_cache)
-        plan.require_feasible(self.config.budget, self.config.cost)
         for warning in plan.options.warnings:
             self.observer.warn(warning)
         self.run.write_json(GROUPS, plan.to_dict())
@@ -133,10 +148,10 @@ class Search:
 
     def _require_same_tokens(self, session: Session) -> None:
         digests = {name: split.digest for name, split in session.splits.items()}
-        stored = self.run.read_json(SPLITS)
-        if stored is None:
+        stored = self.run.read_json(SPLITS) or {}
+        if digests | stored == digests:
             self.run.write_json(SPLITS, digests)
-        elif stored != digests:
+        else:
             raise RunConflict(
                 f"{self.run.path} was begun on other tokens: the text {self.config.calibration!r} "
                 "or the tokenizer has changed since.",
@@ -164,19 +179,17 @@ class Search:
         return calibration
 
     def _probe(self, session: Session, plan: Plan) -> Sensitivity:
-        split = session.splits["search"]
-        keys = tuple(keys_of(plan.options.choices))
-        done = [BatchProbe.from_dict(r) for r in self.run.records(SENSITIVITY_LOG)]
-        self.observer.stage("probe", len(keys) * len(split.batches) - len(done))
-
-        def keep(result: BatchProbe) -> None:
-            self.run.append(SENSITIVITY_LOG, result.to_dict())
-            self.observer.step()
-
-        sketches = SketchBook(self.run.path / INTERACTIONS, keys, split.batches[0].numel())
+        probes = Probes(
+            run=self.run,
+            scorer=session.scorer,
+            split=session.splits["search"],
+            keys=tuple(keys_of(plan.options.choices)),
+            seed=self.config.seed,
+            observer=self.observer,
+        )
         with self._timed("probe"):
-            sensitivity = probe(session.scorer, split, keys, done, keep, sketches)
-        self.run.write_json(SENSITIVITY, sensitivity.to_dict())
+            sensitivity, method = probes.measure(self.config.probe)
+        self.run.write_json(SENSITIVITY, {"method": str(method), **sensitivity.to_dict()})
         return sensitivity
 
     def _measure(self, session: Session, plan: Plan, problem: Problem) -> tuple[Ledger, Explored]:

@@ -1,17 +1,18 @@
 """A search with everything around it: run directory, tracking, driver."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from autoquant.errors import ConfigError, RunConflict
-from autoquant.plan import make_plan
-from autoquant.rundir import CONFIG, RunDirectory, read_identity
+from autoquant.plan import Plan, make_plan
+from autoquant.rundir import CONFIG, SENSITIVITY, RunDirectory, read_identity, read_json
 from autoquant.search.config import SearchConfig
 from autoquant.search.driver import Search
 from autoquant.search.observer import Observer
-from autoquant.search.shared import Shared
+from autoquant.search.shared import Shared, finished_probes
 from autoquant.tracking import ChildRuns, NullTracker, track
 
 RUNS = Path("runs")
@@ -23,11 +24,11 @@ COMPARISON = "compare.html"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A finished search."""
+    """A finished search, or finished probes."""
 
     path: Path
     result: dict[str, Any]
-    """The contents of `result.json`."""
+    """The contents of `result.json`, or of `sensitivity.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ def run_searches(
     command: str,
     tracking: Tracking,
     observer: Observer,
+    sensitivity: Path | None = None,
 ) -> list[Outcome]:
     """Run a search for each budget, or go on with them.
 
@@ -73,17 +75,25 @@ def run_searches(
         command: the command line, for the model card.
         tracking: whether and how to record.
         observer: watches.
+        sensitivity: run directory whose probes are taken over; by default the one that
+            `run_probes` chose for the same settings, if it is there.
 
     Raises:
-        ConfigError: the space leaves nothing to choose.
+        ConfigError: the space leaves nothing to choose, or `sensitivity` holds no probes.
         InfeasibleBudget: one of them; nothing was written and no weight was read.
-        RunConflict: a directory holds another search, or another process holds it.
+        RunConflict: a directory holds another search, or another process holds it, or the probes
+            of `sensitivity` rest on other settings.
         SourceError: model or text missing, damaged or not understood.
     """
     for config in configs:
-        _require_a_choice(config)
+        _require_a_choice(config).require_feasible(config.budget, config.cost)
     paths = _paths(configs, out)
-    shared, outcomes = Shared(), []
+    for path in paths:
+        _refuse_probes_alone(path)
+    probes = _probes_of(configs[0], sensitivity) if resume or sensitivity else None
+    if probes is not None:
+        observer.note(f"probes: {probes}")
+    shared, outcomes = Shared(probes=probes), []
     for config, path in zip(configs, paths, strict=True):
         outcome = _run(
             config,
@@ -102,14 +112,68 @@ def run_searches(
     return outcomes
 
 
-def _require_a_choice(config: SearchConfig) -> None:
+def run_probes(
+    config: SearchConfig,
+    *,
+    out: Path | None,
+    resume: bool,
+    settings: Mapping[str, Any],
+    command: str,
+    observer: Observer,
+) -> Outcome:
+    """Calibrate and probe, or go on with it; the result is what `sensitivity.json` holds.
+
+    Args:
+        config: the budget and what comes after the probes do not matter.
+        out: run directory; by default a folder of `runs/` where a search with the same settings
+            finds it.
+        resume: False sets an earlier run aside.
+        settings: resolved settings, written to the run directory.
+        command: the command line.
+        observer: watches.
+
+    Raises:
+        ConfigError: the space leaves nothing to choose.
+        RunConflict: the directory holds something else, or another process holds it.
+        SourceError: model or text missing, damaged or not understood.
+    """
+    import yaml
+
+    _require_a_choice(config)
+    path = out if out is not None else RUNS / config.probe_name()
+    with RunDirectory.open(path, config.probe_signature(), resume=resume) as run:
+        observer.note(f"run directory: {path}")
+        run.write_text(CONFIG, yaml.safe_dump(dict(settings), sort_keys=False))
+        search = Search(config, run, NullTracker(), observer, command)
+        return Outcome(path=path, result=search.probe())
+
+
+def _refuse_probes_alone(path: Path) -> None:
+    identity = read_identity(path)
+    if identity is not None and "budget_bpe" not in identity["signature"]:
+        raise RunConflict(
+            f"run directory {path} holds probes alone, which searches of any budget may share.",
+            fix=f"give --sensitivity {shlex.quote(str(path))} and another --out.",
+        )
+
+
+def _probes_of(config: SearchConfig, given: Path | None) -> Path | None:
+    if given is not None:
+        return finished_probes(given, config)
+    path = RUNS / config.probe_name()
+    if not path.is_dir() or read_json(path, SENSITIVITY) is None:
+        return None
+    return finished_probes(path, config)
+
+
+def _require_a_choice(config: SearchConfig) -> Plan:
     plan = make_plan(config.source, config.space, config.kv_cache)
-    plan.require_feasible(config.budget, config.cost)
     if not plan.options.open:
         raise ConfigError(
             f"the search space {config.space.name} leaves no layer of {config.source.model} open.",
             fix="`autoquant plan` says why; open some layers, or export an assignment.",
         )
+    return plan
 
 
 def _paths(configs: Sequence[SearchConfig], out: Path | None) -> list[Path]:

@@ -10,6 +10,7 @@ from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
 from autoquant.data.tokens import TokenPlan
 from autoquant.kv_cache import KvCache
 from autoquant.model.inputs import ActivationMode
+from autoquant.probe.method import ProbeMethod
 from autoquant.search.config import SearchConfig
 from autoquant.space_file import load_space
 
@@ -39,6 +40,7 @@ def make_config(settings: Mapping[str, Any]) -> SearchConfig:
         calibration=settings["calibration"],
         tokens=token_plan(settings),
         mode=ActivationMode(settings["activation_mode"]),
+        probe=ProbeMethod(settings["probe"]),
         trials=settings["trials"],
         max_seconds=settings["max_seconds"],
         max_tokens=settings["max_tokens"],

@@ -31,7 +31,19 @@ SURFACE = {
     | TRACKING
     | EFFORT
     | RUN
-    | {"--space", "--activation-mode", "--kv-cache", "--layout"},
+    | {
+        "--space",
+        "--activation-mode",
+        "--kv-cache",
+        "--layout",
+        "--probe",
+        "--sensitivity",
+        "--cost",
+    },
+    "probe": MODEL
+    | DEVICE
+    | (TOKENS - {"--report-tokens"})
+    | {"--out", "--resume", "--fresh", "--space", "--activation-mode", "--kv-cache", "--probe"},
     "plan": MODEL | BUDGET | {"--space"},
     "score": MODEL
     | DEVICE

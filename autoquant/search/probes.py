@@ -1,0 +1,65 @@
+"""The probe stage: sensitivities by the method asked for, every finished record on disk at once."""
+
+from dataclasses import dataclass
+
+from autoquant.data.tokens import Split
+from autoquant.probe.gradient import BatchEstimate, NoGradient, gradient_probe
+from autoquant.probe.gradient_screen import anchors, scaled
+from autoquant.probe.interactions import Key, SketchBook
+from autoquant.probe.method import ProbeMethod
+from autoquant.probe.sensitivity import BatchProbe, Sensitivity, probe
+from autoquant.rundir import GRADIENT_LOG, INTERACTIONS, SENSITIVITY_LOG, RunDirectory
+from autoquant.scoring.scorer import Scorer
+from autoquant.search.observer import Observer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probes:
+    """All probes of one run; gradient estimates and exact probes have a log each."""
+
+    run: RunDirectory
+    scorer: Scorer
+    split: Split
+    """The search tokens."""
+    keys: tuple[Key, ...]
+    seed: int
+    observer: Observer
+
+    def measure(self, method: ProbeMethod) -> tuple[Sensitivity, ProbeMethod]:
+        """Sensitivities of all keys, and the method in the end.
+
+        Where the model has no backward pass, every probe is exact, and a warning says so.
+        """
+        if method is ProbeMethod.EXACT:
+            return self._exact(self.keys), method
+        try:
+            estimate = self._estimate()
+        except NoGradient as reason:
+            self.observer.warn(f"every probe is measured exactly, without gradients: {reason}.")
+            return self._exact(self.keys), ProbeMethod.EXACT
+        if method is ProbeMethod.GRADIENT:
+            return estimate, method
+        probed = tuple(anchors(self.keys, estimate).values())
+        return scaled(self.keys, estimate, self._exact(probed)), method
+
+    def _estimate(self) -> Sensitivity:
+        done = [BatchEstimate.from_dict(record) for record in self.run.records(GRADIENT_LOG)]
+        self.observer.stage("gradient", len(self.split.batches) - len(done))
+
+        def keep(result: BatchEstimate) -> None:
+            self.run.append(GRADIENT_LOG, result.to_dict())
+            self.observer.step()
+
+        return gradient_probe(self.scorer, self.split, self.keys, done, keep, seed=self.seed)
+
+    def _exact(self, keys: tuple[Key, ...]) -> Sensitivity:
+        done = [BatchProbe.from_dict(record) for record in self.run.records(SENSITIVITY_LOG)]
+        self.observer.stage("probe", len(keys) * len(self.split.batches) - len(done))
+
+        def keep(result: BatchProbe) -> None:
+            self.run.append(SENSITIVITY_LOG, result.to_dict())
+            self.observer.step()
+
+        tokens = self.split.batches[0].numel()
+        sketches = SketchBook(self.run.path / INTERACTIONS, keys, tokens)
+        return probe(self.scorer, self.split, keys, done, keep, sketches)
