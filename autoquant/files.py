@@ -3,9 +3,11 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def to_json(data: Any, *, indent: int | None = None) -> str:
@@ -15,10 +17,17 @@ def to_json(data: Any, *, indent: int | None = None) -> str:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` so that a reader, also after a power cut, sees the old file or the new one."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path`, whole and on the disk, when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -26,6 +35,13 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename `path` to its name with the time appended, which is returned."""
+    aside = path.with_name(f"{path.name}.{datetime.now(UTC):%Y%m%dT%H%M%S.%f}")
+    path.rename(aside)
+    return aside
 
 
 def sync_folder(folder: Path) -> None:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 import autoquant
 from autoquant.errors import ConfigError, RunConflict, SourceError
-from autoquant.files import sync_folder, to_json, write_atomic
+from autoquant.files import set_aside, sync_folder, to_json, write_atomic
 
 SCHEMA_VERSION = 1
 
@@ -35,9 +35,15 @@ TOKENS = "tokens.json"
 CALIBRATION = "calibration.json"
 REPORT = "report.html"
 CHECKPOINT = "checkpoint"
+TRACKING = "tracking.json"
+"""Names the MLflow run, so that a resumed search continues it."""
+
+SECONDS = "seconds.json"
 
 _IDENTITY = "run.json"
 _LOCK = ".lock"
+_PRELIMINARY = frozenset({_IDENTITY, _LOCK, CONFIG, GROUPS, SPLITS, SECONDS, TRACKING})
+"""What a search writes before it measures anything."""
 
 
 class Status(StrEnum):
@@ -77,11 +83,15 @@ class RunDirectory:
             ConfigError: the folder cannot be created or written.
         """
         signature = json.loads(to_json(signature))
+        _refuse_foreign(path)
         lock = _hold(path)
         try:
             identity = read_identity(path)
             if identity is not None and not resume:
                 lock = _set_aside(path, lock)
+                identity = None
+            elif identity is not None and _is_other(path, identity["signature"], signature):
+                _clear(path)
                 identity = None
             if identity is None:
                 _refuse_foreign(path)
@@ -90,8 +100,6 @@ class RunDirectory:
                     "created": datetime.now(UTC).isoformat(timespec="seconds"),
                     "signature": signature,
                 }
-            else:
-                _refuse_other(path, identity["signature"], signature)
             run = cls(path, lock, identity)
             run._record(Status.RUNNING)
         except BaseException:
@@ -182,6 +190,21 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     return _parse(text, str(path))
 
 
+def read_seconds(folder: Path) -> dict[str, float]:
+    """Seconds that each stage of the run in `folder` has taken so far.
+
+    Raises:
+        SourceError: the file is damaged or of another schema version.
+    """
+    seconds = read_json(folder, SECONDS) or {}
+    if not all(isinstance(value, (int, float)) for value in seconds.values()):
+        raise SourceError(
+            f"{folder / SECONDS} is damaged: it holds something other than seconds.",
+            fix="remove the file.",
+        )
+    return seconds
+
+
 def read_records(folder: Path, name: str) -> list[dict[str, Any]]:
     """What `RunDirectory.append` wrote; see `RunDirectory.records`. Takes no lock."""
     path = folder / name
@@ -228,13 +251,14 @@ def read_identity(path: Path) -> dict[str, Any] | None:
 
 def _set_aside(path: Path, lock: FileLock) -> FileLock:
     """Rename the earlier run and hold a new, empty directory in its place."""
-    aside = path.with_name(f"{path.name}.{datetime.now(UTC):%Y%m%dT%H%M%S.%f}")
-    path.rename(aside)
+    set_aside(path)
     lock.release()
     return _hold(path)
 
 
 def _refuse_foreign(path: Path) -> None:
+    if not path.is_dir() or (path / _IDENTITY).exists():
+        return
     foreign = sorted(entry.name for entry in path.iterdir() if entry.name != _LOCK)
     if foreign:
         raise RunConflict(
@@ -243,17 +267,28 @@ def _refuse_foreign(path: Path) -> None:
         )
 
 
-def _refuse_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _is_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether the directory is another search's that ended before it measured anything.
+
+    Raises:
+        RunConflict: it is another search's, and holds what that one has measured.
+    """
     differing = [
         f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here"
         for key in sorted(found.keys() | wanted.keys())
         if found.get(key) != wanted.get(key)
     ]
-    if differing:
+    if differing and any(entry.name not in _PRELIMINARY for entry in path.iterdir()):
         raise RunConflict(
             f"run directory {path} belongs to another search: {'; '.join(differing)}.",
             fix="give another --out, or start anew with --fresh (the earlier run is set aside).",
         )
+    return bool(differing)
+
+
+def _clear(path: Path) -> None:
+    for name in _PRELIMINARY - {_LOCK}:
+        (path / name).unlink(missing_ok=True)
 
 
 def _parse(text: str | bytes, origin: str) -> dict[str, Any]:

@@ -83,10 +83,11 @@ def _require_writable(target: Path) -> None:
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    probe = parent / f".{target.name}.{os.getpid()}.writable"
+    probe = parent / f".{target.name}.writable"
     try:
-        probe.mkdir()
-        probe.rmdir()
+        probe.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # another export looks at the same time
+            probe.rmdir()
     except OSError as error:
         raise ConfigError(
             f"{target.absolute()} cannot be written: {error.strerror}.",

@@ -16,6 +16,8 @@ from autoquant.errors import AutoQuantError, ConfigError, OutOfMemory, SourceErr
 
 INTERRUPTED_EXIT_CODE = 130
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 EXIT_CODES = """\b
 Exit codes:
   0    done
@@ -160,9 +162,9 @@ def _failure(error: Exception) -> Failure:
             "a search goes on where it stopped.",
             OutOfMemory.exit_code,
         )
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return Failure(
-            f"the disk is full: {line}",
+            f"the disk is full or lets no file grow further: {line}",
             "free space; a search goes on where it stopped.",
             SourceError.exit_code,
         )

@@ -3,7 +3,6 @@
 Shapes: P probes, S numbers in a probe's sketch of one batch.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from autoquant.files import replacing
 from autoquant.formats import Choice
 from autoquant.scoring.sketch import LogitSketch
 
@@ -74,12 +74,8 @@ class SketchBook:
         if not path.exists():
             return
         sketches = np.load(path)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
+        with replacing(self._products(batch)) as file:
             np.save(file, np.asarray(sketches @ sketches.T, dtype=np.float64))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._products(batch))
         path.unlink()
 
     def interactions(self, batches: int) -> Interactions:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant.assignment import Assignment
 from autoquant.errors import RunConflict, SourceError
+from autoquant.files import set_aside
 from autoquant.formats import BF16
 from autoquant.grouping import Groups
 from autoquant.plan import Plan, make_plan
@@ -24,11 +25,13 @@ from autoquant.rundir import (
     GROUPS,
     REPORT,
     RESULT,
+    SECONDS,
     SENSITIVITY,
     SPLITS,
     TOKENS,
     TRIALS,
     RunDirectory,
+    read_seconds,
 )
 from autoquant.scoring.kl import TokenScores
 from autoquant.search import confirm
@@ -48,8 +51,6 @@ from autoquant.tracking import Tracker, TrialRecord
 if TYPE_CHECKING:
     from autoquant.checkpoint.verify import Verification
 
-SECONDS = "seconds.json"
-
 
 @dataclass
 class Search:
@@ -67,7 +68,10 @@ class Search:
     """Spent on each stage, by earlier processes too."""
 
     def __post_init__(self) -> None:
-        self.seconds |= self.run.read_json(SECONDS) or {}
+        try:
+            self.seconds |= read_seconds(self.run.path)
+        except SourceError as error:
+            self.observer.warn(f"{error.message} Times count from here on.")
 
     def execute(self) -> dict[str, Any]:
         """Run every stage that is not done; the contents of `result.json`.
@@ -299,7 +303,7 @@ class Search:
 
     def _with_checkpoint(self, plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
         """The result of a finished search, exported now if it was not and shall be."""
-        if not self.config.export or (self.run.path / CHECKPOINT).exists():
+        if not self.config.export or self._has_checkpoint():
             return result
         calibration = self.run.read_json(CALIBRATION)
         if calibration is None:
@@ -312,6 +316,18 @@ class Search:
             plan.groups, Calibration.from_dict(calibration), assignment, result
         )
         return self._keep_result(result)
+
+    def _has_checkpoint(self) -> bool:
+        """Whether a whole checkpoint is there; a damaged one is set aside."""
+        from autoquant.checkpoint.complete import why_incomplete
+
+        target = self.run.path / CHECKPOINT
+        if not target.exists():
+            return False
+        damage = why_incomplete(target)
+        if damage is not None:
+            self.observer.warn(f"{damage} It is kept as {set_aside(target)} and exported again.")
+        return damage is None
 
     def _export(
         self,
@@ -343,7 +359,7 @@ class Search:
         for warning in reader_warnings(self.config.layout, groups, assignment):
             self.observer.warn(warning)
         with self._timed("export"):
-            if not target.exists():
+            if not self._has_checkpoint():
                 self.observer.stage("export", size, Unit.BYTES)
                 export(
                     self.config.source,

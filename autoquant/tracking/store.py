@@ -11,15 +11,12 @@ from filelock import FileLock
 
 import autoquant
 from autoquant.environment import git_commit, redact
-from autoquant.rundir import RunDirectory
+from autoquant.rundir import TRACKING, RunDirectory
 from autoquant.tracking.recorder import Recorder, one_line
 from autoquant.tracking.tracker import ChildRuns, NullTracker, Tracker
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
-
-TRACKING = "tracking.json"
-"""File of the run directory that names the MLflow run, so that a resumed search continues it."""
 
 _LONGEST_PARAM = 6000
 

@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=SHAPES, default="dense")
     parser.add_argument("--gigabytes", type=float, default=20.0)
     parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--keep", action="store_true", help="leave the source for another run")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     args = parser.parse_args()
     work: Path = args.work
@@ -232,6 +233,7 @@ def main() -> None:
     killed = kill_exports(work, work / "killed.txt", exporting, args.kills)
     again, _ = timed_export(work, work / "again.txt")
     require_complete(work)
+    shutil.rmtree(work / "export")
     result = {
         "kind": args.kind,
         "commit": _output("git", "rev-parse", "HEAD"),
@@ -253,7 +255,8 @@ def main() -> None:
     }
     (args.out / f"{args.kind}.json").write_text(to_json(result, indent=2) + "\n")
     print(to_json(result, indent=2))
-    shutil.rmtree(work)
+    if not args.keep:
+        shutil.rmtree(work)
 
 
 def _output(*command: str) -> str:
