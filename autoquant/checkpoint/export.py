@@ -118,18 +118,16 @@ def export(
             uncalibrated=uncalibrated,
             left_out=tuple(n for n in left_out if source.path / n not in source.headers.files),
         )
-        write_atomic(folder / CONFIG_FILE, to_json(_config(source, declared), indent=2))
-        for file, content in (declared.files if declared else {}).items():
-            write_atomic(folder / file, to_json(content, indent=2))
-        provenance = _provenance(source, groups, assignment, result, weights, card)
-        provenance |= {"layout": str(layout), "kv_cache": str(kv_cache)}
-        write_atomic(folder / AUTOQUANT_FILE, to_json(provenance, indent=2))
         served = Served(layout=layout, formats=formats, kv_cache=kv_cache)
+        files = weights.index | (declared.files if declared else {})
+        files[CONFIG_FILE] = _config(source, declared)
+        files[AUTOQUANT_FILE] = _provenance(
+            source, groups, assignment, result, weights, served, card
+        )
+        for file, content in files.items():
+            write_atomic(folder / file, to_json(content, indent=2))
         text = model_card(source, groups, assignment, result.bpe, served, card)
         write_atomic(folder / "README.md", text)
-        if set(weights.placed.values()) != {SINGLE_FILE}:
-            index = {"metadata": {"total_size": weights.bytes}, "weight_map": weights.placed}
-            write_atomic(folder / INDEX_FILE, to_json(index, indent=2))
     return result
 
 
@@ -143,6 +141,13 @@ class _Weights:
     """SHA-256 of each file."""
     bytes: int
     """Data of every tensor."""
+
+    @property
+    def index(self) -> dict[str, dict[str, Any]]:
+        """The content of the index by its name; nothing where there is one file."""
+        if set(self.placed.values()) == {SINGLE_FILE}:
+            return {}
+        return {INDEX_FILE: {"metadata": {"total_size": self.bytes}, "weight_map": self.placed}}
 
 
 def _require_legal(groups: Groups, assignment: Assignment) -> None:
@@ -235,6 +240,7 @@ def _provenance(
     assignment: Assignment,
     result: ExportResult,
     weights: _Weights,
+    served: Served,
     card: CardFacts | None,
 ) -> dict[str, Any]:
     """What autoquant.json says: enough to make the checkpoint again and to check it."""
@@ -242,6 +248,8 @@ def _provenance(
     return {
         "schema_version": SCHEMA_VERSION,
         "autoquant_version": autoquant.__version__,
+        "layout": str(served.layout),
+        "kv_cache": str(served.kv_cache),
         "base_model": source.hub_id,
         "revision": source.revision,
         "source_digest": source.digest,
