@@ -31,13 +31,13 @@ KEPT = {"minimax_m2": ["gate", "e_score_correction_bias", "lm_head"], "deepseek_
 """`modules_to_not_convert` as published."""
 
 ONLY_PUBLISHED: dict[str, dict[str, Any]] = {
-    "minimax_m2": {"rotary_dim": 8},
+    "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }
 """Keys of the publishers' config.json that transformers does not save; vLLM reads them."""
 
 BLOCK = 128
-_CODES = re.compile(r".+\.layers\..+(_proj|\.w[123])\.weight")
+_CODES = re.compile(r".+\.layers\..+(_proj|_proj_with_mqa|\.w[123])\.weight")
 
 
 def save_published(kind: str, folder: Path) -> Path:

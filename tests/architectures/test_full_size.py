@@ -1,14 +1,18 @@
 """Plans of published models at full size, from config.json alone."""
 
 import json
+import re
 import resource
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from published import change_config
+from published import ARCHITECTURES, BLOCK_FP8, change_config, save_published
+
+from autoquant.checkpoint.source import open_source
 
 CONFIGS = Path(__file__).parent / "configs"
 """Written by hand from what the publishers say of their models."""
@@ -58,14 +62,8 @@ def test_nemotron_3_nano_has_the_published_sizes(folder):
     plan, peak = planned(folder("nemotron_3_nano"))
     assert plan["elements"] == near(31.6e9)
     assert plan["source_bytes"] == pytest.approx(2 * plan["elements"], rel=1e-3)
-    counts = {role: 0 for role in ("in", "out", "experts", "qkv", "o")}
-    for group in plan["groups"]:
-        counts[group["role"]] = counts.get(group["role"], 0) + 1
-    assert {role: counts[role] for role in ("in", "experts", "qkv")} == {
-        "in": 23,
-        "experts": 23,
-        "qkv": 6,
-    }
+    counts = Counter(group["role"] for group in plan["groups"])
+    assert (counts["in"], counts["experts"], counts["qkv"]) == (23, 23, 6)
     assert plan["floor"]["bpe"]["checkpoint"] < 5
     assert peak < 2e9
 
@@ -120,3 +118,20 @@ def test_a_search_needs_weights(folder, autoquant, tmp_path):
     result = autoquant("search", path, "--budget-bpe", 5, "--out", tmp_path / "run")
     assert result.exit_code == 4
     assert "holds neither model.safetensors nor model.safetensors.index.json" in result.stderr
+
+
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, *(f"{kind}-fp8" for kind in BLOCK_FP8)])
+def test_what_a_config_tells_is_what_the_weights_are(kind, tmp_path):
+    """Names, shapes and dtypes, apart from draft layers and the dtype of vectors."""
+    real = open_source(save_published(kind, tmp_path / "real"))
+    (tmp_path / "bare").mkdir()
+    shutil.copy(real.path / "config.json", tmp_path / "bare")
+    derived = open_source(tmp_path / "bare", weights=False)
+    draft = re.compile(r"mtp\..*|model\.layers\.2\..*")
+    expected = {h.name: h for h in real.headers if not draft.fullmatch(h.name)}
+    assert derived.headers.tensors.keys() == expected.keys()
+    for header in derived.headers:
+        other = expected[header.name]
+        assert header.shape == other.shape
+        if len(header.shape) > 1:
+            assert header.stored_bytes == other.stored_bytes

@@ -1,0 +1,204 @@
+"""Every supported architecture through every command, as the table of docs/architectures.md.
+
+    python experiments/architectures/run.py --vllm-python PYTHON --vllm-check SCRIPT
+
+Each row is a miniature that the architecture's own transformers class makes, saved as its
+publisher saves it. A cell is what a command did with it; none is filled in by hand. The vLLM cells
+need an interpreter with vLLM and a script that takes a checkpoint, lets vLLM load it, and prints
+`{"modules": {name: method}}`; without them they say so.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner, Result
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "architectures")]
+
+from cells import LAYOUTS, Journey  # noqa: E402
+from published import ARCHITECTURES, BLOCK_FP8, save_published  # noqa: E402
+
+from autoquant.assignment import Assignment  # noqa: E402
+from autoquant.checkpoint.layout_modules import engine_name, experts_container  # noqa: E402
+from autoquant.checkpoint.source import open_source  # noqa: E402
+from autoquant.cli import cli  # noqa: E402
+from autoquant.grouping import find_groups  # noqa: E402
+
+PAGE = ROOT / "docs" / "architectures.md"
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+COLUMNS = (
+    "plan",
+    "search",
+    *(f"export {layout}" for layout in LAYOUTS),
+    "verify",
+    *(f"vLLM {what} {layout}" for layout in LAYOUTS for what in ("map", "load")),
+)
+NOT_ON_A_CPU = {
+    "causal_conv1d_weight_pack": "vLLM has no convolution of linear attention for a CPU here",
+    "is_act_and_mul=False is supported only": "vLLM has experts without a gate on GPUs alone",
+}
+"""What vLLM says where the CPU, and not the checkpoint, is the reason."""
+
+
+@dataclass
+class Row:
+    """One architecture."""
+
+    kind: str
+    cells: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def run(self, column: str, work: Callable[[], Any]) -> Any:
+        """The result of `work`, whose failure is the cell; None if it failed."""
+        try:
+            result = work()
+        except Exception as error:
+            self.cells[column] = "fails"
+            self.notes.append(f"{self.kind}, {column}: {_line(error)}")
+            return None
+        self.cells.setdefault(column, "ok")
+        return result
+
+
+@dataclass(frozen=True)
+class Vllm:
+    """How to let vLLM load a checkpoint."""
+
+    python: Path
+    script: Path
+
+    def methods(self, checkpoint: Path) -> dict[str, str]:
+        """Quantization method by module.
+
+        Raises:
+            RuntimeError: vLLM refused; its last words.
+        """
+        done = subprocess.run(
+            [self.python, self.script, checkpoint], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if re.search(r"\w+Error\b", line)]
+            raise RuntimeError(errors[-1] if errors else done.stderr[-300:])
+        modules: dict[str, str] = json.loads(done.stdout[done.stdout.index("{\n") :])["modules"]
+        return modules
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def journey(kind: str, folder: Path, vllm: Vllm | None) -> Row:
+    row = Row(kind)
+    own = Journey(save_published(kind, folder / "source"), folder, call)
+    plan = row.run("plan", own.plan)
+    result = row.run("search", lambda: own.search(plan))
+    row.run("search", lambda: _require_same_kl(own, result))
+    assignment = own.mixed(plan)
+    for layout in LAYOUTS:
+        exported = row.run(f"export {layout}", partial(own.export, assignment, layout))
+        row.run("verify", partial(own.verify, exported))
+        if vllm is None:
+            row.cells |= {f"vLLM {what} {layout}": "not run" for what in ("map", "load")}
+        else:
+            _ask_vllm(row, layout, exported, own, assignment, vllm)
+    return row
+
+
+def _require_same_kl(own: Journey, result: Mapping[str, Any]) -> None:
+    measured = own.score(own.run / "checkpoint")["kl"]
+    if measured != result["kl"]:
+        raise RuntimeError(f"searched {result['kl']['mean']}, stored {measured['mean']}")
+
+
+def _ask_vllm(
+    row: Row, layout: str, exported: Path, own: Journey, assignment: Assignment, vllm: Vllm
+) -> None:
+    loading, mapping = f"vLLM load {layout}", f"vLLM map {layout}"
+    try:
+        methods = vllm.methods(exported)
+    except RuntimeError as error:
+        reason = next((why for text, why in NOT_ON_A_CPU.items() if text in str(error)), None)
+        row.cells |= dict.fromkeys((mapping, loading), "fails" if reason is None else "n/a")
+        row.notes.append(f"{row.kind}, vLLM {layout}: {reason or _line(error)}")
+        return
+    row.cells[loading] = "ok"
+    row.run(mapping, lambda: _require_formats(methods, own, assignment))
+
+
+def _require_formats(methods: Mapping[str, str], own: Journey, assignment: Assignment) -> None:
+    """Raise unless every group is in vLLM what the assignment says."""
+    found = {_place(name): _format(method) for name, method in methods.items()}
+    for group in find_groups(open_source(own.source)):
+        for linear in group.linears:
+            name = experts_container(linear.name) or engine_name(linear.name)
+            wanted = str(assignment[group.name].format)
+            if found.get(_place(name)) != wanted:
+                raise RuntimeError(f"{name} is {found.get(_place(name))} and was to be {wanted}")
+
+
+def _place(name: str) -> str:
+    """A module's name from its layer on, as all spellings share it."""
+    inner = name[name.find("layers.") :] if "layers." in name else name.rpartition(".")[2]
+    for theirs, ours in (
+        (".routed_experts", ""),
+        (".block_sparse_moe.", ".mlp."),
+        (".attn.", ".self_attn."),
+    ):
+        inner = inner.replace(theirs, ours)
+    return inner
+
+
+def _format(method: str) -> str:
+    lowered = method.lower()
+    if "unquantized" in lowered:
+        return "bf16"
+    return "nvfp4" if "fp4" in lowered else "fp8" if "fp8" in lowered else method
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as Markdown, with what did not work below."""
+    lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    notes: list[str] = []
+    for row in rows:
+        cells = " | ".join(row.cells.get(column, "") for column in COLUMNS)
+        lines.append(f"| {row.kind} | {cells} |")
+        notes += row.notes
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vllm-python", type=Path, help="interpreter that has vLLM")
+    parser.add_argument("--vllm-check", type=Path, help="script that lets vLLM load a checkpoint")
+    parser.add_argument("--only", nargs="*", help="rows to make; the page is left alone")
+    arguments = parser.parse_args()
+    given = (arguments.vllm_python, arguments.vllm_check)
+    vllm = Vllm(*given) if all(given) else None
+    kinds = (*ARCHITECTURES, *(f"{kind}-fp8" for kind in BLOCK_FP8))
+    rows = []
+    for kind in arguments.only or kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(journey(kind, Path(folder), vllm))
+        print(table(rows[-1:]), flush=True)
+    if not arguments.only:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        after = rest.partition(END)[2]
+        PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
