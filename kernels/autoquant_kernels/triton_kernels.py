@@ -78,16 +78,19 @@ def _share(scale, units, UNITS: tl.constexpr, MANY: tl.constexpr):
         programs = tl.cdiv(units, UNITS)
         matrix = program // programs
         done = (program - matrix * programs).to(tl.int64) * UNITS
-        return tl.load(scale + matrix), matrix.to(tl.int64) * units + done, units - done
-    first = program.to(tl.int64) * UNITS
-    return scale, first, units - first
+        first = matrix.to(tl.int64) * units + done
+        scale = tl.load(scale + matrix)
+    else:
+        done = program.to(tl.int64) * UNITS
+        first = done
+    return scale, first, units - done
 
 
 @triton.jit
 def _reciprocal(scale, known, DIVIDE: tl.constexpr, MANY: tl.constexpr):
     """RN(1 / scale), which the host knows where there is one scale; unused with `DIVIDE`."""
     if MANY and not DIVIDE:
-        return libdevice.rcp_rn(scale)
+        known = libdevice.rcp_rn(scale)
     return known
 
 

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -80,12 +81,13 @@ def main() -> None:
         "fake_quant_fp8": ({"ELEMENTS": triton_backend.ELEMENTS, "DIVIDE": False}, 1, usual),
     }
     found = {}
-    for name, (constants, elements_per_unit, warps) in cases.items():
+    for (name, (constants, elements_per_unit, warps)), many in product(cases.items(), (0, 1)):
         kernel = getattr(triton_kernels, name)
-        signature = {k: v for k, v in (pointers | scalars).items() if k in kernel.arg_names}
-        counts = instructions(kernel, signature, constants | {"MANY": False}, warps=warps)
+        types = pointers | scalars | ({"g": "*fp32", "scale": "*fp32"} if many else {})
+        signature = {k: v for k, v in types.items() if k in kernel.arg_names}
+        counts = instructions(kernel, signature, constants | {"MANY": bool(many)}, warps=warps)
         elements = next(iter(constants.values())) * elements_per_unit
-        found[name] = {
+        found[f"{name}, a scale for each matrix" if many else name] = {
             "per_element": counts.total() * 32 * warps / elements,
             "exchanges": sum(counts[op] for op in ("SHFL", "STS", "LDS", "BAR")),
         }
