@@ -187,6 +187,7 @@ def search(
     seed: int = 0,
     calibration: str = "stdlib",
     calibration_tokens: int = 8_192,
+    calibrate_all_experts: bool = False,
     search_tokens: int = 16_384,
     report_tokens: int = 65_536,
     sequence_length: int = 256,
@@ -225,6 +226,8 @@ def search(
         seed: same seed, same result.
         calibration: text or JSONL file, folder, or datasets id (`org/name:split`).
         calibration_tokens: tokens that input ranges are taken from.
+        calibrate_all_experts: take input ranges from every expert on every token; KL is measured
+            with the model's own routing either way.
         search_tokens: tokens that probes and trials are measured on.
         report_tokens: tokens that the finalists are confirmed on.
         sequence_length: longest sequence, tokens.

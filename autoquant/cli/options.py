@@ -270,6 +270,13 @@ def token_options(*, report: bool = True) -> Decorator:
             help="Same seed, same tokens and same result.",
         ),
         _tokens("--calibration-tokens", 8_192, "Tokens that input ranges are taken from."),
+        option(
+            "--calibrate-all-experts",
+            heading="Data",
+            is_flag=True,
+            help="Take input ranges from every expert on every token, not only on those routed to "
+            "it; KL is measured with the model's own routing either way.",
+        ),
         _tokens("--search-tokens", 16_384, "Tokens that probes and trials are measured on."),
         *([reported] if report else []),
         _tokens("--sequence-length", 256, "Longest sequence."),

@@ -52,7 +52,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenPlan:
-    """How many tokens each split may take, and how they are cut."""
+    """How many tokens each split may take, how they are cut, and which experts see them."""
 
     calibration: int = 8_192
     search: int = 16_384
@@ -60,6 +60,8 @@ class TokenPlan:
     sequence_length: int = 256
     batch_tokens: int = 4_096
     seed: int = 0
+    all_experts: bool = False
+    """Whether calibration shows every token to every expert, not only to those routed to."""
 
 
 def make_splits(corpus: Corpus, tokenizer: Tokenizer, plan: TokenPlan) -> dict[str, Split]:

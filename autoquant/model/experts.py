@@ -24,6 +24,9 @@ WIDE, DOWN = "wide", "down"
 class ExpertsHook:
     """What happens to the operands of a block's experts; the default leaves them alone."""
 
+    sees_every_token = False
+    """Whether each expert is shown every token besides those that are routed to it."""
+
     def routed(self, counts: torch.Tensor, tokens: torch.Tensor) -> None:
         """See the number of rows of each expert [E] and the token of each row [R], int64."""
 
@@ -70,11 +73,10 @@ def experts_forward(
     tokens = order // top_k
     hook.routed(counts, tokens)
 
-    inputs = hook.input(WIDE, hidden_states)[tokens]
-    wide = hook.product(WIDE, inputs, _operand(module, hook, WIDE), counts)
-    if module.has_bias:
-        wide = wide + _wide_bias(module)[expert_of_row]
-    inner = module._apply_gate(wide) if module.has_gate else module.act_fn(wide)
+    inputs = hook.input(WIDE, hidden_states)
+    if hook.sees_every_token:
+        _show_every_token(module, hook, inputs)
+    inner = _inner(module, hook, inputs[tokens], expert_of_row, counts)
     rows = hook.product(DOWN, hook.input(DOWN, inner), _operand(module, hook, DOWN), counts)
     if module.has_bias:
         rows = rows + module.down_proj_bias[expert_of_row]
@@ -85,6 +87,29 @@ def experts_forward(
     place[order] = torch.arange(len(order), device=order.device)
     by_token = rows.index_select(0, place)
     return by_token.view(-1, top_k, rows.shape[-1]).sum(dim=1)
+
+
+def _inner(
+    module: Any,
+    hook: ExpertsHook,
+    rows: torch.Tensor,
+    expert_of_row: torch.Tensor,
+    counts: torch.Tensor,
+) -> torch.Tensor:
+    """What the down projection multiplies [R, I], of rows [R, H] sorted by expert."""
+    wide = hook.product(WIDE, rows, _operand(module, hook, WIDE), counts)
+    if module.has_bias:
+        wide = wide + _wide_bias(module)[expert_of_row]
+    inner: torch.Tensor = module._apply_gate(wide) if module.has_gate else module.act_fn(wide)
+    return inner
+
+
+def _show_every_token(module: Any, hook: ExpertsHook, inputs: torch.Tensor) -> None:
+    """Let the hook see what each expert's down projection would multiply on all tokens [T, H]."""
+    for expert in range(module.num_experts):
+        expert_of_row = torch.full((len(inputs),), expert, device=inputs.device)
+        counts = _counts(expert_of_row, module.num_experts)
+        hook.input(DOWN, _inner(module, hook, inputs, expert_of_row, counts))
 
 
 def _counts(expert_of_row: torch.Tensor, experts: int) -> torch.Tensor:

@@ -197,13 +197,22 @@ class QuantizedModel:
         self._context.forget_inputs()
 
     @contextmanager
-    def observing(self) -> Iterator[None]:
-        """Collect ranges and expert counts during the forwards inside."""
+    def observing(self, *, all_experts: bool = False) -> Iterator[None]:
+        """Collect ranges and expert counts during the forwards inside.
+
+        Args:
+            all_experts: take the ranges from every expert on every token; what the blocks
+                compute, and the counts, stay those of the model's own routing.
+        """
         self._observe(True)
+        for forward in self._experts:
+            forward.sees_every_token = all_experts
         try:
             yield
         finally:
             self._observe(False)
+            for forward in self._experts:
+                forward.sees_every_token = False
             self.forget_inputs()
 
     def observed_ranges(self) -> dict[str, float | None]:

@@ -86,6 +86,7 @@ class SearchConfig:
                 "report": self.tokens.report,
                 "sequence_length": self.tokens.sequence_length,
                 "batch_tokens": self.tokens.batch_tokens,
+                **({"all_experts": True} if self.tokens.all_experts else {}),
             },
             "activation_mode": str(self.mode),
             "trials": self.trials,

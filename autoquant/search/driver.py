@@ -170,13 +170,15 @@ class Search:
             split = session.splits["calibration"]
             self.observer.stage("calibrate", len(split.batches))
             with self._timed("calibrate"):
-                calibration = calibrate(session.scorer, split, self.observer.step)
+                calibration = calibrate(
+                    session.scorer,
+                    split,
+                    self.observer.step,
+                    all_experts=self.config.tokens.all_experts,
+                )
             self.run.write_json(CALIBRATION, calibration.to_dict())
-        for block, count in calibration.idle_experts().items():
-            self.observer.warn(
-                f"{block}: no calibration token reached {count} experts; their inputs take their "
-                "layer's range. More --calibration-tokens would help."
-            )
+        if (warning := calibration.warning()) is not None:
+            self.observer.warn(warning)
         session.quantized.set_input_scales(calibration.scales())
         if session.quantized.kv_cache is not None:
             session.quantized.kv_cache.set_ranges(calibration.kv_ranges)

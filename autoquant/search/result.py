@@ -111,9 +111,15 @@ def make_result(
         "stages": _stages(ledger),
         "predictions": describe_predictions(problem, ledger, accounting),
         "tokens": {
-            name: {"tokens": s.tokens, "sequences": s.sequences, "digest": s.digest}
+            name: {
+                "tokens": s.tokens,
+                "asked": getattr(config.tokens, name),
+                "sequences": s.sequences,
+                "digest": s.digest,
+            }
             for name, s in session.splits.items()
         },
+        "experts": _experts(calibration),
         "calibration": config.calibration,
         "uncalibrated": list(calibration.unseen),
         "seed": config.seed,
@@ -123,6 +129,14 @@ def make_result(
         "python": sys.version.split()[0],
         "machine": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _experts(calibration: Calibration) -> dict[str, Any] | None:
+    """How calibration covered the experts, or None for a model without any."""
+    coverage = calibration.coverage()
+    if coverage is None:
+        return None
+    return coverage.to_dict() | {"all_experts": calibration.all_experts}
 
 
 def make_tokens(session: Session, confirmed: Confirmed) -> dict[str, Any]:

@@ -62,4 +62,5 @@ def token_plan(settings: Mapping[str, Any]) -> TokenPlan:
         sequence_length=settings["sequence_length"],
         batch_tokens=settings["batch_tokens"],
         seed=settings["seed"],
+        all_experts=settings["calibrate_all_experts"],
     )

@@ -77,7 +77,7 @@ def score(
     if exported is not None:
         assignment = install(exported, source, session.quantized)
     else:
-        _calibrate(session, observer)
+        _calibrate(session, tokens, observer)
     assert assignment is not None
     return _measure(session, groups, source, assignment, split, observer) | {
         "model": source.model,
@@ -132,7 +132,7 @@ def export_assignment(
             trust_remote_code=trust_remote_code,
             observer=observer,
         )
-        found = _calibrate(session, observer)
+        found = _calibrate(session, tokens, observer)
         amax, kv_ranges = found.input_amax, found.kv_ranges
     for warning in reader_warnings(layout, groups, assignment):
         observer.warn(warning)
@@ -187,10 +187,12 @@ def _groups_of(source: Source, assignment: Assignment) -> Groups:
     return groups
 
 
-def _calibrate(session: Session, observer: Observer) -> Calibration:
+def _calibrate(session: Session, tokens: TokenPlan, observer: Observer) -> Calibration:
     split = session.splits["calibration"]
     observer.stage("calibrate", len(split.batches))
-    calibration = calibrate(session.scorer, split, observer.step)
+    calibration = calibrate(session.scorer, split, observer.step, all_experts=tokens.all_experts)
+    if (warning := calibration.warning()) is not None:
+        observer.warn(warning)
     session.quantized.set_input_scales(calibration.scales())
     if session.quantized.kv_cache is not None:
         session.quantized.kv_cache.set_ranges(calibration.kv_ranges)
