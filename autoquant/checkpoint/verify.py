@@ -23,7 +23,7 @@ from autoquant.checkpoint.source import Source
 from autoquant.checkpoint.tensors import read_tensor
 from autoquant.errors import SourceError
 from autoquant.formats import Format
-from autoquant.kv_cache import KvCache
+from autoquant.kv_cache import KvCache, attention_modules
 
 SCHEMA_VERSION = 1
 _WEIGHT = ".weight"
@@ -179,6 +179,9 @@ def _view_problems(checkpoint: QuantizedCheckpoint, view: EngineView) -> Iterato
         stored, declared = checkpoint.formats.get(name, Format.BF16), view.format(name)
         if stored is not declared:
             yield f"{name} is stored in {stored}, and engines take it for {declared}."
+    if checkpoint.attention:
+        for module in set(attention_modules(checkpoint.groups)) - set(checkpoint.attention):
+            yield f"{module} has no scales for its keys and values, and other modules have."
     if view.fp8_kv_cache is not bool(checkpoint.attention):
         declared_cache = "FP8" if view.fp8_kv_cache else "BF16"
         yield (

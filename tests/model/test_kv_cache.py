@@ -165,7 +165,7 @@ def test_scales_are_stored_declared_and_read_back(layout, source, tmp_path):
     assert "keys and values in FP8" in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("change", ["declaration", "scale", "missing"])
+@pytest.mark.parametrize("change", ["declaration", "scale", "missing", "all missing"])
 def test_damage_to_the_cache_is_found(change, source, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -185,9 +185,13 @@ def test_damage_to_the_cache_is_found(change, source, tmp_path):
         tensors[name] = torch.zeros(())
     else:
         del tensors[name]
+    if change == "all missing":
+        del tensors["model.layers.0.self_attn.k_proj.k_scale"]
     save_file(tensors, folder / "model.safetensors")
     if change == "scale":
         assert f"{name} is 0.0; a scale is positive" in "\n".join(verify(folder).problems)
+    elif change == "all missing":
+        assert "layers.0.self_attn has no scales" in "\n".join(verify(folder).problems)
     else:
         with pytest.raises(SourceError, match=rf"and no {name}"):
             open_quantized(folder)
