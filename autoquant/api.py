@@ -173,6 +173,7 @@ def load_run(path: Path | str) -> Run:
 def search(
     model: str | Path | None = None,
     *,
+    revision: str | None = None,
     budget_bpe: float,
     budget_scope: Literal["checkpoint", "searched"] = "checkpoint",
     cost: Literal["bits", "active-bytes"] = "bits",
@@ -209,6 +210,7 @@ def search(
 
     Args:
         model: folder or hub id; the bundled reference model by default.
+        revision: branch, tag or commit of a model on the hub; its main branch by default.
         budget_bpe: most stored bits per element of the source model, scales included.
         budget_scope: what the budget counts: the whole checkpoint, or the layers left open.
         cost: what the budget limits: stored bits, or what one token reads.

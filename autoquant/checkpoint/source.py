@@ -18,7 +18,7 @@ from autoquant.checkpoint.shards import (
     inside,
     read_checkpoint_headers,
 )
-from autoquant.errors import SourceError
+from autoquant.errors import ConfigError, SourceError
 
 CONFIG_FILE = "config.json"
 REFERENCE_MODEL = Path(__file__).parents[1] / "reference_model"
@@ -95,12 +95,18 @@ def open_source(model: str | Path, *, revision: str | None = None, weights: bool
             of such a source cannot be told.
 
     Raises:
+        ConfigError: a revision of a folder.
         SourceError: not found, incomplete, damaged, or already quantized.
     """
     path = Path(model)
     if str(model) == REFERENCE_NAME and not path.exists():
         path = REFERENCE_MODEL
     has_weights = True
+    if path.is_dir() and revision is not None:
+        raise ConfigError(
+            f"revision {revision} was asked for, and {model} is a folder.",
+            fix="leave the revision out, or pass a hub id.",
+        )
     if not path.is_dir():
         path, headers = _open_hub(model, revision, weights)
     elif weights or holds_weights(path):

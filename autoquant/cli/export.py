@@ -16,6 +16,7 @@ from autoquant.cli.options import (
     model_argument,
     option,
     out_option,
+    revision_option,
     token_options,
 )
 from autoquant.cli.output import print_fields, print_json
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     ],
 )
 @model_argument(required=False)
+@revision_option
 @assignment_option(required=True)
 @option(
     "--calibrated",
@@ -87,7 +89,11 @@ def command(**settings: Any) -> None:
             "neither --out nor --modelopt-recipe: `export` has nothing to write.",
             fix="give --out DIR for a checkpoint, --modelopt-recipe FILE for its formats.",
         )
-    source = open_source(settings["model"] or REFERENCE_MODEL, weights=out is not None)
+    source = open_source(
+        settings["model"] or REFERENCE_MODEL,
+        revision=settings["revision"],
+        weights=out is not None,
+    )
     assignment = Assignment.read(settings["assignment"])
     fields: dict[str, Any] = {}
     if recipe is not None:

@@ -110,6 +110,18 @@ def model_argument(*, required: bool) -> Decorator:
     return click.argument("model", required=required, metavar="MODEL" if required else "[MODEL]")
 
 
+def revision_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--revision`, passed on as `revision: str | None`."""
+    return option(
+        "--revision",
+        heading="Model",
+        default=None,
+        metavar="NAME",
+        help="Branch, tag or commit of a model on the hub.  [default: its main branch]",
+        show_default=False,
+    )(function)
+
+
 class Budgets(click.ParamType[tuple[float, ...]]):
     """Budgets separated by commas, bits per element; a tuple of floats in the order given."""
 

@@ -11,6 +11,7 @@ from autoquant.cli.options import (
     config_option,
     format_option,
     model_argument,
+    revision_option,
     space_option,
 )
 from autoquant.cli.output import print_fields, print_json, print_table, warn
@@ -32,12 +33,18 @@ if TYPE_CHECKING:
     ],
 )
 @model_argument(required=False)
+@revision_option
 @budget_options(required=False)
 @space_option
 @format_option
 @config_option
 def command(
-    model: str | None, budget_bpe: float | None, budget_scope: str, space: str, format: str
+    model: str | None,
+    revision: str | None,
+    budget_bpe: float | None,
+    budget_scope: str,
+    space: str,
+    format: str,
 ) -> None:
     """Print layer groups, sizes and limits, without loading a weight."""
     from autoquant.budget import Budget, Scope
@@ -47,7 +54,8 @@ def command(
 
     search_space = load_space(space)
     budget = Budget(budget_bpe, Scope(budget_scope)) if budget_bpe is not None else None
-    plan = make_plan(open_source(model or REFERENCE_MODEL, weights=False), search_space)
+    source = open_source(model or REFERENCE_MODEL, revision=revision, weights=False)
+    plan = make_plan(source, search_space)
     for warning in plan.warnings:
         warn(warning)
     if budget is not None:

@@ -19,6 +19,7 @@ from autoquant.cli.options import (
     out_option,
     probe_option,
     resolved_settings,
+    revision_option,
     space_option,
     token_options,
 )
@@ -40,6 +41,7 @@ from autoquant.cli.output import print_fields, print_json, print_table
     ],
 )
 @model_argument(required=False)
+@revision_option
 @space_option
 @activation_mode_option
 @kv_cache_option

@@ -15,6 +15,7 @@ from autoquant.cli.options import (
     kv_cache_option,
     model_argument,
     option,
+    revision_option,
     token_options,
 )
 from autoquant.cli.output import figure, print_fields, print_json
@@ -36,6 +37,7 @@ from autoquant.errors import ConfigError
     ],
 )
 @model_argument(required=False)
+@revision_option
 @assignment_option(required=False)
 @option(
     "--checkpoint",
@@ -84,7 +86,7 @@ def command(**settings: Any) -> None:
         )
     with Terminal() as terminal:
         result = score(
-            open_source(settings["model"] or REFERENCE_MODEL),
+            open_source(settings["model"] or REFERENCE_MODEL, revision=settings["revision"]),
             assignment=Assignment.read(file) if file is not None else None,
             checkpoint=checkpoint,
             split=settings["split"],

@@ -20,6 +20,7 @@ from autoquant.cli.options import (
     out_option,
     probe_option,
     resolved_settings,
+    revision_option,
     space_option,
     token_options,
     tracking_options,
@@ -44,6 +45,7 @@ from autoquant.cli.output import print_json
     ],
 )
 @model_argument(required=False)
+@revision_option
 @budget_options(required=True, several=True)
 @option(
     "--cost",

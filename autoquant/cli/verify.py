@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from autoquant.cli.options import GroupedCommand, format_option, option
+from autoquant.cli.options import GroupedCommand, format_option, option, revision_option
 from autoquant.cli.output import print_fields, print_json
+from autoquant.errors import ConfigError
 
 if TYPE_CHECKING:
     from autoquant.checkpoint.verify import Verification
@@ -27,13 +28,20 @@ if TYPE_CHECKING:
     metavar="MODEL",
     help="The model that the checkpoint was made from: a folder or a hub id.",
 )
+@revision_option
 @format_option
-def command(checkpoint: Path, source: str | None, format: str) -> None:
+def command(checkpoint: Path, source: str | None, revision: str | None, format: str) -> None:
     """Read every tensor of an exported checkpoint back."""
     from autoquant.checkpoint.source import open_source
     from autoquant.checkpoint.verify import require_sound, verify
 
-    result = verify(checkpoint, open_source(source) if source is not None else None)
+    if source is None and revision is not None:
+        raise ConfigError(
+            f"--revision {revision} without --source: a checkpoint has none.",
+            fix="name the model with --source, or leave --revision out.",
+        )
+    original = open_source(source, revision=revision) if source is not None else None
+    result = verify(checkpoint, original)
     if format == "json":
         print_json(result.to_dict())
     else:

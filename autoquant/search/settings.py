@@ -36,7 +36,7 @@ def make_config(settings: Mapping[str, Any]) -> SearchConfig:
         space=load_space(settings["space"]),
         budget=Budget(settings["budget_bpe"], Scope(settings["budget_scope"])),
         cost=Cost(settings["cost"]),
-        source=open_source(settings["model"] or REFERENCE_MODEL),
+        source=open_source(settings["model"] or REFERENCE_MODEL, revision=settings["revision"]),
         calibration=settings["calibration"],
         tokens=token_plan(settings),
         mode=ActivationMode(settings["activation_mode"]),

@@ -84,6 +84,32 @@ def test_hub_id_is_found_in_the_cache_while_offline(folder, tmp_path, monkeypatc
     assert (source.model, source.hub_id) == ("some-org/tiny", "some-org/tiny")
 
 
+def test_a_revision_of_a_hub_model_is_the_one_opened(
+    folder, sharded, tmp_path, monkeypatch, autoquant
+):
+    commit = "4567def" + 33 * "0"
+    entry = tmp_path / "hub" / "models--some-org--tiny"
+    shutil.copytree(folder, entry / "snapshots" / "0123abc")
+    shutil.copytree(sharded, entry / "snapshots" / commit)
+    (entry / "refs").mkdir()
+    (entry / "refs" / "main").write_text("0123abc")
+    (entry / "refs" / "v2").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert open_source("some-org/tiny").revision == "0123abc"
+    for name in ("v2", commit):
+        assert open_source("some-org/tiny", revision=name).revision == commit
+        assert autoquant("plan", "some-org/tiny", "--revision", name).exit_code == 0
+    missing = autoquant("plan", "some-org/tiny", "--revision", "v3")
+    assert missing.exit_code == 4
+    assert "some-org/tiny" in missing.stderr
+
+
+def test_a_folder_has_no_revision(folder, autoquant):
+    done = autoquant("plan", folder, "--revision", "main")
+    assert done.exit_code == 2
+    assert f"revision main was asked for, and {folder} is a folder" in done.stderr
+
+
 def test_unknown_hub_id_offline(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert "HF_HUB_OFFLINE" in fails("some-org/no-such-model", "'some-org/no-such-model' is not a")

@@ -6,13 +6,14 @@ import click
 
 from autoquant.cli import cli
 
-MODEL = {"[MODEL]", "--config", "--format"}
+MODEL = {"[MODEL]", "--revision", "--config", "--format"}
 BUDGET = {"--budget-bpe", "--budget-scope"}
 DEVICE = {"--device", "--trust-remote-code"}
 TOKENS = {
     "--calibration",
     "--seed",
     "--calibration-tokens",
+    "--calibrate-all-experts",
     "--search-tokens",
     "--report-tokens",
     "--sequence-length",
@@ -53,7 +54,7 @@ SURFACE = {
     | DEVICE
     | TOKENS
     | {"--assignment", "--calibrated", "--kv-cache", "--layout", "--modelopt-recipe", "--out"},
-    "verify": {"CHECKPOINT", "--source", "--format"},
+    "verify": {"CHECKPOINT", "--source", "--revision", "--format"},
     "report": {"RUN", "--out", "--png", "--format"},
     "compare": {"RUN...", "--out", "--format"},
     "spaces": set(),
