@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.data import stdlib
+from autoquant.data.chat import Conversation, content_text
 from autoquant.errors import SourceError
 
 STDLIB = "stdlib"
@@ -25,7 +26,7 @@ class Corpus:
     """Documents in a fixed order."""
 
     name: str
-    documents: tuple[str, ...]
+    documents: tuple[str | Conversation, ...]
 
 
 def load_corpus(calibration: str = STDLIB) -> Corpus:
@@ -44,6 +45,7 @@ def load_corpus(calibration: str = STDLIB) -> Corpus:
             "the name of the calibration text is empty.",
             fix=f"pass {STDLIB}, a file, a folder or a data set id.",
         )
+    documents: tuple[str | Conversation, ...]
     if calibration == STDLIB:
         documents = tuple(text for _, text in stdlib.held_out_documents())
     elif path.is_dir():
@@ -52,7 +54,7 @@ def load_corpus(calibration: str = STDLIB) -> Corpus:
         documents = tuple(_read_file(path))
     else:
         documents = tuple(_read_hub(calibration))
-    documents = tuple(text for text in documents if text.strip())
+    documents = tuple(d for d in documents if not isinstance(d, str) or d.strip())
     if not documents:
         raise SourceError(
             f"calibration {calibration!r} holds no text.",
@@ -69,7 +71,7 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
-def _read_file(path: Path) -> Iterator[str]:
+def _read_file(path: Path) -> Iterator[str | Conversation]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -83,7 +85,7 @@ def _read_file(path: Path) -> Iterator[str]:
     # Strings of a record may hold any other line separator of Unicode.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _record_text(_parse_line(path, number, line), f"{path}:{number}")
+            yield _document(_parse_line(path, number, line), f"{path}:{number}")
 
 
 def _parse_line(path: Path, number: int, line: str) -> Any:
@@ -96,40 +98,36 @@ def _parse_line(path: Path, number: int, line: str) -> Any:
         ) from error
 
 
-def _record_text(record: Any, origin: str) -> str:
-    """The text of a record: `text`, the turns of `messages`, or all its strings in order."""
+def _document(record: Any, origin: str) -> str | Conversation:
+    """What a record holds: a conversation, `text`, or all its strings in order."""
     if isinstance(record, str):
         return record
     if isinstance(record, dict):
+        conversation = Conversation.of(record)
+        if conversation is not None:
+            return conversation
         if isinstance(record.get("text"), str):
             return str(record["text"])
         if isinstance(record.get("messages"), list):
-            return "\n".join(_turn_text(turn) for turn in record["messages"])
+            turns = (t.get("content") if isinstance(t, dict) else t for t in record["messages"])
+            return "\n".join(map(content_text, turns))
         strings = [value for value in record.values() if isinstance(value, str)]
         if strings:
             return "\n".join(strings)
     raise SourceError(
         f"{origin} has no text field.",
-        fix='write {"text": ...} or {"messages": [{"content": ...}]} per line.',
+        fix='write {"text": ...} or {"messages": [{"role": ..., "content": ...}]} per line.',
     )
 
 
-def _turn_text(turn: Any) -> str:
-    """The text of one turn of a conversation, whose content may be a list of typed parts."""
-    content = turn.get("content") if isinstance(turn, dict) else turn
-    parts = content if isinstance(content, list) else [content]
-    texts = (part.get("text") if isinstance(part, dict) else part for part in parts)
-    return "\n".join(text for text in texts if isinstance(text, str))
-
-
-def _read_hub(calibration: str) -> Iterator[str]:
+def _read_hub(calibration: str) -> Iterator[str | Conversation]:
     name, _, split = calibration.partition(":")
     try:
         from datasets import load_dataset
 
         rows = load_dataset(name, split=split or "train", streaming=True)
         for number, record in enumerate(islice(rows, MAX_DOCUMENTS)):
-            yield _record_text(record, f"{calibration} row {number}")
+            yield _document(record, f"{calibration} row {number}")
     except SourceError:
         raise
     except Exception as error:  # the hub client raises a dozen unrelated types

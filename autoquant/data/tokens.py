@@ -107,8 +107,11 @@ def _passages(
     """Yield passages: up to eight consecutive sequences of one document."""
     prefix = _sequence_prefix(tokenizer)
     body = length - len(prefix)
-    for text in corpus.documents:
+    for document in corpus.documents:
+        text = document if isinstance(document, str) else document.render(tokenizer)
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if prefix and tuple(ids[:1]) == prefix:  # the chat template has begun the text
+            ids = ids[1:]
         sequences = []
         for start in range(0, len(ids), body):
             sequence = (*prefix, *ids[start : start + body])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from autoquant.data.chat import Conversation
 from autoquant.data.text import load_corpus
 from autoquant.errors import SourceError
 
@@ -45,14 +46,18 @@ def test_records_give_their_text(tmp_path):
         {"text": "plain", "source": "x"},
         "a string",
         {"messages": turns},
+        {"messages": ["no", {"content": "roles"}]},
         {"question": "why", "answer": "because", "score": 1},
+        {"title": "a", "body": "b", "score": 1},
     ]
     file.write_text("\n".join(map(json.dumps, records)) + "\n\n", encoding="utf-8")
     assert load_corpus(str(file)).documents == (
         "plain",
         "a string",
-        "hello\n\nagain",
-        "why\nbecause",
+        Conversation((("user", "hello"), ("user", "again"))),
+        "no\nroles",
+        Conversation((("user", "why"), ("assistant", "because"))),
+        "a\nb",
     )
 
 
