@@ -4,13 +4,17 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import click
+
 from autoquant.cli.output import figure, print_fields, print_table
-from autoquant.report.words import best_baseline
+from autoquant.report.words import best_baseline, duration, finding
+from autoquant.rundir import REPORT
 
 
 def print_result(result: dict[str, Any], run: Path) -> None:
     """Print the verdict, the table of baselines, and the next command to type."""
     kl, counts = result["kl"], result["counts"]
+    click.echo(f"{finding(result)}\n")
     print_fields(
         {
             "winner": f"{result['winner']['stage']}: {result['winner']['name']}",
@@ -28,10 +32,10 @@ def print_result(result: dict[str, Any], run: Path) -> None:
             "noise floor": f"{result['noise_floor']:.2g} nats per token",
             "resolved": f"differences above {figure(result['resolution'], '.1%')} of the KL, "
             f"on {result['tokens']['report']['tokens']:,} tokens that the search did not see",
-            "time": ", ".join(f"{k} {v:.0f}s" for k, v in result["seconds"].items()),
+            "time": _times(result["seconds"]),
         }
     )
-    print()
+    click.echo()
     rows = [("this search", result["bpe"]["checkpoint"], kl["mean"], kl["stderr"], True)]
     rows += [(b["name"], b["bpe"], b["kl"], b["stderr"], b["fits"]) for b in result["baselines"]]
     print_table(
@@ -41,12 +45,14 @@ def print_result(result: dict[str, Any], run: Path) -> None:
             for name, bpe, mean, error, fits in sorted(rows, key=lambda row: row[2])
         ],
     )
-    print()
+    click.echo()
+    if (run / REPORT).exists():
+        click.echo(f"report:     {run / REPORT}")
     if "checkpoint" in result:
-        print(f"checkpoint: {result['checkpoint']}")
-        print(f"next:       autoquant verify {shlex.quote(result['checkpoint'])}")
+        click.echo(f"checkpoint: {result['checkpoint']}")
+        click.echo(f"next:       autoquant verify {shlex.quote(result['checkpoint'])}")
     else:
-        print(f"next:       the same command with --export writes {run}/checkpoint")
+        click.echo(f"next:       the same command with --export writes {run}/checkpoint")
 
 
 def print_frontier(found: list[tuple[dict[str, Any], Path]]) -> None:
@@ -66,9 +72,16 @@ def print_frontier(found: list[tuple[dict[str, Any], Path]]) -> None:
             for result, run in found
         ],
     )
-    print()
+    click.echo()
     runs = shlex.join(str(run) for _, run in found)
-    print(f"next:       autoquant compare {runs}")
+    click.echo(f"next:       autoquant compare {runs}")
+
+
+def _times(seconds: dict[str, float]) -> str:
+    """The whole time, and the stages that took a second or more of it."""
+    stages = {name: spent for name, spent in seconds.items() if name != "total" and spent >= 1}
+    parts = ", ".join(f"{name} {duration(spent)}" for name, spent in stages.items())
+    return duration(seconds["total"]) + (f": {parts}" if parts else "")
 
 
 def _best_recipe(result: dict[str, Any]) -> tuple[str, str]:

@@ -1,22 +1,26 @@
-"""A search as seen on standard error: a live bar on a terminal, a line now and then otherwise."""
+"""A search as seen on standard error: a live table on a terminal, a line now and then otherwise."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
-from autoquant.cli.output import note, warn
-from autoquant.report.words import duration
+from autoquant.cli.output import note
+from autoquant.report.words import duration, size
 from autoquant.search.observer import Unit
 from autoquant.search.trials import Trial
 
@@ -45,9 +49,9 @@ class _Stage:
         return self.steps >= _LINES_PER_STAGE
 
     def amount(self) -> str:
-        """`12/40`, or `1.2/4.0 GB`."""
+        """`12/40`, or `1.20 GB/4.00 GB`."""
         if self.unit is Unit.BYTES:
-            return f"{self.done / 1e9:.1f}/{self.steps / 1e9:.1f} GB"
+            return f"{size(self.done)}/{size(self.steps)}"
         return f"{self.done}/{self.steps}"
 
     def left(self) -> str:
@@ -60,27 +64,51 @@ class _Stage:
         return self.done * _LINES_PER_STAGE // max(1, self.steps)
 
 
+class _Stages(Progress):
+    """A row for each stage under a header, and the trial measured last below."""
+
+    HEADER = ("stage", "", "done", "time", "left", "best KL", "BPE")
+
+    def __init__(self, console: Console) -> None:
+        self.last = ""
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[amount]}", justify="right"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[kl]}", justify="right"),
+            TextColumn("{task.fields[bpe]}", justify="right"),
+            console=console,
+        )
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        table = super().make_tasks_table(tasks)
+        for column, name in zip(table.columns, self.HEADER, strict=True):
+            column.header = Text(name, style="bold")
+        table.show_header = True
+        return table
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if self.tasks:
+            yield from super().get_renderables()
+        if self.last:
+            yield Text(self.last, style="dim", no_wrap=True, overflow="ellipsis")
+
+
 class Terminal:
     """An `Observer` that writes to standard error."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
-        self._live = console.is_terminal
-        self._progress = Progress(
-            TextColumn("{task.description:>10}"),
-            BarColumn(),
-            TextColumn("{task.fields[amount]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-            disable=not self._live,
-        )
-        self._task: TaskID | None = None
+        is_live = console.is_terminal and not console.is_dumb_terminal
+        self._stages = _Stages(console) if is_live else None
+        self._rows: dict[str, TaskID] = {}
         self._stage = _Stage(name="", steps=0, unit=Unit.STEPS)
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        if self._stages is not None:
+            self._stages.start()
         return self
 
     def __exit__(
@@ -89,48 +117,82 @@ class Terminal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        if self._stages is not None:
+            self._stages.last = ""
+            if kind is None:
+                self._end_stage()
+            self._stages.stop()
 
     def stage(self, name: str, steps: int, unit: Unit = Unit.STEPS) -> None:
-        """Begin a bar, or say that the stage begins."""
+        """Begin a row of the table, or say that the stage begins."""
+        self._end_stage()
         self._stage = _Stage(name=name, steps=steps, unit=unit)
-        if self._live:
-            self._task = self._progress.add_task(
-                name, total=steps, status="", amount=self._stage.amount()
-            )
-        else:
+        if self._stages is None:
             note(f"{name}: {steps} steps" if unit is Unit.STEPS and steps > 1 else name)
+            return
+        if steps == 0:
+            return
+        if name in self._rows:  # the search of the next budget begins a table of its own
+            self._stages.stop()
+            self._stages = _Stages(self._stages.console)
+            self._stages.start()
+            self._rows.clear()
+        self._rows[name] = self._stages.add_task(
+            name, total=steps, amount=self._stage.amount(), kl="", bpe=""
+        )
 
     def step(self, count: int = 1) -> None:
-        """Advance the bar; without a terminal, say so at every tenth and every minute."""
+        """Advance the row; without a terminal, say so at every tenth and every minute."""
         is_due = self._stage.advance(count)
-        if self._live:
-            self._update()
+        if self._stages is not None:
+            self._show()
         elif is_due:
             note(f"{self._stage.name} {self._stage.amount()}{self._stage.left()}")
 
     def trial(self, trial: Trial, best: Trial | None) -> None:
         """Show the trial and the best candidate that keeps the budget."""
+        is_due = self._stage.advance(1)
+        line = (
+            f"trial {trial.number:3d}  kl={trial.kl:.5f} +-{trial.stderr:.5f} bpe={trial.bpe:.3f}"
+            f"{'' if trial.fits else ' (over budget)'}"
+            f"{' (stopped early)' if trial.is_stopped else ''}"
+        )
+        origin = f"{trial.seconds:.1f}s  {trial.stage}: {trial.name}"
+        if self._stages is not None:
+            self._stages.last = f"{line}  {origin}"
+            self._show(best)
+            return
         lead = f"best={best.kl:.5f} bpe={best.bpe:.3f}" if best is not None else "none fits yet"
-        self._stage.advance(1)
-        if self._live:
-            self._update(status=lead)
-        else:
-            note(
-                f"trial {trial.number:3d}  kl={trial.kl:.5f} +-{trial.stderr:.5f} "
-                f"bpe={trial.bpe:.3f}{'' if trial.fits else ' (over budget)'}  {lead}  "
-                f"{trial.seconds:.1f}s  {trial.stage}: {trial.name}"
-            )
+        note(f"{line}  {lead}  {origin}")
+        if is_due:
+            note(f"{self._stage.name} {self._stage.amount()}{self._stage.left()}")
 
     def note(self, message: str) -> None:
-        """Print a line above the bar."""
-        note(message)
+        """Print a line above the table."""
+        self._say(message)
 
     def warn(self, message: str) -> None:
-        """Print a warning above the bar."""
-        warn(message)
+        """Print a warning above the table."""
+        self._say(f"warning: {message}")
 
-    def _update(self, **fields: str) -> None:
-        if self._task is not None:
-            stage = self._stage
-            self._progress.update(self._task, completed=stage.done, amount=stage.amount(), **fields)
+    def _say(self, line: str) -> None:
+        """Print through the table where there is one: only it knows what it has to move."""
+        if self._stages is None:
+            note(line)
+        else:
+            self._stages.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _end_stage(self) -> None:
+        """Stop the clock of the stage, which may have had no use for all of its steps."""
+        row = self._rows.get(self._stage.name)
+        if self._stages is not None and row is not None:
+            self._stages.last = ""
+            self._stages.update(row, total=self._stage.done, completed=self._stage.done)
+
+    def _show(self, best: Trial | None = None) -> None:
+        if self._stages is None or self._stage.name not in self._rows:
+            return
+        row = self._rows[self._stage.name]
+        self._stages.update(row, completed=self._stage.done, amount=self._stage.amount())
+        if best is not None:
+            self._stages.update(row, kl=f"{best.kl:.5f}", bpe=f"{best.bpe:.3f}")
