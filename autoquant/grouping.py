@@ -67,7 +67,8 @@ def find_groups(source: Source, *, shared_experts: SharedExperts = "with_routed"
     """The layer groups of a model.
 
     Raises:
-        SourceError: nothing in the checkpoint is a linear of a decoder layer.
+        SourceError: nothing in the checkpoint is a linear of a decoder layer, or linears that
+            share an input take it in different widths.
     """
     groups = group_tensors(
         source.headers.tensors, source.config, source.text_config, shared_experts=shared_experts
@@ -77,7 +78,20 @@ def find_groups(source: Source, *, shared_experts: SharedExperts = "with_routed"
             f"{source.path} holds no linear layer that can be quantized{_example(groups)}.",
             fix="pass a causal language model whose linears are stored [out, in], one by one.",
         )
+    _require_shared_widths(groups)
     return groups
+
+
+def _require_shared_widths(groups: Groups) -> None:
+    first: dict[str, Linear] = {}
+    for linear in groups.linears:
+        other = first.setdefault(linear.input_scale_set, linear)
+        if linear.in_features != other.in_features:
+            raise SourceError(
+                f"{linear.name} takes {linear.in_features} inputs, and {other.name} "
+                f"{other.in_features}: they share an input.",
+                fix="download or save the model again; one of them has the wrong shape.",
+            )
 
 
 def _example(groups: Groups) -> str:

@@ -13,7 +13,6 @@ from exported import change_tensors, export_mixed, input_amax, mixed, tree
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 from tiny_models import save_model
 
-from autoquant.checkpoint.export import export
 from autoquant.checkpoint.source import open_source
 from autoquant.checkpoint.verify import verify
 from autoquant.files import write_atomic
@@ -193,12 +192,3 @@ def test_one_flipped_bit_is_found_without_the_source(source, tmp_path):
     file.write_bytes(content)
     [problem] = verify(tmp_path / "out").problems
     assert problem.startswith(f"{file.name} has changed since it was exported: its SHA-256 is")
-
-
-def test_an_export_over_another_checkpoint_leaves_that_one_as_it_is(source, tmp_path):
-    export_mixed(source, tmp_path / "out")
-    before = tree(tmp_path / "out")
-    groups = find_groups(source)
-    with pytest.raises(Exception, match="exists and holds something"):
-        export(source, groups, mixed(groups), input_amax(groups), tmp_path / "out")
-    assert tree(tmp_path / "out") == before
