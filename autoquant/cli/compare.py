@@ -28,12 +28,12 @@ def command(runs: tuple[Path, ...], out: Path | None, format: str) -> None:
     from dataclasses import asdict
 
     from autoquant.files import write_atomic
-    from autoquant.report.compare import caveats, render_comparison, row_of
+    from autoquant.report.compare import caveats, render_comparison, rows_of
     from autoquant.report.html import writing
     from autoquant.report.record import RunRecord
 
     records = [RunRecord.read(path) for path in runs]
-    rows = [row_of(record) for record in records]
+    rows = rows_of(records)
     notes = caveats(records)
     if out is not None:
         page = render_comparison(records)

@@ -1,7 +1,8 @@
 """Several runs side by side: models, budgets, seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoquant.report.figures import NORMAL_95
@@ -40,12 +41,30 @@ class RunRow:
     seconds: float | None
 
 
-def row_of(record: RunRecord) -> RunRow:
-    """The run's line of the table."""
+def rows_of(records: Sequence[RunRecord]) -> list[RunRow]:
+    """The runs' lines of the table."""
+    return [_row(record, label) for record, label in zip(records, labels(records), strict=True)]
+
+
+def labels(records: Sequence[RunRecord]) -> list[str]:
+    """Each run's name, after as many of the folders it lies in as tell it from the others."""
+    folders = [record.path.resolve() for record in records]
+    return [_label(path, {*folders} - {path}) for path in folders]
+
+
+def _label(path: Path, others: Collection[Path]) -> str:
+    for depth in range(1, len(path.parts)):
+        ending = path.parts[-depth:]
+        if all(other.parts[-depth:] != ending for other in others):
+            return "/".join(ending)
+    return str(path)
+
+
+def _row(record: RunRecord, label: str) -> RunRow:
     signature, result = record.identity["signature"], record.result
     rival = best_baseline(result) if result is not None else None
     return RunRow(
-        run=record.name,
+        run=label,
         status=str(record.status),
         model=(record.plan or {}).get("model") or signature["model"][:16],
         budget_bpe=signature["budget_bpe"],
@@ -78,8 +97,8 @@ def caveats(records: Sequence[RunRecord]) -> list[str]:
         if len(values) > 1:
             found.append(f"{what}: KL compares only among runs that share them")
     found += [
-        f"{record.name} is {record.status}: not confirmed on fresh tokens"
-        for record in records
+        f"{label} is {record.status}: not confirmed on fresh tokens"
+        for record, label in zip(records, labels(records), strict=True)
         if record.result is None
     ]
     return found
@@ -87,11 +106,12 @@ def caveats(records: Sequence[RunRecord]) -> list[str]:
 
 def plot_runs(records: Sequence[RunRecord]) -> "Figure":
     """Confirmed KL against BPE, a colour for each model and a mark for each run."""
-    finished = [record for record in records if record.result is not None]
-    models = list(dict.fromkeys(record.identity["signature"]["model"] for record in finished))
+    named = zip(records, labels(records), strict=True)
+    finished = {label: record for record, label in named if record.result is not None}
+    models = list(dict.fromkeys(r.identity["signature"]["model"] for r in finished.values()))
     figure = new_figure(6.2, 3.6 + 0.1 * len(finished))
     axes = figure.subplots()
-    for index, record in enumerate(finished):
+    for index, (label, record) in enumerate(finished.items()):
         result = record.result or {}
         stderr = result["kl"]["stderr"]
         model = models.index(record.identity["signature"]["model"])
@@ -103,7 +123,7 @@ def plot_runs(records: Sequence[RunRecord]) -> "Figure":
             color=LIGHT[_COLORS[model % len(_COLORS)]],
             capsize=3,
             lw=1,
-            label=record.name,
+            label=label,
         )
     axes.set_xlabel("bits per element of the checkpoint")
     axes.set_ylabel("KL on fresh tokens, nats per token")
@@ -114,7 +134,7 @@ def plot_runs(records: Sequence[RunRecord]) -> "Figure":
 
 def render_comparison(records: Sequence[RunRecord]) -> str:
     """The comparison as HTML text."""
-    rows = [row_of(record) for record in records]
+    rows = rows_of(records)
     picture = ""
     if any(row.kl is not None for row in rows):
         with project_style():

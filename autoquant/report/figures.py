@@ -177,6 +177,18 @@ def _draw_trials(axes: "Axes", record: RunRecord) -> None:
             lw=1,
             label="frontier",
         )
+    predicted = (record.result or {}).get("predictions", {}).get("frontier")
+    if predicted:
+        axes.plot(
+            [row["bpe"] for row in predicted],
+            [row["kl"] for row in predicted],
+            color=LIGHT["muted"],
+            lw=1,
+            ls=":",
+            label="predicted for other budgets",
+            scalex=False,
+            scaley=False,
+        )
 
 
 def _draw_budget(axes: "Axes", record: RunRecord) -> None:

@@ -112,6 +112,7 @@ def render(record: RunRecord) -> str:
         command=command_of(record),
         settings={k: v for k, v in record.settings.items() if k != "schema_version"},
         idle=_idle_experts(record),
+        short=words.shortfalls(record.result) if record.result is not None else [],
         palette=PALETTE,
     )
 

@@ -136,8 +136,7 @@ def _draw_formats(axes: "Axes", groups: Sequence[GroupRow]) -> None:
             axes.plot(
                 [column for (_, column), group in cells.items() if _format(group) == name],
                 [row for (row, _), group in cells.items() if _format(group) == name],
-                marker=sign_marker(sign),
-                ms=5,
+                **sign_marker(sign, height=5),
                 ls="none",
                 color=LIGHT[f"on-{name}"],
                 mew=0,

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.path import Path
 
 PALETTE = {
     "ink": ("#1f2430", "#e7e9ee"),
@@ -130,15 +129,18 @@ def powers_of_ten(axes: "Axes", which: str) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def sign_marker(text: str) -> "Path":
-    """The text as a marker of unit height around the origin, without mathtext, which is slow."""
+def sign_marker(text: str, height: float) -> dict[str, Any]:
+    """The text as a marker `height` points high, without mathtext, which is slow to set."""
+    import numpy as np
     from matplotlib.path import Path
     from matplotlib.textpath import TextPath
 
     letters = TextPath((0, 0), text, size=1)
     box = letters.get_extents()
     middle = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
-    return Path((letters.vertices - middle) / box.height, letters.codes)
+    vertices = (np.asarray(letters.vertices) - middle) / box.height
+    # matplotlib scales a marker by its farthest point from the origin
+    return {"marker": Path(vertices, letters.codes), "ms": 2 * height * np.abs(vertices).max()}
 
 
 def to_svg(figure: "Figure", name: str, label: str) -> str:

@@ -63,6 +63,15 @@ def finding(result: Mapping[str, Any]) -> str:
     return f"{text}; {_against(kl['mean'], rival)}"
 
 
+def shortfalls(result: Mapping[str, Any]) -> list[str]:
+    """Each split that got less than nine tenths of the tokens asked for, in words."""
+    return [
+        f"{name}: {split['tokens']:,} tokens where {split['asked']:,} were asked for"
+        for name, split in result["tokens"].items()
+        if split["tokens"] < 0.9 * split.get("asked", 0)
+    ]
+
+
 def best_baseline(result: Mapping[str, Any]) -> dict[str, Any] | None:
     """The baseline of least KL that keeps the budget."""
     fitting = [row for row in result["baselines"] if row["fits"]]

@@ -89,3 +89,17 @@ def test_models_with_equal_names_are_told_apart_by_digest(autoquant, finished, r
     (other / "run.json").write_text(json.dumps(identity))
     done = autoquant("compare", finished, other)
     assert "warning: models differ" in done.stderr
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(autoquant, run, tmp_path):
+    for folder in ("seed-0", "seed-1"):
+        shutil.copytree(run, tmp_path / folder / "run")
+    page = tmp_path / "c.html"
+    done = autoquant("compare", *sorted(tmp_path.glob("seed-*/run")), "--out", page)
+    assert done.exit_code == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:3]] == [
+        "seed-0/run",
+        "seed-1/run",
+    ]
+    for name in ("seed-0/run", "seed-1/run"):
+        assert page.read_text().count(name) >= 2, "in the table and in the picture"

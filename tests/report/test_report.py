@@ -111,6 +111,30 @@ def test_json_says_what_was_written(autoquant, finished, tmp_path):
     assert "nats per token" in printed["verdict"]
 
 
+def test_short_text_and_experts_with_few_tokens_are_told(autoquant, run):
+    result = json.loads((run / "result.json").read_text())
+    result["tokens"]["report"] |= {"tokens": 1_024, "asked": 65_536}
+    few = {"experts": 8, "few": 3, "idle": 0, "tokens": 4_096, "needed": 9_000, "threshold": 64}
+    (run / "result.json").write_text(json.dumps(result | {"experts": few}))
+    assert autoquant("report", run).exit_code == 0
+    text = Page((run / "report.html").read_text()).text
+    assert "widens the intervals: report: 1,024 tokens where 65,536 were asked for" in text
+    assert "search: " not in text.partition("KL against size")[0]
+    assert "3 of 8 experts saw fewer than 64 of the 4,096 calibration tokens; about 9,000" in text
+
+
+def test_a_result_without_what_later_versions_record_is_still_shown(autoquant, run):
+    result = json.loads((run / "result.json").read_text())
+    for name in ("predictions", "experts", "kv_cache", "stages"):
+        result.pop(name, None)
+    for split in result["tokens"].values():
+        split.pop("asked", None)
+    (run / "result.json").write_text(json.dumps(result))
+    done = autoquant("report", run)
+    assert done.exit_code == 0, done.stderr
+    assert Page((run / "report.html").read_text()).count("figure") == len(PICTURES)
+
+
 def test_text_of_the_evaluation_data_is_shown_and_never_interpreted(autoquant, run):
     tokens = json.loads((run / "tokens.json").read_text())
     tokens["worst"][0]["before"] = "<script>alert(1)</script>"
@@ -273,5 +297,5 @@ def test_a_report_that_fails_never_loses_a_search(settings, finished, tmp_path, 
         "command": found.result["command"],
         "seconds": found.result["seconds"],
     }
-    assert watcher.warnings == ["report.html could not be written: OSError: the paper is jammed"]
+    assert "report.html could not be written: OSError: the paper is jammed" in watcher.warnings
     assert not (run / "report.html").exists()
