@@ -165,6 +165,8 @@ def _draw_bar(
 
 
 def _draw_trials(axes: "Axes", record: RunRecord) -> None:
+    from matplotlib.lines import Line2D
+
     axes.set_title("Every measured mix, on the tokens of the search")
     _scatter(axes, record.trials, lambda trial: trial.bpe)
     front = sorted((t for t in record.trials if t.is_frontier), key=lambda t: t.bpe)
@@ -178,16 +180,16 @@ def _draw_trials(axes: "Axes", record: RunRecord) -> None:
             label="frontier",
         )
     predicted = (record.result or {}).get("predictions", {}).get("frontier")
-    if predicted:
-        axes.plot(
-            [row["bpe"] for row in predicted],
-            [row["kl"] for row in predicted],
-            color=LIGHT["muted"],
-            lw=1,
-            ls=":",
-            label="predicted for other budgets",
-            scalex=False,
-            scaley=False,
+    if predicted:  # as an artist, which leaves the limits to what was measured
+        axes.add_artist(
+            Line2D(
+                [row["bpe"] for row in predicted],
+                [row["kl"] for row in predicted],
+                color=LIGHT["muted"],
+                lw=1,
+                ls=":",
+                label="predicted for other budgets",
+            )
         )
 
 
