@@ -101,27 +101,27 @@ def test_enough_tokens_and_models_without_experts_are_no_news():
 
 
 @pytest.mark.slow
-def test_a_search_says_and_keeps_what_experts_and_splits_saw(folder, autoquant, tmp_path):
-    text = save_text(tmp_path / "text", documents=6)
-    flags = ("--budget-bpe", 9, "--calibration", text, *TOKEN_FLAGS, "--trials", 0, "--no-mlflow")
-    results = {}
-    for name, more in {"routed": (), "all": ("--calibrate-all-experts",)}.items():
-        done = autoquant(
-            *("search", folder, *flags, *more, "--report-tokens", 10_000),
-            *("--no-export", "--out", tmp_path / name),
-        )
-        assert done.exit_code == 0, done.stderr
-        results[name] = json.loads((tmp_path / name / "result.json").read_text())
-        assert ("saw fewer than 128 of" in done.stderr) == (name == "routed")
-    assert results["routed"]["experts"] == {**results["all"]["experts"], "all_experts": False}
-    assert results["all"]["experts"]["all_experts"] is True
-    assert results["all"]["experts"]["experts"] == 8
-    tokens = results["routed"]["tokens"]
+def test_commands_say_and_keep_what_experts_and_splits_saw(folder, autoquant, tmp_path):
+    data = ("--calibration", save_text(tmp_path / "text", documents=6), *TOKEN_FLAGS)
+    run, shown = tmp_path / "run", "--calibrate-all-experts"
+    search = ("search", folder, "--budget-bpe", 9, *data, "--trials", 0, "--no-mlflow")
+    done = autoquant(*search, shown, "--report-tokens", 10_000, "--no-export", "--out", run)
+    assert done.exit_code == 0, done.stderr
+    assert "saw fewer than" not in done.stderr
+    result = json.loads((run / "result.json").read_text())
+    assert result["experts"]["all_experts"] is True
+    assert result["experts"]["experts"] == 8
+    assert 0 < result["experts"]["few"] <= 8
+    tokens = result["tokens"]
     assert tokens["report"]["asked"] == 10_000 > tokens["report"]["tokens"]
     assert tokens["search"]["asked"] == 512 <= tokens["search"]["tokens"]
-    digests = {r["tokens"]["report"]["digest"] for r in results.values()}
-    assert len(digests) == 1
-    conflict = autoquant(
-        "search", folder, *flags, "--report-tokens", 10_000, "--out", tmp_path / "all"
-    )
-    assert conflict.exit_code == 5
+    by_routing = autoquant(*search, "--report-tokens", 10_000, "--out", run)
+    assert by_routing.exit_code == 5
+    assert "all_experts" in by_routing.stderr
+    export = ("export", folder, "--assignment", run / "assignment.yaml", *data)
+    routed = autoquant(*export, "--out", tmp_path / "routed")
+    assert routed.exit_code == 0, routed.stderr
+    assert "saw fewer than 128 of" in routed.stderr
+    widened = autoquant(*export, shown, "--out", tmp_path / "shown")
+    assert widened.exit_code == 0, widened.stderr
+    assert "saw fewer than" not in widened.stderr
