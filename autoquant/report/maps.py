@@ -32,6 +32,7 @@ def format_map(record: RunRecord) -> "Figure":
     _draw_formats(chosen, record.groups)
     _draw_sensitivity(sensitive, record)
     chosen.set_ylabel("layer")
+    sensitive.tick_params(labelleft=False)  # the same rows
     for part in (left, right):
         if part.axes[0].get_legend_handles_labels()[0]:
             part.legend(loc="outside lower center", ncols=3, handlelength=1, columnspacing=1.2)

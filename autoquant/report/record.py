@@ -287,7 +287,7 @@ def _trials(
             bpe=record["bpe"],
             fits=record["fits"],
             seconds=record["seconds"],
-            predicted_kl=sum(alone.get(item, 0.0) for item in record["groups"].items()),
+            predicted_kl=sum([alone.get(item, 0.0) for item in record["groups"].items()]),
             joint_kl=joint.get(record["number"]),
             is_stopped=record.get("is_stopped", False),
             is_frontier=record["number"] in frontier,
