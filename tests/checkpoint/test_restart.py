@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from autoquant.grouping import find_groups
 from autoquant.rundir import RunDirectory
 
 CHANGES_OF_FOLDERS = {"open", "os.mkdir", "os.rmdir", "os.rename", "os.remove", "os.truncate"}
-UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,17 @@ def in_child(work) -> int:
         except BaseException:
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """Let the system refuse longer files to this process, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def die_at(step: int, folder: Path) -> None:
@@ -119,11 +130,8 @@ def test_a_file_that_may_not_grow_ends_an_export_and_leaves_nothing(source, tmp_
         *("export", source.path, "--assignment", tmp_path / "assignment.yaml"),
         *("--calibrated", tmp_path / "calibration.json", "--out", tmp_path / "out"),
     ]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    try:
+    with files_of_at_most(20_000):
         done = autoquant(*arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, UNLIMITED)
     assert done.exit_code == 4
     assert "error: the disk is full or lets no file grow further: " in done.stderr
     assert "fix: free space" in done.stderr
@@ -131,6 +139,24 @@ def test_a_file_that_may_not_grow_ends_an_export_and_leaves_nothing(source, tmp_
     assert tree(source.path) == before
     assert autoquant(*arguments).exit_code == 0
     assert verify(tmp_path / "out", source).ok
+
+
+def test_a_search_that_ran_out_of_room_goes_on_when_there_is_some(searched, autoquant, tmp_path):
+    arguments, finished = searched
+    with files_of_at_most(20_000):
+        stopped = autoquant(*arguments, "--out", tmp_path / "run")
+    assert stopped.exit_code == 4
+    assert "a search goes on where it stopped" in stopped.stderr
+    assert not (tmp_path / "run" / "result.json").exists()
+    kept = (tmp_path / "run" / "calibration.json").read_bytes()
+    done = autoquant(*arguments, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "run" / "calibration.json").read_bytes() == kept
+    results = [
+        json.loads((run / "result.json").read_text()) for run in (tmp_path / "run", finished)
+    ]
+    assert results[0]["kl"] == results[1]["kl"]
+    assert tree(tmp_path / "run" / "checkpoint").keys() == tree(finished / "checkpoint").keys()
 
 
 @pytest.mark.parametrize("text", ["{", '{"schema_version": 1, "load": "soon"}'])
