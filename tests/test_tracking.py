@@ -171,16 +171,16 @@ def test_splits_are_data_set_inputs_recorded_once(runs, search):
 def test_the_result_is_metrics_and_a_description_with_the_baselines(runs, search):
     search(after=lambda tracker: tracker.result(RESULT))
     run = the_run(runs)
-    assert {name: run.data.metrics[name] for name in run.data.metrics if "." in name} == {
-        "result.kl": 0.125,
-        "result.kl_p99": 0.5,
-        "result.bpe": 4.75,
-        "result.top1_agreement": 0.75,
-        "result.perplexity": 10.5,
-        "result.perplexity_bf16": 10.0,
-        "result.checkpoint_bytes": 4096.0,
-        "baseline.uniform nvfp4": 0.25,
-        "baseline.experts nvfp4 rest fp8": 0.0625,
+    assert {name: run.data.metrics[name] for name in run.data.metrics if "/" in name} == {
+        "result/kl": 0.125,
+        "result/kl_p99": 0.5,
+        "result/bpe": 4.75,
+        "result/top1_agreement": 0.75,
+        "result/perplexity": 10.5,
+        "result/perplexity_bf16": 10.0,
+        "result/checkpoint_bytes": 4096.0,
+        "baseline/uniform nvfp4": 0.25,
+        "baseline/experts nvfp4 rest fp8": 0.0625,
     }
     said = run.data.tags["mlflow.note.content"]
     assert "50% less than uniform nvfp4, the best fixed recipe within the budget" in said
@@ -207,8 +207,8 @@ def test_the_checkpoint_is_a_model_that_lies_outside(runs, search, tmp_path):
     assert model.tags["mlflow.model.isExternal"] == "true"
     assert model.params["groups.nvfp4"] == "3"
     figures = {metric.key: metric for metric in model.metrics}
-    assert figures["result.kl"].value == 0.125
-    assert figures["result.kl"].dataset_digest == "d" * 36
+    assert figures["result/kl"].value == 0.125
+    assert figures["result/kl"].dataset_digest == "d" * 36
     assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
     files = sorted(
         file.name for file in Path(model.artifact_location.removeprefix("file://")).iterdir()
@@ -393,7 +393,7 @@ def test_one_record_that_a_store_refuses_does_not_keep_the_others(runs, search, 
     ]
     run = the_run(runs)
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["result.kl"] == 0.125
+    assert run.data.metrics["result/kl"] == 0.125
     assert [file.path for file in client(runs).list_artifacts(run.info.run_id)] == ["groups.json"]
 
 

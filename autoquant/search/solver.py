@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from autoquant.errors import InfeasibleBudget
+from autoquant.search.quiet import quiet_library
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 _BEAM_WIDTH = 2048
@@ -188,16 +189,17 @@ def _solve_program(knapsack: Knapsack) -> Selection:
     scale = max(extra.max(), 1.0)
     spare = knapsack.budget - knapsack.floor
     while True:
-        result = milp(
-            objective,
-            constraints=[
-                LinearConstraint(one_each, 1.0, 1.0),
-                LinearConstraint(extra[None] / scale, -np.inf, spare / scale),
-            ],
-            integrality=np.ones(len(scores)),
-            bounds=Bounds(0.0, 1.0),
-            options={"mip_rel_gap": 0.0},
-        )
+        with quiet_library():
+            result = milp(
+                objective,
+                constraints=[
+                    LinearConstraint(one_each, 1.0, 1.0),
+                    LinearConstraint(extra[None] / scale, -np.inf, spare / scale),
+                ],
+                integrality=np.ones(len(scores)),
+                bounds=Bounds(0.0, 1.0),
+                options={"mip_rel_gap": 0.0},
+            )
         selection = tuple(
             int(np.argmax(result.x[offsets[g] : offsets[g + 1]])) for g in range(len(sizes))
         )

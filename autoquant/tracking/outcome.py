@@ -19,7 +19,7 @@ COMPANIONS = ("README.md", "config.json", "hf_quant_config.json")
 
 
 def winner_figures(result: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics of the winner, `result.*`; what was not measured is absent."""
+    """Metrics of the winner, `result/*`; what was not measured is absent."""
     kl, perplexity = result["kl"], result["perplexity"]
     found = {
         "kl": kl["mean"],
@@ -31,13 +31,13 @@ def winner_figures(result: Mapping[str, Any]) -> dict[str, float]:
         "perplexity_bf16": perplexity["bf16"],
         "checkpoint_bytes": float(result["checkpoint_bytes"]),
     }
-    return {f"result.{name}": value for name, value in found.items() if value is not None}
+    return {f"result/{name}": value for name, value in found.items() if value is not None}
 
 
 def baseline_figures(result: Mapping[str, Any]) -> dict[str, float]:
-    """KL of each baseline as a metric, `baseline.NAME`."""
+    """KL of each baseline as a metric, `baseline/NAME`."""
     return {
-        f"baseline.{_NOT_IN_A_METRIC.sub('', row['name'])}": row["kl"]
+        f"baseline/{_NOT_IN_A_METRIC.sub('', row['name'])}": row["kl"]
         for row in result["baselines"]
     }
 

@@ -59,7 +59,7 @@ def test_a_search_outlives_its_tracking_server_and_is_recorded_later(
     assert search(tmp_path / "run").exit_code == 0
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["result.kl"] == found(tmp_path / "run")["kl"]["mean"]
+    assert run.data.metrics["result/kl"] == found(tmp_path / "run")["kl"]["mean"]
     trials = (tmp_path / "run" / "trials.jsonl").read_text().splitlines()
     steps = [point.step for point in client.get_metric_history(run_id, "kl")]
     assert sorted(steps) == list(range(len(trials)))

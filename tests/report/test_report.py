@@ -199,6 +199,18 @@ def test_an_interrupted_run_shows_what_there_is_and_names_the_rest(autoquant, in
     assert "The same command goes on where the search stopped" in page.text
 
 
+@pytest.mark.parametrize(
+    ("status", "said"), [("failed", "failed"), ("running", "is still running, or was killed")]
+)
+def test_how_an_unfinished_run_ended_is_said(autoquant, interrupted, status, said):
+    identity = json.loads((interrupted / "run.json").read_text())
+    (interrupted / "run.json").write_text(json.dumps(identity | {"status": status}))
+    done = autoquant("report", interrupted)
+    assert done.exit_code == 0, done.stderr
+    assert f"This search {said} before it was confirmed on fresh tokens" in done.stdout
+    assert f"Not in this run ({status}):" in Page((interrupted / "report.html").read_text()).text
+
+
 def test_a_run_that_failed_in_its_probes_shows_the_finished_ones(autoquant, interrupted):
     (interrupted / "sensitivity.json").unlink()
     (interrupted / "trials.jsonl").unlink()
