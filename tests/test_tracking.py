@@ -179,8 +179,8 @@ def test_the_result_is_metrics_and_a_description_with_the_baselines(runs, search
         "result/perplexity": 10.5,
         "result/perplexity_bf16": 10.0,
         "result/checkpoint_bytes": 4096.0,
-        "baseline/uniform nvfp4": 0.25,
-        "baseline/experts nvfp4 rest fp8": 0.0625,
+        "recipe/uniform nvfp4": 0.25,
+        "recipe/experts nvfp4 rest fp8": 0.0625,
     }
     said = run.data.tags["mlflow.note.content"]
     assert "50% less than uniform nvfp4, the best fixed recipe within the budget" in said

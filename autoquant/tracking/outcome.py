@@ -34,11 +34,10 @@ def winner_figures(result: Mapping[str, Any]) -> dict[str, float]:
     return {f"result/{name}": value for name, value in found.items() if value is not None}
 
 
-def baseline_figures(result: Mapping[str, Any]) -> dict[str, float]:
-    """KL of each baseline as a metric, `baseline/NAME`."""
+def recipe_figures(result: Mapping[str, Any]) -> dict[str, float]:
+    """KL of each fixed recipe as a metric, `recipe/NAME`."""
     return {
-        f"baseline/{_NOT_IN_A_METRIC.sub('', row['name'])}": row["kl"]
-        for row in result["baselines"]
+        f"recipe/{_NOT_IN_A_METRIC.sub('', row['name'])}": row["kl"] for row in result["baselines"]
     }
 
 
@@ -62,8 +61,9 @@ def description(result: Mapping[str, Any]) -> str:
         f"| {'yes' if fits else 'no'} |"
         for name, bpe, kl, fits in sorted(rows, key=lambda row: float(row[2]["mean"]))
     ]
-    lines += ["", f"KL on fresh tokens, {result['activation_mode']}. The whole report: Artifacts,"]
-    return "\n".join([*lines, "report.html."])
+    mode = result["activation_mode"]
+    lines += ["", f"KL on fresh tokens, {mode}. The whole report is report.html under Artifacts."]
+    return "\n".join(lines)
 
 
 def log_checkpoint(

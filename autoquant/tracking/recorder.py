@@ -20,9 +20,9 @@ from autoquant.rundir import (
     TRIALS,
 )
 from autoquant.tracking.outcome import (
-    baseline_figures,
     description,
     log_checkpoint,
+    recipe_figures,
     winner_figures,
 )
 from autoquant.tracking.tracker import ChildRuns, TrialRecord
@@ -99,8 +99,8 @@ class Recorder:
         text = result["calibration"]
         for context, split in result["tokens"].items():
             self.dataset(text, digest=split["digest"], context=context, tokens=split["tokens"])
-        baselines, note = baseline_figures(result), description(result)
-        self._send(lambda: self._log_metrics(self._run_id, baselines, step=0))
+        recipes, note = recipe_figures(result), description(result)
+        self._send(lambda: self._log_metrics(self._run_id, recipes, step=0))
         self._send(lambda: self._log_description(note))
         if "checkpoint" not in result:
             winner = winner_figures(result)

@@ -22,13 +22,16 @@ def take(run: Path) -> None:
         page = browser.open(report_of(run), width=900, height=1150)
         page.screenshot(path=IMAGES / "report.png")
         picture(page, LAYER_MAP).screenshot(path=IMAGES / "layer-map.png")
-        for tab, ready, name in (
-            ("", "table", "mlflow-run"),
-            ("/model-metrics", "text=best_kl", "mlflow-curves"),
-        ):
+        for tab, name in (("", "mlflow-run"), ("/model-metrics", "mlflow-curves")):
             address = run_address(server.url, experiment, run_id, tab)
-            page = browser.open(address, width=1300, height=1000)
-            page.locator(ready).first.wait_for()
+            page = browser.open(address, width=1200, height=1000)
+            page.get_by_role("button", name="Close").click()  # MLflow's assistant
+            if not tab:
+                page.get_by_role("button", name="Expand description").click()
+                page.get_by_text("The whole report").scroll_into_view_if_needed()
+            else:
+                curves = "^(kl|best_kl|bpe|seconds)$"
+                page.get_by_placeholder("Search metric charts").fill(curves)
             page.wait_for_timeout(3_000)  # charts are drawn a while after they are there
             page.screenshot(path=IMAGES / f"{name}.png")
 
