@@ -49,4 +49,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the tokens and of the search")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--work", type=Path, default=Path("runs"), help="for run directories")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--commit", default=None, help="of the code, where git cannot tell")

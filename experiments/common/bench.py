@@ -1,0 +1,122 @@
+"""A subject opened for measurement, beside what the search itself opens."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from autoquant.assignment import Assignment
+from autoquant.checkpoint.source import open_source
+from autoquant.data.text import load_corpus
+from autoquant.data.tokens import Split, TokenPlan, make_splits
+from autoquant.formats import BF16
+from autoquant.model.inputs import ActivationMode
+from autoquant.model.memory import keep_freed_memory
+from autoquant.plan import Plan, make_plan
+from autoquant.probe.calibration import calibrate
+from autoquant.probe.interactions import SketchBook
+from autoquant.probe.sensitivity import Sensitivity, keys_of, probe
+from autoquant.scoring.kl import TokenKl
+from autoquant.search.observer import Silent
+from autoquant.search.problem import Problem
+from autoquant.search.session import Session, open_session
+from autoquant.space_file import load_space
+from experiments.common.subjects import Subject
+
+BATCH_TOKENS = 4096
+
+
+@dataclass
+class Bench:
+    """A calibrated model with the search's own splits, and more of its text beside them.
+
+    Args:
+        subject: which model.
+        space: name or file of a search space.
+        tokens: as the search has it, seed included.
+    """
+
+    subject: Subject
+    space: str
+    tokens: TokenPlan
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        keep_freed_memory()
+        self._scores: dict[tuple[str, str], TokenKl] = {}
+        calibration = calibrate(self.session.scorer, self.splits["calibration"], lambda: None)
+        self.session.quantized.set_input_scales(calibration.scales())
+
+    @cached_property
+    def plan(self) -> Plan:
+        return make_plan(open_source(self.subject.path), load_space(self.space))
+
+    @cached_property
+    def session(self) -> Session:
+        open_groups = [g for g in self.plan.groups if self.plan.options.choices[g.name] != (BF16,)]
+        return open_session(
+            self.plan.source,
+            open_groups,
+            calibration=str(self.subject.text),
+            tokens=self.tokens,
+            mode=ActivationMode.W4A4,
+            device=self.device,
+            trust_remote_code=False,
+            observer=Silent(),
+        )
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        return self.session.splits
+
+    def fresh(self, tokens: int) -> Split:
+        """Sequences of the report side that come after those that the search reports on."""
+        longer = dataclasses.replace(
+            self.tokens,
+            report=self.tokens.report + tokens,
+            sequence_length=min(self.tokens.sequence_length, self.session.loaded.max_length),
+        )
+        corpus = load_corpus(str(self.subject.text))
+        more = make_splits(corpus, self.session.loaded.tokenizer, longer)["report"]
+        seen = {row for split in self.splits.values() for row in _rows(split)}
+        return split_of("fresh", [row for row in _rows(more) if row not in seen])
+
+    def score(self, assignment: Assignment, split: Split) -> TokenKl:
+        """KL of every token; measured once per assignment and split."""
+        key = assignment.digest, split.digest
+        if key not in self._scores:
+            self._scores[key] = self.session.scorer.score(assignment, split)
+        return self._scores[key]
+
+    def probe(self, split: Split, folder: Path) -> Sensitivity:
+        """Exact probes of every (group, choice) on `split`, interactions included."""
+        keys = tuple(keys_of(self.plan.options.choices))
+        book = SketchBook(folder, keys, split.batches[0].numel())
+        return probe(self.session.scorer, split, keys, [], lambda _: None, book)
+
+    def problem(self, bpe: float, sensitivity: Sensitivity) -> Problem:
+        return Problem(
+            accounting=self.plan.accounting,
+            budget=self.subject.budget(bpe),
+            sensitivity=sensitivity,
+        )
+
+
+def split_of(name: str, rows: list[tuple[int, ...]]) -> Split:
+    """Token sequences batched by length."""
+    by_length: dict[int, list[tuple[int, ...]]] = {}
+    for row in rows:
+        by_length.setdefault(len(row), []).append(row)
+    batches = []
+    for length in sorted(by_length, reverse=True):
+        stacked = torch.tensor(by_length[length], dtype=torch.int64)
+        batches += stacked.split(max(1, BATCH_TOKENS // length))
+    digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+    return Split(name=name, batches=tuple(batches), digest=digest)
+
+
+def _rows(split: Split) -> list[tuple[int, ...]]:
+    return [tuple(row) for batch in split.batches for row in batch.tolist()]

@@ -1,0 +1,144 @@
+"""How far the search is from the enumerated optimum, and how well probes predict.
+
+    python -m experiments.optimality.run --subject stories260K --seed 0 --out FILE
+
+On the search split, per budget: the joint KL of the default search's best candidate over that of
+the best of all assignments that fill the budget, wherever those are few enough to measure; and
+predicted against measured KL of 150 random assignments.
+"""
+
+import argparse
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from autoquant.data.tokens import Split, TokenPlan
+from autoquant.search.bounds import Bounds
+from autoquant.search.explore import explore
+from autoquant.search.problem import Problem
+from autoquant.search.refine import Effort, measured
+from autoquant.search.solver import Selection
+from autoquant.search.surrogate import Floats, Surrogate
+from autoquant.search.trials import Ledger
+from experiments.common import record
+from experiments.common.bench import Bench
+from experiments.common.enumerate import TooMany, is_maximal, maximal, random_filled
+from experiments.common.subjects import MAX_ONLY, add_arguments, subject
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--search-tokens", type=int, default=4096)
+    parser.add_argument("--random", type=int, default=150, help="random assignments per budget")
+    parser.add_argument("--most", type=int, default=2000, help="assignments to enumerate at most")
+    parser.add_argument("--trials", type=int, default=60)
+    arguments = parser.parse_args()
+    chosen = subject(arguments.subject, arguments.models, arguments.texts)
+    tokens = TokenPlan(search=arguments.search_tokens, report=4096, seed=arguments.seed)
+    result = record.provenance(arguments.commit) | {
+        "subject": chosen.name,
+        "seed": arguments.seed,
+        "scope": str(chosen.scope),
+        "trials": arguments.trials,
+        "cells": [],
+    }
+    for rules, space in {"max": str(MAX_ONLY), "all": "default"}.items():
+        bench = Bench(chosen, space, tokens, arguments.device)
+        split = bench.splits["search"]
+        result["search_tokens"] = split.tokens
+        with tempfile.TemporaryDirectory() as folder:
+            sensitivity = bench.probe(split, Path(folder))
+        for bpe in chosen.bpes:
+            row = {"rules": rules, "budget_bpe": bpe}
+            row |= cell(bench, bench.problem(bpe, sensitivity), split, arguments)
+            result["cells"].append(row)
+            record.write(arguments.out, result)
+
+
+def cell(
+    bench: Bench, problem: Problem, split: Split, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """One budget under one set of scale rules."""
+    ledger = searched(bench, problem, split, arguments)
+    best = ledger.best()
+    return {
+        "searched": {"kl": best.kl, "stage": str(best.stage), "trials": len(ledger.trials)},
+        "is_filled": is_maximal(problem, problem.selection(best.assignment)),
+        "optimum": enumerated(bench, problem, split, arguments.most),
+        "prediction": predicted(bench, problem, split, ledger, arguments),
+    }
+
+
+def searched(bench: Bench, problem: Problem, split: Split, arguments: argparse.Namespace) -> Ledger:
+    """Everything that a search measures jointly, without its files."""
+    ledger = Ledger(
+        bench.session.scorer,
+        split,
+        bench.plan.accounting,
+        problem.fits,
+        earlier=(),
+        keep=lambda _: None,
+    )
+    explore(
+        problem,
+        ledger,
+        Effort.of(arguments.trials),
+        seed=arguments.seed,
+        bounds=Bounds(lambda: True, None),
+        timed=lambda _: nullcontext(),
+    )
+    return ledger
+
+
+def enumerated(bench: Bench, problem: Problem, split: Split, most: int) -> dict[str, Any]:
+    """The best of all assignments that fill the budget, where they are at most `most`."""
+    try:
+        selections = maximal(problem, most)
+    except TooMany:
+        return {"assignments": f"more than {most}", "kl": None}
+    kl = [bench.score(problem.decode(s), split).mean for s in selections]
+    return {"assignments": len(selections), "kl": min(kl), "median": float(np.median(kl))}
+
+
+def predicted(
+    bench: Bench, problem: Problem, split: Split, ledger: Ledger, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Predictors against the measured KL of random assignments.
+
+    What is fitted is fitted on the candidates of the search, none of which is drawn.
+    """
+    known = {problem.selection(t.assignment) for t in ledger.trials}
+    drawn = random_filled(problem, arguments.random, arguments.seed)
+    selections = [s for s in drawn if s not in known]
+    if len(selections) < 10:
+        return {"assignments": len(selections)}
+    kl = np.array([bench.score(problem.decode(s), split).mean for s in selections])
+    return {"assignments": len(selections)} | {
+        name: {
+            "relative_error": float(np.mean(np.abs(values - kl) / kl)),
+            "spearman": float(spearmanr(values, kl).statistic),
+        }
+        for name, values in predictions(problem, ledger, selections).items()
+    }
+
+
+def predictions(problem: Problem, ledger: Ledger, selections: list[Selection]) -> dict[str, Floats]:
+    """Predicted KL, nats per token, [S], by each predictor."""
+    alone = Surrogate.of(problem, with_pairs=False)
+    joint = Surrogate.of(problem)
+    seen = measured(problem, ledger)
+    return {
+        "sum": alone.quadratic(selections),
+        "sum_mapped": alone.fitted(*seen).predict(selections),
+        "interactions": joint.fitted(*seen).predict(selections),
+        "refitted": joint.refitted(*seen).predict(selections),
+    }
+
+
+if __name__ == "__main__":
+    main()

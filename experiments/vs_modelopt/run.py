@@ -1,0 +1,211 @@
+"""One subject and one seed against ModelOpt: searches, peers, and all of them on fresh tokens.
+
+    python -m experiments.vs_modelopt.run --subject reference --seed 0 --out FILE
+
+`all.sh` runs every subject and seed; `summary.py` joins the files.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+from autoquant.api import Run, search
+from autoquant.assignment import Assignment
+from autoquant.data.tokens import Split, TokenPlan
+from autoquant.formats import BF16
+from autoquant.probe.sensitivity import Sensitivity, keys_of
+from autoquant.rundir import ASSIGNMENT
+from autoquant.scoring.kl import TokenKl
+from autoquant.search.baselines import baselines
+from autoquant.search.confirm import paired_difference
+from autoquant.search.problem import Problem
+from experiments.common import record
+from experiments.common.bench import Bench
+from experiments.common.subjects import MAX_ONLY, add_arguments, subject
+from experiments.vs_modelopt.peer import Peer
+
+SPACES = {"all": "default", "max": str(MAX_ONLY)}
+"""Scale rules that are open, and the space that opens them."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--fresh-tokens", type=int, default=65_536)
+    parser.add_argument("--budgets", type=float, nargs="*", help="instead of the subject's")
+    for name in ("calibration", "search", "report"):
+        default = getattr(TokenPlan(), name)
+        parser.add_argument(f"--{name}-tokens", type=int, default=default)
+    parser.add_argument("--trials", type=int, default=60)
+    arguments = parser.parse_args()
+    chosen = subject(arguments.subject, arguments.models, arguments.texts)
+    tokens = TokenPlan(
+        calibration=arguments.calibration_tokens,
+        search=arguments.search_tokens,
+        report=arguments.report_tokens,
+        seed=arguments.seed,
+    )
+    bench = Bench(chosen, SPACES["all"], tokens, arguments.device)
+    fresh = bench.fresh(arguments.fresh_tokens)
+    peers = {method: Peer(bench, method) for method in ("gradient", "kl_div")}
+    result = record.provenance(arguments.commit) | {
+        "subject": chosen.name,
+        "seed": arguments.seed,
+        "scope": str(chosen.scope),
+        "device": arguments.device,
+        "trials": arguments.trials,
+        "tokens": {name: split.tokens for name, split in bench.splits.items()}
+        | {"fresh": fresh.tokens},
+        "modelopt_seconds": {method: peer.seconds for method, peer in peers.items()},
+        "cells": [],
+    }
+    probes: dict[str, Path] = {}
+    for bpe in arguments.budgets or chosen.bpes:
+        runs = {
+            rules: searched(bench, bpe, space, arguments, probes.get(rules))
+            for rules, space in SPACES.items()
+        }
+        probes |= {rules: run.path for rules, run in runs.items() if rules not in probes}
+        result["cells"].append(cell(bench, bpe, fresh, peers, runs))
+        record.write(arguments.out, result)
+
+
+def searched(
+    bench: Bench, bpe: float, space: str, arguments: argparse.Namespace, probes: Path | None
+) -> Run:
+    """The default search; `probes` is the run of another budget to take them from."""
+    started = time.perf_counter()
+    name = f"{bench.subject.name}-{Path(space).stem}-{bpe:g}-{arguments.seed}"
+    run = search(
+        str(bench.subject.path),
+        budget_bpe=bpe,
+        budget_scope=str(bench.subject.scope),
+        space=space,
+        sensitivity=probes,
+        calibration=str(bench.subject.text),
+        calibration_tokens=arguments.calibration_tokens,
+        search_tokens=arguments.search_tokens,
+        report_tokens=arguments.report_tokens,
+        trials=arguments.trials,
+        seed=arguments.seed,
+        device=arguments.device,
+        mlflow=False,
+        export=False,
+        out=arguments.work / name,
+    )
+    print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    return run
+
+
+def cell(
+    bench: Bench,
+    bpe: float,
+    fresh: Split,
+    peers: dict[str, Peer],
+    runs: dict[str, Run],
+) -> dict[str, Any]:
+    """One budget: every contender's KL on the fresh tokens, and paired differences."""
+    problem = bench.problem(bpe, unmeasured(bench))
+    by_peer = {
+        method: [(a, bench.score(a, fresh)) for a in peer.choices(problem)]
+        for method, peer in peers.items()
+    }
+    tried = [pair for pairs in by_peer.values() for pair in pairs]
+    best_peer = min(tried, key=lambda pair: pair[1].mean)[1] if tried else None
+    fixed = {name: bench.score(a, fresh) for name, a in baselines(problem) if problem.fits(a)}
+    best_fixed = min(fixed.values(), key=lambda score: score.mean, default=None)
+    return {
+        "budget_bpe": bpe,
+        "modelopt": {
+            method: [contender(problem, *pair) for pair in pairs]
+            for method, pairs in by_peer.items()
+        },
+        "baselines": {name: score.mean for name, score in fixed.items()},
+        "autoquant": {
+            rules: winner(bench, problem, run, fresh, best_peer, best_fixed)
+            for rules, run in runs.items()
+        },
+    }
+
+
+def winner(
+    bench: Bench,
+    problem: Problem,
+    run: Run,
+    fresh: Split,
+    peer: TokenKl | None,
+    fixed: TokenKl | None,
+) -> dict[str, Any]:
+    """What a search chose, on the fresh tokens, beside its rivals."""
+    assignment = Assignment.read(run.path / ASSIGNMENT)
+    score = bench.score(assignment, fresh)
+    result: dict[str, Any] = run.result or {}
+    return (
+        contender(problem, assignment, score)
+        | against(score, peer, fixed)
+        | {
+            "winner": result["winner"],
+            "counts": result["counts"],
+            "seconds": result["seconds"],
+            "report_kl": result["kl"]["mean"],
+            "relative_error": result["predictions"]["relative_error"],
+        }
+    )
+
+
+def unmeasured(bench: Bench) -> Sensitivity:
+    """For sizes and budgets, which rest on no measurement."""
+    keys = list(keys_of(bench.plan.options.choices))
+    return Sensitivity(dict.fromkeys(keys, 0.0), dict.fromkeys(keys, 0.0))
+
+
+def contender(problem: Problem, assignment: Assignment, score: TokenKl) -> dict[str, Any]:
+    """Size and KL of one assignment, and what it leaves of the budget."""
+    accounting = problem.accounting
+    left = problem.budget.max_bytes(accounting) - accounting.checkpoint_bytes(assignment)
+    return {
+        "digest": assignment.digest,
+        "kl": score.mean,
+        "stderr": score.stderr(),
+        "bpe": accounting.bpe(assignment, problem.budget.scope),
+        "bytes_left": left,
+        "cheapest_upgrade": cheapest_upgrade(problem, assignment),
+        "groups": {name: str(choice) for name, choice in assignment if choice != BF16},
+    }
+
+
+def cheapest_upgrade(problem: Problem, assignment: Assignment) -> int | None:
+    """Fewest bytes that put some group into a costlier choice; None where there is none."""
+    accounting = problem.accounting
+    extras = [
+        extra
+        for name, choice in assignment
+        for other in accounting.choices[name]
+        if (extra := accounting.group_bytes(name, other) - accounting.group_bytes(name, choice)) > 0
+    ]
+    return min(extras, default=None)
+
+
+def against(ours: TokenKl, peer: TokenKl | None, fixed: TokenKl | None) -> dict[str, Any]:
+    """Paired differences to the best peer and the best baseline, 95 % intervals."""
+    rivals = {"to_peer": peer, "to_baseline": fixed}
+    return {
+        name: None if rival is None else _difference(ours, rival) for name, rival in rivals.items()
+    }
+
+
+def _difference(ours: TokenKl, rival: TokenKl) -> dict[str, float]:
+    difference = paired_difference(ours, rival, seed=0)
+    return {
+        "ratio": ours.mean / rival.mean,
+        "low": difference.low / rival.mean,
+        "high": difference.high / rival.mean,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Join the results of every subject and seed into one table and one picture.
+
+python -m experiments.vs_modelopt.summary experiments/vs_modelopt/results
+"""
+
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Key = tuple[str, float]
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    ratios = {rules: by_cell(results, rules) for rules in ("all", "max")}
+    print(table(ratios))
+    print(times(results))
+    draw(ratios, folder / "ratios.png")
+
+
+def by_cell(results: Iterable[dict[str, Any]], rules: str) -> dict[Key, list[float]]:
+    """Ratios to the better peer, one for each seed."""
+    cells: dict[Key, list[float]] = defaultdict(list)
+    for result in results:
+        for cell in result["cells"]:
+            ratio = cell["autoquant"][rules]["to_peer"]["ratio"]
+            cells[result["subject"], cell["budget_bpe"]].append(ratio)
+    return dict(sorted(cells.items()))
+
+
+def geometric(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def table(ratios: dict[str, dict[Key, list[float]]]) -> str:
+    """Geometric mean and worst ratio of each cell, and of all runs."""
+    lines = [
+        "| model | bits per element | seeds | scale rules on | worst | `max` only | worst |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for (name, bpe), values in ratios["all"].items():
+        other = ratios["max"][name, bpe]
+        lines.append(
+            f"| {name} | {bpe} | {len(values)} | {geometric(values):.3f} | {max(values):.3f} "
+            f"| {geometric(other):.3f} | {max(other):.3f} |"
+        )
+    pooled = {rules: [v for own in cells.values() for v in own] for rules, cells in ratios.items()}
+    shown = " | ".join(f"{geometric(v):.3f} | {max(v):.3f}" for v in pooled.values())
+    return "\n".join([*lines, f"| all | | {len(pooled['all'])} | {shown} |"])
+
+
+def times(results: Iterable[dict[str, Any]]) -> str:
+    """Seconds of our first search's probes and of the peer's scoring, in the same process."""
+    lines = [
+        "| run | probes | `max` only | whole search | `kl_div` scores | `gradient` scores |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for result in results:
+        first, peer = result["cells"][0]["autoquant"], result["modelopt_seconds"]
+        cells = (
+            first["all"]["seconds"]["probe"],
+            first["max"]["seconds"]["probe"],
+            first["all"]["seconds"]["total"],
+            peer["kl_div"]["score"],
+            peer["gradient"]["score"],
+        )
+        name = f"{result['subject']}, seed {result['seed']}, {result['device']}"
+        lines.append(f"| {name} | " + " | ".join(f"{seconds:.1f}" for seconds in cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(ratios: dict[str, dict[Key, list[float]]], path: Path) -> None:
+    """Every run's ratio, by cell."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    names = [f"{name}\n{bpe:g}" for name, bpe in ratios["all"]]
+    for shift, (rules, label) in enumerate((("all", "scale rules on"), ("max", "max only"))):
+        places = [
+            (i + 0.2 * shift - 0.1, v) for i, c in enumerate(ratios[rules].values()) for v in c
+        ]
+        axes.plot(*zip(*places, strict=True), "o", alpha=0.6, label=label)
+    axes.axhline(1.0, color="0.5", linewidth=1)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("KL / better ModelOpt method")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
