@@ -156,6 +156,7 @@ class QuantizedModel:
         for group in groups:
             self._states[group.name] = GroupState(group)
             self._install(self._states[group.name])
+        self._context.store.recent_bytes = self._largest_layer()
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
@@ -251,6 +252,16 @@ class QuantizedModel:
                 like = getattr(slot.module, parameter_name(slot.module, part))
                 stacked = torch.cat([weights[linear.tensor] for linear in linears]).view_as(like)
                 self._context.store.put((f"{slot.name}:{part}", choice), stacked, like)
+
+    def _largest_layer(self) -> int:
+        """Bytes of a layer's weights, for a GPU: it may run a layer several times in turn."""
+        sizes: dict[int | None, int] = {}
+        for state, slot in self._slots:
+            for parameter in slot.module.parameters(recurse=False):
+                if parameter.is_cuda and state.group.layer is not None:
+                    size = parameter.numel() * parameter.element_size()
+                    sizes[state.group.layer] = sizes.get(state.group.layer, 0) + size
+        return max(sizes.values(), default=0)
 
     def _observe(self, on: bool) -> None:
         for inputs in self._context.inputs.values():

@@ -44,18 +44,22 @@ def _largest(weight: torch.Tensor) -> torch.Tensor:
 
 
 class WeightStore:
-    """Keeps fake-quantized weights up to a limit; beyond it they go through one scratch buffer.
+    """Keeps fake-quantized weights up to a limit, and beyond it those that were used last.
 
-    A weight that did not fit is computed anew unless it was the last, which costs a few per cent
-    of its matrix product at the token counts of a search.
+    A weight that is not there is computed anew, which costs a few per cent of its matrix product at
+    the token counts of a search.
+
+    Args:
+        limit_bytes: for weights that stay.
+        recent_bytes: for the last ones used; the very last is always there.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, recent_bytes: int = 0) -> None:
         self.limit_bytes = limit_bytes
+        self.recent_bytes = recent_bytes
         self._kept: dict[tuple[str, Choice], torch.Tensor] = {}
         self._kept_bytes = 0
-        self._scratch: torch.Tensor | None = None
-        self._scratch_key: tuple[str, Choice] | None = None
+        self._recent: dict[tuple[str, Choice], torch.Tensor] = {}
 
     def get(
         self,
@@ -64,32 +68,25 @@ class WeightStore:
         compute: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """The tensor of `key`, shaped like `like`; `compute(out)` writes it where it is absent."""
-        kept = self._kept.get(key)
-        if kept is not None:
-            return kept
-        size = like.numel() * like.element_size()
-        if self._kept_bytes + size > self.limit_bytes:
-            return self._through_scratch(key, like, compute)
-        self._kept[key] = compute(torch.empty_like(like))
-        self._kept_bytes += size
-        return self._kept[key]
+        found = self._kept.get(key)
+        if found is None:
+            found = self._recent.get(key)
+        if found is not None:
+            return found
+        size = _bytes(like)
+        if self._kept_bytes + size <= self.limit_bytes:
+            self._kept[key] = compute(torch.empty_like(like))
+            self._kept_bytes += size
+            return self._kept[key]
+        while self._recent and sum(map(_bytes, self._recent.values())) + size > self.recent_bytes:
+            del self._recent[next(iter(self._recent))]
+        self._recent[key] = compute(torch.empty_like(like))
+        return self._recent[key]
 
     def put(self, key: tuple[str, Choice], weight: torch.Tensor, like: torch.Tensor) -> None:
         """Keep a given weight, whatever the limit, on the device and in the dtype of `like`."""
         self._kept[key] = weight.to(like)
 
-    def _through_scratch(
-        self,
-        key: tuple[str, Choice],
-        like: torch.Tensor,
-        compute: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
-        if self._scratch is None or self._scratch.numel() < like.numel():
-            self._scratch, self._scratch_key = None, None
-            self._scratch = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
-        weight = self._scratch[: like.numel()].view(like.shape)
-        if key != self._scratch_key:
-            self._scratch_key = None
-            compute(weight)
-            self._scratch_key = key
-        return weight
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -4,7 +4,7 @@ Shapes: B sequences, L tokens, H hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autoquant.model.memory import on_host
 
-ACTIVATION_SHARE = 1 / 12
+ACTIVATION_SHARE = 1 / 16
 """What a forward may take of a GPU's memory beside the weights, in shares of theirs."""
 STATE_SHARE = 1 / 50
 """What the states that are kept for later may take; more of them wait in the host's memory."""
@@ -36,12 +36,23 @@ class Trace:
         return sum(t.numel() * t.element_size() for t in states)
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a block was called with besides its state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 class Trunk:
     """The model without its vocabulary head.
 
     A block is skipped by returning its input; the first block that runs reads the state that it
     had in a recorded forward. This works for every decoder that passes hidden states from block
     to block as the first argument, whatever else its blocks are given.
+
+    A batch too large for one forward goes through each block in parts, one after the other, so that
+    a weight is fake-quantized once for all of them.
     """
 
     def __init__(self, model: Any) -> None:
@@ -54,12 +65,15 @@ class Trunk:
         """How many sequences run through the blocks together; see `limit_memory`."""
         self.state_bytes: int | None = None
         """Memory on the device for states between blocks; None is no limit."""
-        self._parts = 1
         self._start = 0
         self._boundaries: list[torch.Tensor] = []
         self._keep = True
         self._recompute = False
+        self._calls: list[_Call] | None = None
+        self._first_state: torch.Tensor | None = None
+        self._last_state: torch.Tensor | None = None
         self._returns_tuple = [False] * len(self.blocks)
+        self._forwards = [block.forward for block in self.blocks]
         for index, block in enumerate(self.blocks):
             block.forward = self._wrapped(index, block.forward)
 
@@ -89,20 +103,68 @@ class Trunk:
             after = None
         if after is not None and start >= len(self.blocks):
             return after
-        self._start = start if after is not None else 0
-        self._keep = keep
+        start = start if after is not None else 0
         parts = self.parts(tokens)
-        self._parts = len(parts)
+        if len(parts) > 1 and self.can_resume:
+            return self._trace_in_step(parts, start, after, keep)
         boundaries, hidden = [], []
-        for index, part in enumerate(parts):
-            before = after.boundaries[index][: self._start + 1] if after is not None else ()
-            self._boundaries = [*before]
-            with self._without_head() as seen:
-                self.model(input_ids=part, use_cache=False)
+        for part in parts:
+            self._start, self._keep = start, keep
+            self._boundaries = [*after.boundaries[0][: start + 1]] if after is not None else []
+            hidden.append(self._run(part))
             boundaries.append(tuple(self._boundaries))
-            hidden += seen
         self._boundaries = []
         return Trace(tuple(boundaries), hidden[0] if len(hidden) == 1 else torch.cat(hidden))
+
+    def _trace_in_step(
+        self, parts: Sequence[torch.Tensor], start: int, after: Trace | None, keep: bool
+    ) -> Trace:
+        """Run all parts through each block before the next."""
+        kept = len(self.blocks) * len(parts)
+        boundaries = [
+            [*after.boundaries[number][: start + 1]] if after is not None else []
+            for number in range(len(parts))
+        ]
+        calls: list[list[_Call]] = []
+        states: list[torch.Tensor] = []
+        for index in range(start, len(self.blocks)):
+            for number, part in enumerate(parts):
+                if index == start:
+                    state, recorded = self._calls_of(part)
+                    calls.append(recorded)
+                    if after is not None:
+                        state = boundaries[number][start].to(part.device, non_blocking=True)
+                    states.append(state)
+                if keep and index == len(boundaries[number]):
+                    boundaries[number].append(self.stored(states[number], kept))
+                call = calls[number][index]
+                result = self._forwards[index](states[number], *call.args, **call.kwargs)
+                states[number] = result[0] if isinstance(result, tuple) else result
+        hidden = [self._finished(part, state) for part, state in zip(parts, states, strict=True)]
+        return Trace(tuple(map(tuple, boundaries)), torch.cat(hidden))
+
+    def _calls_of(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[_Call]]:
+        """The state as it enters the first block, and what every block is called with."""
+        self._start, self._boundaries, self._calls = len(self.blocks), [], []
+        try:
+            self._run(tokens)
+            assert self._first_state is not None
+            return self._first_state, self._calls
+        finally:
+            self._first_state, self._calls = None, None
+
+    def _finished(self, tokens: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """Final hidden states after the last block's output."""
+        self._start, self._boundaries, self._last_state = len(self.blocks), [], state
+        try:
+            return self._run(tokens)
+        finally:
+            self._last_state = None
+
+    def _run(self, tokens: torch.Tensor) -> torch.Tensor:
+        with self._without_head() as seen:
+            self.model(input_ids=tokens, use_cache=False)
+        return seen[0]
 
     def limit_memory(self, tokens: torch.Tensor) -> None:
         """Keep later forwards on a GPU within shares of the weights' memory.
@@ -131,7 +193,8 @@ class Trunk:
         """Equal parts of a batch [B, L], each small enough to run at once."""
         sequences = len(tokens)
         parts = math.ceil(sequences / (self.sequences_at_once or sequences))
-        return tokens.split(math.ceil(sequences / parts))
+        equal: tuple[torch.Tensor, ...] = tokens.split(math.ceil(sequences / parts))
+        return equal
 
     def differentiable(self, tokens: torch.Tensor) -> torch.Tensor:
         """Final hidden states [B, L, H] with their graph back to the first block.
@@ -203,13 +266,17 @@ class Trunk:
     def _wrapped(self, index: int, forward: Any) -> Any:
         def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if index < self._start:
+                if self._calls is not None:
+                    self._first_state = hidden_states
+                    self._calls.append(_Call(args, kwargs))
+                if self._last_state is not None and index == len(self.blocks) - 1:
+                    hidden_states = self._last_state
                 return (hidden_states,) if self._returns_tuple[index] else hidden_states
             if index < len(self._boundaries):
                 state = self._boundaries[index]
                 hidden_states = state.to(hidden_states.device, non_blocking=True)
             elif self._keep:
-                states = len(self.blocks) * self._parts
-                self._boundaries.append(self.stored(hidden_states, states))
+                self._boundaries.append(self.stored(hidden_states, len(self.blocks)))
             if self._recompute:
                 states = hidden_states if index else hidden_states.detach().requires_grad_()
                 return checkpoint(

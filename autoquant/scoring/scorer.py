@@ -27,9 +27,11 @@ from autoquant.scoring.kl import TokenKl, TokenScores, likelihoods
 from autoquant.scoring.sketch import LogitSketch
 
 CPU_TILE_BYTES = 1 << 26
-GPU_TILE_BYTES = 1 << 28
+GPU_TILE_BYTES = 3 << 27
+GPU_TILE_TOKENS = 128
 """Size of one float32 logit tile; a tile of each model is alive at a time. A GPU's matrix product
-needs about five hundred tokens to run at full speed, a CPU's fits the caches better with less."""
+needs hundreds of tokens, a multiple of its own tile, to run at full speed; a CPU's fits the caches
+better with less."""
 
 _BF16 = Assignment.of({})
 
@@ -241,32 +243,40 @@ class Scorer:
         """Yield tokens, reference logits and candidate's logits, float32 [T, V], tile by tile."""
         head = self.trunk.head
         ours, theirs = hidden.flatten(0, 1), batch.reference.flatten(0, 1)
-        rows = self._tile_rows(hidden)
+        rows = min(self._tile_rows(hidden), len(ours))
+        shape = (2, rows, head.weight.shape[0])
+        buffers = torch.empty(shape, dtype=torch.float32, device=hidden.device)
         for start in range(0, len(ours), rows):
             span = slice(start, start + rows)
+            tile, other = buffers[:, : len(ours[span])]
             reference = batch.logits.get(start)
             if reference is None:
                 known = theirs[span].to(ours.device, non_blocking=True)
-                reference = self._logits(known, head.weight)
-                if _bytes(reference) <= self._cache_left:
+                keep = _bytes(other) <= self._cache_left
+                reference = self._logits(known, head.weight, None if keep else other)
+                if keep:
                     self._cache_left -= _bytes(reference)
                     batch.logits[start] = reference
-            yield span, reference, self._logits(*self.quantized.operands(head, ours[span]))
+            yield span, reference, self._logits(*self.quantized.operands(head, ours[span]), tile)
 
     def _tile_rows(self, hidden: torch.Tensor) -> int:
         """Tokens of one logit tile."""
-        tile_bytes = GPU_TILE_BYTES if hidden.is_cuda else CPU_TILE_BYTES
         vocabulary: int = self.trunk.head.weight.shape[0]
-        return max(1, tile_bytes // (4 * vocabulary))
+        if not hidden.is_cuda:
+            return max(1, CPU_TILE_BYTES // (4 * vocabulary))
+        rows = max(1, GPU_TILE_BYTES // (4 * vocabulary))
+        return rows - rows % GPU_TILE_TOKENS if rows > GPU_TILE_TOKENS else rows
 
-    def _logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _logits(
+        self, hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Float32 logits [T, V] of hidden states [T, H] under a head weight [V, H]."""
         bias = self.trunk.head.bias
         if hidden.is_cuda:
-            logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+            logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
         else:
-            logits = torch.mm(hidden.float(), weight.float().t())
-        return logits if bias is None else logits + bias.float()
+            logits = torch.mm(hidden.float(), weight.float().t(), out=out)
+        return logits if bias is None else logits.add_(bias.float())
 
 
 class _Applied:

@@ -7,6 +7,7 @@ Times are medians over repeated runs, after one warm-up, of the same tokens.
 """
 
 import argparse
+import gc
 import json
 import platform
 import subprocess
@@ -27,6 +28,7 @@ from autoquant.grouping import group_tensors
 from autoquant.model import experts
 from autoquant.model.inputs import ActivationMode, InputScales, fill_unseen
 from autoquant.model.quantized import QuantizedModel
+from autoquant.probe.gradient import gradient_probe
 from autoquant.scoring.scorer import Scorer
 
 LLAMA_8B = LlamaConfig(
@@ -53,6 +55,9 @@ MOE_30B = Qwen3MoeConfig(
     use_cache=False,
 )
 MODELS = {"llama-8b": LLAMA_8B, "moe-30b": MOE_30B}
+DEVICE = torch.device("cuda")
+PLAIN_BATCHES = (1, 4)
+"""Numbers of parts that the plain forward's tokens are tried in; the fastest counts."""
 
 
 def build(config: Any) -> Any:
@@ -60,11 +65,9 @@ def build(config: Any) -> Any:
     experts.register()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    with DEVICE:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     torch.set_default_dtype(torch.float32)
-    if hasattr(model.config, "_experts_implementation"):
-        model.set_experts_implementation(experts.IMPLEMENTATION)
     return model.eval().requires_grad_(False)
 
 
@@ -92,7 +95,8 @@ def disk_headers(model: Any) -> dict[str, TensorHeader]:
 
 
 def timed(run: Callable[[], Any], repeats: int = 3) -> float:
-    """Median seconds of `run` after one warm-up."""
+    """Median seconds of `run` after one warm-up; garbage is collected before, as it takes long."""
+    gc.collect()
     run()
     times = []
     for _ in range(repeats):
@@ -104,6 +108,27 @@ def timed(run: Callable[[], Any], repeats: int = 3) -> float:
     return median(times)
 
 
+def plain_forward(model: Any, ids: torch.Tensor) -> tuple[float, str]:
+    """Seconds of the fastest BF16 forward with logits that transformers offers, and which it is."""
+    found = {}
+    has_experts = isinstance(model.config, Qwen3MoeConfig)
+    for name in ("grouped_mm", experts.IMPLEMENTATION) if has_experts else ("dense",):
+        if has_experts:
+            model.set_experts_implementation(name)
+        for parts in PLAIN_BATCHES:
+
+            def run(parts: int = parts) -> None:
+                for part in ids.split(max(1, len(ids) // parts)):
+                    model(part)
+
+            with torch.inference_mode():
+                found[f"{name} in {parts}"] = timed(run)
+            torch.cuda.empty_cache()
+    print(found, flush=True)
+    best = min(found, key=lambda name: found[name])
+    return found[best], best
+
+
 def measure(name: str, tokens: int, length: int) -> dict[str, Any]:
     """Every figure of one model."""
     model = build(MODELS[name])
@@ -111,25 +136,18 @@ def measure(name: str, tokens: int, length: int) -> dict[str, Any]:
     headers = disk_headers(model)
     config = model.config.to_dict()
     groups = [g for g in group_tensors(headers, config, config) if g.role != "head"]
-    ids = torch.randint(0, config["vocab_size"], (tokens // length, length), device="cuda")
+    ids = torch.randint(0, config["vocab_size"], (tokens // length, length), device=DEVICE)
     split = Split(name="search", batches=(ids,), digest="synthetic")
 
-    def plain() -> None:
-        with torch.inference_mode():
-            for part in ids.split(max(1, len(ids) // 4)):  # logits of all tokens are 8 GB
-                model(part)
-
-    baseline = timed(plain)
-    quantized = QuantizedModel(
-        model, groups, mode=ActivationMode.W4A4, weight_cache_bytes=weights // 20
-    )
-    scorer = Scorer(quantized, torch.device("cuda"))
+    baseline, fastest = plain_forward(model, ids)
+    quantized = QuantizedModel(model, groups, mode=ActivationMode.W4A4, weight_cache_bytes=0)
+    scorer = Scorer(quantized, DEVICE)
+    scorer.check(split)
     with quantized.observing():
         scorer.trunk.hidden(ids[:1])
     amax, _ = fill_unseen(quantized.observed_ranges())
     quantized.set_input_scales({n: InputScales.of_amax(a) for n, a in amax.items()})
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
 
     names = [group.name for group in groups]
     uniform = Assignment.of(dict.fromkeys(names, NVFP4))
@@ -140,43 +158,62 @@ def measure(name: str, tokens: int, length: int) -> dict[str, Any]:
         turn[0] += 1  # two assignments that differ from the first group on: no state is reused
         scorer.score_batch((uniform, mixed)[turn[0] % 2], split, 0)
 
-    seconds = timed(candidate, repeats=4)
     sample = [(g.name, NVFP4) for g in groups[:: max(1, len(groups) // 8)]]
-    probes = timed(lambda: list(scorer.probe_batch(split, 0, sample)), repeats=1)
+    keys = [(name, NVFP4) for name in names]
+    peaks: dict[str, float] = {}
+
+    def phase(name: str, run: Callable[[], Any], repeats: int) -> float:
+        torch.cuda.reset_peak_memory_stats()
+        seconds = timed(run, repeats)
+        peaks[name] = torch.cuda.max_memory_allocated() / weights
+        return seconds
+
+    seconds = phase("candidate", candidate, 4)
+    probes = phase("probe", lambda: list(scorer.probe_batch(split, 0, sample)), 1)
+    noise = phase("noise", lambda: scorer.noise_batch(split, 0), 1)
+    gradient = phase(
+        "gradient probe", lambda: gradient_probe(scorer, split, keys, (), [].append, seed=0), 1
+    )
     return {
         "model": name,
         "parameters": weights // 2,
         "groups": len(groups),
         "tokens": ids.numel(),
         "sequence_length": length,
+        "sequences_at_once": scorer.trunk.sequences_at_once,
+        "plain_forward": fastest,
         "plain_forward_seconds": baseline,
         "candidate_seconds": seconds,
         "candidate_over_plain": seconds / baseline,
         "probe_seconds": probes / len(sample),
         "probes_sampled": len(sample),
+        "noise_seconds": noise,
+        "gradient_probe_seconds": gradient,
+        "gradient_probe_keys": len(keys),
         "weights_bytes": weights,
-        "peak_bytes": torch.cuda.max_memory_allocated(),
-        "peak_over_weights": torch.cuda.max_memory_allocated() / weights,
+        "peak_over_weights": peaks,
         "profile": profile(candidate),
     }
 
 
 def profile(run: Callable[[], None]) -> list[dict[str, Any]]:
-    """The ten kernels of one candidate that take most of the GPU's time."""
+    """All kernels of one candidate together, and those that take most of the GPU's time."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as recorded:
         run()
         torch.cuda.synchronize()
     events = sorted(recorded.key_averages(), key=lambda e: -e.self_device_time_total)
     total = sum(event.self_device_time_total for event in events) or 1
-    return [
+    launches = sum(event.count for event in events)
+    every = {"kernel": "all", "calls": launches, "ms": total / 1e3, "share": 1.0}
+    return [every] + [
         {
             "kernel": event.key[:80],
             "calls": event.count,
             "ms": event.self_device_time_total / 1e3,
             "share": event.self_device_time_total / total,
         }
-        for event in events[:10]
+        for event in events[:14]
     ]
 
 

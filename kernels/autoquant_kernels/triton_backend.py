@@ -29,7 +29,7 @@ SAFE_WEIGHT_SCALES = (2.0**-80, 2.0**-3)
 """Those for which besides no block but one of zeros has a scale that underflows to 0."""
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-PACK_OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
+PACK_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 KL_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
@@ -66,13 +66,24 @@ def quantize_nvfp4(
 ) -> None:
     """NVFP4 codes and block scales."""
     blocks = x.numel() // BLOCK // len(scales)
-    size = _blocks(WIDE_BLOCKS)
+    size = _blocks(BLOCKS)
     words, stored = codes.view(-1).view(torch.int32), block_scale.view(torch.uint8)
     g, many = _on_device(scales, x)
     sixth, divide = _block_division(scales, SAFE_WEIGHT_SCALES)
     with _device(x):
         kernels.quantize_nvfp4[_grid(blocks, size, scales)](
-            _plain(x), words, stored, blocks, g, sixth, rule, divide, size, many, **PACK_OPTIONS
+            _plain(x),
+            words,
+            stored,
+            blocks,
+            g,
+            sixth,
+            rule,
+            divide,
+            size,
+            many,
+            not INTERPRETED and x.dtype is torch.bfloat16 and x.data_ptr() % BLOCK == 0,
+            **PACK_OPTIONS,
         )
 
 

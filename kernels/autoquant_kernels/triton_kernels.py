@@ -111,6 +111,21 @@ def _load(x_ptr, block, exists):
 
 
 @triton.jit
+def _load_pairs(x_ptr, block, exists):
+    """`_load` of bfloat16 from aligned words: half a word is a float32 but for its zeros."""
+    first = x_ptr.to(tl.pointer_type(tl.int32)) + block * 8 + tl.arange(0, 4)[None, :]
+    low, high = tl.load(first, mask=exists), tl.load(first + 4, mask=exists)
+    return _both_halves(low), _both_halves(high)
+
+
+@triton.jit
+def _both_halves(words):
+    even = (words << 16).to(tl.float32, bitcast=True)
+    odd = (words & -65536).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.join(even, odd), (words.shape[0], 8))
+
+
+@triton.jit
 def _store(out_ptr, block, exists, low, high):
     first = out_ptr + block * 16 + tl.arange(0, 8)[None, :]
     tl.store(first, low.to(out_ptr.dtype.element_ty), mask=exists)
@@ -361,11 +376,15 @@ def quantize_nvfp4(
     DIVIDE: tl.constexpr,
     BLOCKS: tl.constexpr,
     MANY: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """Eight codes to a word, two words and an E4M3 scale to a block."""
     g, block, exists = _blocks(g, blocks, BLOCKS, MANY)
     sixth = _reciprocal(g * 6.0, sixth, DIVIDE, MANY)
-    low, high = _load(x_ptr, block, exists)
+    if PAIRS:
+        low, high = _load_pairs(x_ptr, block, exists)
+    else:
+        low, high = _load(x_ptr, block, exists)
     scale = _weight_scale(low, high, g, sixth, RULE, DIVIDE)
     tl.store(scales_ptr + block, _e4m3_code(scale).to(tl.uint8), mask=exists)
     low_word = _packed(low, scale * g, DIVIDE)

@@ -73,7 +73,7 @@ def main() -> None:
     cases = {
         "fake_quant_nvfp4": ({"BLOCKS": triton_backend.BLOCKS, "DIVIDE": False}, 16, usual),
         "quantize_nvfp4": (
-            {"BLOCKS": triton_backend.WIDE_BLOCKS, "RULE": "max", "DIVIDE": False},
+            {"BLOCKS": triton_backend.BLOCKS, "RULE": "max", "DIVIDE": False, "PAIRS": True},
             16,
             packing,
         ),
