@@ -50,8 +50,8 @@ pd.options.display.float_format = "{:.5g}".format
 # %% [markdown]
 # Eighteen groups in three formats are 3^18 = 387 million mixes, and the experts hold 89 % of what
 # is searched: at 5.0 bits a single layer of experts in FP8 would use up more than the whole
-# distance to the floor. So the room is in attention, and in which scale rule each group has
-# (three rules store the same bits).
+# distance to the floor. So the room is in attention, and in which scale rule each group has (three
+# rules store the same bits).
 #
 # ## The search
 
@@ -83,8 +83,8 @@ run.plot_frontier()
 
 # %% [markdown]
 # The picture answers the question "is this mix on the frontier of what I could have?". Every small
-# mark is a measured mix (on search tokens), every mark with an interval is one that was confirmed on
-# fresh tokens. Two things to check before believing it:
+# mark is a measured mix (on search tokens), every mark with an interval is one that was confirmed
+# on fresh tokens. Two things to check before believing it:
 #
 # * the confirmed mark of the winner lies below the line between the recipes to its left and right:
 #   then the mix is worth more than blending two recipes;
@@ -103,8 +103,8 @@ print(f"BF16 against itself (other kernels): {result['noise_floor']:.2g} nats pe
 
 # %% [markdown]
 # The `+-` is one standard error and treats the two as independent. They are measured on the same
-# tokens, and hard tokens are hard for both, so it overstates the error of the ratio. The noise floor
-# is the KL that two BF16 runs show: nothing below it can be told from BF16.
+# tokens, and hard tokens are hard for both, so it overstates the error of the ratio. The noise
+# floor is the KL that two BF16 runs show: nothing below it can be told from BF16.
 #
 # ## Which layer got what
 
@@ -120,8 +120,8 @@ groups.pivot_table(index="role", columns="format", values="elements", aggfunc="s
 
 # %% [markdown]
 # The map shows the decision beside its reason: a group that keeps FP8 or BF16 should be one whose
-# own KL in NVFP4 is high *for its size*. A group that looks sensitive and is in NVFP4 all the same is
-# one that was too large to upgrade. Notebook 02 takes this apart.
+# own KL in NVFP4 is high *for its size*. A group that looks sensitive and is in NVFP4 all the same
+# is one that was too large to upgrade. Notebook 02 takes this apart.
 #
 # ## Was the search right to stop?
 
@@ -138,11 +138,12 @@ print(f"differences above {result['resolution']:.1%} of the KL could be told on 
 run.plot_convergence()
 
 # %% [markdown]
-# The finalists are compared *paired*, token batch by token batch, which cancels what is hard about a
-# token for every mix. An interval that contains 0 is a tie, and a tie goes to the solver's own
-# choice: a difference seen on the search tokens alone is as likely a loss on fresh ones. Compare the
-# columns `search_kl` and `kl` of one row to see how far the choice of tokens moves a figure, and
-# then how little the *order* of the rows moves.
+# The finalists are compared *paired*, token batch by token batch, which cancels what is hard about
+# a token for every mix. An interval that contains 0 is a tie, and a tie goes to the solver's own
+# choice: a difference seen on the search tokens alone is as likely a loss on fresh ones. In this
+# run the best row's interval ends below 0, so it replaced the solver's optimum. Compare the columns
+# `search_kl` and `kl` of one row to see how far the choice of tokens moves a figure (a sixth here),
+# and then how little the *order* of the rows moves.
 #
 # ## What a user of the model would notice
 
@@ -180,8 +181,8 @@ pd.Series({file.name: file.stat().st_size for file in sorted(checkpoint.iterdir(
 # !{sys.executable} -m autoquant verify {checkpoint} --format json | head -12
 
 # %% [markdown]
-# The folder is what `vllm serve`, SGLang and TensorRT-LLM load and what `hf upload` takes: the model
-# card with the table above is in its `README.md`. `verify` reads every tensor back; with
+# The folder is what `vllm serve`, SGLang and TensorRT-LLM load and what `hf upload` takes: the
+# model card with the table above is in its `README.md`. `verify` reads every tensor back; with
 # `--source MODEL` it compares every code with the source too.
 #
 # ## Where to go from here

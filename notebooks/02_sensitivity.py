@@ -14,18 +14,18 @@
 # # Sensitivity: what is fragile, and why
 #
 # Before it mixes formats, a search *probes*: each layer group in each choice alone, everything else
-# in BF16, and the KL of the model's output from BF16. This notebook reads those probes of the bundled
-# model and asks four questions that decide whether to trust what a search makes of them:
+# in BF16, and the KL of the model's output from BF16. This notebook reads those probes of the
+# bundled model and asks four questions that decide whether to trust what a search makes of them:
 #
 # 1. Which groups are fragile, and fragile *for what they cost*?
 # 2. Is it the weights or the activations?
 # 3. Do the NVFP4 scale rules differ by more than noise?
 # 4. Do the sensitivities of single groups say anything about a whole mix?
 #
-# **Settings are small here**: 2,048 tokens a probe in 16 sequences, against 16,384 in 64 by default.
-# That is enough for what follows because the groups differ by factors, not by percents; where it is
-# not enough the intervals say so. Error bars are one standard error over sequences (tokens of one
-# sequence are not independent).
+# **Settings are small here**: 2,048 tokens a probe in 16 sequences, against 16,384 in 64 by
+# default. That is enough for what follows because the groups differ by factors, not by percents;
+# where it is not enough the intervals say so. Error bars are one standard error over sequences
+# (tokens of one sequence are not independent).
 
 # %%
 # %matplotlib inline
@@ -51,6 +51,7 @@ runs = {
     mode: autoquant.search(
         budget_bpe=5.0,
         activation_mode=mode,
+        probe="exact",
         trials=0,
         calibration_tokens=2_048,
         search_tokens=2_048,
@@ -101,15 +102,16 @@ axes[0].legend(frameon=False, title="o NVFP4, x FP8")
 figure.tight_layout()
 
 # %% [markdown]
-# Left: KL falls by an order of magnitude from the first layer to the last, in *both* formats and
-# every role. So it is mostly the position that makes a group fragile: what is wrong after layer 0
-# goes through five more layers and through every later choice of experts, what is wrong in layer 5
-# goes straight to the output. Between the formats lies a factor that varies less (next table).
+# Left: from the first layer to the last the KL of attention falls by an order of magnitude in
+# *both* formats; that of experts falls too, less in NVFP4. So position makes a group fragile before
+# its role does: what is wrong after layer 0 goes through five more layers and through every later
+# choice of experts, what is wrong in layer 5 goes straight to the output. Between the formats lies
+# a factor of three to eight for attention (next table).
 #
-# Right: the same per million weights, and the order of the roles turns over. Experts hurt most in
-# total because they are 89 % of the weights; weight for weight attention is ten times as sensitive.
-# A budget is spent by the weight, so this is the picture that predicts who is upgraded: attention
-# of the first layers.
+# Right: the same per million weights, and the roles come apart. In the last layers experts hurt as
+# much as attention or more, but they are 89 % of the weights: weight for weight attention is five
+# to forty times as sensitive. A budget is spent by the weight, so this is the picture that predicts
+# who is upgraded: attention of the first layers.
 
 # %%
 table["nvfp4 / fp8"] = table["nvfp4"] / table["fp8"]
@@ -121,7 +123,9 @@ extra = pd.Series(
 )
 table["gain per extra kB"] = (table["nvfp4"] - table["fp8"]) / (extra / 1000)
 table["chosen"] = groups["choice"]
-table.sort_values("gain per extra kB", ascending=False).drop(columns=["nvfp4_se", "fp8_se"]).head(10)
+table.sort_values("gain per extra kB", ascending=False).drop(columns=["nvfp4_se", "fp8_se"]).head(
+    10
+)
 
 # %% [markdown]
 # The column `gain per extra kB` is what the knapsack solver trades: nats per token that FP8 instead
@@ -164,11 +168,13 @@ axis.axhline(0.5, color="grey", lw=0.8, ls=":")
 figure.tight_layout()
 
 # %% [markdown]
-# Half is what two equally large, independent errors would give. A group far above it suffers from
-# its inputs: there a better scale rule for the weight cannot help much and FP8 is the remedy (or a
-# server that keeps inputs in BF16, which is what a report with `--activation-mode w4a16` shows). A
-# group far below it suffers from its weights: there the scale rules of the next section are worth
-# trying. The bars treat the two modes as independent; they share their tokens, so they are too long.
+# Half is what two equally large, independent errors would give, and most groups are near it: inputs
+# add 54 to 61 % on average over a role, with about a tenth of error a group. A group far above
+# suffers from its inputs: there a better scale rule for the weight cannot help much and FP8 is the
+# remedy (or a server that keeps inputs in BF16, which is what a report with `--activation-mode
+# w4a16` shows). A group far below it suffers from its weights: there the scale rules of the next
+# section are worth trying. The bars treat the two modes as independent; they share their tokens, so
+# they are too long.
 #
 # ## 3. Do the scale rules differ by more than noise?
 #
@@ -224,10 +230,11 @@ for rule in ("mse", "four_over_six"):
 pd.DataFrame(verdicts).T
 
 # %% [markdown]
-# Over all groups both rules beat `max` by several percent for no bits at all; for a single group the
-# difference mostly stays within its interval on this few tokens. What follows: let the search choose
-# per group (it does), do not read much into *which* of the two better rules one group got, and do not
-# expect the joint KL to fall by more than the mean difference.
+# On average over the groups `mse` beats `max` by some 4 % for no bits at all, `four_over_six` is
+# level with it, and for most single groups neither difference leaves its interval on this few
+# tokens. What follows: let the search choose per group (it does, and checks the chosen rules
+# jointly), do not read much into *which* rule one group got, and do not expect the joint KL to fall
+# by more than the mean difference.
 #
 # ## 4. From groups to a mix
 #
@@ -245,11 +252,11 @@ trials[["stage", "name", "bpe", "predicted_kl", "kl", "stderr", "measured / sum"
 )
 
 # %% [markdown]
-# The sum is not the KL of the mix: measured mixes stay well below it, the more so the cleaner the
-# mix. What a solver needs is weaker, that the *order* is right, and between mixes of quite different
-# sums it is. Between mixes whose sums are within a few percent (the runners-up of a search) it is
-# not, and that is why a search measures those jointly and confirms the finalists on fresh tokens
-# instead of returning the solver's first answer unseen.
+# The sum is not the KL of the mix: measured mixes are at 0.4 to 0.8 of it, near 0.64 where most of
+# the weights are NVFP4. What a solver needs is weaker, that the *order* is right, and between mixes
+# of quite different sums it is. Between mixes whose sums are within a few percent (the runners-up
+# of a search) it is not, and that is why a search measures those jointly and confirms the finalists
+# on fresh tokens instead of returning the solver's first answer unseen.
 #
 # ## How many tokens?
 
@@ -261,10 +268,12 @@ print(f"tokens for 5 % of each probe: median {needed.median():,.0f}, largest {ne
 ranks = kl["nvfp4/mse"].sort_values(ascending=False)
 gaps = ranks.diff(-1).dropna()
 noise = (stderr["nvfp4/mse"][ranks.index] ** 2).rolling(2).sum().shift(-1).dropna() ** 0.5
-print(f"neighbours in the ranking told apart at two s.e.: {(gaps > 2 * noise).sum()} of {len(gaps)}")
+print(
+    f"neighbours in the ranking told apart at two s.e.: {(gaps > 2 * noise).sum()} of {len(gaps)}"
+)
 
 # %% [markdown]
 # Neighbours in the ranking mostly cannot be told apart (unpaired), the top from the bottom easily.
-# That is what a search needs of its probes: an upgrade given to the third instead of the fourth most
-# sensitive group costs next to nothing, precisely because they are alike. Spend tokens on the
+# That is what a search needs of its probes: an upgrade given to the third instead of the fourth
+# most sensitive group costs next to nothing, precisely because they are alike. Spend tokens on the
 # `report` split first.

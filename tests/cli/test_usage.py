@@ -2,14 +2,14 @@
 
 import pytest
 
-COMMANDS = "search, plan, score, export, verify, report, compare, spaces, env"
+from autoquant.cli import MODULES
 
 
 @pytest.mark.parametrize(
     ("line", "message", "fix"),
     [
         ("serach", "No such command 'serach'.", "write `autoquant search`."),
-        ("zzz", "No such command 'zzz'.", f"commands are: {COMMANDS}."),
+        ("zzz", "No such command 'zzz'.", f"commands are: {', '.join(MODULES)}."),
         ("spaces lst", "No such command 'lst'.", "write `autoquant spaces list`."),
         ("--debgu env", "No such option '--debgu'.", "write --debug."),
         ("plan --buget-bpe 5", "No such option '--buget-bpe'.", "write --budget-bpe."),
@@ -17,8 +17,8 @@ COMMANDS = "search, plan, score, export, verify, report, compare, spaces, env"
         (
             "search",
             "Missing option '--budget-bpe'.",
-            "write `--budget-bpe BITS`: most stored bits per element of the source model, scales "
-            "included.",
+            "write `--budget-bpe BITS[,BITS...]`: most stored bits per element of the source model, "
+            "scales included; several share one set of probes.",
         ),
         (
             "verify",

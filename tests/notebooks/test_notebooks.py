@@ -1,0 +1,63 @@
+"""Notebooks run from nothing, and what is shown of them is their text."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+LARGEST = 300_000
+"""Bytes of a notebook with its outputs."""
+
+jupytext = pytest.importorskip("jupytext", reason="jupytext: the extra `test` brings it")
+nbformat = pytest.importorskip("nbformat", reason="nbformat: the extra `test` brings it")
+
+
+def _runner() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("execute_notebooks", FOLDER / "execute.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+RUNNER = _runner()
+SOURCES = RUNNER.sources()
+
+
+@pytest.fixture(params=SOURCES, ids=[source.stem for source in SOURCES])
+def source(request) -> Path:
+    return request.param
+
+
+def kinds(notebook) -> list[list[str]]:
+    """What each code cell shows: text, tables or pictures, in order."""
+    return [
+        sorted({kind for output in cell.outputs for kind in output.get("data", {})})
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+
+
+def test_the_outputs_belong_to_the_text(source):
+    shown = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    text = jupytext.read(source)
+    assert [(c.cell_type, c.source) for c in shown.cells] == [
+        (c.cell_type, c.source) for c in text.cells
+    ]
+    for cell in shown.cells:
+        if cell.cell_type == "code":
+            assert cell.execution_count
+            assert not [o for o in cell.outputs if o.get("name") == "stderr"]
+
+
+def test_a_notebook_with_its_outputs_is_small(source):
+    assert source.with_suffix(".ipynb").stat().st_size < LARGEST
+
+
+@pytest.mark.slow
+def test_a_notebook_runs_from_nothing_and_shows_the_same_kinds(source, tmp_path):
+    ran = RUNNER.execute(source, tmp_path)
+    assert kinds(ran) == kinds(nbformat.read(source.with_suffix(".ipynb"), as_version=4))
