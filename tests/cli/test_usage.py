@@ -17,8 +17,8 @@ from autoquant.cli import MODULES
         (
             "search",
             "Missing option '--budget-bpe'.",
-            "write `--budget-bpe BITS[,BITS...]`: most stored bits per element of the source model, "
-            "scales included; several share one set of probes.",
+            "write `--budget-bpe BITS[,BITS...]`: most stored bits per element of the source "
+            "model, scales included; several share one set of probes.",
         ),
         (
             "verify",
