@@ -1,6 +1,7 @@
 """Instruction data: conversations as the model's own chat template writes them."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -22,6 +23,9 @@ SYSTEM_PROMPTS = (
     "Answer in JSON with the keys `answer` and `confidence`.",
     "Follow the user's instructions exactly, and refuse what would do harm.",
 )
+
+SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which templates of reasoning models are switched on and off."""
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _QUESTIONS = ("prompt", "question", "instruction", "query")
@@ -74,23 +78,42 @@ class Conversation:
         """The text that a model with this tokenizer is served for the conversation.
 
         Half of the conversations without a system prompt are given one of `SYSTEM_PROMPTS`, since
-        served models see one. Which, is decided by the conversation's content, so that runs with
-        other seeds see the same text. Where the template refuses a system prompt or the roles,
-        the turns go without; without any template they are plain text.
+        served models see one. A tokenizer with several templates uses one of them, and thinking is
+        on for half of the conversations where a template has a switch for it. All is drawn by the
+        conversation's content, so that runs with other seeds see the same text. Where a template
+        refuses a system prompt or the roles, the turns go without; without any template that takes
+        them they are plain text.
         """
         if not getattr(tokenizer, "chat_template", None):
             return self.text
+        template = self._template(tokenizer)
         prompted = self._with_system_prompt()
         for turns in dict.fromkeys((prompted, self.turns)):
-            rendered = _rendered(tokenizer, turns)
-            if rendered is not None:
-                return rendered
+            for options in (template, {}):
+                rendered = _rendered(tokenizer, turns, options)
+                if rendered is not None:
+                    return rendered
         return self.text
+
+    def _draw(self, number: int) -> int:
+        """A number of 64 bits that the content decides, another one for each `number` below 4."""
+        digest = hashlib.sha256(self.text.encode()).digest()
+        return int.from_bytes(digest[8 * number : 8 * number + 8], "big")
+
+    def _template(self, tokenizer: ChatTokenizer) -> dict[str, Any]:
+        """Which template of the tokenizer is used, and how it is switched."""
+        templates, options = tokenizer.chat_template, {}
+        if isinstance(templates, dict):
+            names = sorted(templates)
+            options["chat_template"] = names[self._draw(1) % len(names)]
+            templates = templates[options["chat_template"]]
+        is_on = self._draw(2) % 2 == 0
+        return options | {name: is_on for name in SWITCHES if _mentions(templates, name)}
 
     def _with_system_prompt(self) -> tuple[tuple[str, str], ...]:
         if self.turns[0][0] == "system":
             return self.turns
-        draw = int.from_bytes(hashlib.sha256(self.text.encode()).digest()[:8], "big")
+        draw = self._draw(0)
         if draw / 2**64 >= SYSTEM_SHARE:
             return self.turns
         return (("system", SYSTEM_PROMPTS[draw % len(SYSTEM_PROMPTS)]), *self.turns)
@@ -110,12 +133,18 @@ def content_text(content: Any) -> str:
     return "\n".join(text for text in texts if isinstance(text, str))
 
 
-def _rendered(tokenizer: ChatTokenizer, turns: Sequence[tuple[str, str]]) -> str | None:
+def _mentions(template: Any, name: str) -> bool:
+    return isinstance(template, str) and re.search(rf"\b{name}\b", template) is not None
+
+
+def _rendered(
+    tokenizer: ChatTokenizer, turns: Sequence[tuple[str, str]], options: Mapping[str, Any]
+) -> str | None:
     from jinja2 import TemplateError
 
     messages = [{"role": role, "content": text} for role, text in turns]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except (TemplateError, ValueError):
         return None
 

@@ -121,6 +121,25 @@ def test_without_a_template_that_takes_it_a_conversation_is_plain_text(folder, t
     assert CONVERSATION.render(tokenizer_with(folder, template)) == "why\nbecause"
 
 
+@pytest.mark.parametrize("switch", ["enable_thinking", "thinking"])
+def test_thinking_is_on_for_half_of_the_conversations(folder, switch):
+    tokenizer = tokenizer_with(folder, f"{{{{ {switch} }}}}|" + TEMPLATE)
+    found = [conversation.render(tokenizer).split("|")[0] for conversation in conversations(200)]
+    assert set(found) == {"True", "False"}
+    assert 70 < found.count("True") < 130
+
+
+def test_one_of_several_templates_is_drawn_and_one_that_fails_is_not_used(folder):
+    named = {"default": TEMPLATE, "tool_use": f"<tools>{TEMPLATE}"}
+    tokenizer = tokenizer_with(folder, named)
+    for conversation in conversations(20):
+        assert conversation.render(tokenizer) == conversation.render(tokenizer)
+    starts = [c.render(tokenizer).startswith("<tools>") for c in conversations(200)]
+    assert 70 < sum(starts) < 130
+    named["tool_use"] = "{{ raise_exception('no tools') }}"
+    assert all(c.render(tokenizer).startswith("<s>[") for c in conversations(50))
+
+
 def test_splits_hold_rendered_conversations_and_sides_do_not_depend_on_the_seed(folder, tmp_path):
     file = tmp_path / "chat.jsonl"
     records = [
