@@ -197,7 +197,7 @@ def search(
     trust_remote_code: bool = False,
     mlflow: bool = True,
     mlflow_experiment: str = "autoquant",
-    mlflow_trials: Literal["all", "best", "none"] = "best",
+    mlflow_trials: Literal["all", "best", "none"] = "all",
     out: Path | str | None = None,
     resume: bool = True,
     export: bool = True,

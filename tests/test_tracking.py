@@ -2,6 +2,8 @@
 
 import shutil
 import sqlite3
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +16,8 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
+from autoquant.assignment import Assignment
+from autoquant.formats import Choice
 from autoquant.rundir import RunDirectory
 from autoquant.tracking import ChildRuns, Tracker, TrialRecord, track
 
@@ -61,6 +65,12 @@ def runs(tmp_path: Path, empty_store: Path) -> Path:
     return folder
 
 
+def mix(number: int) -> Assignment:
+    """`number` groups in NVFP4, one in FP8, two in BF16."""
+    kinds = ["nvfp4/max"] * number + ["fp8", "bf16", "bf16"]
+    return Assignment.of({f"g{i}": Choice.parse(kind) for i, kind in enumerate(kinds)})
+
+
 class Search:
     """A search of a few trials, as the driver records it."""
 
@@ -93,7 +103,6 @@ class Search:
             before(tracker)
             run.write_json("groups.json", {"groups": []})
             for number, kl in enumerate(kls):
-                counts = {"nvfp4": number, "fp8": 1, "bf16": 2}
                 tracker.trial(
                     TrialRecord(
                         number=number,
@@ -102,11 +111,17 @@ class Search:
                         bpe=4.9,
                         fits=number not in over_budget,
                         seconds=2.0,
-                        counts=counts,
-                        digest="ab",
+                        assignment=mix(number),
                     )
                 )
             after(tracker)
+
+    def wait_for_a_warning(self) -> None:
+        """Return once what a thread sends has failed."""
+        deadline = time.monotonic() + 60
+        while not self.warnings:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 @pytest.fixture
@@ -275,10 +290,17 @@ def test_trials_get_child_runs_as_asked(runs, search, child_runs, numbers):
         child = children[f"trial-{number:04d}"]
         assert child.info.status == "FINISHED"
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-        assert child.data.tags["autoquant.assignment"] == "ab"
-        assert child.data.params["groups.nvfp4"] == str(number)
-        assert child.data.params["origin"] == "solver: optimum"
+        assert child.data.tags["autoquant.assignment"] == mix(number).digest
+        assert child.data.params == {
+            "groups.nvfp4": str(number),
+            "groups.fp8": "1",
+            "groups.bf16": "2",
+            "origin": "solver: optimum",
+            "fits": "True",
+        }
         assert child.data.metrics == {"kl": KLS[number], "bpe": 4.9, "seconds": 2.0}
+        stored = client(runs).download_artifacts(child.info.run_id, "assignment.json")
+        assert Assignment.read(Path(stored)) == mix(number)
 
 
 def test_a_baseline_over_the_budget_is_recorded_but_never_the_best(runs, search):
@@ -355,6 +377,7 @@ def test_a_store_that_comes_back_has_everything_in_the_end(runs, search, monkeyp
         monkeypatch.setattr(MlflowClient, "log_batch", refuse)
 
     def mend(tracker: Tracker) -> None:
+        search.wait_for_a_warning()
         monkeypatch.undo()
 
     search(before=cut, after=mend)
@@ -380,6 +403,25 @@ def test_a_store_that_stays_away_costs_one_warning_and_no_trial(runs, search, mo
         "5 records of this search are not in MLflow; the same command sends them.",
     ]
     assert len(calls) == 4, "when it failed and a few times at the end, not at every trial"
+
+
+def test_no_trial_waits_for_a_store_that_is_slow(runs, search, monkeypatch):
+    answers = threading.Event()
+    log = MlflowClient.log_batch
+
+    def wait(*arguments: Any, **settings: Any) -> Any:
+        assert answers.wait(60)
+        return log(*arguments, **settings)
+
+    def answer(tracker: Tracker) -> None:
+        assert not answers.is_set(), "every trial is over"
+        answers.set()
+
+    search(
+        before=lambda tracker: monkeypatch.setattr(MlflowClient, "log_batch", wait), after=answer
+    )
+    assert search.warnings == []
+    assert history(runs, "kl") == list(enumerate(KLS))
 
 
 def test_one_record_that_a_store_refuses_does_not_keep_the_others(runs, search, monkeypatch):
@@ -431,10 +473,12 @@ def _impatient() -> Iterator[None]:
 @pytest.mark.usefixtures("_impatient")
 def test_a_store_locked_in_the_middle_has_everything_in_the_end(runs, search):
     with closing(sqlite3.connect(runs / "mlflow.db")) as other:
-        search(
-            before=lambda tracker: other.execute("BEGIN EXCLUSIVE"),
-            after=lambda tracker: other.rollback(),
-        )
+
+        def release(tracker: Tracker) -> None:
+            search.wait_for_a_warning()
+            other.rollback()
+
+        search(before=lambda tracker: other.execute("BEGIN EXCLUSIVE"), after=release)
     (warning,) = search.warnings
     assert warning.startswith("recording in MLflow failed, the search goes on: ")
     assert "locked" in warning

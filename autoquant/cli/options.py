@@ -346,8 +346,8 @@ def tracking_options() -> Decorator:
             "--mlflow-trials",
             heading="Tracking",
             type=click.Choice(["all", "best", "none"]),
-            default="best",
-            help="Trials that get a child run of their own.",
+            default="all",
+            help="Trials that get a child run of their own: each one, or only those that improve.",
         ),
     )
 

@@ -422,8 +422,7 @@ def _record(trial: Trial) -> TrialRecord:
         bpe=trial.bpe,
         fits=trial.fits,
         seconds=trial.seconds,
-        counts=trial.assignment.counts(),
-        digest=trial.assignment.digest,
+        assignment=trial.assignment,
     )
 
 

@@ -1,13 +1,16 @@
-"""A search into one MLflow run, call by call; no call raises."""
+"""A search into one MLflow run; no call raises, and none but the last waits for the store."""
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from autoquant.environment import redact
+from autoquant.files import to_json
 from autoquant.rundir import (
     ASSIGNMENT,
     CALIBRATION,
@@ -28,12 +31,16 @@ from autoquant.tracking.outcome import (
 from autoquant.tracking.tracker import ChildRuns, TrialRecord
 
 if TYPE_CHECKING:
+    from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
 ARTIFACTS = (
     *(CONFIG, GROUPS, CALIBRATION, SENSITIVITY, TRIALS),
     *(ASSIGNMENT, RESULT, TOKENS, REPORT),
 )
+
+TRIAL_ASSIGNMENT = "assignment.json"
+"""What `autoquant score` and `autoquant export` take as --assignment; of each child run."""
 
 _DIGEST = 36
 """Characters that MLflow keeps of a data set's digest."""
@@ -43,7 +50,11 @@ _MOST_FAILURES = 2
 
 
 class Recorder:
-    """Records into one MLflow run; `autoquant.tracking.track` opens and closes it."""
+    """Records into one MLflow run; `autoquant.tracking.track` opens and closes it.
+
+    A thread sends what the calls hand over: a commit waits for the disk, and a server for the
+    network, several times a trial.
+    """
 
     def __init__(
         self,
@@ -65,13 +76,17 @@ class Recorder:
         self._datasets: set[str] = set()
         self._best_kl = math.inf
         self._unsent: deque[Callable[[], None]] = deque()
+        """Touched by the thread alone while it lives."""
         self._has_failed = False
+        self._given: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._sender = threading.Thread(target=self._send_given, name="mlflow", daemon=True)
+        self._sender.start()
 
     def dataset(self, name: str, *, digest: str, context: str, tokens: int) -> None:
         """Record the tokens of one split as a data set input of the run."""
         if context not in self._datasets:
             self._datasets.add(context)
-            self._send(lambda: self._log_dataset(name, digest, context, tokens))
+            self._given.put(lambda: self._log_dataset(name, digest, context, tokens))
 
     def trial(self, record: TrialRecord) -> None:
         """Record the trial's metrics at its number, and its child run.
@@ -90,9 +105,9 @@ class Recorder:
             "bpe": record.bpe,
             "seconds": record.seconds,
         }
-        self._send(lambda: self._log_metrics(self._run_id, metrics, record.number))
+        self._given.put(lambda: self._log_metrics(metrics, record.number))
         if self._child_runs == "all" or (self._child_runs == "best" and is_best):
-            self._send(lambda: self._log_child(record))
+            self._given.put(lambda: self._log_child(record))
 
     def result(self, result: Mapping[str, Any]) -> None:
         """Record the figures of the result, its description, and its checkpoint without weights."""
@@ -100,22 +115,24 @@ class Recorder:
         for context, split in result["tokens"].items():
             self.dataset(text, digest=split["digest"], context=context, tokens=split["tokens"])
         recipes, note = recipe_figures(result), description(result)
-        self._send(lambda: self._log_metrics(self._run_id, recipes, step=0))
-        self._send(lambda: self._log_description(note))
+        self._given.put(lambda: self._log_metrics(recipes, step=0))
+        self._given.put(lambda: self._log_description(note))
         if "checkpoint" not in result:
             winner = winner_figures(result)
-            self._send(lambda: self._log_metrics(self._run_id, winner, step=0))
+            self._given.put(lambda: self._log_metrics(winner, step=0))
             return
         report = text, result["tokens"]["report"]["digest"][:_DIGEST]
         name = self._folder.resolve().name
-        self._send(
+        self._given.put(
             lambda: log_checkpoint(
                 self._client, self._experiment_id, self._run_id, result, report, name
             )
         )
 
     def close(self, status: str) -> None:
-        """Record the run directory's files and end the run with an MLflow status."""
+        """Send what is left and the run directory's files, and end the run with a status."""
+        self._given.put(None)
+        self._sender.join()
         for name in ARTIFACTS:
             if (self._folder / name).exists():
                 self._unsent.append(lambda name=name: self._log_file(name))  # type: ignore[misc]
@@ -126,11 +143,11 @@ class Recorder:
                 f"{left} records of this search are not in MLflow; the same command sends them."
             )
 
-    def _send(self, action: Callable[[], None]) -> None:
-        self._unsent.append(action)
-        while self._unsent and not self._has_failed:
-            if self._succeeds(self._unsent[0]):
-                self._unsent.popleft()
+    def _send_given(self) -> None:
+        """Send in order until the store fails; from then on keep."""
+        while (action := self._given.get()) is not None:
+            if self._has_failed or not self._succeeds(action):
+                self._unsent.append(action)
 
     def _send_the_rest(self) -> int:
         """Send each record that is left, whatever became of those before it; how many remain."""
@@ -151,18 +168,8 @@ class Recorder:
             return False
         return True
 
-    def _log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self._client.log_batch(
-            run_id,
-            metrics=[
-                Metric(name, value, now, step)
-                for name, value in metrics.items()
-                if math.isfinite(value)
-            ],
-        )
+    def _log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self._client.log_batch(self._run_id, metrics=_metrics(metrics, step))
 
     def _log_description(self, text: str) -> None:
         self._client.set_tag(self._run_id, "mlflow.note.content", text)
@@ -170,14 +177,16 @@ class Recorder:
     def _log_child(self, record: TrialRecord) -> None:
         from mlflow.entities import Param
 
-        tags = {"mlflow.parentRunId": self._run_id, "autoquant.assignment": record.digest}
+        assignment = record.assignment
+        tags = {"mlflow.parentRunId": self._run_id, "autoquant.assignment": assignment.digest}
         name = f"trial-{record.number:04d}"
         run_id = self._client.create_run(self._experiment_id, tags=tags, run_name=name).info.run_id
-        params = [Param(f"groups.{name}", str(count)) for name, count in record.counts.items()]
+        counts = assignment.counts()
+        params = [Param(f"groups.{name}", str(count)) for name, count in counts.items()]
         params += [Param("origin", record.origin), Param("fits", str(record.fits))]
-        self._client.log_batch(run_id, params=params)
         metrics = {"kl": record.kl, "bpe": record.bpe, "seconds": record.seconds}
-        self._log_metrics(run_id, metrics, step=0)
+        self._client.log_batch(run_id, params=params, metrics=_metrics(metrics, step=0))
+        self._client.log_text(run_id, to_json(assignment.to_dict(), indent=2), TRIAL_ASSIGNMENT)
         self._client.set_terminated(run_id, "FINISHED")
 
     def _log_dataset(self, name: str, digest: str, context: str, tokens: int) -> None:
@@ -190,6 +199,13 @@ class Recorder:
 
     def _log_file(self, name: str) -> None:
         self._client.log_artifact(self._run_id, str(self._folder / name))
+
+
+def _metrics(values: Mapping[str, float], step: int) -> "list[Metric]":
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    return [Metric(name, v, now, step) for name, v in values.items() if math.isfinite(v)]
 
 
 def one_line(error: Exception) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from autoquant.assignment import Assignment
+
 ChildRuns = Literal["all", "best", "none"]
 
 
@@ -20,10 +22,7 @@ class TrialRecord:
     fits: bool
     """Whether it is within the budget; baselines need not be."""
     seconds: float
-    counts: Mapping[str, int]
-    """Layer groups per format."""
-    digest: str
-    """Of the assignment."""
+    assignment: Assignment
 
 
 class Tracker(Protocol):

@@ -66,7 +66,7 @@ def test_defaults():
         "token": [],
         "mlflow": True,
         "mlflow_experiment": "autoquant",
-        "mlflow_trials": "best",
+        "mlflow_trials": "all",
     }
 
 

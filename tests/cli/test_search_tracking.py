@@ -1,6 +1,7 @@
 """A tracking server that dies in the middle of a search."""
 
 import json
+import time
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -26,6 +27,17 @@ def test_a_search_outlives_its_tracking_server_and_is_recorded_later(
     store = tmp_path / "store"
     store.mkdir()
     measured = Terminal.trial
+    client = MlflowClient(tracking_uri=f"sqlite:///{store / 'mlflow.db'}")
+
+    def recorded() -> list[int]:
+        run_id = json.loads((tmp_path / "run" / "tracking.json").read_text())["run_id"]
+        return sorted(point.step for point in client.get_metric_history(run_id, "kl"))
+
+    def wait_for_three_trials() -> None:
+        deadline = time.monotonic() + 60
+        while recorded() != [0, 1, 2]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
     def search(out, *flags):
         return autoquant(
@@ -38,6 +50,7 @@ def test_a_search_outlives_its_tracking_server_and_is_recorded_later(
         def die(terminal, trial, best):
             measured(terminal, trial, best)
             if trial.number == 2:
+                wait_for_three_trials()
                 server.stop()
 
         monkeypatch.setattr(Terminal, "trial", die)
@@ -53,13 +66,11 @@ def test_a_search_outlives_its_tracking_server_and_is_recorded_later(
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store / 'mlflow.db'}")
     run_id = json.loads((tmp_path / "run" / "tracking.json").read_text())["run_id"]
-    client = MlflowClient()
     assert client.get_run(run_id).info.status == "RUNNING"
-    assert [point.step for point in client.get_metric_history(run_id, "kl")] == [0, 1, 2]
+    assert recorded() == [0, 1, 2]
     assert search(tmp_path / "run").exit_code == 0
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["result/kl"] == found(tmp_path / "run")["kl"]["mean"]
     trials = (tmp_path / "run" / "trials.jsonl").read_text().splitlines()
-    steps = [point.step for point in client.get_metric_history(run_id, "kl")]
-    assert sorted(steps) == list(range(len(trials)))
+    assert recorded() == list(range(len(trials)))
