@@ -59,7 +59,7 @@ class Run:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """What the search has not come to, in words; empty for a finished one."""
+        """What the search has not come to and what another version wrote, in words."""
         return self._record.missing
 
     @property
@@ -165,7 +165,7 @@ def load_run(path: Path | str) -> Run:
 
     Raises:
         ConfigError: the folder is no run directory.
-        SourceError: a file in it is damaged or of another schema version.
+        SourceError: a file in it is damaged.
     """
     return Run(RunRecord.read(Path(path)))
 

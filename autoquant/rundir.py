@@ -40,10 +40,26 @@ TRACKING = "tracking.json"
 
 SECONDS = "seconds.json"
 
-_IDENTITY = "run.json"
+IDENTITY = "run.json"
 _LOCK = ".lock"
-_PRELIMINARY = frozenset({_IDENTITY, _LOCK, CONFIG, GROUPS, SPLITS, SECONDS, TRACKING})
+_PRELIMINARY = frozenset({IDENTITY, _LOCK, CONFIG, GROUPS, SPLITS, SECONDS, TRACKING})
 """What a search writes before it measures anything."""
+
+
+class OtherSchema(SourceError):
+    """A file of a run directory that another version of AutoQuant wrote.
+
+    Args:
+        origin: the file, or a line of it.
+        version: the schema version found.
+    """
+
+    def __init__(self, origin: str, version: object) -> None:
+        super().__init__(
+            f"{origin} has schema_version {version!r}, this version reads {SCHEMA_VERSION}.",
+            fix="use the version of AutoQuant that wrote it, or start anew with --fresh.",
+        )
+        self.version = version
 
 
 class Status(StrEnum):
@@ -177,7 +193,7 @@ class RunDirectory:
 
     def _record(self, status: Status) -> None:
         self._identity["status"] = str(status)
-        self.write_json(_IDENTITY, self._identity)
+        self.write_json(IDENTITY, self._identity)
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any] | None:
@@ -238,12 +254,12 @@ def read_identity(path: Path) -> dict[str, Any] | None:
     Raises:
         SourceError: the identity is damaged or of another schema version.
     """
-    identity = read_json(path, _IDENTITY)
+    identity = read_json(path, IDENTITY)
     if identity is None:
         return None
     if not isinstance(identity.get("signature"), dict) or identity.get("status") not in set(Status):
         raise SourceError(
-            f"{path / _IDENTITY} is damaged: it names no signature or no status.",
+            f"{path / IDENTITY} is damaged: it names no signature or no status.",
             fix="restore the file, or give another --out.",
         )
     return identity
@@ -257,7 +273,7 @@ def _set_aside(path: Path, lock: FileLock) -> FileLock:
 
 
 def _refuse_foreign(path: Path) -> None:
-    if not path.is_dir() or (path / _IDENTITY).exists():
+    if not path.is_dir() or (path / IDENTITY).exists():
         return
     foreign = sorted(entry.name for entry in path.iterdir() if entry.name != _LOCK)
     if foreign:
@@ -303,10 +319,7 @@ def _parse(text: str | bytes, origin: str) -> dict[str, Any]:
         )
     version = data.pop("schema_version", None)
     if version != SCHEMA_VERSION:
-        raise SourceError(
-            f"{origin} has schema_version {version!r}, this version reads {SCHEMA_VERSION}.",
-            fix="use the version of AutoQuant that wrote it, or start anew with --fresh.",
-        )
+        raise OtherSchema(origin, version)
     return data
 
 

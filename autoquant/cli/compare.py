@@ -63,9 +63,9 @@ def _print(rows: "list[RunRow]") -> None:
             (
                 row.run if row.status == "finished" else f"{row.run} ({row.status})",
                 Path(row.model).name,
-                f"{row.budget_bpe:g}",
-                row.activation_mode,
-                row.seed,
+                number(row.budget_bpe, 4),
+                row.activation_mode or "-",
+                "-" if row.seed is None else row.seed,
                 fixed(row.bpe, 3),
                 fixed(row.kl, 5),
                 number(row.stderr, 2),

@@ -20,14 +20,14 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRow:
-    """One run in the table; what an unfinished run does not know is None."""
+    """One run in the table; what an unfinished run or one of another version lacks is None."""
 
     run: str
     status: str
     model: str
-    budget_bpe: float
-    activation_mode: str
-    seed: int
+    budget_bpe: float | None
+    activation_mode: str | None
+    seed: int | None
     bpe: float | None
     kl: float | None
     """Mean on the report split, nats per token."""
@@ -66,10 +66,10 @@ def _row(record: RunRecord, label: str) -> RunRow:
     return RunRow(
         run=label,
         status=str(record.status),
-        model=(record.plan or {}).get("model") or signature["model"][:16],
-        budget_bpe=signature["budget_bpe"],
-        activation_mode=signature["activation_mode"],
-        seed=signature["seed"],
+        model=(record.plan or {}).get("model") or signature.get("model", "?")[:16],
+        budget_bpe=signature.get("budget_bpe"),
+        activation_mode=signature.get("activation_mode"),
+        seed=signature.get("seed"),
         bpe=result["bpe"]["checkpoint"] if result else None,
         kl=result["kl"]["mean"] if result else None,
         stderr=result["kl"]["stderr"] if result else None,
@@ -87,7 +87,7 @@ def caveats(records: Sequence[RunRecord]) -> list[str]:
     found = []
     finished = [record for record in records if record.result is not None]
     for what, values in (
-        ("models differ", {r.identity["signature"]["model"] for r in finished}),
+        ("models differ", {r.identity["signature"].get("model") for r in finished}),
         ("activation modes differ", {(r.result or {})["activation_mode"] for r in finished}),
         (
             "report tokens differ",
@@ -96,11 +96,12 @@ def caveats(records: Sequence[RunRecord]) -> list[str]:
     ):
         if len(values) > 1:
             found.append(f"{what}: KL compares only among runs that share them")
-    found += [
-        f"{label} is {record.status}: not confirmed on fresh tokens"
-        for record, label in zip(records, labels(records), strict=True)
-        if record.result is None
-    ]
+    for record, label in zip(records, labels(records), strict=True):
+        if record.other_schema:
+            files = ", ".join(record.other_schema)
+            found.append(f"{label} is of another version of AutoQuant, which wrote {files}")
+        elif record.result is None:
+            found.append(f"{label} is {record.status}: not confirmed on fresh tokens")
     return found
 
 
@@ -108,13 +109,13 @@ def plot_runs(records: Sequence[RunRecord]) -> "Figure":
     """Confirmed KL against BPE, a colour for each model and a mark for each run."""
     named = zip(records, labels(records), strict=True)
     finished = {label: record for record, label in named if record.result is not None}
-    models = list(dict.fromkeys(r.identity["signature"]["model"] for r in finished.values()))
+    models = list(dict.fromkeys(r.identity["signature"].get("model") for r in finished.values()))
     figure = new_figure(6.2, 3.6 + 0.1 * len(finished))
     axes = figure.subplots()
     for index, (label, record) in enumerate(finished.items()):
         result = record.result or {}
         stderr = result["kl"]["stderr"]
-        model = models.index(record.identity["signature"]["model"])
+        model = models.index(record.identity["signature"].get("model"))
         axes.errorbar(
             result["bpe"]["checkpoint"],
             result["kl"]["mean"],

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import autoquant
 from autoquant.errors import ConfigError
 from autoquant.files import write_atomic
 from autoquant.report import figures, maps, words
@@ -35,12 +36,14 @@ def write_report(record: RunRecord, out: Path | None = None) -> Path:
 
     Args:
         record: the run.
-        out: file; `report.html` in the run directory by default.
+        out: file; by default `report.html` in the run directory, or beside the one that another
+            version of AutoQuant wrote there.
 
     Raises:
         ConfigError: the file cannot be written.
     """
-    target = out if out is not None else record.path / REPORT
+    own = REPORT if not record.other_schema else f"report-{autoquant.__version__}.html"
+    target = out if out is not None else record.path / own
     text = render(record)
     with writing(target):
         write_atomic(target, text)

@@ -1,9 +1,11 @@
 """A run directory read back: every stage that is there, and the names of those that are not.
 
+A file that another version of AutoQuant wrote counts as one that is not there, and is named.
 Nothing here locks or writes, so a search that is still running can be looked at. KL is in nats per
 token, sizes are in bytes, BPE in bits per element.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +17,14 @@ from autoquant.rundir import (
     CALIBRATION,
     CONFIG,
     GROUPS,
+    IDENTITY,
     RESULT,
+    SCHEMA_VERSION,
     SENSITIVITY,
     SENSITIVITY_LOG,
     TOKENS,
     TRIALS,
+    OtherSchema,
     Status,
     read_identity,
     read_json,
@@ -95,7 +100,9 @@ class RunRecord:
     probes: tuple[ProbeRow, ...]
     trials: tuple[TrialRow, ...]
     missing: tuple[str, ...]
-    """What an unfinished search has not come to, in words."""
+    """What an unfinished search has not come to, in words, and the files of other versions."""
+    other_schema: tuple[str, ...]
+    """Files that another version of AutoQuant wrote, and so are not read."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -103,9 +110,10 @@ class RunRecord:
 
         Raises:
             ConfigError: the folder is no run directory.
-            SourceError: a file in it is damaged or of another schema version.
+            SourceError: a file in it is damaged.
         """
-        identity = read_identity(path) if path.is_dir() else None
+        files = _Files(path)
+        identity = files.identity() if path.is_dir() else None
         if identity is None:
             lack = "it has no run.json" if path.is_dir() else "there is no such folder"
             raise ConfigError(
@@ -113,7 +121,7 @@ class RunRecord:
                 fix="name the folder that `autoquant search` printed, such as runs/NAME.",
             )
         try:
-            return cls._of(path, identity)
+            return cls._of(files, identity)
         except (KeyError, TypeError, AttributeError) as error:
             raise SourceError(
                 f"{path} is damaged: a record in it lacks {error}.",
@@ -121,13 +129,13 @@ class RunRecord:
             ) from error
 
     @classmethod
-    def _of(cls, path: Path, identity: dict[str, Any]) -> Self:
-        result, plan = read_json(path, RESULT), read_json(path, GROUPS)
-        stored = read_json(path, SENSITIVITY)
-        log = [] if stored else read_records(path, SENSITIVITY_LOG)
+    def _of(cls, files: "_Files", identity: dict[str, Any]) -> Self:
+        result, plan = files.json(RESULT), files.json(GROUPS)
+        stored = files.json(SENSITIVITY)
+        log = [] if stored else files.records(SENSITIVITY_LOG)
         probes = _probes(stored["probes"]) if stored else _unfinished_probes(log)
-        records = read_records(path, TRIALS)
-        calibration, tokens = read_json(path, CALIBRATION), read_json(path, TOKENS)
+        records = files.records(TRIALS)
+        calibration, tokens = files.json(CALIBRATION), files.json(TOKENS)
         absent = {
             "the plan (groups.json)": plan is None,
             "calibration": calibration is None,
@@ -137,16 +145,20 @@ class RunRecord:
             "the KL of single tokens (tokens.json)": tokens is None,
         }
         return cls(
-            path=path,
+            path=files.path,
             identity=identity,
-            settings=_settings(path / CONFIG),
+            settings=_settings(files.path / CONFIG),
             result=result,
             plan=plan,
             calibration=calibration,
             tokens=tokens,
             probes=probes,
             trials=_trials(records, probes, (result or {}).get("predictions")),
-            missing=tuple(name for name, is_absent in absent.items() if is_absent),
+            missing=(
+                *(name for name, is_absent in absent.items() if is_absent),
+                *(f"{name}: {why}" for name, why in files.other_schema.items()),
+            ),
+            other_schema=tuple(files.other_schema),
         )
 
     @property
@@ -226,6 +238,53 @@ class RunRecord:
             row["seconds"] += trial.seconds
             row["best_kl"] = best
         return list(rows.values())
+
+
+class _Files:
+    """What a run directory holds in the schema of this version.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.other_schema: dict[str, str] = {}
+        """File to why it is not read."""
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        try:
+            return read_json(self.path, name)
+        except OtherSchema as error:
+            self._note(name, error)
+            return None
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        try:
+            return read_records(self.path, name)
+        except OtherSchema as error:
+            self._note(name, error)
+            return []
+
+    def identity(self) -> dict[str, Any] | None:
+        """As this version writes it; of another version's, what there is of that."""
+        try:
+            return read_identity(self.path)
+        except OtherSchema as error:
+            self._note(IDENTITY, error)
+        found = json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))
+        known = {"autoquant": "of another version", "created": "at an unknown time", **found}
+        if known.get("status") not in set(Status):
+            known["status"] = Status.INTERRUPTED
+        if not isinstance(known.get("signature"), dict):
+            known["signature"] = {}
+        return known
+
+    def _note(self, name: str, error: OtherSchema) -> None:
+        self.other_schema[name] = (
+            f"another version of AutoQuant wrote it, in schema {error.version}; this one reads "
+            f"{SCHEMA_VERSION}"
+        )
 
 
 def _settings(path: Path) -> dict[str, Any]:

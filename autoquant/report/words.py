@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autoquant.report.record import RunRecord
-from autoquant.rundir import Status
+from autoquant.rundir import IDENTITY, RESULT, Status
 
 
 def size(count: float) -> str:
@@ -105,6 +105,12 @@ def _against(mean: float, rival: dict[str, Any]) -> str:
 
 
 def _unfinished(record: RunRecord) -> str:
+    if RESULT in record.other_schema or IDENTITY in record.other_schema:
+        version = record.identity["autoquant"]
+        return (
+            f"This search was recorded by another version of AutoQuant ({version}), in files that "
+            f"this one reads in part."
+        )
     how = {
         Status.RUNNING: "is still running, or was killed",
         Status.INTERRUPTED: "was interrupted",

@@ -65,11 +65,18 @@ def test_one_folder_that_is_no_run_is_named_and_nothing_is_written(autoquant, fi
     assert not (tmp_path / "c.html").exists()
 
 
-def test_a_run_of_an_older_schema_is_refused(autoquant, finished, run):
+def test_a_run_of_an_older_schema_stands_there_with_what_is_read(
+    autoquant, finished, run, tmp_path
+):
     change(run / "result.json", schema_version=0)
-    done = autoquant("compare", finished, run)
-    assert done.exit_code == 4
-    assert "has schema_version 0" in done.stderr
+    change(run / "run.json", schema_version=0, signature="in one word")
+    done = autoquant("compare", finished, run, "--out", tmp_path / "c.html")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.splitlines()[2].split()[:4] == ["run", "model", "-", "-"]
+    assert (
+        "run is of another version of AutoQuant, which wrote run.json, result.json" in done.stderr
+    )
+    assert "another version" in (tmp_path / "c.html").read_text()
 
 
 def test_no_run_is_a_usage_error(autoquant):
