@@ -34,7 +34,8 @@ MIXED = "mixed-precision"
 _ORDER = (Format.FP8, Format.NVFP4)
 _FORMATS = {Format.FP8: "float-quantized", Format.NVFP4: "nvfp4-pack-quantized"}
 _ENGINES_PARTS = frozenset({"gate_proj", "up_proj", "down_proj"})
-"""Parts of an expert that SGLang looks up, whatever the checkpoint calls them."""
+"""Parts of an expert that SGLang looks up, whatever the checkpoint calls them, and vLLM too where
+an expert has no gate."""
 
 _FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 _NVFP4 = {
@@ -115,14 +116,22 @@ def _every_linear(names: list[str]) -> list[str]:
 
 
 def _targets(names: list[str]) -> list[str]:
-    """Every linear under all of its names, and experts as engines may look for them."""
+    """Every linear under all of its names, and experts as engines may look for them.
+
+    Engines spell a name as their own modules are called before they look it up, but no expression.
+    """
     targets: dict[str, None] = {}
+    parts: dict[str, set[str]] = {}
     for name in names:
         targets |= dict.fromkeys(spellings(name))
         expert = table.ROUTED_EXPERT.fullmatch(name)
-        if expert and expert["part"] not in _ENGINES_PARTS:
-            containers = "|".join(map(re.escape, spellings(expert["container"])))
-            targets[rf"{EXPRESSION}({containers})\.\d+\.\w+$"] = None
+        if expert:
+            parts.setdefault(expert["container"], set()).add(expert["part"])
+    for container in [c for c, own in parts.items() if own != _ENGINES_PARTS]:
+        other = re.sub(r"^backbone\.", "model.", container)
+        containers = dict.fromkeys((*spellings(container), *spellings(other)))
+        expression = "|".join(map(re.escape, containers))
+        targets[rf"{EXPRESSION}({expression})\.\d+\.\w+$"] = None
     return list(targets)
 
 

@@ -4,8 +4,8 @@
 
 Each row is a miniature that the architecture's own transformers class makes, saved as its
 publisher saves it. A cell is what a command did with it; none is filled in by hand. The vLLM cells
-need an interpreter with vLLM and a script that takes a checkpoint, lets vLLM load it, and prints
-`{"modules": {name: method}}`; without them they say so.
+need an interpreter with vLLM, and a script that takes a checkpoint, lets vLLM load it on a CPU, and
+prints `{"modules": {name: method}}`; without them they say so.
 """
 
 import argparse
@@ -43,11 +43,22 @@ COLUMNS = (
     "verify",
     *(f"vLLM {what} {layout}" for layout in LAYOUTS for what in ("map", "load")),
 )
-NOT_ON_A_CPU = {
-    "causal_conv1d_weight_pack": "vLLM has no convolution of linear attention for a CPU here",
-    "is_act_and_mul=False is supported only": "vLLM has experts without a gate on GPUs alone",
+ON_ANY_CPU = Path(__file__).with_name("vllm_on_any_cpu.py")
+
+TITLES = {
+    "llama": "Llama: dense",
+    "qwen3": "Qwen3: dense, tied embeddings",
+    "qwen3_moe": "Qwen3-MoE",
+    "qwen3_next": "Qwen3-Next: linear attention, MoE with a shared expert",
+    "mixtral": "Mixtral: MoE",
+    "minimax_m2": "MiniMax-M2: MoE",
+    "minimax_m3_vl": "MiniMax-M3: vision-language, sparse attention, MoE",
+    "deepseek_v3": "DeepSeek-V3: MLA, MoE, draft layer",
+    "glm4_moe": "GLM-4-MoE: draft layer",
+    "nemotron_h": "Nemotron-H: Mamba, attention, MoE",
+    "gpt_oss": "gpt-oss: MoE with joined experts",
+    "qwen3_vl_moe": "Qwen3-VL-MoE: vision-language, joined experts",
 }
-"""What vLLM says where the CPU, and not the checkpoint, is the reason."""
 
 
 @dataclass
@@ -84,7 +95,10 @@ class Vllm:
             RuntimeError: vLLM refused; its last words.
         """
         done = subprocess.run(
-            [self.python, self.script, checkpoint], capture_output=True, text=True, check=False
+            [self.python, ON_ANY_CPU, self.script, checkpoint],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if re.search(r"\w+Error\b", line)]
@@ -101,16 +115,20 @@ def journey(kind: str, folder: Path, vllm: Vllm | None) -> Row:
     row = Row(kind)
     own = Journey(save_published(kind, folder / "source"), folder, call)
     plan = row.run("plan", own.plan)
+    if plan is None:
+        return row
     result = row.run("search", lambda: own.search(plan))
     row.run("search", lambda: _require_same_kl(own, result))
-    assignment = own.mixed(plan)
-    for layout in LAYOUTS:
-        exported = row.run(f"export {layout}", partial(own.export, assignment, layout))
-        row.run("verify", partial(own.verify, exported))
-        if vllm is None:
-            row.cells |= {f"vLLM {what} {layout}": "not run" for what in ("map", "load")}
-        else:
-            _ask_vllm(row, layout, exported, own, assignment, vllm)
+    for number, assignment in enumerate(own.mixes(plan)):
+        for layout in LAYOUTS:
+            exported = row.run(
+                f"export {layout}", partial(own.export, assignment, layout, f"{layout}-{number}")
+            )
+            row.run("verify", partial(own.verify, exported))
+            if vllm is None:
+                row.cells |= {f"vLLM {what} {layout}": "not run" for what in ("map", "load")}
+            elif exported is not None:
+                _ask_vllm(row, layout, exported, own, assignment, vllm)
     return row
 
 
@@ -123,31 +141,31 @@ def _require_same_kl(own: Journey, result: Mapping[str, Any]) -> None:
 def _ask_vllm(
     row: Row, layout: str, exported: Path, own: Journey, assignment: Assignment, vllm: Vllm
 ) -> None:
-    loading, mapping = f"vLLM load {layout}", f"vLLM map {layout}"
-    try:
-        methods = vllm.methods(exported)
-    except RuntimeError as error:
-        reason = next((why for text, why in NOT_ON_A_CPU.items() if text in str(error)), None)
-        row.cells |= dict.fromkeys((mapping, loading), "fails" if reason is None else "n/a")
-        row.notes.append(f"{row.kind}, vLLM {layout}: {reason or _line(error)}")
-        return
-    row.cells[loading] = "ok"
-    row.run(mapping, lambda: _require_formats(methods, own, assignment))
+    methods = row.run(f"vLLM load {layout}", partial(vllm.methods, exported))
+    if methods is None:
+        row.cells[f"vLLM map {layout}"] = "fails"
+    else:
+        row.run(f"vLLM map {layout}", lambda: _require_formats(methods, own, assignment))
 
 
 def _require_formats(methods: Mapping[str, str], own: Journey, assignment: Assignment) -> None:
-    """Raise unless every group is in vLLM what the assignment says."""
+    """Raise unless every group is in vLLM what the assignment says, and all else in BF16."""
     found = {_place(name): _format(method) for name, method in methods.items()}
+    wanted = {}
     for group in find_groups(open_source(own.source)):
         for linear in group.linears:
-            name = experts_container(linear.name) or engine_name(linear.name)
-            wanted = str(assignment[group.name].format)
-            if found.get(_place(name)) != wanted:
-                raise RuntimeError(f"{name} is {found.get(_place(name))} and was to be {wanted}")
+            names = (experts_container(linear.name) or engine_name(linear.name), linear.name)
+            place = next((p for p in map(_place, names) if p in found), names[0])
+            wanted[place] = str(assignment[group.name].format)
+    for place in wanted.keys() | found.keys():
+        if found.get(place) != wanted.get(place, "bf16"):
+            raise RuntimeError(f"{place} is {found.get(place)} and was to be {wanted.get(place)}")
 
 
 def _place(name: str) -> str:
-    """A module's name from its layer on, as all spellings share it."""
+    """A module's name from its layer on, as all spellings share it; whole in a vision tower."""
+    if "vision" in name:
+        return name
     inner = name[name.find("layers.") :] if "layers." in name else name.rpartition(".")[2]
     for theirs, ours in (
         (".routed_experts", ""),
@@ -175,7 +193,9 @@ def table(rows: Iterable[Row]) -> str:
     notes: list[str] = []
     for row in rows:
         cells = " | ".join(row.cells.get(column, "") for column in COLUMNS)
-        lines.append(f"| {row.kind} | {cells} |")
+        title = TITLES[row.kind.removesuffix("-fp8")]
+        source = " (block FP8)" if row.kind.endswith("-fp8") else ""
+        lines.append(f"| {title}{source} | {cells} |")
         notes += row.notes
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
 

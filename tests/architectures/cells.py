@@ -14,6 +14,7 @@ from autoquant.assignment import Assignment
 from autoquant.formats import Choice
 
 LAYOUTS = ("modelopt", "compressed-tensors")
+EXPERTS = (("nvfp4/mse", "fp8"), ("bf16", "nvfp4/four_over_six"))
 TOKENS = (
     *("--calibration-tokens", 64, "--search-tokens", 64, "--report-tokens", 64),
     *("--sequence-length", 32, "--batch-tokens", 64),
@@ -62,20 +63,20 @@ class Journey:
             *(*self.tokens, "--trials", 0, "--no-mlflow", "--out", self.run),
         )
 
-    def mixed(self, plan: dict[str, Any]) -> Assignment:
-        """Formats in turn over the groups, so that each engine path is met."""
-        turn = itertools.cycle(("nvfp4/mse", "fp8", "bf16", "nvfp4/four_over_six", "fp8"))
-        chosen = {}
-        for group in plan["groups"]:
-            wish = next(turn)
-            chosen[group["name"]] = wish if wish in group["choices"] else "bf16"
-        return Assignment.of({name: Choice.parse(text) for name, text in chosen.items()})
+    def mixes(self, plan: dict[str, Any]) -> list[Assignment]:
+        """Formats in turn over the groups, so that each engine path is met.
 
-    def export(self, assignment: Assignment, layout: str) -> Path:
-        """The source under `assignment`, with the search's input ranges."""
+        Experts take theirs in a turn of their own: NVFP4 and FP8 in one mix, BF16 and NVFP4 in the
+        other. A model without experts has one mix.
+        """
+        has_experts = any(group["role"] == "experts" for group in plan["groups"])
+        return [_in_turn(plan["groups"], turn) for turn in EXPERTS[: 2 if has_experts else 1]]
+
+    def export(self, assignment: Assignment, layout: str, name: str | None = None) -> Path:
+        """The source under `assignment`, with the search's input ranges, in the folder `name`."""
         file = self.folder / "mixed.json"
         file.write_text(json.dumps(assignment.to_dict()))
-        target = self.folder / layout
+        target = self.folder / (name or layout)
         self.json(
             *("export", self.source, "--assignment", file, "--layout", layout),
             *("--calibrated", self.run / "calibration.json", "--out", target),
@@ -89,3 +90,13 @@ class Journey:
 
     def score(self, checkpoint: Path) -> dict[str, Any]:
         return self.json("score", self.source, "--checkpoint", checkpoint, *self.tokens)
+
+
+def _in_turn(groups: list[dict[str, Any]], of_experts: tuple[str, ...]) -> Assignment:
+    turn = itertools.cycle(("nvfp4/mse", "fp8", "bf16", "nvfp4/four_over_six", "fp8"))
+    turn_of_experts = itertools.cycle(of_experts)
+    chosen = {}
+    for group in groups:
+        wish = next(turn_of_experts if group["role"] == "experts" else turn)
+        chosen[group["name"]] = wish if wish in group["choices"] else "bf16"
+    return Assignment.of({name: Choice.parse(text) for name, text in chosen.items()})

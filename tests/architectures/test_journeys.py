@@ -38,7 +38,7 @@ def test_an_architecture_goes_all_the_way(kind, autoquant, tmp_path):
     assert verified["bpe"] == found["bpe"]["checkpoint"]
     assert 8 * stored(winner).bytes / plan["elements"] == verified["bpe"]
 
-    assignment = journey.mixed(plan)
+    assignment = journey.mixes(plan)[0]
     exported = [journey.export(assignment, layout) for layout in LAYOUTS]
     counts = [journey.verify(folder)["linears"] for folder in exported]
     assert counts[0] == counts[1]

@@ -1,6 +1,7 @@
 """The compressed-tensors layout: the same numbers as in the other, and readers that load it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,21 @@ def test_experts_are_targeted_under_the_names_of_every_engine(tmp_path):
         assert view.format(f"model.layers.1.{name}") is Format.FP8
     for other in ("model.layers.11.mlp.experts.0.up_proj", "model.layers.1.mlp.gate"):
         assert view.format(other) is Format.BF16
+
+
+def test_experts_without_a_gate_are_targeted_under_a_name_that_engines_make_up(tmp_path):
+    source = open_source(save_model("nemotron_h", tmp_path))
+    chosen = Assignment.of({"backbone.layers.1.mixer.experts": NVFP4_MAX})
+    config = config_of(source, chosen.replace({"backbone.layers.0.mixer.in_proj": FP8}))
+    _, nvfp4 = config["config_groups"].values()
+    [expression] = [t.removeprefix("re:") for t in nvfp4["targets"] if t.startswith("re:")]
+    for name in (
+        "model.layers.1.mixer.experts.0.None",
+        "backbone.layers.1.mixer.experts.3.gate_proj",
+    ):
+        assert re.match(expression, name)
+    for name in ("model.layers.11.mixer.experts.0.up_proj", "model.layers.1.mixer.gate"):
+        assert not re.match(expression, name)
 
 
 def test_exact_names_only(tmp_path):
