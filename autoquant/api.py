@@ -179,7 +179,7 @@ def search(
     cost: Literal["bits", "active-bytes"] = "bits",
     space: str = "default",
     activation_mode: Literal["w4a4", "w4a16"] = "w4a4",
-    probe: Literal["exact", "screened", "gradient"] = "exact",
+    probe: Literal["exact", "screened", "gradient"] = "screened",
     sensitivity: Path | str | None = None,
     kv_cache: Literal["bf16", "fp8"] = "bf16",
     trials: int = 60,

@@ -251,9 +251,9 @@ def probe_option(function: Callable[..., Any]) -> Callable[..., Any]:
         "--probe",
         heading="Search",
         type=click.Choice(["exact", "screened", "gradient"]),
-        default="exact",
-        help="How each layer's part is found out: its KL in every format; in one format, the "
-        "others scaled by gradients; or gradients alone.",
+        default="screened",
+        help="How each layer's part is found out: its KL in every format (exact); in one format, "
+        "the others scaled by gradients (screened); or gradients alone.",
     )(function)
 
 

@@ -116,7 +116,7 @@ def _print(result: dict[str, Any], run: Path, wanted: str) -> None:
         ],
     )
     click.echo()
-    method = "" if wanted == "exact" else f" --probe {wanted}"
+    method = "" if wanted == "screened" else f" --probe {wanted}"
     click.echo(
         f"next:   the same options with `autoquant search{method} --budget-bpe BITS "
         f"--sensitivity {shlex.quote(str(run))}`"

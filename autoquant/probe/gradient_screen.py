@@ -6,7 +6,8 @@ KL k and estimates e of the anchor and e' of another choice, the other's KL is
 
     e' + (k - e) sqrt(e' / e),   or k e' / e where the exact KL is the smaller.
 
-NVFP4 is probed under the scale rule of the least estimate.
+NVFP4 is probed under the scale rule of the least estimate. Groups that together do less than the
+noise of two BF16 runs keep their estimates.
 """
 
 import math
@@ -14,6 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from autoquant.probe.interactions import Interactions, Key
 from autoquant.probe.sensitivity import Sensitivity
+
+EXCESS = 4.0
+"""An exact KL is taken to be below so many times its estimate."""
 
 
 def anchors(keys: Iterable[Key], estimate: Sensitivity) -> dict[str, Key]:
@@ -31,23 +35,46 @@ def anchors(keys: Iterable[Key], estimate: Sensitivity) -> dict[str, Key]:
     return found
 
 
-def scaled(keys: Sequence[Key], estimate: Sensitivity, exact: Sensitivity) -> Sensitivity:
-    """Sensitivities of all keys from the anchors' exact ones.
+def negligible(probes: Iterable[Key], estimate: Sensitivity, floor: float) -> frozenset[Key]:
+    """The probes of least estimate that together stay below the noise floor.
 
-    Standard errors stay in proportion. Another scale rule interacts with other groups as the
-    anchor's does; of another format that is not known.
+    Args:
+        probes: one of each group.
+        estimate: by gradients, of all of them; `EXCESS` times it bounds a probe's KL.
+        floor: mean KL between two BF16 runs, nats per token.
+    """
+    found, total = [], 0.0
+    for key in sorted(probes, key=lambda key: estimate[key]):
+        total += EXCESS * estimate[key]
+        if total >= floor:
+            break
+        found.append(key)
+    return frozenset(found)
+
+
+def scaled(keys: Sequence[Key], estimate: Sensitivity, exact: Sensitivity) -> Sensitivity:
+    """Sensitivities of all keys from the anchors' exact ones; without one, the estimates.
+
+    Standard errors stay in proportion, and every choice of a group interacts with other groups as
+    its anchor does: on the bundled reference model that predicts joint KL as well as sketches of
+    every choice do.
     """
     anchor_of = anchors(keys, estimate)
     kl = {key: _scaled(key, anchor_of[key[0]], estimate, exact) for key in keys}
-    stderr = {
-        key: exact.stderr[anchor] * kl[key] / exact[anchor] if exact[anchor] > 0.0 else math.nan
-        for key in keys
-        for anchor in (anchor_of[key[0]],)
-    }
-    return Sensitivity(kl, stderr, _interactions(keys, anchor_of, exact.interactions))
+    stderr = {key: _relative_error(anchor_of[key[0]], estimate, exact) * kl[key] for key in keys}
+    interactions = _interactions(keys, anchor_of, exact.interactions)
+    return Sensitivity(kl, stderr, interactions, estimate.kl)
+
+
+def _relative_error(anchor: Key, estimate: Sensitivity, exact: Sensitivity) -> float:
+    """Standard error of a group's probe over its KL."""
+    source = exact if anchor in exact.kl else estimate
+    return source.stderr[anchor] / source[anchor] if source[anchor] > 0.0 else math.nan
 
 
 def _scaled(key: Key, anchor: Key, estimate: Sensitivity, exact: Sensitivity) -> float:
+    if anchor not in exact.kl:
+        return estimate[key]
     if key == anchor or estimate[anchor] <= 0.0:
         return exact[anchor]
     excess, ratio = exact[anchor] - estimate[anchor], estimate[key] / estimate[anchor]
@@ -59,8 +86,4 @@ def _interactions(
 ) -> Interactions | None:
     if measured is None:
         return None
-    proxies = []
-    for key in keys:
-        anchor = anchor_of[key[0]]
-        proxies.append(anchor if key[1].format is anchor[1].format else key)
-    return Interactions(tuple(keys), measured.of(proxies))
+    return Interactions(tuple(keys), measured.of([anchor_of[group] for group, _ in keys]))

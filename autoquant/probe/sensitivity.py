@@ -56,6 +56,8 @@ class Sensitivity:
     """Standard error over sequences."""
     interactions: Interactions | None = field(default=None, repr=False)
     """How probes add up, where it was measured."""
+    estimate: Mapping[Key, float] | None = field(default=None, repr=False)
+    """What gradients alone say, nats per token, where they chose what to measure."""
 
     def __getitem__(self, key: Key) -> float:
         return 0.0 if key[1] == BF16 else self.kl[key]

@@ -44,14 +44,14 @@ class SearchConfig:
     """Text source, as `load_corpus` takes it."""
     tokens: TokenPlan = field(default_factory=TokenPlan)
     mode: ActivationMode = ActivationMode.W4A4
-    probe: ProbeMethod = ProbeMethod.EXACT
+    probe: ProbeMethod = ProbeMethod.SCREENED
     trials: int = 60
     """Joint measurements beyond the baselines and the solver's optimum."""
     max_seconds: float | None = None
     """Time after which no further trial begins."""
     max_tokens: int | None = None
     """Tokens of all trials together after which no further trial begins."""
-    finalists: int = 4
+    finalists: int = 2
     """Candidates that are measured again on the report split, besides the solver's optimum."""
     seed: int = 0
     device: str | None = None
@@ -93,7 +93,7 @@ class SearchConfig:
             **({"max_tokens": self.max_tokens} if self.max_tokens is not None else {}),
             **({"layout": str(self.layout)} if self.layout is not Layout.MODELOPT else {}),
             **({"kv_cache": str(self.kv_cache)} if self.kv_cache is not KvCache.BF16 else {}),
-            **({"probe": str(self.probe)} if self.probe is not ProbeMethod.EXACT else {}),
+            "probe": str(self.probe),
             "finalists": self.finalists,
             "seed": self.seed,
             "numerics": NUMERICS_VERSION,

@@ -46,24 +46,35 @@ def paired_difference(
     return Difference(mean=float(sums.sum() / sizes.sum()), low=float(low), high=float(high))
 
 
-def choose(scores: Sequence[TokenKl], *, seed: int) -> tuple[int, list[Difference]]:
+def choose(
+    scores: Sequence[TokenKl], *, challengers: int, seed: int
+) -> tuple[int, list[Difference]]:
     """Pick among finalists; the first is the incumbent (the solver's optimum).
 
-    A challenger takes its place only where its paired gain over the incumbent of that moment lies
-    beyond the interval.
+    A challenger takes its place only where its paired gain lies beyond the interval. Challengers
+    are asked in their order until one fails, which needs no wider intervals (the fixed-sequence
+    procedure; Maurer, Hothorn and Lehmacher, 1995). The others are asked all, with intervals
+    widened accordingly (Bonferroni).
+
+    Args:
+        scores: the incumbent's, the challengers' most promising first, the others'.
+        challengers: how many of them are challengers.
+        seed: of the resampling.
 
     Returns:
         The index of the winner, and each finalist's difference to the first.
     """
-    comparisons = max(1, len(scores) - 1)
     winner = 0
-    for index in range(1, len(scores)):
-        gain = paired_difference(scores[index], scores[winner], seed=seed, comparisons=comparisons)
+    for index in range(1, 1 + challengers):
+        if not paired_difference(scores[index], scores[winner], seed=seed).is_gain:
+            break
+        winner = index
+    others = range(1 + challengers, len(scores))
+    for index in others:
+        gain = paired_difference(scores[index], scores[winner], seed=seed, comparisons=len(others))
         if gain.is_gain:
             winner = index
-    return winner, [
-        paired_difference(score, scores[0], seed=seed, comparisons=comparisons) for score in scores
-    ]
+    return winner, [paired_difference(score, scores[0], seed=seed) for score in scores]
 
 
 def _resampled_means(sums: Floats, sizes: Floats, seed: int) -> Floats:

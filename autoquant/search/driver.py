@@ -227,8 +227,7 @@ class Search:
         """Finalists and baselines on the report split."""
         session.scorer.forget(session.splits["search"])
         solver = explored.incumbent
-        ranked = sorted(ledger.whole(), key=lambda t: (t.kl, t.number))
-        challengers = [t for t in ranked if t is not solver][: self.config.finalists]
+        challengers = explored.challengers[: self.config.finalists]
         finalists = [solver, *challengers]
         others = [t for t in ledger.trials if t.stage is Stage.BASELINE and t not in finalists]
         candidates = [*finalists, *others]
@@ -241,7 +240,11 @@ class Search:
                 self.observer.step()
             noise = session.scorer.noise_batch(split, 0)
             within = [i for i, t in enumerate(candidates) if t.fits]
-            winner, differences = confirm.choose([scores[i] for i in within], seed=self.config.seed)
+            winner, differences = confirm.choose(
+                [scores[i] for i in within],
+                challengers=len(challengers),
+                seed=self.config.seed,
+            )
         return Confirmed(
             candidates=tuple(candidates),
             scores=tuple(scores),

@@ -9,7 +9,7 @@ from autoquant.formats import ScaleRule
 from autoquant.search.baselines import baselines
 from autoquant.search.bounds import Bounds
 from autoquant.search.problem import Problem
-from autoquant.search.refine import Effort, refine
+from autoquant.search.refine import Effort, by_promise, refine
 from autoquant.search.rules import with_sound_rules
 from autoquant.search.trials import Ledger, Stage, Trial
 
@@ -22,12 +22,14 @@ class Explored:
     """With the scale rules that passed the joint check."""
     incumbent: Trial
     """The solver's optimum of that problem, which challengers have to beat."""
+    challengers: tuple[Trial, ...]
+    """Every other whole candidate within the budget, the most promising first."""
 
 
 def most_trials(problem: Problem, trials: int) -> int:
     """An upper bound of the joint measurements, for a progress bar."""
     rules = len(ScaleRule)
-    return sum(1 for _ in baselines(problem)) + 2 + rules + trials
+    return sum(1 for _ in baselines(problem)) + 3 + rules + trials
 
 
 def explore(
@@ -54,6 +56,9 @@ def explore(
             ledger.measure(assignment, Stage.BASELINE, name)
     with timed("solve"):
         ledger.measure(optimum(problem), Stage.SOLVER, "optimum")
+        by_gradients = problem.by_gradients()
+        if by_gradients is not None:
+            ledger.measure(optimum(by_gradients), Stage.SOLVER, "optimum of the gradients")
         max_only = problem.restricted(ScaleRule.MAX)
         if max_only is not None:
             plain = problem.decode(max_only.solve())
@@ -62,7 +67,9 @@ def explore(
         incumbent = ledger.measure(optimum(sound), Stage.SOLVER, "optimum, sound rules only")
     with timed("refine"):
         refine(sound, ledger, effort, seed=seed, bounds=bounds)
-    return Explored(problem=sound, incumbent=incumbent)
+    promising = by_promise(sound, ledger)
+    challengers = tuple(trial for trial in promising if trial is not incumbent)
+    return Explored(problem=sound, incumbent=incumbent, challengers=challengers)
 
 
 def optimum(problem: Problem) -> Assignment:

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from autoquant.data.tokens import Split
 from autoquant.probe.gradient import BatchEstimate, NoGradient, gradient_probe
-from autoquant.probe.gradient_screen import anchors, scaled
+from autoquant.probe.gradient_screen import anchors, negligible, scaled
 from autoquant.probe.interactions import Key, SketchBook
 from autoquant.probe.method import ProbeMethod
 from autoquant.probe.sensitivity import BatchProbe, Sensitivity, probe
-from autoquant.rundir import GRADIENT_LOG, INTERACTIONS, SENSITIVITY_LOG, RunDirectory
+from autoquant.rundir import GRADIENT_LOG, INTERACTIONS, NOISE, SENSITIVITY_LOG, RunDirectory
 from autoquant.scoring.scorer import Scorer
 from autoquant.search.observer import Observer
 
@@ -39,8 +39,26 @@ class Probes:
             return self._exact(self.keys), ProbeMethod.EXACT
         if method is ProbeMethod.GRADIENT:
             return estimate, method
-        probed = tuple(anchors(self.keys, estimate).values())
+        probed = self._worth_measuring(tuple(anchors(self.keys, estimate).values()), estimate)
         return scaled(self.keys, estimate, self._exact(probed)), method
+
+    def _worth_measuring(self, probes: tuple[Key, ...], estimate: Sensitivity) -> tuple[Key, ...]:
+        floor = self._noise_floor()
+        below = negligible(probes, estimate, floor)
+        if below:
+            self.observer.note(
+                f"{len(below)} of {len(probes)} groups keep their gradients' estimates: together "
+                f"they do less than two BF16 runs differ by, {floor:.1e} nats per token."
+            )
+        return tuple(key for key in probes if key not in below)
+
+    def _noise_floor(self) -> float:
+        """Mean KL between two BF16 runs of a batch, nats per token; measured once in a run."""
+        stored = self.run.read_json(NOISE)
+        if stored is None:
+            stored = {"unit": "nats per token", "kl": self.scorer.noise_batch(self.split, 0).mean}
+            self.run.write_json(NOISE, stored)
+        return float(stored["kl"])
 
     def _estimate(self) -> Sensitivity:
         done = [BatchEstimate.from_dict(record) for record in self.run.records(GRADIENT_LOG)]

@@ -105,6 +105,13 @@ class Problem:
         """Whether every group has one of its choices."""
         return all(assignment[name] in c for name, c in self.accounting.choices.items())
 
+    def by_gradients(self) -> "Problem | None":
+        """The problem with the gradients' estimates as sensitivities, where there are any."""
+        estimate = self.sensitivity.estimate
+        return (
+            replace(self, sensitivity=replace(self.sensitivity, kl=estimate)) if estimate else None
+        )
+
     def with_budget(self, budget: Budget) -> "Problem":
         """The same under another budget."""
         return replace(self, budget=budget)

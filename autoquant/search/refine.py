@@ -17,7 +17,7 @@ from autoquant.search.problem import Problem
 from autoquant.search.reweight import reweight
 from autoquant.search.solver import Selection
 from autoquant.search.surrogate import Floats, Surrogate, ranked
-from autoquant.search.trials import Ledger, Stage
+from autoquant.search.trials import Ledger, Stage, Trial
 
 MOST_RUNNERS_UP = 30
 """One optimum of the knapsack is 7 % above the best measured; the best of its 30 is the best."""
@@ -58,6 +58,20 @@ def measured(problem: Problem, ledger: Ledger) -> tuple[list[Selection], Floats]
     """Every candidate that the problem's options allow, within the budget or not, and its KL."""
     known = [trial for trial in ledger.trials if problem.allows(trial.assignment)]
     return [problem.selection(t.assignment) for t in known], np.array([t.kl for t in known])
+
+
+def by_promise(problem: Problem, ledger: Ledger) -> list[Trial]:
+    """Whole candidates within the budget, the most promising first.
+
+    By the mean of what was measured and what the surrogate, fitted to all that was measured,
+    predicts: the least of many measurements is partly luck, which the fit does not share.
+    """
+    fitted = Surrogate.of(problem).refitted(*measured(problem, ledger))
+    whole = ledger.whole()
+    known = [trial for trial in whole if problem.allows(trial.assignment)]
+    predicted = fitted.predict([problem.selection(t.assignment) for t in known]) if known else ()
+    expected = dict(zip((t.number for t in known), map(float, predicted), strict=True))
+    return sorted(whole, key=lambda t: (t.kl + expected.get(t.number, t.kl), t.number))
 
 
 def _runners_up(

@@ -10,6 +10,7 @@ from autoquant.rundir import (
     CALIBRATION,
     GRADIENT_LOG,
     INTERACTIONS,
+    NOISE,
     SENSITIVITY,
     SENSITIVITY_LOG,
     SPLITS,
@@ -24,7 +25,7 @@ from autoquant.search.config import SearchConfig, probe_part
 from autoquant.search.session import Session
 from autoquant.search.trials import Trial
 
-PROBES = (CALIBRATION, GRADIENT_LOG, SENSITIVITY_LOG, SENSITIVITY)
+PROBES = (CALIBRATION, GRADIENT_LOG, NOISE, SENSITIVITY_LOG, SENSITIVITY)
 PROBED_SPLITS = ("calibration", "search")
 """Splits that probes depend on."""
 

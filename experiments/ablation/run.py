@@ -2,93 +2,117 @@
 
     python -m experiments.ablation.run --subject stories260K --seed 0 --out FILE
 
-Solvers on equal scores, without a joint measurement; then each proposer alone and all together,
-with equal numbers of joint measurements. The incumbent is replaced by the candidate of least KL on
-the search tokens, so what is chosen by luck shows on the fresh ones.
+Probes: what the knapsack makes of each kind of sensitivity, and how each ranks random assignments.
+Solvers on equal scores, without a joint measurement. Proposers: each alone and all together, read
+off where together they have measured as many tokens as so many plain forwards of the search split.
+The candidate of least KL on the search tokens is taken, so what is chosen by luck shows on the
+fresh ones; the last rows pass through the confirmation that a search ends with.
 """
 
 import argparse
-import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from autoquant.data.tokens import Split, TokenPlan
+from autoquant.probe.sensitivity import Sensitivity
 from autoquant.search.bounds import Bounds
-from autoquant.search.explore import explore
+from autoquant.search.confirm import choose
+from autoquant.search.explore import Explored, explore
 from autoquant.search.problem import Problem
 from autoquant.search.refine import Effort
-from autoquant.search.solver import Selection
-from autoquant.search.trials import Ledger
+from autoquant.search.trials import Ledger, Trial
+from experiments.ablation.probes import ranking, sensitivities
+from experiments.ablation.solvers import SOLVERS
 from experiments.common import record
 from experiments.common.bench import Bench
 from experiments.common.subjects import add_arguments, subject
 
 NOTHING = {"runners_up": 0, "reweight": 0, "refit": 0, "swaps": 0}
+FINALISTS = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
-    parser.add_argument("--search-tokens", type=int, default=16_384)
-    parser.add_argument("--fresh-tokens", type=int, default=65_536)
-    parser.add_argument("--steps", type=int, nargs="*", default=[10, 30, 60])
+    parser.add_argument("--search-tokens", type=int, default=TokenPlan().search)
+    parser.add_argument("--fresh-tokens", type=int, default=32_768)
+    parser.add_argument("--budgets", type=float, nargs="*", help="instead of the subject's")
+    parser.add_argument("--forwards", type=int, nargs="*", default=[10, 30, 60])
+    parser.add_argument("--random", type=int, default=50, help="assignments that probes rank")
     arguments = parser.parse_args()
     chosen = subject(arguments.subject, arguments.models, arguments.texts)
-    tokens = TokenPlan(search=arguments.search_tokens, report=4096, seed=arguments.seed)
+    tokens = TokenPlan(search=arguments.search_tokens, report=32_768, seed=arguments.seed)
     bench = Bench(chosen, "default", tokens, arguments.device)
-    search, fresh = bench.splits["search"], bench.fresh(arguments.fresh_tokens)
-    with tempfile.TemporaryDirectory() as folder:
-        sensitivity = bench.probe(search, Path(folder))
+    splits = bench.splits["search"], bench.splits["report"], bench.fresh(arguments.fresh_tokens)
+    found = sensitivities(bench, splits[0], arguments.seed)
     result = record.provenance(arguments.commit) | {
         "subject": chosen.name,
         "seed": arguments.seed,
         "scope": str(chosen.scope),
-        "tokens": {"search": search.tokens, "fresh": fresh.tokens},
+        "tokens": {split.name: split.tokens for split in splits},
         "rows": [],
     }
-    for bpe in chosen.bpes:
-        problem = bench.problem(bpe, sensitivity)
-        for row in rows(bench, problem, search, fresh, arguments):
+    for bpe in arguments.budgets or chosen.bpes:
+        for row in rows(bench, bpe, found, splits, arguments):
             result["rows"].append({"budget_bpe": bpe, **row})
             record.write(arguments.out, result)
 
 
 def rows(
-    bench: Bench, problem: Problem, search: Split, fresh: Split, arguments: argparse.Namespace
+    bench: Bench,
+    bpe: float,
+    found: dict[str, Sensitivity],
+    splits: tuple[Split, Split, Split],
+    arguments: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
-    knapsack = problem.knapsack
-    for name, selection in {
-        "greedy": knapsack.fill(cheapest(problem)),
-        "max-threshold": threshold(problem),
-        "exact": knapsack.solve(),
-    }.items():
+    search, report, fresh = splits
+    problems = {name: bench.problem(bpe, sensitivity) for name, sensitivity in found.items()}
+    ranked = ranking(bench, problems, search, arguments)
+    for name, problem in problems.items():
+        assignment = problem.decode(problem.knapsack.solve())
+        yield {
+            "part": f"probes: {name}",
+            "search_kl": bench.score(assignment, search).mean,
+            "fresh_kl": bench.score(assignment, fresh).mean,
+            **ranked[name],
+        }
+    problem = problems["exact"]
+    for name, solver in SOLVERS.items():
+        selection = solver(problem)
         assignment = problem.decode(selection)
         yield {
             "part": f"solver: {name}",
-            "trials": 0,
             "search_kl": bench.score(assignment, search).mean,
             "fresh_kl": bench.score(assignment, fresh).mean,
-            "bytes_left": knapsack.budget - knapsack.cost(selection),
+            "bytes_left": problem.knapsack.budget - problem.knapsack.cost(selection),
         }
-    for steps in arguments.steps:
-        efforts = {part: Effort(**{**NOTHING, part: steps}) for part in NOTHING}
-        for name, effort in {**efforts, "all": Effort.of(steps)}.items():
-            ledger = explored(bench, problem, search, effort, arguments.seed)
-            best = ledger.best()
+    most = max(arguments.forwards)
+    efforts = {part: Effort(**{**NOTHING, part: 2 * most}) for part in NOTHING}
+    for name, effort in {**efforts, "all": Effort.of(most)}.items():
+        ledger, explored = explored_with(bench, problem, search, effort, arguments.seed, most)
+        for forwards in arguments.forwards:
+            best = best_within(ledger, forwards * search.tokens)
             yield {
                 "part": name,
-                "trials": steps,
+                "forwards": forwards,
                 "measured": len(ledger.trials),
-                "tokens": ledger.tokens,
                 "search_kl": best.kl,
                 "fresh_kl": bench.score(best.assignment, fresh).mean,
             }
+        confirmed = confirmed_of(bench, explored, report, arguments.seed)
+        yield {
+            "part": f"{name}, confirmed",
+            "forwards": most,
+            "search_kl": confirmed.kl,
+            "fresh_kl": bench.score(confirmed.assignment, fresh).mean,
+        }
 
 
-def explored(bench: Bench, problem: Problem, split: Split, effort: Effort, seed: int) -> Ledger:
-    """Baselines, the solver's optima and `effort` beyond them."""
+def explored_with(
+    bench: Bench, problem: Problem, split: Split, effort: Effort, seed: int, forwards: int
+) -> tuple[Ledger, Explored]:
+    """Baselines, the solver's optima and `effort` beyond them, within so many forwards."""
     ledger = Ledger(
         bench.session.scorer,
         split,
@@ -97,36 +121,39 @@ def explored(bench: Bench, problem: Problem, split: Split, effort: Effort, seed:
         earlier=(),
         keep=lambda _: None,
     )
-    bounds = Bounds(lambda: True, None)
-    explore(problem, ledger, effort, seed=seed, bounds=bounds, timed=lambda _: nullcontext())
-    return ledger
-
-
-def cheapest(problem: Problem) -> Selection:
-    """The option of fewest bytes of each group, of those the one of least score."""
-    knapsack = problem.knapsack
-    return tuple(
-        min(range(len(costs)), key=lambda i: (costs[i], scores[i]))
-        for costs, scores in zip(knapsack.costs, knapsack.scores, strict=True)
+    explored = explore(
+        problem,
+        ledger,
+        effort,
+        seed=seed,
+        bounds=Bounds(lambda: True, forwards * split.tokens),
+        timed=lambda _: nullcontext(),
     )
+    return ledger, explored
 
 
-def threshold(problem: Problem) -> Selection:
-    """Each group's cheapest option under the least threshold of single scores that fits."""
-    knapsack = problem.knapsack
-    limits = sorted({score for options in knapsack.scores for score in options})
-    selections = (_under(problem, limit) for limit in limits)
-    return next(s for s in selections if s is not None and knapsack.cost(s) <= knapsack.budget)
+def best_within(ledger: Ledger, tokens: int) -> Trial:
+    """The best candidate of those that the first `tokens` tokens were spent on.
+
+    The solver's optimum and the baselines count too; what they exceed `tokens` by is theirs.
+    """
+    best, spent = None, 0
+    for trial in ledger.trials:
+        if best is not None and spent >= tokens:
+            break
+        spent += trial.tokens
+        if trial.fits and not trial.is_stopped and (best is None or trial.kl < best.kl):
+            best = trial
+    assert best is not None
+    return best
 
 
-def _under(problem: Problem, limit: float) -> Selection | None:
-    chosen = []
-    for costs, scores in zip(problem.knapsack.costs, problem.knapsack.scores, strict=True):
-        allowed = [i for i, score in enumerate(scores) if score <= limit]
-        if not allowed:
-            return None
-        chosen.append(min(allowed, key=lambda i: (costs[i], scores[i])))
-    return tuple(chosen)
+def confirmed_of(bench: Bench, explored: Explored, report: Split, seed: int) -> Trial:
+    """What the confirmation on report tokens leaves."""
+    finalists = [explored.incumbent, *explored.challengers[:FINALISTS]]
+    scores = [bench.score(trial.assignment, report) for trial in finalists]
+    winner, _ = choose(scores, challengers=len(finalists) - 1, seed=seed)
+    return finalists[winner]
 
 
 if __name__ == "__main__":

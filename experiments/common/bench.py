@@ -104,6 +104,11 @@ class Bench:
             sensitivity=sensitivity,
         )
 
+    def unmeasured_problem(self, bpe: float) -> Problem:
+        """For sizes and budgets, which rest on no measurement."""
+        keys = list(keys_of(self.plan.options.choices))
+        return self.problem(bpe, Sensitivity(dict.fromkeys(keys, 0.0), dict.fromkeys(keys, 0.0)))
+
 
 def split_of(name: str, rows: list[tuple[int, ...]]) -> Split:
     """Token sequences batched by length."""

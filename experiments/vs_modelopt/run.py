@@ -8,16 +8,16 @@
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from autoquant.api import Run, search
+from autoquant.api import Run, search_budgets
 from autoquant.assignment import Assignment
 from autoquant.data.tokens import Split, TokenPlan
 from autoquant.formats import BF16
-from autoquant.probe.sensitivity import Sensitivity, keys_of
 from autoquant.rundir import ASSIGNMENT
 from autoquant.scoring.kl import TokenKl
 from autoquant.search.baselines import baselines
@@ -63,29 +63,25 @@ def main() -> None:
         "modelopt_seconds": {method: peer.seconds for method, peer in peers.items()},
         "cells": [],
     }
-    probes: dict[str, Path] = {}
-    for bpe in arguments.budgets or chosen.bpes:
-        runs = {
-            rules: searched(bench, bpe, space, arguments, probes.get(rules))
-            for rules, space in SPACES.items()
-        }
-        probes |= {rules: run.path for rules, run in runs.items() if rules not in probes}
-        result["cells"].append(cell(bench, bpe, fresh, peers, runs))
+    bpes = tuple(arguments.budgets or chosen.bpes)
+    runs = {rules: searched(bench, bpes, space, arguments) for rules, space in SPACES.items()}
+    for number, bpe in enumerate(bpes):
+        found = {rules: own[number] for rules, own in runs.items()}
+        result["cells"].append(cell(bench, bpe, fresh, peers, found))
         record.write(arguments.out, result)
 
 
 def searched(
-    bench: Bench, bpe: float, space: str, arguments: argparse.Namespace, probes: Path | None
-) -> Run:
-    """The default search; `probes` is the run of another budget to take them from."""
+    bench: Bench, bpes: Sequence[float], space: str, arguments: argparse.Namespace
+) -> list[Run]:
+    """The default search of every budget, from one set of probes."""
     started = time.perf_counter()
-    name = f"{bench.subject.name}-{Path(space).stem}-{bpe:g}-{arguments.seed}"
-    run = search(
+    name = f"{bench.subject.name}-{Path(space).stem}-{arguments.seed}"
+    runs = search_budgets(
         str(bench.subject.path),
-        budget_bpe=bpe,
+        budgets_bpe=bpes,
         budget_scope=str(bench.subject.scope),
         space=space,
-        sensitivity=probes,
         calibration=str(bench.subject.text),
         calibration_tokens=arguments.calibration_tokens,
         search_tokens=arguments.search_tokens,
@@ -94,11 +90,10 @@ def searched(
         seed=arguments.seed,
         device=arguments.device,
         mlflow=False,
-        export=False,
         out=arguments.work / name,
     )
     print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
-    return run
+    return runs
 
 
 def cell(
@@ -109,7 +104,7 @@ def cell(
     runs: dict[str, Run],
 ) -> dict[str, Any]:
     """One budget: every contender's KL on the fresh tokens, and paired differences."""
-    problem = bench.problem(bpe, unmeasured(bench))
+    problem = bench.unmeasured_problem(bpe)
     by_peer = {
         method: [(a, bench.score(a, fresh)) for a in peer.choices(problem)]
         for method, peer in peers.items()
@@ -155,12 +150,6 @@ def winner(
             "relative_error": result["predictions"]["relative_error"],
         }
     )
-
-
-def unmeasured(bench: Bench) -> Sensitivity:
-    """For sizes and budgets, which rest on no measurement."""
-    keys = list(keys_of(bench.plan.options.choices))
-    return Sensitivity(dict.fromkeys(keys, 0.0), dict.fromkeys(keys, 0.0))
 
 
 def contender(problem: Problem, assignment: Assignment, score: TokenKl) -> dict[str, Any]:

@@ -56,16 +56,14 @@ def test_minimax_m2_5_has_the_published_sizes(folder):
     assert any("sizes follow from its config.json" in line for line in plan["warnings"])
 
 
-@pytest.mark.slow
-def test_nemotron_3_nano_has_the_published_sizes(folder):
+def test_nemotron_3_nano_has_the_published_sizes(folder, autoquant):
     """31.6B parameters: 23 Mamba, 23 expert and 6 attention layers."""
-    plan, peak = planned(folder("nemotron_3_nano"))
+    plan = json.loads(autoquant("plan", folder("nemotron_3_nano"), "--format", "json").stdout)
     assert plan["elements"] == near(31.6e9)
     assert plan["source_bytes"] == pytest.approx(2 * plan["elements"], rel=1e-3)
     counts = Counter(group["role"] for group in plan["groups"])
     assert (counts["in"], counts["experts"], counts["qkv"]) == (23, 23, 6)
     assert plan["floor"]["bpe"]["checkpoint"] < 5
-    assert peak < 2e9
 
 
 def test_modules_that_are_kept_are_counted_in_bf16(folder, autoquant):

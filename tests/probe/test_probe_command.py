@@ -40,7 +40,10 @@ def run(*arguments, code=0):
 def probe(folder):
     def call(*flags, code=0):
         calibration = ("--calibration", folder / "text")
-        return run("probe", folder / "model", *calibration, *PROBE_FLAGS, *flags, code=code)
+        method = ("--probe", "exact")
+        return run(
+            "probe", folder / "model", *calibration, *PROBE_FLAGS, *method, *flags, code=code
+        )
 
     return call
 
@@ -50,7 +53,8 @@ def search(folder):
     def call(*flags, code=0):
         return run(
             *("search", folder / "model", "--calibration", folder / "text", *TOKEN_FLAGS),
-            *("--budget-bpe", BUDGET, "--trials", 0, "--no-export", "--no-mlflow", *flags),
+            *("--budget-bpe", BUDGET, "--trials", 0, "--no-export", "--no-mlflow"),
+            *("--probe", "exact", *flags),
             code=code,
         )
 
@@ -92,7 +96,7 @@ def test_every_group_is_probed_in_every_format(exact):
     assert all(value > 0.0 for value in kl.values())
     header = next(line for line in printed.stdout.splitlines() if line.startswith("group"))
     assert header.split() == ["group", "nvfp4/max", "nvfp4/mse", "nvfp4/four_over_six", "fp8"]
-    assert f"autoquant search --budget-bpe BITS --sensitivity {run}" in printed.stdout
+    assert f"autoquant search --probe exact --budget-bpe BITS --sensitivity {run}" in printed.stdout
 
 
 def test_the_same_command_shows_the_probes_again(exact, probe, monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoquant.formats import FP8, NVFP4, Choice
-from autoquant.probe.gradient_screen import anchors, scaled
+from autoquant.probe.gradient_screen import EXCESS, anchors, negligible, scaled
 from autoquant.probe.interactions import Interactions
 from autoquant.probe.sensitivity import Sensitivity
 
@@ -50,6 +50,19 @@ def test_a_group_without_any_effect_costs_what_was_measured():
     assert math.isnan(found.stderr["a", FP8])
 
 
+def test_groups_that_together_stay_below_the_noise_are_not_measured():
+    a, b = ("a", MSE), ("b", FP8)  # estimated at 0.04 and 0.02
+    assert negligible([a, b], ESTIMATE, floor=0.02 * EXCESS) == set()
+    assert negligible([a, b], ESTIMATE, floor=0.05 * EXCESS) == {b}
+    assert negligible([a, b], ESTIMATE, floor=0.07 * EXCESS) == {a, b}
+
+
+def test_what_was_not_measured_keeps_its_estimate():
+    found = scaled(KEYS, ESTIMATE, sensitivity({("b", FP8): 0.03}))
+    assert [found[key] for key in KEYS] == [0.08, 0.04, 0.01, 0.03]
+    assert found.stderr["a", FP8] == pytest.approx(0.001)
+
+
 positive = st.floats(1e-9, 10.0)
 
 
@@ -64,10 +77,10 @@ def test_the_order_of_the_estimates_stays(estimates, measured):
     assert min(found[key] for key in KEYS[:2]) == pytest.approx(measured)
 
 
-def test_rules_share_interactions_and_formats_do_not():
+def test_choices_share_the_interactions_of_their_group():
     probed = (("a", MSE), ("b", FP8))
     measured = Interactions(probed, np.array([[1.0, 0.5], [0.5, 1.0]]))
     exact = sensitivity({("a", MSE): 0.06, ("b", FP8): 0.03}, measured)
     found = scaled(KEYS, ESTIMATE, exact).interactions
     assert found.of([("a", NVFP4), ("b", FP8)])[0, 1] == 0.5
-    assert found.of([("a", FP8), ("b", FP8)])[0, 1] == 0.0
+    assert found.of([("a", FP8), ("b", FP8)])[0, 1] == 0.5

@@ -23,7 +23,7 @@ def text():
 def test_a_small_gain_shows_in_pairs_where_the_means_would_hide_it(text):
     incumbent, challenger = scores(text, seed=2), scores(text * 0.98, seed=3)
     assert incumbent.stderr() > 2 * abs(incumbent.mean - challenger.mean)
-    winner, differences = choose([incumbent, challenger], seed=0)
+    winner, differences = choose([incumbent, challenger], challengers=1, seed=0)
     assert winner == 1
     assert differences[1].low < differences[1].mean < differences[1].high < 0
 
@@ -31,16 +31,24 @@ def test_a_small_gain_shows_in_pairs_where_the_means_would_hide_it(text):
 def test_a_difference_of_noise_leaves_the_incumbent(text):
     incumbent = scores(text, seed=2)
     challengers = [scores(text, seed=seed) for seed in range(3, 8)]
-    assert choose([incumbent, *challengers], seed=0)[0] == 0
+    for sequence in (0, 1, 5):
+        assert choose([incumbent, *challengers], challengers=sequence, seed=0)[0] == 0
 
 
-def test_the_best_of_several_that_gain_wins(text):
+@pytest.mark.parametrize("challengers", [0, 3])
+def test_the_best_of_several_that_gain_wins(text, challengers):
     candidates = [scores(text * factor, seed=9) for factor in (1.0, 0.8, 0.5, 0.9)]
-    assert choose(candidates, seed=0)[0] == 2
+    assert choose(candidates, challengers=challengers, seed=0)[0] == 2
+
+
+def test_a_challenger_is_asked_only_while_those_before_it_gain(text):
+    candidates = [scores(text * factor, seed=9) for factor in (1.0, 1.1, 0.5)]
+    assert choose(candidates, challengers=2, seed=0)[0] == 0
+    assert choose(candidates, challengers=1, seed=0)[0] == 2
 
 
 def test_a_single_finalist_wins(text):
-    winner, (difference,) = choose([scores(text)], seed=0)
+    winner, (difference,) = choose([scores(text)], challengers=0, seed=0)
     assert winner == 0
     assert (difference.mean, difference.low, difference.high) == (0.0, 0.0, 0.0)
 
