@@ -29,7 +29,7 @@ def companion_files(folder: Path) -> tuple[list[Path], list[Path]]:
     that the export writes itself, and hidden files, are in neither list.
 
     Raises:
-        SourceError: a file is a link that leaves the folder.
+        SourceError: a file is a link that leaves the folder, or a folder is a link.
     """
     copied, left_out = [], []
     for path in _files(folder):
@@ -51,4 +51,10 @@ def companion_files(folder: Path) -> tuple[list[Path], list[Path]]:
 def _files(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(parent, name) for name in folders):
+            if path.is_symlink():
+                raise SourceError(
+                    f"{path} is a link to the folder {path.resolve()}.",
+                    fix="replace the link by the folder, or remove it.",
+                )
         yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))

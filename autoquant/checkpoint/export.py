@@ -119,15 +119,15 @@ def export(
             left_out=tuple(n for n in left_out if source.path / n not in source.headers.files),
         )
         served = Served(layout=layout, formats=formats, kv_cache=kv_cache)
-        files = weights.index | (declared.files if declared else {})
+        files = dict(declared.files) if declared else {}
         files[CONFIG_FILE] = _config(source, declared)
         files[AUTOQUANT_FILE] = _provenance(
             source, groups, assignment, result, weights, served, card
         )
-        for file, content in files.items():
-            write_atomic(folder / file, to_json(content, indent=2))
         text = model_card(source, groups, assignment, result.bpe, served, card)
         write_atomic(folder / "README.md", text)
+        for file, content in (files | weights.index).items():  # the index last
+            write_atomic(folder / file, to_json(content, indent=2))
     return result
 
 

@@ -25,7 +25,7 @@ def unquantized_modules(
     modules = [linear.name for linear in groups.linears if linear.name not in formats]
     matrices = (tensor.name for tensor in groups.fixed if len(headers[tensor.name].shape) >= 2)
     modules += (name.removesuffix(".weight") for name in matrices)
-    if HEAD not in formats:
+    if not any(name.rpartition(".")[2] == HEAD for name in formats):
         modules.append(HEAD)
     quantized = set(map(experts_container, formats))
     named: dict[str, None] = {}

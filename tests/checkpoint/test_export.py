@@ -29,6 +29,7 @@ from autoquant.checkpoint.quantized import open_quantized
 from autoquant.checkpoint.source import Source, open_source
 from autoquant.checkpoint.verify import verify
 from autoquant.errors import ConfigError, RunConflict, SourceError
+from autoquant.files import write_atomic
 from autoquant.formats import FP8, Choice, Format
 from autoquant.grouping import find_groups
 
@@ -318,6 +319,34 @@ def test_companion_that_links_elsewhere_is_refused(source, tmp_path):
     with pytest.raises(SourceError, match="outside of the model"):
         run(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("linked", ["elsewhere", "source/code"])
+def test_folder_that_is_a_link_is_refused_and_not_lost(source, tmp_path, linked):
+    folder = tmp_path / linked
+    folder.mkdir()
+    (folder / "modeling.py").write_text("x = 1\n")
+    (source.path / "linked").symlink_to(folder)
+    with pytest.raises(SourceError, match="is a link to the folder"):
+        run(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_index_is_written_last(tmp_path, monkeypatch):
+    source = open_source(save_model("llama", tmp_path / "source", shard_size="80KB"))
+    written: list[str] = []
+
+    def record(path: Path, text: str) -> None:
+        assert all((path.parent / file.name).exists() for file in source.headers.files)
+        written.append(path.name)
+        write_atomic(path, text)
+
+    monkeypatch.setattr("autoquant.checkpoint.export.write_atomic", record)
+    run(source, tmp_path / "out")
+    assert written[-1] == "model.safetensors.index.json"
+    assert sorted(written) == sorted(
+        ["README.md", "autoquant.json", "config.json", "hf_quant_config.json", written[-1]]
+    )
 
 
 def front_matter(folder: Path) -> dict[str, object]:

@@ -109,6 +109,16 @@ def test_quantized_head_is_listed_and_not_excluded(dense):
     assert "lm_head" not in flat["ignore"]
 
 
+def test_quantized_head_of_a_language_model_in_another_is_not_excluded_as_the_engines_own(tmp_path):
+    source = open_source(save_model("minimax_m3_vl", tmp_path))
+    head = Assignment.of({"language_model.lm_head": FP8})
+    flat, _ = files_of(source, head)
+    assert flat["quant_algo"] == "FP8"
+    assert "lm_head" not in flat["ignore"]
+    plain, _ = files_of(source, Assignment.of({"language_model.model.layers.0.self_attn.qkv": FP8}))
+    assert {"lm_head", "language_model.lm_head"} < set(plain["ignore"])
+
+
 def test_experts_are_found_under_both_spellings_of_their_container(sparse):
     flat, _ = files_of(
         sparse,
