@@ -16,8 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from autoquant.probe.interactions import Interactions, Key
 from autoquant.probe.sensitivity import Sensitivity
 
-EXCESS = 4.0
-"""An exact KL is taken to be below so many times its estimate."""
+EXCESS = 8.0
+"""An exact KL is taken to be below so many times its estimate. On the bundled mixture of experts it
+is at most 4.6 times the estimate, in the blocks before the most routers."""
 
 
 def anchors(keys: Iterable[Key], estimate: Sensitivity) -> dict[str, Key]:
