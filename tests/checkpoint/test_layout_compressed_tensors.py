@@ -317,7 +317,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(tokens).logits
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_transformers_computes_with_exactly_these_numbers(kind, tmp_path):
     source = open_source(save_model(kind, tmp_path / "source", initializer_range=0.12))
     folder = export_as(source, mixed(find_groups(source)), tmp_path / "out")
