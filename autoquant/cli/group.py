@@ -18,7 +18,7 @@ INTERRUPTED_EXIT_CODE = 130
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-EXIT_CODES = """\b
+EPILOG = """\b
 Exit codes:
   0    done
   1    a bug in AutoQuant
@@ -27,7 +27,12 @@ Exit codes:
   4    model or data unavailable or damaged
   5    the run directory belongs to another search
   6    out of memory
-  130  interrupted; the same command goes on where it stopped"""
+  130  interrupted; the same command goes on where it stopped
+
+\b
+Shell completion, in ~/.bashrc (zsh_source for zsh, fish_source for fish):
+  eval "$(_AUTOQUANT_COMPLETE=bash_source autoquant)"
+"""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -75,7 +80,7 @@ class LazyGroup(click.Group):
         examples: Sequence[tuple[str, str]],
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, epilog=EXIT_CODES, **kwargs)
+        super().__init__(*args, epilog=EPILOG, **kwargs)
         self.modules = modules
         self.examples = examples
 
@@ -102,7 +107,7 @@ class LazyGroup(click.Group):
             formatter.write_dl(rows)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the worked examples and the exit codes."""
+        """Write the worked examples, the exit codes and how to complete."""
         write_examples(formatter, self.examples)
         super().format_epilog(ctx, formatter)
 

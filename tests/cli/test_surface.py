@@ -1,8 +1,14 @@
 """Every command and flag is a promise: adding or dropping one is a decision, made here."""
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
+import pytest
 
 from autoquant.cli import cli
 
@@ -120,3 +126,27 @@ def test_every_example_is_a_command_line_that_parses():
             assert depth, f"`{line}` in the help of `{path or 'autoquant'}` names no command"
             target = paths[" ".join(words[1 : depth + 1])]
             target.make_context(words[depth], words[depth + 1 :], resilient_parsing=True)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is absent")
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        (["autoquant", "sea"], ["search"]),
+        (["autoquant", "search", "--mlflow-t"], ["--mlflow-trials"]),
+        (["autoquant", "search", "--probe", "e"], ["exact"]),
+    ],
+)
+def test_the_shell_completes_after_the_line_of_the_help(autoquant, typed, offered):
+    line = 'eval "$(_AUTOQUANT_COMPLETE=bash_source autoquant)"'
+    assert line in autoquant("--help").stdout
+    assert line in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    script = (
+        f"{line}; COMP_WORDS=({' '.join(typed)}); COMP_CWORD={len(typed) - 1}; "
+        '_autoquant_completion autoquant; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script], env=os.environ | {"PATH": path}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == offered, done.stderr
