@@ -261,7 +261,7 @@ def search_budgets(
 ) -> list[Run]:
     """Search under several budgets with one set of probes; one run for each, in their order.
 
-    The same as the command `autoquant search --budget-bpe 4.75,5,5.5`.
+    The same as the command `autoquant search --budget-bpe 4.8,5,5.5`.
 
     Args:
         model: folder or hub id; the bundled reference model by default.

@@ -37,7 +37,7 @@ from autoquant.cli.output import print_json
             "autoquant search ./my-model --budget-bpe 5.0 --calibration ./texts",
             "Your model on your text:",
         ),
-        ("autoquant search --budget-bpe 4.75,5,5.5,6 --out runs/budgets", "Several budgets:"),
+        ("autoquant search --budget-bpe 4.8,5,5.5,6 --out runs/budgets", "Several budgets:"),
         (
             "autoquant search ./my-moe --budget-bpe 4.75 --space experts-only --trials 100",
             "Only the routed experts, with more trials:",

@@ -1,0 +1,142 @@
+"""What the help, the README and the pages tell a reader to type is typed here.
+
+In a folder where the names that they use are tiny models, texts and runs.
+"""
+
+import functools
+import inspect
+import re
+import shlex
+import shutil
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from searchable import TOKEN_FLAGS, save_searchable, save_text
+
+import autoquant
+import autoquant.api
+from autoquant.cli import cli
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+
+DENSE = ("my-model", "MODEL", "BIG-MODEL", "Qwen/Qwen3-8B")
+WITH_EXPERTS = ("my-moe", "Qwen/Qwen3-30B-A3B")
+RUNS = ("run", *(f"runs/{name}" for name in ("demo", "mine", "big", "a", "b", "A", "B", "NAME")))
+FLAGS = zip(TOKEN_FLAGS[::2], TOKEN_FLAGS[1::2], strict=True)
+QUICK = {"trials": 2, **{flag[2:].replace("-", "_"): value for flag, value in FLAGS}}
+"""Settings under which an example that does not name them takes a second."""
+
+
+def examples_of_the_help(command: click.Command = cli) -> Iterator[str]:
+    yield from (line for line, _ in getattr(command, "examples", ()))
+    if isinstance(command, click.Group):
+        for name in command.list_commands(click.Context(command)):
+            child = command.get_command(click.Context(command), name)
+            assert child is not None
+            yield from examples_of_the_help(child)
+
+
+def examples_of(page: str) -> Iterator[str]:
+    """Every indented line that begins with the command."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for line in re.findall(r"^    (?:\.venv/bin/)?(autoquant .*)$", text, re.MULTILINE):
+        yield line.partition("  #")[0].strip()
+
+
+def python_of(text: str) -> str:
+    """The indented block that begins with `import autoquant`."""
+    block = re.search(r"^( *)import autoquant\n(?:\1.*\n|\s*\n)*", text, re.MULTILINE)
+    assert block is not None
+    return textwrap.dedent(block[0])
+
+
+LINES = dict.fromkeys(
+    [*examples_of_the_help(), *(line for page in PAGES for line in examples_of(page))]
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """The folder with a model, a text and a run under every name in use."""
+    folder = tmp_path_factory.mktemp("examples")
+    large = {"hidden_size": 256, "intermediate_size": 3072, "tie_word_embeddings": True}
+    for name in DENSE:
+        save_searchable("qwen3", folder / name, **large)
+    experts = {"hidden_size": 128, "head_dim": 16, "num_attention_heads": 2, "num_experts": 64}
+    for name in WITH_EXPERTS:
+        save_searchable(
+            "qwen3_moe",
+            folder / name,
+            **experts,
+            num_key_value_heads=1,
+            moe_intermediate_size=128,
+            tie_word_embeddings=True,
+        )
+    save_text(folder / "texts")
+    run = autoquant.search(
+        folder / "MODEL", budget_bpe=5.0, out=folder / RUNS[0], mlflow=False, **QUICK
+    )
+    for name in RUNS[1:]:
+        shutil.copytree(run.path, folder / name)
+    shutil.copy(run.path / "assignment.yaml", folder / "mix.yaml")
+    return folder
+
+
+def test_budgets_of_the_bundled_model_in_examples_can_be_met(autoquant):
+    for line in LINES:
+        words = shlex.split(line)
+        if words[1] == "search" and words[2].startswith("--budget-bpe"):
+            for budget in words[3].split(","):
+                done = autoquant("plan", "--budget-bpe", budget)
+                assert done.exit_code == 0, f"{line}: {done.stderr}"
+
+
+@pytest.fixture
+def workspace(made, monkeypatch) -> Path:
+    monkeypatch.chdir(made)
+    for module in ("autoquant.checkpoint.source", "autoquant.search.settings"):
+        monkeypatch.setattr(f"{module}.REFERENCE_MODEL", made / "MODEL")
+    return made
+
+
+def quickly(words: list[str]) -> list[str]:
+    """The quick settings that the command knows and the example does not name."""
+    command = cli.get_command(click.Context(cli), words[1])
+    assert command is not None, f"{words[1]} is no command"
+    known = {flag for param in command.params for flag in param.opts}
+    flags = {f"--{name.replace('_', '-')}": value for name, value in QUICK.items()}
+    return [f"{flag}={flags[flag]}" for flag in flags.keys() & (known - set(words))]
+
+
+@pytest.mark.parametrize("line", LINES, ids=str)
+def test_a_line_that_a_reader_is_told_to_type_does_what_it_says(line, workspace):
+    typed, _, target = line.partition(" > ")
+    words = shlex.split(typed)
+    for name in [words[n + 1] for n, word in enumerate(words) if word == "--out"]:
+        if (workspace / name).is_dir() and words[1] == "export":
+            shutil.rmtree(workspace / name)
+    done = CliRunner().invoke(cli, [*words[1:], *quickly(words)])
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout
+    if target:
+        Path(target).write_text(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [(ROOT / "README.md").read_text(encoding="utf-8"), inspect.getdoc(autoquant.api) or ""],
+    ids=["README", "autoquant.api"],
+)
+def test_python_that_a_reader_is_shown_runs(text, workspace, monkeypatch):
+    quick = functools.partial(autoquant.search, **QUICK)
+    monkeypatch.setattr(autoquant, "search", quick)
+    names: dict[str, object] = {}
+    exec(python_of(text), names)
+    assert isinstance(names["run"], autoquant.Run)
