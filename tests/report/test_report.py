@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import autoquant
+from experiments.report_scale.grow import grow
 
 PICTURES = {
     *("frontier", "map", "sensitivity", "prediction"),
@@ -146,44 +147,9 @@ def test_text_of_the_evaluation_data_is_shown_and_never_interpreted(autoquant, r
     assert "<script>alert(1)</script>" in page.text
 
 
-def grow(run, *, layers: int, trials: int) -> None:
-    """Make the run one of a large model, out of its own records."""
-    plan = json.loads((run / "groups.json").read_text())
-    sensitivity = json.loads((run / "sensitivity.json").read_text())
-    records = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
-    first = [group for group in plan["groups"] if group["layer"] == 0]
-    names = {group["name"] for group in first}
-
-    def at(name: str, layer: int, copy: int) -> str:
-        return f"{name.replace('layers.0.', f'layers.{layer}.')}{copy or ''}"
-
-    def everywhere(name: str) -> list[str]:
-        return [at(name, layer, copy) for layer in range(layers) for copy in range(4)]
-
-    plan["groups"] = [
-        group | {"name": at(group["name"], layer, copy), "layer": layer}
-        for layer in range(layers)
-        for copy in range(4)
-        for group in first
-    ]
-    sensitivity["probes"] = [
-        probe | {"group": name}
-        for probe in sensitivity["probes"]
-        if probe["group"] in names
-        for name in everywhere(probe["group"])
-    ]
-    for record in records:
-        chosen = {n: c for n, c in record["groups"].items() if n in names}
-        record["groups"] = {each: c for n, c in chosen.items() for each in everywhere(n)}
-    lines = [records[i % len(records)] | {"number": i} for i in range(trials)]
-    (run / "groups.json").write_text(json.dumps(plan))
-    (run / "sensitivity.json").write_text(json.dumps(sensitivity))
-    (run / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 @pytest.mark.slow
 def test_a_large_run_stays_under_a_megabyte(autoquant, run):
-    grow(run, layers=50, trials=500)
+    grow(run, layers=50, groups=600, trials=500)
     assert len(json.loads((run / "groups.json").read_text())["groups"]) == 600
     done = autoquant("report", run)
     assert done.exit_code == 0, done.stderr

@@ -63,6 +63,17 @@ def test_the_report_reads_on_a_screen_a_phone_and_in_the_dark(run, baselines, br
     assert cut_off(page) == []
     phone = browser.open(report_of(run), width=390, height=800)
     assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+    assert phone.evaluate(
+        """[...document.querySelectorAll("figure")].every(f => f.scrollWidth <= f.clientWidth)"""
+    ), "pictures are whole on a phone"
+    paper = browser.open(report_of(run))
+    paper.emulate_media(media="print")
+    for text in ("Where the output changed most", "Finalists against"):
+        inside = paper.locator("details", has_text=text).locator("p").first
+        assert inside.bounding_box()["height"] > 0, "what is folded on a screen is printed"
+    next_token = paper.locator("mark").first
+    colour = "mark => getComputedStyle(mark).color"
+    assert next_token.evaluate(colour) == paper.evaluate("getComputedStyle(document.body).color")
     dark = browser.open(report_of(run), color_scheme="dark")
     shade = "getComputedStyle(document.body).backgroundColor"
     assert page.evaluate(shade) == "rgb(255, 255, 254)"

@@ -1,0 +1,58 @@
+"""A run directory of a large model and a long search, made out of the records of a small one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+SPREAD = 0.5
+"""How far the last round of repeated trials is above the first, so that no two marks coincide."""
+
+
+def grow(run: Path, *, layers: int, groups: int, trials: int) -> None:
+    """Repeat the first layer's groups in every layer, and the trials under new numbers.
+
+    Args:
+        run: a finished run directory; its files are rewritten.
+        layers: of the large model.
+        groups: of the large model, spread evenly over its layers.
+        trials: of the long search.
+    """
+    plan = json.loads((run / "groups.json").read_text())
+    sensitivity = json.loads((run / "sensitivity.json").read_text())
+    records = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    first = [group for group in plan["groups"] if group["layer"] == 0]
+    names = {group["name"] for group in first}
+    copies = [
+        (layer, copy) for layer in range(layers) for copy in range(groups // layers // len(first))
+    ]
+
+    def at(name: str, layer: int, copy: int) -> str:
+        return f"{name.replace('layers.0.', f'layers.{layer}.')}{copy or ''}"
+
+    plan["groups"] = [
+        group | {"name": at(group["name"], *copy), "layer": copy[0]}
+        for copy in copies
+        for group in first
+    ]
+    sensitivity["probes"] = [
+        probe | {"group": at(probe["group"], *copy), "kl": probe["kl"] / (1 + copy[0])}
+        for probe in sensitivity["probes"]
+        if probe["group"] in names
+        for copy in copies
+    ]
+    lines = []
+    for number in range(trials):
+        record = records[number % len(records)]
+        chosen = {n: c for n, c in record["groups"].items() if n in names}
+        everywhere = {at(n, *copy): c for copy in copies for n, c in chosen.items()}
+        above = SPREAD * (number // len(records)) * len(records) / trials
+        lines.append(
+            record | {"number": number, "kl": record["kl"] * (1 + above), "groups": everywhere}
+        )
+    _write(run / "groups.json", plan)
+    _write(run / "sensitivity.json", sensitivity)
+    (run / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _write(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data))
