@@ -10,6 +10,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 FRONTIER = "KL against bits per element, with baselines and budget"
 LAYER_MAP = "Format and sensitivity of every layer group"
+COMPARED = "KL of each run against bits per element"
 
 _WHO_IS_LOGGED_IN = "/ajax-api/2.0/mlflow/users/current"
 """MLflow's pages ask this of every server, and servers without accounts do not know it."""

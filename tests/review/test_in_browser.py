@@ -7,6 +7,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from pages import (
     CHROMIUM,
+    COMPARED,
     FRONTIER,
     LAYER_MAP,
     chromium,
@@ -18,7 +19,7 @@ from pages import (
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 from servers import mlflow_server
 
-import autoquant
+from autoquant.api import search
 
 pytest.importorskip("playwright", reason="playwright is absent: pip install 'autoquant[test]'")
 pytestmark = [
@@ -32,7 +33,7 @@ def run(tmp_path_factory) -> Path:
     """A finished search with its checkpoint, recorded in the store beside it."""
     folder = tmp_path_factory.mktemp("review")
     flags = dict(zip(TOKEN_FLAGS[::2], TOKEN_FLAGS[1::2], strict=True))
-    return autoquant.search(
+    return search(
         save_searchable("qwen3_moe", folder / "model"),
         calibration=str(save_text(folder / "text")),
         budget_bpe=9.0,
@@ -78,6 +79,19 @@ def test_the_report_reads_on_a_screen_a_phone_and_in_the_dark(run, baselines, br
     shade = "getComputedStyle(document.body).backgroundColor"
     assert page.evaluate(shade) == "rgb(255, 255, 254)"
     assert dark.evaluate(shade) == "rgb(21, 24, 30)"
+    assert browser.errors == []
+
+
+def test_runs_side_by_side_read_on_a_screen_and_a_phone(run, autoquant, browser, tmp_path):
+    page = tmp_path / "compared.html"
+    assert autoquant("compare", run, run, "--out", page).exit_code == 0
+    screen = browser.open(page.as_uri(), width=1280)
+    assert picture(screen, COMPARED).bounding_box()["width"] > 400
+    table = screen.locator(".scroll")
+    assert table.evaluate("t => t.scrollWidth <= t.clientWidth"), "no column is cut off"
+    assert cut_off(screen) == []
+    phone = browser.open(page.as_uri(), width=390, height=800)
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
     assert browser.errors == []
 
 
