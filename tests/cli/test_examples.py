@@ -24,7 +24,10 @@ from autoquant.cli import cli
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+PAGES = (
+    *("README.md", "search_spaces/README.md"),
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+)
 
 DENSE = ("my-model", "MODEL", "BIG-MODEL", "Qwen/Qwen3-8B")
 WITH_EXPERTS = ("my-moe", "Qwen/Qwen3-30B-A3B")
@@ -86,6 +89,10 @@ def made(tmp_path_factory) -> Path:
     for name in RUNS[1:]:
         shutil.copytree(run.path, folder / name)
     shutil.copy(run.path / "assignment.yaml", folder / "mix.yaml")
+    page = (ROOT / "search_spaces" / "README.md").read_text(encoding="utf-8")
+    space = re.search(r"(?:^ {4}.*\n)+", page, re.MULTILINE)
+    assert space is not None
+    (folder / "first-layers-high.yaml").write_text(textwrap.dedent(space[0]))
     return folder
 
 
