@@ -37,8 +37,9 @@ def execute(source: Path, folder: Path) -> Any:
         record_timing=False,
         resources={"metadata": {"path": str(folder)}},
     )
+    alone = {"OMP_NUM_THREADS": "1"}  # threads that share a core with other work wait for each other
     quiet = {"PYTHONWARNINGS": "ignore:IProgress not found"}  # progress bars as widgets
-    return client.execute(env={**os.environ, **quiet})
+    return client.execute(env={**alone, **os.environ, **quiet})
 
 
 def main(names: list[str]) -> None:
