@@ -37,7 +37,7 @@ def execute(source: Path, folder: Path) -> Any:
         record_timing=False,
         resources={"metadata": {"path": str(folder)}},
     )
-    alone = {"OMP_NUM_THREADS": "1"}  # threads that share a core with other work wait for each other
+    alone = {"OMP_NUM_THREADS": "1"}  # threads wait for each other on a busy core
     quiet = {"PYTHONWARNINGS": "ignore:IProgress not found"}  # progress bars as widgets
     return client.execute(env={**alone, **os.environ, **quiet})
 
