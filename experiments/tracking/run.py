@@ -65,8 +65,9 @@ def main() -> None:
     for owner, name in CALLS:
         timed(owner, name, spent)
     timed_sender(spent)
+    sys.argv = ["autoquant", "search", *flags]  # what an interrupted search says to type
     wall, cpu = time.perf_counter(), time.process_time()
-    cli(["search", *flags], standalone_mode=False)
+    cli(sys.argv[1:], standalone_mode=False)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     rows = {
         name: {
