@@ -16,7 +16,6 @@ PACKAGES = (
     "transformers",
     "safetensors",
     "numpy",
-    "scipy",
     "optuna",
     "mlflow",
     "datasets",

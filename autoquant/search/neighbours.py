@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from autoquant.assignment import Assignment
+from autoquant.search.knapsack_bounds import Selection
 from autoquant.search.problem import Problem
-from autoquant.search.solver import Knapsack, Selection
+from autoquant.search.solver import Knapsack
 from autoquant.search.surrogate import Floats, Surrogate
 
 PAIRS = 200

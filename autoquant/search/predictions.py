@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from autoquant.budget import Accounting, Budget
+from autoquant.search.knapsack_bounds import Selection
 from autoquant.search.problem import Problem
 from autoquant.search.refine import measured
-from autoquant.search.solver import Selection
 from autoquant.search.surrogate import Floats, Surrogate
 from autoquant.search.trials import Ledger
 

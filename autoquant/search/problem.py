@@ -9,7 +9,8 @@ from autoquant.budget import Accounting, Budget
 from autoquant.formats import Choice, Format, ScaleRule
 from autoquant.groups import LayerGroup
 from autoquant.probe.sensitivity import Sensitivity
-from autoquant.search.solver import Knapsack, Selection
+from autoquant.search.knapsack_bounds import Selection
+from autoquant.search.solver import Knapsack
 
 ScoreOf = Callable[[LayerGroup, Choice], float]
 

@@ -22,7 +22,7 @@ from autoquant.search.problem import Problem
 from autoquant.search.session import Session
 from autoquant.search.trials import Ledger, Stage, Trial
 
-PACKAGES = ("torch", "transformers", "optuna", "scipy")
+PACKAGES = ("torch", "transformers", "optuna", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,26 +1,17 @@
 """Multiple-choice knapsack: one choice per group, least summed score within a byte budget.
 
-Exact through HiGHS (scipy). Scores are divided by their largest before they reach it, because
-mixed-integer solvers work to absolute tolerances: CBC is known to return wrong optima for scores
-near 1e-9.
+Exact for scores of any unit: nothing rests on an absolute tolerance, where mixed-integer solvers
+are known to return wrong optima for scores near 1e-9.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from autoquant.errors import InfeasibleBudget
-from autoquant.search.quiet import quiet_library
-
-Floats = np.ndarray[Any, np.dtype[np.float64]]
-_BEAM_WIDTH = 2048
-"""Partial selections kept at each step of the search for runners-up."""
-
-Selection = tuple[int, ...]
-"""Index of the chosen option of each group."""
+from autoquant.search.knapsack_bounds import Integers, Priced, Selection, Tables, beam, optimum
 
 
 @dataclass(frozen=True)
@@ -40,13 +31,36 @@ class Knapsack:
         return sum(min(costs) for costs in self.costs)
 
     def cost(self, selection: Selection) -> int:
-        return sum(costs[i] for costs, i in zip(self.costs, selection, strict=True))
+        return int(self._tables.costs[self._rows, selection].sum())
 
     def score(self, selection: Selection) -> float:
-        return float(sum(scores[i] for scores, i in zip(self.scores, selection, strict=True)))
+        return float(self._tables.scores[self._rows, selection].sum())
 
     def with_scores(self, scores: Sequence[Sequence[float]]) -> "Knapsack":
         return Knapsack(tuple(map(tuple, scores)), self.costs, self.budget)
+
+    @cached_property
+    def _tables(self) -> Tables:
+        return Tables.of(self.scores, self.costs)
+
+    @cached_property
+    def _rows(self) -> Integers:
+        return np.arange(len(self.costs))
+
+    @cached_property
+    def _priced(self) -> Priced:
+        """Raises InfeasibleBudget: the cheapest selection exceeds the budget."""
+        if self.floor > self.budget:
+            raise InfeasibleBudget(
+                f"the open layers take at least {self.floor} bytes and {self.budget} are left.",
+                fix="raise the budget or open more layers.",
+            )
+        return Priced.best(self._tables, self.budget)
+
+    @cached_property
+    def _optimum(self) -> Selection:
+        incumbent = self.fill(tuple(self._priced.options.tolist()))
+        return self.fill(optimum(self._priced, incumbent))
 
     def solve(self) -> Selection:
         """The optimum, upgraded until nothing more fits.
@@ -54,7 +68,7 @@ class Knapsack:
         Raises:
             InfeasibleBudget: the cheapest selection exceeds the budget.
         """
-        return self.fill(self._optimum())
+        return self._optimum
 
     def best(self, count: int) -> list[Selection]:
         """Up to `count` distinct filled selections, best score first; the first is the optimum.
@@ -65,8 +79,9 @@ class Knapsack:
         Raises:
             InfeasibleBudget: the cheapest selection exceeds the budget.
         """
-        found = dict.fromkeys(map(self.fill, [self._optimum(), *_beam(self)]))
-        return sorted(found, key=self.score)[:count]
+        runners_up = self._filled(beam(self._priced))
+        found = {self._optimum, *map(tuple, runners_up.tolist())}
+        return sorted(found, key=lambda selection: (self.score(selection), selection))[:count]
 
     def around(self, selection: Selection, group: int, option: int) -> Selection | None:
         """The selection with one group changed, at the least further change that fits and fills.
@@ -89,14 +104,6 @@ class Knapsack:
             chosen[g] = i
         return self.fill(tuple(chosen), keep=group)
 
-    def _optimum(self) -> Selection:
-        if self.floor > self.budget:
-            raise InfeasibleBudget(
-                f"the open layers take at least {self.floor} bytes and {self.budget} are left.",
-                fix="raise the budget or open more layers.",
-            )
-        return _solve_program(self)
-
     def fill(self, selection: Selection, *, keep: int | None = None) -> Selection:
         """Spend what the budget leaves: upgrades that fit, best gain per byte first.
 
@@ -107,104 +114,26 @@ class Knapsack:
             selection: within the budget.
             keep: a group whose option stays, unless nothing else is left to upgrade.
         """
-        chosen, left = list(selection), self.budget - self.cost(selection)
-        while True:
-            upgrades = [
-                (g != keep, (self.scores[g][chosen[g]] - self.scores[g][i]) / extra, -extra, g, i)
-                for g, costs in enumerate(self.costs)
-                for i, cost in enumerate(costs)
-                if 0 < (extra := cost - costs[chosen[g]]) <= left
-            ]
-            if not upgrades:
-                return tuple(chosen)
-            *_, group, option = max(upgrades)
-            left -= self.costs[group][option] - self.costs[group][chosen[group]]
-            chosen[group] = option
+        return tuple(self._filled(np.array([selection]), keep=keep)[0].tolist())
 
-
-def _beam(knapsack: Knapsack) -> list[Selection]:
-    """Feasible selections of low Lagrangian bound.
-
-    For a multiplier m >= 0, sum_g min_i (score + m * cost) - m * budget is at most the optimum
-    (Fisher, The Lagrangian relaxation method, 1981). It splits over groups: an option adds to the
-    bound of a partial selection what it is worse than its group's best priced option.
-    """
-    multiplier = _best_multiplier(knapsack)
-    cheapest = [min(costs) for costs in knapsack.costs]
-    needed = knapsack.floor
-    unit = max(max(np.abs(scores).max() for scores in knapsack.scores), 1e-300)
-    excess, cost = np.zeros(1), np.zeros(1, dtype=np.int64)
-    steps = []
-    for g, options in enumerate(knapsack.costs):
-        priced = _priced(knapsack, g, multiplier)
-        needed -= cheapest[g]
-        excess = (excess[:, None] + (priced - priced.min())).ravel()
-        cost = (cost[:, None] + np.array(options, dtype=np.int64)).ravel()
-        keep = np.flatnonzero(cost + needed <= knapsack.budget)
-        # Of partial selections with one bound, the costlier has the lower score.
-        bound = np.round(excess[keep] / unit, 12)
-        keep = keep[np.lexsort((-cost[keep], bound))[:_BEAM_WIDTH]]
-        excess, cost = excess[keep], cost[keep]
-        steps.append((keep // len(options), keep % len(options)))
-    rows = np.arange(len(cost))
-    columns = []
-    for parents, choices in reversed(steps):
-        columns.append(choices[rows])
-        rows = parents[rows]
-    return [tuple(map(int, row)) for row in np.stack(columns[::-1], axis=1)]
-
-
-def _priced(knapsack: Knapsack, group: int, multiplier: float) -> Floats:
-    scores = np.array(knapsack.scores[group])
-    return scores + multiplier * np.array(knapsack.costs[group], dtype=np.float64)
-
-
-def _best_multiplier(knapsack: Knapsack) -> float:
-    """The multiplier of the highest bound, by bisection on the cost of the priced optimum."""
-    scores = [s for options in knapsack.scores for s in options]
-    low, high = 0.0, max(max(scores) - min(scores), 1e-300)
-    for _ in range(100):
-        middle = (low + high) / 2
-        cost = sum(
-            costs[int(_priced(knapsack, g, middle).argmin())]
-            for g, costs in enumerate(knapsack.costs)
-        )
-        low, high = (middle, high) if cost > knapsack.budget else (low, middle)
-    return high
-
-
-def _solve_program(knapsack: Knapsack) -> Selection:
-    """The optimum of the binary program; the knapsack is feasible."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    sizes = [len(options) for options in knapsack.scores]
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
-    scores = np.array([s for options in knapsack.scores for s in options], dtype=np.float64)
-    objective = scores / max(np.abs(scores).max(), np.finfo(np.float64).tiny)
-    one_each = np.zeros((len(sizes), len(scores)))
-    for g in range(len(sizes)):
-        one_each[g, offsets[g] : offsets[g + 1]] = 1.0
-    # Bytes over the cheapest option keep the row's numbers small.
-    extra = np.array([c - min(costs) for costs in knapsack.costs for c in costs], dtype=np.float64)
-    scale = max(extra.max(), 1.0)
-    spare = knapsack.budget - knapsack.floor
-    while True:
-        with quiet_library():
-            result = milp(
-                objective,
-                constraints=[
-                    LinearConstraint(one_each, 1.0, 1.0),
-                    LinearConstraint(extra[None] / scale, -np.inf, spare / scale),
-                ],
-                integrality=np.ones(len(scores)),
-                bounds=Bounds(0.0, 1.0),
-                options={"mip_rel_gap": 0.0},
-            )
-        selection = tuple(
-            int(np.argmax(result.x[offsets[g] : offsets[g + 1]])) for g in range(len(sizes))
-        )
-        overspent = knapsack.cost(selection) - knapsack.budget
-        if overspent <= 0:
-            return selection
-        # The solver's row tolerance let it overspend by a few bytes: ask for less.
-        spare -= overspent
+    def _filled(self, selections: Integers, *, keep: int | None = None) -> Integers:
+        """`fill` for many selections at once, [P, G]."""
+        scores, costs = self._tables.scores, self._tables.costs
+        chosen = selections.copy()
+        taken = costs[self._rows, chosen]
+        left = self.budget - taken.sum(axis=1)
+        open_rows = np.arange(len(chosen))
+        while len(open_rows):
+            extra = costs - taken[open_rows, :, None]
+            fits = (extra > 0) & (extra <= left[open_rows, None, None])
+            places, groups, options = np.nonzero(fits)
+            cost, rows = extra[fits], open_rows[places]
+            gains = (scores[groups, chosen[rows, groups]] - scores[groups, options]) / cost
+            order = np.lexsort((-cost, gains, groups != keep, rows))
+            is_last = np.diff(rows[order], append=-1) != 0
+            best = order[is_last]  # the last of equals, as lexsort is stable
+            open_rows, groups, options = rows[best], groups[best], options[best]
+            chosen[open_rows, groups] = options
+            taken[open_rows, groups] = costs[groups, options]
+            left[open_rows] -= cost[best]
+        return chosen

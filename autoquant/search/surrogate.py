@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from autoquant.search.knapsack_bounds import Selection
 from autoquant.search.problem import Problem
-from autoquant.search.solver import Selection
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]

@@ -1,9 +1,7 @@
 """Kinds of sensitivities, and how well each ranks random assignments."""
 
 import argparse
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,9 +10,8 @@ from scipy.stats import spearmanr
 from autoquant.data.tokens import Split
 from autoquant.formats import Choice
 from autoquant.model.experts import DOWN, WIDE, parameter_name
-from autoquant.probe.gradient import gradient_probe
-from autoquant.probe.gradient_screen import anchors, scaled
-from autoquant.probe.interactions import Interactions, Key
+from autoquant.probe.interactions import Key
+from autoquant.probe.method import ProbeMethod
 from autoquant.probe.sensitivity import Sensitivity, keys_of
 from autoquant.search.problem import Problem
 from autoquant.search.surrogate import Surrogate
@@ -22,24 +19,11 @@ from experiments.common.bench import Bench
 from experiments.common.enumerate import random_filled
 
 
-def sensitivities(bench: Bench, split: Split, seed: int) -> dict[str, Sensitivity]:
-    """By exact probes, screened ones, gradients alone and the weights' relative squared error."""
+def sensitivities(bench: Bench) -> dict[str, Sensitivity]:
+    """By each method of probing, and the weights' relative squared error."""
     keys = tuple(keys_of(bench.plan.options.choices))
-    with tempfile.TemporaryDirectory() as folder:
-        exact = bench.probe(split, Path(folder))
-    gradient = gradient_probe(bench.session.scorer, split, keys, [], lambda _: None, seed=seed)
-    measured = set(anchors(keys, gradient).values())
-    anchored = Sensitivity(
-        {key: kl for key, kl in exact.kl.items() if key in measured},
-        {key: error for key, error in exact.stderr.items() if key in measured},
-        _among(exact.interactions, measured),
-    )
-    return {
-        "exact": exact,
-        "screened": scaled(keys, gradient, anchored),
-        "gradient": gradient,
-        "weight error": weight_errors(bench, keys),
-    }
+    probed = {str(method): bench.probe(method) for method in ProbeMethod}
+    return probed | {"weight error": weight_errors(bench, keys)}
 
 
 def weight_errors(bench: Bench, keys: tuple[Key, ...]) -> Sensitivity:
@@ -93,10 +77,3 @@ def ranking(
         predicted = Surrogate.of(problem, with_pairs=False).quadratic(drawn)
         found[name] = {"spearman": float(spearmanr(predicted, kl).statistic)}
     return found
-
-
-def _among(interactions: Interactions | None, keys: set[Key]) -> Interactions | None:
-    if interactions is None:
-        return None
-    kept = tuple(key for key in interactions.keys if key in keys)
-    return Interactions(kept, interactions.of(kept))

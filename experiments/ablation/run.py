@@ -45,7 +45,7 @@ def main() -> None:
     tokens = TokenPlan(search=arguments.search_tokens, report=32_768, seed=arguments.seed)
     bench = Bench(chosen, "default", tokens, arguments.device)
     splits = bench.splits["search"], bench.splits["report"], bench.fresh(arguments.fresh_tokens)
-    found = sensitivities(bench, splits[0], arguments.seed)
+    found = sensitivities(bench)
     result = record.provenance(arguments.commit) | {
         "subject": chosen.name,
         "seed": arguments.seed,

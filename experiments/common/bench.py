@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +18,12 @@ from autoquant.model.inputs import ActivationMode
 from autoquant.model.memory import keep_freed_memory
 from autoquant.plan import Plan, make_plan
 from autoquant.probe.calibration import calibrate
-from autoquant.probe.interactions import SketchBook
-from autoquant.probe.sensitivity import Sensitivity, keys_of, probe
+from autoquant.probe.method import ProbeMethod
+from autoquant.probe.sensitivity import Sensitivity, keys_of
+from autoquant.rundir import RunDirectory
 from autoquant.scoring.kl import TokenKl
 from autoquant.search.observer import Silent
+from autoquant.search.probes import Probes
 from autoquant.search.problem import Problem
 from autoquant.search.session import Session, open_session
 from autoquant.space_file import load_space
@@ -91,11 +94,21 @@ class Bench:
             self._scores[key] = self.session.scorer.score(assignment, split)
         return self._scores[key]
 
-    def probe(self, split: Split, folder: Path) -> Sensitivity:
-        """Exact probes of every (group, choice) on `split`, interactions included."""
-        keys = tuple(keys_of(self.plan.options.choices))
-        book = SketchBook(folder, keys, split.batches[0].numel())
-        return probe(self.session.scorer, split, keys, [], lambda _: None, book)
+    def probe(self, method: ProbeMethod = ProbeMethod.SCREENED) -> Sensitivity:
+        """Sensitivities as a search measures them on the search split, interactions included."""
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            RunDirectory.open(Path(folder) / "probes", {}, resume=False) as run,
+        ):
+            probes = Probes(
+                run=run,
+                scorer=self.session.scorer,
+                split=self.splits["search"],
+                keys=tuple(keys_of(self.plan.options.choices)),
+                seed=self.tokens.seed,
+                observer=Silent(),
+            )
+            return probes.measure(method)[0]
 
     def problem(self, bpe: float, sensitivity: Sensitivity) -> Problem:
         return Problem(

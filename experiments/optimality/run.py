@@ -4,13 +4,12 @@
 
 On the search split, per budget: the joint KL of the default search's best candidate over that of
 the best of all assignments that fill the budget, wherever those are few enough to measure; and
-predicted against measured KL of 150 random assignments.
+predicted against measured KL of 150 random assignments. The fresh tokens are those of
+`vs_modelopt`.
 """
 
 import argparse
-import tempfile
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,9 @@ from scipy.stats import spearmanr
 from autoquant.data.tokens import Split, TokenPlan
 from autoquant.search.bounds import Bounds
 from autoquant.search.explore import explore
+from autoquant.search.knapsack_bounds import Selection
 from autoquant.search.problem import Problem
 from autoquant.search.refine import Effort, measured
-from autoquant.search.solver import Selection
 from autoquant.search.surrogate import Floats, Surrogate
 from autoquant.search.trials import Ledger
 from experiments.common import record
@@ -29,17 +28,24 @@ from experiments.common.bench import Bench
 from experiments.common.enumerate import TooMany, is_maximal, maximal, random_filled
 from experiments.common.subjects import MAX_ONLY, add_arguments, subject
 
+SPACES = {"max": str(MAX_ONLY), "all": "default"}
+"""Scale rules that are open, and the space that opens them."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
-    parser.add_argument("--search-tokens", type=int, default=4096)
+    parser.add_argument("--search-tokens", type=int, default=TokenPlan().search)
+    parser.add_argument("--fresh-tokens", type=int, default=65_536)
     parser.add_argument("--random", type=int, default=150, help="random assignments per budget")
-    parser.add_argument("--most", type=int, default=2000, help="assignments to enumerate at most")
+    parser.add_argument("--most", type=int, default=3000, help="assignments to enumerate at most")
+    parser.add_argument("--most-fresh", type=int, default=200, help="of those on fresh tokens")
     parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--rules", nargs="*", choices=SPACES, default=list(SPACES))
+    parser.add_argument("--budgets", type=float, nargs="*", help="instead of the subject's")
     arguments = parser.parse_args()
     chosen = subject(arguments.subject, arguments.models, arguments.texts)
-    tokens = TokenPlan(search=arguments.search_tokens, report=4096, seed=arguments.seed)
+    tokens = TokenPlan(search=arguments.search_tokens, seed=arguments.seed)
     result = record.provenance(arguments.commit) | {
         "subject": chosen.name,
         "seed": arguments.seed,
@@ -47,21 +53,20 @@ def main() -> None:
         "trials": arguments.trials,
         "cells": [],
     }
-    for rules, space in {"max": str(MAX_ONLY), "all": "default"}.items():
-        bench = Bench(chosen, space, tokens, arguments.device)
-        split = bench.splits["search"]
-        result["search_tokens"] = split.tokens
-        with tempfile.TemporaryDirectory() as folder:
-            sensitivity = bench.probe(split, Path(folder))
-        for bpe in chosen.bpes:
+    for rules in arguments.rules:
+        bench = Bench(chosen, SPACES[rules], tokens, arguments.device)
+        splits = bench.splits["search"], bench.fresh(arguments.fresh_tokens)
+        result["tokens"] = {split.name: split.tokens for split in splits}
+        sensitivity = bench.probe()
+        for bpe in arguments.budgets or chosen.bpes:
             row = {"rules": rules, "budget_bpe": bpe}
-            row |= cell(bench, bench.problem(bpe, sensitivity), split, arguments)
+            row |= cell(bench, bench.problem(bpe, sensitivity), *splits, arguments)
             result["cells"].append(row)
             record.write(arguments.out, result)
 
 
 def cell(
-    bench: Bench, problem: Problem, split: Split, arguments: argparse.Namespace
+    bench: Bench, problem: Problem, split: Split, fresh: Split, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """One budget under one set of scale rules."""
     ledger = searched(bench, problem, split, arguments)
@@ -69,7 +74,7 @@ def cell(
     return {
         "searched": {"kl": best.kl, "stage": str(best.stage), "trials": len(ledger.trials)},
         "is_filled": is_maximal(problem, problem.selection(best.assignment)),
-        "optimum": enumerated(bench, problem, split, arguments.most),
+        "optimum": enumerated(bench, problem, split, fresh, arguments),
         "prediction": predicted(bench, problem, split, ledger, arguments),
     }
 
@@ -95,14 +100,22 @@ def searched(bench: Bench, problem: Problem, split: Split, arguments: argparse.N
     return ledger
 
 
-def enumerated(bench: Bench, problem: Problem, split: Split, most: int) -> dict[str, Any]:
-    """The best of all assignments that fill the budget, where they are at most `most`."""
+def enumerated(
+    bench: Bench, problem: Problem, split: Split, fresh: Split, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """The best of all assignments that fill the budget, where they are few enough.
+
+    `fresh_kl` is the least KL on the fresh tokens themselves: no search can do better there.
+    """
     try:
-        selections = maximal(problem, most)
+        selections = maximal(problem, arguments.most)
     except TooMany:
-        return {"assignments": f"more than {most}", "kl": None}
+        return {"assignments": f"more than {arguments.most}", "kl": None, "fresh_kl": None}
     kl = [bench.score(problem.decode(s), split).mean for s in selections]
-    return {"assignments": len(selections), "kl": min(kl), "median": float(np.median(kl))}
+    found = {"assignments": len(selections), "kl": min(kl), "median": float(np.median(kl))}
+    if len(selections) > arguments.most_fresh:
+        return found | {"fresh_kl": None}
+    return found | {"fresh_kl": min(bench.score(problem.decode(s), fresh).mean for s in selections)}
 
 
 def predicted(
