@@ -382,17 +382,19 @@ def config_option(function: Callable[..., Any]) -> Callable[..., Any]:
 def resolved_settings(ctx: click.Context) -> dict[str, Any]:
     """Every setting of the call with the value in force, as `--config` reads it back."""
     settings = {
-        name: _plain(value)
-        for name in _settings_of(ctx.command)
+        name: _plain(value, param)
+        for name, param in _settings_of(ctx.command).items()
         if (value := ctx.params[name]) is not None
     }
     return {"schema_version": CONFIG_SCHEMA_VERSION, **settings}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, param: click.Parameter) -> Any:
     """A setting as a configuration file holds it."""
-    if isinstance(value, tuple):
+    if isinstance(param.type, Budgets):
         return value[0] if len(value) == 1 else ",".join(f"{item:g}" for item in value)
+    if isinstance(value, tuple):
+        return list(value)
     return str(value) if isinstance(value, Path) else value
 
 

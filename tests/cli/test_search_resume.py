@@ -150,7 +150,7 @@ def test_mlflow_follows_a_search_through_an_interruption(folder, autoquant, tmp_
     run = recorded(store)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["result.kl"] == result["kl"]["mean"]
+    assert run.data.metrics["result/kl"] == result["kl"]["mean"]
     assert run.data.params["budget_bpe"] == "8.5"
     steps = [m.step for m in MlflowClient(store).get_metric_history(run.info.run_id, "kl")]
     assert steps == list(range(result["trials"]))
