@@ -20,7 +20,7 @@ import torch
 from autoquant.data import stdlib
 from autoquant.model.loading import LoadedModel, load_model
 
-SAMPLED = {"babyllama": 4096, "stories260K": 2048}
+SAMPLED = {"babyllama": 4096, "stories260K": 1024}
 """Documents sampled from each model; each is at most as long as the model's positions."""
 
 BATCH = 512
@@ -64,13 +64,16 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--subjects", nargs="*", default=["reference", *SAMPLED])
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    held_out = (text for _, text in stdlib.held_out_documents())
-    write(arguments.out / "reference.jsonl", held_out)
-    for name, documents in SAMPLED.items():
-        loaded = load_model(arguments.models / name, torch.device("cpu"))
-        write(arguments.out / f"{name}.jsonl", sample(loaded, documents, arguments.seed))
+    for name in arguments.subjects:
+        if name == "reference":
+            texts = (text for _, text in stdlib.held_out_documents())
+        else:
+            loaded = load_model(arguments.models / name, torch.device("cpu"))
+            texts = sample(loaded, SAMPLED[name], arguments.seed)
+        write(arguments.out / f"{name}.jsonl", texts)
 
 
 if __name__ == "__main__":
