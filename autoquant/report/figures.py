@@ -16,6 +16,9 @@ STAGES = ("baseline", "solver", "rules", "runner-up", "reweight", "refit", "swap
 NORMAL_95 = 1.96
 """Standard errors on each side of a 95 % interval."""
 
+_LEAST_NEAR = 4
+"""Candidates that are worth a panel of their own."""
+
 _HISTOGRAM_COLORS = ("accent", "nvfp4", "fp8", "reweight", "baseline", "ink", "swap")
 """The winner's first."""
 
@@ -24,19 +27,23 @@ _MARKERS = ("s", "D", "^", "v", "P", "X", "h", "<", ">")
 
 def frontier(record: RunRecord) -> "Figure":
     """KL against BPE: what was confirmed on the report split, and all that the search measured."""
-    confirmed = record.result is not None
-    figure = new_figure(6.2, 7.0 if confirmed else 3.6)
-    axes = figure.subplots(2 if confirmed else 1, 1, sharex=True, squeeze=False)[:, 0]
+    near = [t for t in record.trials if t.fits and t.stage != "baseline" and not t.is_stopped]
+    rows = ["wwwww"] if record.result is not None else []
+    rows += ["aaann" if len(near) >= _LEAST_NEAR else "aaaaa"]
+    figure = new_figure(6.2, 1.0 + 2.9 * len(rows))
+    panels: dict[str, Axes] = figure.subplot_mosaic([list(row) for row in rows])
     if record.result is not None:
-        _draw_confirmed(axes[0], record.result)
-        axes[0].tick_params(labelbottom=True)
-    _draw_trials(axes[-1], record)
-    for each in axes:
-        _draw_budget(each, record)
-        each.set_xlabel("bits per element of the checkpoint")
-        each.set_ylabel("KL, nats per token")
+        _draw_confirmed(panels["w"], record.result)
+    _draw_trials(panels["a"], record)
+    for name in panels.keys() - {"n"}:
+        _draw_budget(panels[name], record)
+        panels[name].set_xlabel("bits per element")
+        panels[name].set_ylabel("KL, nats per token")
+    if "n" in panels:
+        _draw_near(panels["n"], near)
+    for each in panels.values():
         plain_log(each, "y")
-    _legend(figure, axes, columns=2)
+    _legend(figure, panels.values(), columns=2)
     return figure
 
 
@@ -167,7 +174,7 @@ def _draw_bar(
 def _draw_trials(axes: "Axes", record: RunRecord) -> None:
     from matplotlib.lines import Line2D
 
-    axes.set_title("Every measured mix, on the tokens of the search")
+    axes.set_title("Every mix, on tokens of the search")
     _scatter(axes, record.trials, lambda trial: trial.bpe)
     front = sorted((t for t in record.trials if t.is_frontier), key=lambda t: t.bpe)
     if front:
@@ -191,6 +198,27 @@ def _draw_trials(axes: "Axes", record: RunRecord) -> None:
                 label="predicted for other budgets",
             )
         )
+
+
+def _draw_near(axes: "Axes", trials: Sequence[TrialRow]) -> None:
+    """The candidates by stage: they fill the budget alike, and so are one spot among all mixes."""
+    stages = [stage for stage in STAGES if any(trial.stage == stage for trial in trials)]
+    stages += sorted({trial.stage for trial in trials} - {*stages})
+    places: dict[int, float] = {}
+    for place, stage in enumerate(stages):
+        rows = [trial for trial in trials if trial.stage == stage]
+        for index, trial in enumerate(rows):
+            places[trial.number] = place + 0.7 * ((index + 0.5) / len(rows) - 0.5)
+    _scatter(axes, trials, lambda trial: places[trial.number])
+    best = min(trials, key=lambda trial: trial.kl)
+    if best.stderr is not None:
+        half = NORMAL_95 * best.stderr
+        axes.errorbar(
+            places[best.number], best.kl, half, capsize=3, lw=1, color=LIGHT["ink"], zorder=1
+        )
+    axes.set_title("Candidates, closer")
+    axes.set_xticks(range(len(stages)), stages, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_xlabel("stage (bar: 95 %)")
 
 
 def _draw_budget(axes: "Axes", record: RunRecord) -> None:

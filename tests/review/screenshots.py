@@ -19,16 +19,16 @@ def take(run: Path) -> None:
     experiment = store.get_experiment_by_name("autoquant").experiment_id
     run_id = json.loads((run / "tracking.json").read_text())["run_id"]
     with chromium() as browser, mlflow_server(run.parent) as server:
-        page = browser.open(report_of(run), width=900, height=1150)
+        page = browser.open(report_of(run), width=900, height=1545)
         page.screenshot(path=IMAGES / "report.png")
         picture(page, LAYER_MAP).screenshot(path=IMAGES / "layer-map.png")
         for tab, name in (("", "mlflow-run"), ("/model-metrics", "mlflow-curves")):
             address = run_address(server.url, experiment, run_id, tab)
-            page = browser.open(address, width=1200, height=1000)
+            page = browser.open(address, width=1200, height=1000 if tab else 1250)
             page.get_by_role("button", name="Close").click()  # MLflow's assistant
             if not tab:
                 page.get_by_role("button", name="Expand description").click()
-                page.get_by_text("The whole report").scroll_into_view_if_needed()
+                page.mouse.wheel(0, -5_000)
             else:
                 curves = "^(kl|best_kl|bpe|seconds)$"
                 page.get_by_placeholder("Search metric charts").fill(curves)
