@@ -15,7 +15,7 @@ from typing import Any
 
 from autoquant import grouping_table as table
 from autoquant.checkpoint import layout_compressed_tensors as ct
-from autoquant.checkpoint.layout_modules import HEAD, engine_name, layer_of, spellings
+from autoquant.checkpoint.layout_modules import engine_name, is_head, layer_of, spellings
 from autoquant.formats import Format
 
 _ALGORITHMS = {"NVFP4": Format.NVFP4, "FP8": Format.FP8}
@@ -138,7 +138,7 @@ class CompressedTensorsView(EngineView):
         for expression, format in self._expressions:
             if expression.match(name):
                 return format
-        if name == HEAD:
+        if is_head(name):
             return Format.BF16
         return self.targets.get(ct.ANY_LINEAR, Format.BF16)
 

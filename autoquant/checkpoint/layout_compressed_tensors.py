@@ -16,8 +16,8 @@ from torch import Tensor
 from autoquant import grouping_table as table
 from autoquant.checkpoint.headers import Headers
 from autoquant.checkpoint.layout_modules import (
-    HEAD,
     experts_container,
+    is_head,
     spellings,
     unquantized_modules,
 )
@@ -112,7 +112,7 @@ def _group(format: Format, targets: list[str]) -> dict[str, Any]:
 
 def _every_linear(names: list[str]) -> list[str]:
     """Targets of a checkpoint with one format; engines' heads are no linears by their class."""
-    return [ANY_LINEAR, HEAD] if HEAD in names else [ANY_LINEAR]
+    return [ANY_LINEAR, *filter(is_head, names)]
 
 
 def _targets(names: list[str]) -> list[str]:

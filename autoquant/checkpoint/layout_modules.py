@@ -7,7 +7,7 @@ from autoquant.checkpoint.headers import Headers
 from autoquant.formats import Format
 from autoquant.grouping import Groups
 
-HEAD = "lm_head"
+_HEAD = "lm_head"
 _DISK_BLOCK, _ENGINE_BLOCK = "block_sparse_moe", "mlp"
 """transformers and engines hold under `mlp` what these checkpoints store as `block_sparse_moe`."""
 
@@ -25,8 +25,8 @@ def unquantized_modules(
     modules = [linear.name for linear in groups.linears if linear.name not in formats]
     matrices = (tensor.name for tensor in groups.fixed if len(headers[tensor.name].shape) >= 2)
     modules += (name.removesuffix(".weight") for name in matrices)
-    if not any(name.rpartition(".")[2] == HEAD for name in formats):
-        modules.append(HEAD)
+    if not any(map(is_head, formats)):
+        modules.append(_HEAD)
     quantized = set(map(experts_container, formats))
     named: dict[str, None] = {}
     for module in modules:
@@ -43,6 +43,11 @@ def experts_container(name: str) -> str | None:
     if match:
         return match["container"]
     return name.rpartition(".")[0] if table.FUSED_EXPERTS.fullmatch(name) else None
+
+
+def is_head(name: str) -> bool:
+    """Whether the linear is an output head, of a model or of the text part of one."""
+    return name.rpartition(".")[2] == _HEAD
 
 
 def spellings(name: str) -> tuple[str, ...]:

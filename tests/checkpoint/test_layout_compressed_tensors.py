@@ -161,6 +161,17 @@ def test_one_format_beside_bf16_is_a_uniform_checkpoint(dense, choice, format):
     assert compressed_tensors_view(with_head).format("lm_head") is choice.format
 
 
+def test_head_of_a_model_in_another_is_targeted_by_its_own_name(tmp_path):
+    source = open_source(save_model("minimax_m3_vl", tmp_path))
+    head = "language_model.lm_head"
+    config = config_of(source, uniform(find_groups(source), FP8).replace({head: FP8}))
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear", head]
+    assert not {"lm_head", head} & set(config["ignore"])
+    assert compressed_tensors_view(config).format(head) is Format.FP8
+    without = config_of(source, uniform(find_groups(source), FP8))
+    assert compressed_tensors_view(without).format(head) is Format.BF16
+
+
 def test_nothing_quantized_declares_nothing(dense):
     groups = find_groups(dense)
     for layout in Layout:
