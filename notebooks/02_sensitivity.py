@@ -169,7 +169,7 @@ figure.tight_layout()
 
 # %% [markdown]
 # Half is what two equally large, independent errors would give, and most groups are near it: inputs
-# add 54 to 61 % on average over a role, with about a tenth of error a group. A group far above
+# add half to 60 % on average over a role, with about a tenth of error a group. A group far above
 # suffers from its inputs: there a better scale rule for the weight cannot help much and FP8 is the
 # remedy (or a server that keeps inputs in BF16, which is what a report with `--activation-mode
 # w4a16` shows). A group far below it suffers from its weights: there the scale rules of the next

@@ -111,10 +111,10 @@ price = pd.DataFrame(
 price
 
 # %% [markdown]
-# A step marked `False` (here the one to 5, just below two errors, and the one to 6) is one that
-# these tokens cannot distinguish from no gain at all. That is not proof that there is none: it says
-# to raise `report_tokens` before paying for the larger checkpoint. In general the unpaired error
-# used here is too large, because hard tokens are hard for every budget.
+# A step marked `False` would be one that these tokens cannot distinguish from no gain at all; the
+# last one comes closest to that. It is no proof that there is none: it says to raise
+# `report_tokens` before paying for the larger checkpoint. In general the unpaired error used here
+# is too large, because hard tokens are hard for every budget.
 #
 # ## What changes between budgets
 
@@ -126,7 +126,7 @@ formats.index = [name.removeprefix("model.layers.") for name in formats.index]
 formats
 
 # %% [markdown]
-# Going right, a group moves from NVFP4 to FP8 to BF16 and stays, here without exception. One that
+# Going right, a group moves from NVFP4 to FP8 to BF16 and stays there, as a rule. One that
 # goes *back* is the knapsack making room for a larger group, or a tie broken by noise; neither is
 # worth tuning by hand. Groups that are upgraded at every budget are the ones to look at first if
 # the source model is ever trained with quantization in mind.
