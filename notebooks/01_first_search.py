@@ -83,8 +83,8 @@ run.plot_frontier()
 
 # %% [markdown]
 # The picture answers the question "is this mix on the frontier of what I could have?". Every small
-# mark is a measured mix (on search tokens), every mark with an interval is one that was confirmed
-# on fresh tokens. Two things to check before believing it:
+# mark below is a measured mix (on search tokens), every mark above is one that was confirmed on
+# fresh tokens, with its interval. Two things to check before believing it:
 #
 # * the confirmed mark of the winner lies below the line between the recipes to its left and right:
 #   then the mix is worth more than blending two recipes;
