@@ -17,7 +17,6 @@ from autoquant import grouping_table as table
 from autoquant.checkpoint.headers import Headers
 from autoquant.checkpoint.layout_modules import (
     experts_container,
-    is_head,
     spellings,
     unquantized_modules,
 )
@@ -65,8 +64,7 @@ def quantization_config(
     config_groups = {}
     for number, format in enumerate(used):
         own = [name for name, other in formats.items() if other is format]
-        targets = _targets(own) if is_mixed else _every_linear(own)
-        config_groups[f"group_{number}"] = _group(format, targets)
+        config_groups[f"group_{number}"] = _group(format, _targets(own))
     return {
         "quant_method": METHOD,
         "format": MIXED if is_mixed else _FORMATS[used[0]],
@@ -110,14 +108,11 @@ def _group(format: Format, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def _every_linear(names: list[str]) -> list[str]:
-    """Targets of a checkpoint with one format; engines' heads are no linears by their class."""
-    return [ANY_LINEAR, *filter(is_head, names)]
-
-
 def _targets(names: list[str]) -> list[str]:
     """Every linear under all of its names, and experts as engines may look for them.
 
+    Never the class of all linears: engines rename modules of vision towers, and would not find
+    them among those to ignore.
     Engines spell a name as their own modules are called before they look it up, but no expression.
     """
     targets: dict[str, None] = {}
