@@ -183,6 +183,7 @@ def search(
     sensitivity: Path | str | None = None,
     kv_cache: Literal["bf16", "fp8"] = "bf16",
     trials: int = 60,
+    reweight_trials: int = 0,
     max_seconds: float | None = None,
     max_tokens: int | None = None,
     seed: int = 0,
@@ -223,6 +224,7 @@ def search(
         sensitivity: run directory whose probes to take over, of `autoquant probe` or of another
             search with the same settings.
         trials: joint measurements beyond the baselines and the solver's optimum.
+        reweight_trials: how many of them Optuna proposes.
         max_seconds: begin no further trial after this time.
         max_tokens: begin no further trial once all trials together have seen so many tokens.
         seed: same seed, same result.

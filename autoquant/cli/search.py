@@ -77,6 +77,15 @@ from autoquant.cli.output import print_json
     help="Joint measurements beyond the baselines and the solver's optimum.",
 )
 @option(
+    "--reweight-trials",
+    heading="Search",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="How many of the trials Optuna proposes, over weights of the sensitivities by role and "
+    "depth; the others come from predictions and swaps.",
+)
+@option(
     "--max-seconds",
     heading="Search",
     type=click.FloatRange(min=0, min_open=True),

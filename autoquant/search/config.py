@@ -24,6 +24,7 @@ _AFTER_PROBES = {
     "budget_scope",
     "cost",
     "trials",
+    "reweight_trials",
     "max_tokens",
     "layout",
     "finalists",
@@ -47,6 +48,8 @@ class SearchConfig:
     probe: ProbeMethod = ProbeMethod.SCREENED
     trials: int = 60
     """Joint measurements beyond the baselines and the solver's optimum."""
+    reweight_trials: int = 0
+    """How many of them Optuna proposes."""
     max_seconds: float | None = None
     """Time after which no further trial begins."""
     max_tokens: int | None = None
@@ -90,6 +93,7 @@ class SearchConfig:
             },
             "activation_mode": str(self.mode),
             "trials": self.trials,
+            **({"reweight_trials": self.reweight_trials} if self.reweight_trials else {}),
             **({"max_tokens": self.max_tokens} if self.max_tokens is not None else {}),
             **({"layout": str(self.layout)} if self.layout is not Layout.MODELOPT else {}),
             **({"kv_cache": str(self.kv_cache)} if self.kv_cache is not KvCache.BF16 else {}),

@@ -216,7 +216,7 @@ class Search:
         explored = explore(
             problem,
             ledger,
-            Effort.of(self.config.trials),
+            Effort.of(self.config.trials, reweight=self.config.reweight_trials),
             seed=self.config.seed,
             bounds=Bounds(self._in_time(), self.config.max_tokens),
             timed=self._timed,

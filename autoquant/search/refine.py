@@ -1,8 +1,8 @@
 """Candidates beyond the solver's optimum, measured jointly.
 
-Four proposers share the trials: the assignments of least predicted KL, with the interactions of
-the groups; Optuna over reweighted sensitivities; the optimum of a surrogate that is refitted on
-what was measured; and swaps of one or two groups around the best.
+Proposers share the trials: the assignments of least predicted KL, with the interactions of the
+groups; the optimum of a surrogate that is refitted on what was measured; swaps of one or two groups
+around the best; and, on request, Optuna over reweighted sensitivities.
 """
 
 import math
@@ -36,12 +36,17 @@ class Effort:
     swaps: int
 
     @classmethod
-    def of(cls, trials: int) -> "Effort":
-        """Split a number of trials: half runners-up, and a quarter each to refits and swaps."""
-        runners_up = min(MOST_RUNNERS_UP, math.ceil(trials / 2))
-        rest = trials - runners_up
-        reweight, swaps = rest // 5, 2 * rest // 5
-        refit = rest - reweight - swaps
+    def of(cls, trials: int, *, reweight: int = 0) -> "Effort":
+        """Split a number of trials: half runners-up, and a quarter each to refits and swaps.
+
+        Args:
+            trials: all of them.
+            reweight: how many of them Optuna has.
+        """
+        reweight = min(reweight, trials)
+        runners_up = min(MOST_RUNNERS_UP, math.ceil((trials - reweight) / 2))
+        swaps = (trials - reweight - runners_up) // 2
+        refit = trials - reweight - runners_up - swaps
         return cls(runners_up=runners_up, reweight=reweight, refit=refit, swaps=swaps)
 
 

@@ -42,6 +42,7 @@ def make_config(settings: Mapping[str, Any]) -> SearchConfig:
         mode=ActivationMode(settings["activation_mode"]),
         probe=ProbeMethod(settings["probe"]),
         trials=settings["trials"],
+        reweight_trials=settings["reweight_trials"],
         max_seconds=settings["max_seconds"],
         max_tokens=settings["max_tokens"],
         seed=settings["seed"],

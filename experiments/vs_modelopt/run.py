@@ -148,6 +148,7 @@ def winner(
             "seconds": result["seconds"],
             "report_kl": result["kl"]["mean"],
             "relative_error": result["predictions"]["relative_error"],
+            "stages": result["stages"],
         }
     )
 

@@ -303,6 +303,17 @@ def test_a_single_sequence_has_no_standard_error(search):
 
 
 @pytest.mark.slow
+def test_optuna_proposes_on_request_and_fills_the_budget(search):
+    _, run = search("--trials", 6, "--reweight-trials", 6, "--no-export")
+    trials = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    asked = [trial for trial in trials if trial["stage"] == "reweight"]
+    assert 0 < len(asked) <= 6
+    assert all(trial["fits"] and {"depth", "exponent"} < trial["params"].keys() for trial in asked)
+    assert not {"runner-up", "refit", "swap"} & {trial["stage"] for trial in trials}
+    result = json.loads((run / "result.json").read_text())
+    assert "reweight" in {row["stage"] for row in result["stages"]}
+
+
 def test_no_trial_begins_after_the_time_is_up(search):
     _, run = search("--max-seconds", 0.001, "--no-export", "--trials", 50)
     stages = {trial["stage"] for trial in outcome(run)[1]}

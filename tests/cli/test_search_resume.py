@@ -17,7 +17,8 @@ from searchable import TOKEN_FLAGS, save_searchable, save_text
 from autoquant.cli.terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
-FLAGS = (*TOKEN_FLAGS, "--batch-tokens", 64, "--trials", 40, "--budget-bpe", 8.5)
+FLAGS = (*TOKEN_FLAGS, "--batch-tokens", 64, "--budget-bpe", 8.5)
+FLAGS = (*FLAGS, "--trials", 40, "--reweight-trials", 8)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ TOKENS = {
     "--batch-tokens",
 }
 TRACKING = {"--mlflow", "--no-mlflow", "--mlflow-experiment", "--mlflow-trials"}
-EFFORT = {"--trials", "--max-seconds", "--max-tokens"}
+EFFORT = {"--trials", "--reweight-trials", "--max-seconds", "--max-tokens"}
 RUN = {"--out", "--resume", "--fresh", "--export", "--no-export"}
 
 SURFACE = {

@@ -100,9 +100,11 @@ def test_predictions_add_up(problem_of):
     )
 
 
+@pytest.mark.parametrize("reweight", [0, 5])
 @pytest.mark.parametrize("trials", [0, 1, 2, 7, 60, 61, 500])
-def test_trials_are_shared_out_without_rest(trials):
-    effort = Effort.of(trials)
+def test_trials_are_shared_out_without_rest(trials, reweight):
+    effort = Effort.of(trials, reweight=reweight)
+    assert effort.reweight == min(trials, reweight)
     assert effort.runners_up + effort.reweight + effort.refit + effort.swaps == trials
-    assert min(effort.runners_up, effort.reweight, effort.swaps) >= 0
+    assert min(effort.runners_up, effort.refit, effort.swaps) >= 0
     assert effort.runners_up <= 30
