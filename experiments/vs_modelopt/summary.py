@@ -6,20 +6,22 @@ python -m experiments.vs_modelopt.summary experiments/vs_modelopt/results
 import json
 import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 Key = tuple[str, float]
+RULES = ("all", "max")
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    ratios = {rules: by_cell(results, rules) for rules in ("all", "max")}
-    print(table(ratios))
-    print(times(results))
+    timed = [json.loads(path.read_text()) for path in sorted((folder / "times").glob("*.json"))]
+    ratios = {rules: by_cell(results, rules) for rules in RULES}
+    for part in (table(ratios), stages(results), times(timed)):
+        print(part, end="\n\n")
     draw(ratios, folder / "ratios.png")
 
 
@@ -55,23 +57,52 @@ def table(ratios: dict[str, dict[Key, list[float]]]) -> str:
     return "\n".join([*lines, f"| all | | {len(pooled['all'])} | {shown} |"])
 
 
-def times(results: Iterable[dict[str, Any]]) -> str:
-    """Seconds of our first search's probes and of the peer's scoring, in the same process."""
+def stages(results: Iterable[dict[str, Any]]) -> str:
+    """What each stage of the searches measured, lowered the search KL by, and how often it won."""
+    runs = [cell["autoquant"][rules] for r in results for cell in r["cells"] for rules in RULES]
+    rows: dict[str, list[float]] = {}
+    for run in runs:
+        for stage in run["stages"]:
+            row = rows.setdefault(stage["stage"], [0, 0, 0.0, 0.0])
+            row[0] += stage["trials"]
+            row[1] += stage["stopped"]
+            row[2] += stage["gain"] / run["kl"] / len(runs)
+            row[3] += stage["tokens"]
+    wins = Counter(run["winner"]["stage"] for run in runs)
+    tokens = sum(row[3] for row in rows.values())
     lines = [
-        "| run | probes | `max` only | whole search | `kl_div` scores | `gradient` scores |",
+        f"| stage, {len(runs)} searches | measured | stopped early | tokens | search KL lowered by "
+        "| confirmed winner |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for result in results:
-        first, peer = result["cells"][0]["autoquant"], result["modelopt_seconds"]
-        cells = (
-            first["all"]["seconds"]["probe"],
-            first["max"]["seconds"]["probe"],
-            first["all"]["seconds"]["total"],
-            peer["kl_div"]["score"],
-            peer["gradient"]["score"],
+    for name, (trials, stopped, gain, seen) in rows.items():
+        share = f"{seen / tokens:.0%}"
+        lines.append(
+            f"| {name} | {trials} | {stopped} | {share} | {gain:.2%} | {wins.get(name, 0)} |"
         )
-        name = f"{result['subject']}, seed {result['seed']}, {result['device']}"
-        lines.append(f"| {name} | " + " | ".join(f"{seconds:.1f}" for seconds in cells) + " |")
+    return "\n".join(lines)
+
+
+def times(results: Iterable[dict[str, Any]]) -> str:
+    """Seconds of searches and of the peer, one after the other on the same machine."""
+    lines = [
+        "| model | groups | default: probes and solver | whole | `max` only: probes and solver "
+        "| whole | `gradient`, no trials: probes and solver | whole | ModelOpt `kl_div` scores "
+        "| `gradient` scores | `gradient` whole |",
+        "|---|---:|" + "---:|" * 9,
+    ]
+    for result in results:
+        ours, peer = result["autoquant"], result["modelopt"]
+        cells = [
+            seconds
+            for name in ("default", "max only", "gradient, no trials")
+            for seconds in (ours[name]["probe"], ours[name]["total"])
+        ]
+        gradient = peer["gradient"]
+        cells += [peer["kl_div"]["score"], gradient["score"]]
+        cells.append(gradient["calibrate and score"] + gradient["solve"])
+        row = " | ".join(f"{seconds:.1f}" for seconds in cells)
+        lines.append(f"| {result['subject']} | {result['groups']} | {row} |")
     return "\n".join(lines)
 
 
