@@ -11,15 +11,12 @@ fresh ones; the last rows pass through the confirmation that a search ends with.
 
 import argparse
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 from autoquant.data.tokens import Split, TokenPlan
 from autoquant.probe.sensitivity import Sensitivity
-from autoquant.search.bounds import Bounds
 from autoquant.search.confirm import choose
-from autoquant.search.explore import Explored, explore
-from autoquant.search.problem import Problem
+from autoquant.search.explore import Explored
 from autoquant.search.refine import Effort
 from autoquant.search.trials import Ledger, Trial
 from experiments.ablation.probes import ranking, sensitivities
@@ -38,7 +35,7 @@ def main() -> None:
     parser.add_argument("--search-tokens", type=int, default=TokenPlan().search)
     parser.add_argument("--fresh-tokens", type=int, default=32_768)
     parser.add_argument("--budgets", type=float, nargs="*", help="instead of the subject's")
-    parser.add_argument("--forwards", type=int, nargs="*", default=[10, 30, 60])
+    parser.add_argument("--forwards", type=int, nargs="*", default=[15, 30, 60])
     parser.add_argument("--random", type=int, default=50, help="assignments that probes rank")
     arguments = parser.parse_args()
     chosen = subject(arguments.subject, arguments.models, arguments.texts)
@@ -90,7 +87,7 @@ def rows(
     most = max(arguments.forwards)
     efforts = {part: Effort(**{**NOTHING, part: 2 * most}) for part in NOTHING}
     for name, effort in {**efforts, "all": Effort.of(most)}.items():
-        ledger, explored = explored_with(bench, problem, search, effort, arguments.seed, most)
+        ledger, explored = bench.explore(problem, effort, max_tokens=most * search.tokens)
         for forwards in arguments.forwards:
             best = best_within(ledger, forwards * search.tokens)
             yield {
@@ -107,29 +104,6 @@ def rows(
             "search_kl": confirmed.kl,
             "fresh_kl": bench.score(confirmed.assignment, fresh).mean,
         }
-
-
-def explored_with(
-    bench: Bench, problem: Problem, split: Split, effort: Effort, seed: int, forwards: int
-) -> tuple[Ledger, Explored]:
-    """Baselines, the solver's optima and `effort` beyond them, within so many forwards."""
-    ledger = Ledger(
-        bench.session.scorer,
-        split,
-        bench.plan.accounting,
-        problem.fits,
-        earlier=(),
-        keep=lambda _: None,
-    )
-    explored = explore(
-        problem,
-        ledger,
-        effort,
-        seed=seed,
-        bounds=Bounds(lambda: True, forwards * split.tokens),
-        timed=lambda _: nullcontext(),
-    )
-    return ledger, explored
 
 
 def best_within(ledger: Ledger, tokens: int) -> Trial:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +23,14 @@ from autoquant.probe.method import ProbeMethod
 from autoquant.probe.sensitivity import Sensitivity, keys_of
 from autoquant.rundir import RunDirectory
 from autoquant.scoring.kl import TokenKl
+from autoquant.search.bounds import Bounds
+from autoquant.search.explore import Explored, explore
 from autoquant.search.observer import Silent
 from autoquant.search.probes import Probes
 from autoquant.search.problem import Problem
+from autoquant.search.refine import Effort
 from autoquant.search.session import Session, open_session
+from autoquant.search.trials import Ledger
 from autoquant.space_file import load_space
 from experiments.common.subjects import Subject
 
@@ -109,6 +114,28 @@ class Bench:
                 observer=Silent(),
             )
             return probes.measure(method)[0]
+
+    def explore(
+        self, problem: Problem, effort: Effort, *, max_tokens: int | None = None
+    ) -> tuple[Ledger, Explored]:
+        """Everything that a search measures jointly on the search split, without its files."""
+        ledger = Ledger(
+            self.session.scorer,
+            self.splits["search"],
+            self.plan.accounting,
+            problem.fits,
+            earlier=(),
+            keep=lambda _: None,
+        )
+        explored = explore(
+            problem,
+            ledger,
+            effort,
+            seed=self.tokens.seed,
+            bounds=Bounds(lambda: True, max_tokens),
+            timed=lambda _: nullcontext(),
+        )
+        return ledger, explored
 
     def problem(self, bpe: float, sensitivity: Sensitivity) -> Problem:
         return Problem(

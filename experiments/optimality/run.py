@@ -9,15 +9,12 @@ predicted against measured KL of 150 random assignments. The fresh tokens are th
 """
 
 import argparse
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
 
 from autoquant.data.tokens import Split, TokenPlan
-from autoquant.search.bounds import Bounds
-from autoquant.search.explore import explore
 from autoquant.search.knapsack_bounds import Selection
 from autoquant.search.problem import Problem
 from autoquant.search.refine import Effort, measured
@@ -69,7 +66,7 @@ def cell(
     bench: Bench, problem: Problem, split: Split, fresh: Split, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """One budget under one set of scale rules."""
-    ledger = searched(bench, problem, split, arguments)
+    ledger, _ = bench.explore(problem, Effort.of(arguments.trials))
     best = ledger.best()
     return {
         "searched": {"kl": best.kl, "stage": str(best.stage), "trials": len(ledger.trials)},
@@ -77,27 +74,6 @@ def cell(
         "optimum": enumerated(bench, problem, split, fresh, arguments),
         "prediction": predicted(bench, problem, split, ledger, arguments),
     }
-
-
-def searched(bench: Bench, problem: Problem, split: Split, arguments: argparse.Namespace) -> Ledger:
-    """Everything that a search measures jointly, without its files."""
-    ledger = Ledger(
-        bench.session.scorer,
-        split,
-        bench.plan.accounting,
-        problem.fits,
-        earlier=(),
-        keep=lambda _: None,
-    )
-    explore(
-        problem,
-        ledger,
-        Effort.of(arguments.trials),
-        seed=arguments.seed,
-        bounds=Bounds(lambda: True, None),
-        timed=lambda _: nullcontext(),
-    )
-    return ledger
 
 
 def enumerated(
