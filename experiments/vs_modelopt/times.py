@@ -32,19 +32,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
     parser.add_argument("--search-tokens", type=int, default=TokenPlan().search)
+    parser.add_argument("--report-tokens", type=int, default=TokenPlan().report)
+    parser.add_argument("--searches", nargs="*", choices=SEARCHES, default=list(SEARCHES))
     arguments = parser.parse_args()
     chosen = subject(arguments.subject, arguments.models, arguments.texts)
-    tokens = TokenPlan(search=arguments.search_tokens, seed=arguments.seed)
+    tokens = TokenPlan(
+        search=arguments.search_tokens, report=arguments.report_tokens, seed=arguments.seed
+    )
     result = record.provenance(arguments.commit) | {
         "subject": chosen.name,
         "budget_bpe": chosen.bpes[0],
         "groups": None,
+        "tokens": {"search": arguments.search_tokens, "report": arguments.report_tokens},
         "modelopt": {},
         "autoquant": {},
     }
-    for name, settings in SEARCHES.items():
+    for name in arguments.searches:
         out = arguments.work / f"times-{chosen.name}-{name.replace(', ', '-').replace(' ', '-')}"
-        result["autoquant"][name] = searched(chosen, settings, out, arguments)
+        result["autoquant"][name] = searched(chosen, SEARCHES[name], out, arguments)
         record.write(arguments.out, result)
     bench = Bench(chosen, "default", tokens, arguments.device)
     result["groups"] = len(bench.plan.accounting.searched)
@@ -65,6 +70,7 @@ def searched(
         budget_scope=str(chosen.scope),
         calibration=str(chosen.text),
         search_tokens=arguments.search_tokens,
+        report_tokens=arguments.report_tokens,
         seed=arguments.seed,
         device=arguments.device,
         mlflow=False,
