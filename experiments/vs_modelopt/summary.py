@@ -86,8 +86,8 @@ def stages(results: Iterable[dict[str, Any]]) -> str:
 def times(results: Iterable[dict[str, Any]]) -> str:
     """Seconds of searches and of the peer, one after the other on the same machine."""
     lines = [
-        "| model | groups | default: probes and solver | whole | `max` only: probes and solver "
-        "| whole | `gradient`, no trials: probes and solver | whole | ModelOpt `kl_div` scores "
+        "| model | groups | default: probes | whole | `max` only: probes "
+        "| whole | `gradient`, no trials: probes | whole | ModelOpt `kl_div` scores "
         "| `gradient` scores | `gradient` whole |",
         "|---|---:|" + "---:|" * 9,
     ]
