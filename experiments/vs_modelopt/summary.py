@@ -110,7 +110,7 @@ def draw(ratios: dict[str, dict[Key, list[float]]], path: Path) -> None:
     """Every run's ratio, by cell."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
     axes = figure.add_subplot()
     names = [f"{name}\n{bpe:g}" for name, bpe in ratios["all"]]
     for shift, (rules, label) in enumerate((("all", "scale rules on"), ("max", "max only"))):
@@ -119,7 +119,7 @@ def draw(ratios: dict[str, dict[Key, list[float]]], path: Path) -> None:
         ]
         axes.plot(*zip(*places, strict=True), "o", alpha=0.6, label=label)
     axes.axhline(1.0, color="0.5", linewidth=1)
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_ylabel("KL / better ModelOpt method")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
