@@ -132,21 +132,25 @@ class Accounting:
         )
 
 
+MOST_BPE = 64
+"""Bits of an element of the widest type that a checkpoint may hold."""
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """The most bits per element that the checkpoint may store.
 
     Raises:
-        ConfigError: not a positive finite number.
+        ConfigError: not a positive number, or more than any tensor takes.
     """
 
     bpe: float
     scope: Scope = Scope.CHECKPOINT
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.bpe) and self.bpe > 0):
+        if not 0 < self.bpe <= MOST_BPE:
             raise ConfigError(
-                f"a budget of {self.bpe} bits per element is not a positive number.",
+                f"a budget of {self.bpe:g} bits per element is not between 0 and {MOST_BPE}.",
                 fix="NVFP4 takes 4.5 bits per element, FP8 8 and BF16 16.",
             )
 
