@@ -202,7 +202,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     path = folder / name
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return _parse(text, str(path))
 

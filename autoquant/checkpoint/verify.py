@@ -28,6 +28,9 @@ from autoquant.kv_cache import KvCache, attention_modules
 SCHEMA_VERSION = 1
 _WEIGHT = ".weight"
 
+OTHER_SOURCE = f"{AUTOQUANT_FILE} names another source"
+"""Begins the problem of a checkpoint that was exported from another model."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
@@ -208,7 +211,7 @@ def _size_problems(checkpoint: QuantizedCheckpoint, source: Source | None) -> It
         if said.get(key) != value:
             yield f"{AUTOQUANT_FILE} says {key} {said.get(key)}, and the tensors have {value}."
     if source is not None and said.get("source_digest") != source.digest:
-        yield f"{AUTOQUANT_FILE} names another source than {source.path}."
+        yield f"{OTHER_SOURCE} than {source.path}."
 
 
 def _digest_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
@@ -304,8 +307,13 @@ def require_sound(verification: Verification) -> None:
     """Return if no problem was found.
 
     Raises:
-        SourceError: the checkpoint is damaged.
+        SourceError: the checkpoint is damaged, or another source's.
     """
+    if foreign := [p for p in verification.problems if p.startswith(OTHER_SOURCE)]:
+        raise SourceError(
+            f"{verification.path} cannot be held against this model: {foreign[0]}",
+            fix="name the model that it was exported from with --source, or leave --source out.",
+        )
     if not verification.ok:
         raise SourceError(
             f"{verification.path} is damaged: {len(verification.problems)} problems, first: "

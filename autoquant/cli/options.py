@@ -333,7 +333,8 @@ def tracking_options() -> Decorator:
             "--mlflow/--no-mlflow",
             heading="Tracking",
             default=True,
-            help="Record the search in MLflow: MLFLOW_TRACKING_URI, else mlflow.db beside the run.",
+            help="Record the search in MLflow: MLFLOW_TRACKING_URI, else mlflow.db in the folder "
+            "of runs.",
         ),
         option(
             "--mlflow-experiment",

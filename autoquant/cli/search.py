@@ -74,7 +74,8 @@ from autoquant.cli.output import print_json
     type=click.IntRange(min=0),
     default=60,
     metavar="N",
-    help="Joint measurements beyond the baselines and the solver's optimum.",
+    help="Joint measurements beyond the baselines, the solver's optima and the check of their "
+    "scale rules.",
 )
 @option(
     "--reweight-trials",

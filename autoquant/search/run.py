@@ -104,6 +104,7 @@ def run_searches(
             tracking=tracking,
             observer=observer,
             shared=shared,
+            runs=path.parent if len(paths) == 1 else path.parent.parent,
         )
         shared.runs.append(path)
         outcomes.append(outcome)
@@ -198,6 +199,7 @@ def _run(
     tracking: Tracking,
     observer: Observer,
     shared: Shared,
+    runs: Path,
 ) -> Outcome:
     import yaml
 
@@ -215,6 +217,7 @@ def _run(
             experiment=tracking.experiment,
             child_runs=tracking.child_runs,
             warn=observer.warn,
+            runs=runs,
         ) as tracker:
             search = Search(config, run, tracker, observer, command, shared)
             return Outcome(path=path, result=search.execute())

@@ -42,10 +42,11 @@ def track(
     experiment: str,
     child_runs: ChildRuns,
     warn: Callable[[str], None],
+    runs: Path | None = None,
 ) -> Iterator[Tracker]:
     """Record a search from before its model loads until it ends, however it ends.
 
-    The store is `MLFLOW_TRACKING_URI`, else `mlflow.db` beside the run directory with `mlartifacts`
+    The store is `MLFLOW_TRACKING_URI`, else `mlflow.db` in the folder of runs with `mlartifacts`
     beside it. The run ends FINISHED, KILLED (KeyboardInterrupt) or FAILED.
 
     Args:
@@ -56,6 +57,7 @@ def track(
         experiment: MLflow experiment, created if it is absent.
         child_runs: trials that get a run of their own: all, those that improved, or none.
         warn: told once that recording failed, and at the end what is not recorded.
+        runs: the folder of runs; what holds the run directory by default.
     """
     tags = {
         "autoquant.version": autoquant.__version__,
@@ -66,7 +68,9 @@ def track(
     if (commit := git_commit()) is not None:
         tags["mlflow.source.git.commit"] = commit
     try:
-        recorder = _open(run, settings, tags, experiment, child_runs, warn)
+        recorder = _open(
+            run, (runs or run.path.parent).resolve(), settings, tags, experiment, child_runs, warn
+        )
     except Exception as error:  # MLflow's, SQLAlchemy's, requests' or the file system's
         warn(f"this search is not recorded in MLflow: {one_line(error)}")
         yield NullTracker()
@@ -84,6 +88,7 @@ def track(
 
 def _open(
     run: RunDirectory,
+    runs: Path,
     settings: Mapping[str, Any],
     tags: Mapping[str, str],
     experiment: str,
@@ -98,7 +103,6 @@ def _open(
     from mlflow.tracking.context.registry import resolve_tags
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
-    runs = run.path.resolve().parent
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     with FileLock(runs / ".mlflow.lock"):  # two searches must not create the tables at once
         client = MlflowClient(tracking_uri=uri or _store_beside(runs))

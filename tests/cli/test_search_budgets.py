@@ -62,6 +62,16 @@ def test_each_budget_ends_as_it_would_alone(search, tmp_path):
     assert "next:       autoquant compare" in again.stdout
 
 
+def test_all_budgets_are_recorded_where_single_searches_are(autoquant, folder, tmp_path):
+    result = autoquant(
+        *("search", folder / "model", "--calibration", folder / "text", *TOKEN_FLAGS),
+        *("--budget-bpe", "8.5,10", "--trials", 0, "--out", tmp_path / "runs" / "many"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "runs" / "mlflow.db").exists()
+    assert not (tmp_path / "runs" / "many" / "mlflow.db").exists()
+
+
 def test_checkpoints_of_several_budgets_on_request(folder, tmp_path):
     runs = package.search_budgets(
         folder / "model",

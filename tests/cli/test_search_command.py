@@ -277,6 +277,13 @@ def test_a_run_directory_of_another_search_is_left_alone(search, finished):
     assert [outcome(path) for path in aside] == [before]
 
 
+def test_a_run_directory_under_a_file_is_refused(search, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    result, _ = search("--no-export", out="file/run", code=2)
+    assert "file/run" in result.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 @pytest.mark.slow
 def test_text_that_changed_since_is_a_conflict(autoquant, model, text, tmp_path):
     own = shutil.copytree(text, tmp_path / "text")

@@ -56,3 +56,11 @@ def test_checkpoint_that_does_not_exist_exits_4(autoquant, tmp_path):
     result = autoquant("verify", tmp_path / "absent")
     assert result.exit_code == 4
     assert "does not exist" in result.stderr
+
+
+def test_another_model_is_not_taken_for_damage(autoquant, folders, tmp_path):
+    other = save_model("llama", tmp_path / "other", seed=1)
+    result = autoquant("verify", folders[0], "--source", other)
+    assert result.exit_code == 4
+    assert "cannot be held against this model" in result.stderr
+    assert "damaged" not in result.stderr
