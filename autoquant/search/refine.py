@@ -124,9 +124,14 @@ def _measure_fresh(
 def _swap(
     problem: Problem, ledger: Ledger, surrogate: Surrogate, count: int, bounds: Bounds
 ) -> None:
-    """Walk from the best to a better neighbour as long as there is one."""
+    """Walk from the best to a better neighbour as long as there is one.
+
+    The best of all may use a scale rule that the joint check has closed since; the walk begins at
+    the best that does not.
+    """
     while count > 0:
-        centre = ledger.best()
+        allowed = [trial for trial in ledger.whole() if problem.allows(trial.assignment)]
+        centre = min(allowed, key=lambda trial: (trial.kl, trial.number))
         fitted = surrogate.refitted(*measured(problem, ledger))
         improved = False
         for name, assignment in neighbours(problem, fitted, centre.assignment):
