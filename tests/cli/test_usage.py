@@ -28,7 +28,8 @@ from autoquant.cli import MODULES
         (
             "search --budget-bpe 5 --trials -1",
             "Invalid value for '--trials': -1 is not in the range x>=0.",
-            "write `--trials N`: joint measurements beyond the baselines and the solver's optimum.",
+            "write `--trials N`: joint measurements beyond the baselines, the solver's optima and "
+            "the check of their scale rules.",
         ),
         (
             "env --format jsn",
