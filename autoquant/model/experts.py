@@ -188,7 +188,29 @@ def _multiply(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) ->
     start = 0
     for expert, count in enumerate(counts.tolist()):
         if count:
-            stop = start + count
-            torch.mm(rows[start:stop], weight[expert].t(), out=out[start:stop])
-            start = stop
+            _multiply_some(rows, weight[expert].t(), start, count, out)
+            start += count
     return out
+
+
+def _multiply_some(
+    rows: torch.Tensor, weight: torch.Tensor, start: int, count: int, out: torch.Tensor
+) -> None:
+    """Write the products of `count` rows from `start` on to `out`; what follows them may change.
+
+    oneDNN compiles a kernel for every number of rows, which takes ten times as long as a product of
+    a thousand rows and a megabyte each. Neighbouring rows are multiplied too, so that few numbers
+    occur. A row's product does not depend on them.
+    """
+    size = min(_rounded_up(count), len(rows))
+    first = min(start, len(rows) - size)
+    if first == start:
+        torch.mm(rows[first : first + size], weight, out=out[first : first + size])
+    else:
+        out[start:] = torch.mm(rows[first:], weight)[start - first :]
+
+
+def _rounded_up(count: int) -> int:
+    """At least `count`, by an eighth at most, with only four significant bits."""
+    step = 1 << max(0, count.bit_length() - 4)
+    return -(-count // step) * step

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from searchable import WITH_EXPERTS, save_searchable
 
 from autoquant.assignment import Assignment
@@ -117,3 +119,24 @@ def test_experts_of_another_layout_are_named():
         experts.check_supported("mlp.experts", Transposed())
     with pytest.raises(SourceError, match=r"mlp\.experts \(Own\) has a forward of its own"):
         experts.check_supported("mlp.experts", Own())
+
+
+@settings(deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 150), min_size=1, max_size=6),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+)
+def test_each_row_is_multiplied_with_its_own_expert(counts, dtype):
+    # Small integers: every sum is exact, in whatever order a kernel adds.
+    generator = torch.Generator().manual_seed(sum(counts))
+    rows = torch.randint(-2, 3, (sum(counts), 16), generator=generator).to(dtype)
+    weight = torch.randint(-2, 3, (len(counts), 8, 16), generator=generator).to(dtype)
+    one_by_one = [part @ w.t() for part, w in zip(rows.split(counts), weight, strict=True)]
+    together = experts.grouped_linear(rows, weight, torch.tensor(counts))
+    assert torch.equal(together, torch.cat(one_by_one))
+
+
+def test_few_numbers_of_rows_are_multiplied():
+    sizes = {experts._rounded_up(count) for count in range(1, 4097)}
+    assert len(sizes) <= 80
+    assert all(count <= experts._rounded_up(count) <= 1.125 * count for count in range(1, 4097))
