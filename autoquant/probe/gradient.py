@@ -66,7 +66,7 @@ def gradient_probe(
     keep: Callable[[BatchEstimate], None],
     *,
     seed: int,
-) -> Sensitivity:
+) -> list[BatchEstimate]:
     """Estimate every key on every batch that is not done yet.
 
     Args:
@@ -77,6 +77,9 @@ def gradient_probe(
         keep: called with each new batch before the next begins.
         seed: of the random factors.
 
+    Returns:
+        The estimates of each batch.
+
     Raises:
         NoGradient: an architecture or a kernel without a backward pass.
     """
@@ -86,7 +89,12 @@ def gradient_probe(
             probes = tuple(_probe_batch(scorer, split, batch, keys, seed))
             results[batch] = BatchEstimate(batch=batch, probes=probes)
             keep(results[batch])
-    return Sensitivity(*summarize(keys, (p for r in results.values() for p in r.probes)))
+    return list(results.values())
+
+
+def mean_estimate(keys: Sequence[Key], estimates: Iterable[BatchEstimate]) -> Sensitivity:
+    """The estimates of all keys over the tokens of some batches."""
+    return Sensitivity(*summarize(keys, (p for e in estimates for p in e.probes)))
 
 
 def _probe_batch(

@@ -79,6 +79,8 @@ def probe(
     done: Iterable[BatchProbe],
     keep: Callable[[BatchProbe], None],
     sketches: SketchBook | None = None,
+    *,
+    batches: Sequence[int] | None = None,
 ) -> Sensitivity:
     """Measure every key on every batch that is not done yet.
 
@@ -89,10 +91,11 @@ def probe(
         done: batch probes of an earlier process.
         keep: called with each new batch probe before the next begins.
         sketches: of these keys; without them the interactions of groups stay unknown.
+        batches: of the split that are measured; all of them unless named.
     """
     sketch = sketches.sketch if sketches else None
     results = {(p.batch, p.group, p.choice): p for p in done}
-    for batch in range(len(split.batches)):
+    for batch in range(len(split.batches)) if batches is None else batches:
         missing = [key for key in keys if (batch, *key) not in results]
         scores = scorer.probe_batch(split, batch, missing, sketch) if missing else ()
         for (group, choice), (score, change) in zip(missing, scores, strict=True):

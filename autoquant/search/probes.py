@@ -1,10 +1,17 @@
 """The probe stage: sensitivities by the method asked for, every finished record on disk at once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoquant.data.tokens import Split
-from autoquant.probe.gradient import BatchEstimate, NoGradient, gradient_probe
-from autoquant.probe.gradient_screen import anchors, negligible, scaled
+from autoquant.probe.gradient import BatchEstimate, NoGradient, gradient_probe, mean_estimate
+from autoquant.probe.gradient_screen import (
+    anchors,
+    carried_over,
+    measured_batches,
+    negligible,
+    scaled,
+)
 from autoquant.probe.interactions import Key, SketchBook
 from autoquant.probe.method import ProbeMethod
 from autoquant.probe.sensitivity import BatchProbe, Sensitivity, probe
@@ -30,17 +37,25 @@ class Probes:
 
         Where the model has no backward pass, every probe is exact, and a warning says so.
         """
+        everywhere = range(len(self.split.batches))
         if method is ProbeMethod.EXACT:
-            return self._exact(self.keys), method
+            return self._exact(self.keys, everywhere), method
         try:
-            estimate = self._estimate()
+            estimates = self._estimates()
         except NoGradient as reason:
             self.observer.warn(f"every probe is measured exactly, without gradients: {reason}.")
-            return self._exact(self.keys), ProbeMethod.EXACT
-        if method is ProbeMethod.GRADIENT:
-            return estimate, method
-        probed = self._worth_measuring(tuple(anchors(self.keys, estimate).values()), estimate)
-        return scaled(self.keys, estimate, self._exact(probed)), method
+            return self._exact(self.keys, everywhere), ProbeMethod.EXACT
+        estimate = mean_estimate(self.keys, estimates)
+        return (estimate if method is ProbeMethod.GRADIENT else self._screened(estimates)), method
+
+    def _screened(self, estimates: Sequence[BatchEstimate]) -> Sensitivity:
+        estimate = mean_estimate(self.keys, estimates)
+        anchor_of = anchors(self.keys, estimate)
+        probed = self._worth_measuring(tuple(anchor_of.values()), estimate)
+        batches = measured_batches(len(self.split.batches))
+        exact = self._exact(probed, batches)
+        beside = mean_estimate(self.keys, [e for e in estimates if e.batch in batches])
+        return carried_over(scaled(self.keys, anchor_of, beside, exact), beside, estimate)
 
     def _worth_measuring(self, probes: tuple[Key, ...], estimate: Sensitivity) -> tuple[Key, ...]:
         floor = self._noise_floor()
@@ -60,7 +75,7 @@ class Probes:
             self.run.write_json(NOISE, stored)
         return float(stored["kl"])
 
-    def _estimate(self) -> Sensitivity:
+    def _estimates(self) -> list[BatchEstimate]:
         done = [BatchEstimate.from_dict(record) for record in self.run.records(GRADIENT_LOG)]
         self.observer.stage("gradient", len(self.split.batches) - len(done))
 
@@ -70,9 +85,9 @@ class Probes:
 
         return gradient_probe(self.scorer, self.split, self.keys, done, keep, seed=self.seed)
 
-    def _exact(self, keys: tuple[Key, ...]) -> Sensitivity:
+    def _exact(self, keys: tuple[Key, ...], batches: Sequence[int]) -> Sensitivity:
         done = [BatchProbe.from_dict(record) for record in self.run.records(SENSITIVITY_LOG)]
-        self.observer.stage("probe", len(keys) * len(self.split.batches) - len(done))
+        self.observer.stage("probe", len(keys) * len(batches) - len(done))
 
         def keep(result: BatchProbe) -> None:
             self.run.append(SENSITIVITY_LOG, result.to_dict())
@@ -80,4 +95,4 @@ class Probes:
 
         tokens = self.split.batches[0].numel()
         sketches = SketchBook(self.run.path / INTERACTIONS, keys, tokens)
-        return probe(self.scorer, self.split, keys, done, keep, sketches)
+        return probe(self.scorer, self.split, keys, done, keep, sketches, batches=batches)

@@ -10,6 +10,7 @@ from scipy.stats import spearmanr
 from autoquant.data.tokens import Split
 from autoquant.formats import Choice
 from autoquant.model.experts import DOWN, WIDE, parameter_name
+from autoquant.probe.gradient_screen import anchors, scaled
 from autoquant.probe.interactions import Key
 from autoquant.probe.method import ProbeMethod
 from autoquant.probe.sensitivity import Sensitivity, keys_of
@@ -23,7 +24,11 @@ def sensitivities(bench: Bench) -> dict[str, Sensitivity]:
     """By each method of probing, and the weights' relative squared error."""
     keys = tuple(keys_of(bench.plan.options.choices))
     probed = {str(method): bench.probe(method) for method in ProbeMethod}
-    return probed | {"weight error": weight_errors(bench, keys)}
+    exact, estimate = probed[ProbeMethod.EXACT], probed[ProbeMethod.GRADIENT]
+    return probed | {
+        "screened, all tokens": scaled(keys, anchors(keys, estimate), estimate, exact),
+        "weight error": weight_errors(bench, keys),
+    }
 
 
 def weight_errors(bench: Bench, keys: tuple[Key, ...]) -> Sensitivity:

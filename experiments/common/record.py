@@ -16,7 +16,7 @@ def provenance(commit: str | None) -> dict[str, Any]:
     """Commit, machine and versions."""
     return {
         "commit": commit or _git_commit(),
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads()},
+        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "gpu": _gpu()},
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
@@ -31,6 +31,10 @@ def _git_commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip()
+
+
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _processor() -> str:

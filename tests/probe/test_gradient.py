@@ -16,7 +16,7 @@ from autoquant.model.loading import load_model
 from autoquant.model.quantized import QuantizedModel
 from autoquant.probe import gradient
 from autoquant.probe.calibration import calibrate
-from autoquant.probe.gradient import NoGradient, gradient_probe
+from autoquant.probe.gradient import NoGradient, gradient_probe, mean_estimate
 from autoquant.probe.gradient_taps import Taps
 from autoquant.probe.sensitivity import probe
 from autoquant.scoring.scorer import Scorer
@@ -52,7 +52,8 @@ def keys(scorer):
 
 def estimate(scorer, keys, split=SPLIT, *, done=(), seed=0):
     kept = []
-    return gradient_probe(scorer, split, keys, done, kept.append, seed=seed), kept
+    estimates = gradient_probe(scorer, split, keys, done, kept.append, seed=seed)
+    return mean_estimate(keys, estimates), kept
 
 
 def test_the_factor_has_the_covariance_of_sampled_labels():

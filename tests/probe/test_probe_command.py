@@ -82,6 +82,16 @@ def records(run, name):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def means(probes):
+    """KL of each (group, choice) over the batches of `probes`, nats per token."""
+    sums, tokens = {}, {}
+    for p in probes:
+        key = p["group"], p["choice"]
+        sums[key] = sums.get(key, 0.0) + p["kl_sum"]
+        tokens[key] = tokens.get(key, 0) + p["tokens"]
+    return {key: sums[key] / tokens[key] for key in sums}
+
+
 def no_probe(*_, **__):
     raise AssertionError("a probe was measured")
 
@@ -134,7 +144,12 @@ def test_screened_probes_measure_one_choice_of_each_group(exact, screened):
     probed = {(record["group"], record["choice"]) for record in records(run, "sensitivity.jsonl")}
     groups = [group for group, _ in probed]
     assert len(groups) == len(set(groups)) > 0
-    assert all(kl[key] == measured[key] for key in probed)
+    on_half = means(records(run, "sensitivity.jsonl"))
+    estimates = [p for record in records(run, "gradient.jsonl") for p in record["probes"]]
+    everywhere, half = means(estimates), means([p for p in estimates if p["batch"] % 2 == 0])
+    for key in probed:
+        assert kl[key] == pytest.approx(on_half[key] * everywhere[key] / half[key])
+        assert kl[key] == pytest.approx(measured[key], rel=0.3)
     # Groups that together do less than the noise keep their estimates.
     left_out = {key: value for key, value in kl.items() if key[0] not in groups}
     assert sum(left_out.values()) < json.loads((run / "noise.json").read_text())["kl"] * 4
@@ -144,7 +159,7 @@ def test_screened_probes_measure_one_choice_of_each_group(exact, screened):
 def test_an_interrupted_probe_goes_on_to_the_same_end(screened, probe, tmp_path, monkeypatch):
     run = tmp_path / "run"
     arguments = ("--probe", "screened", "--out", run)
-    for steps in (3, 7):  # one in the middle of the gradients, one in that of the exact probes
+    for steps in (3, 4):  # one in the middle of the gradients, one in that of the exact probes
         with monkeypatch.context() as patched:
             left = iter(range(steps))
 
@@ -157,7 +172,8 @@ def test_an_interrupted_probe_goes_on_to_the_same_end(screened, probe, tmp_path,
         assert "to go on from here" in stopped.stderr
         assert not (run / "sensitivity.json").exists()
         assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
-    assert len(records(run, "gradient.jsonl")) > 1
+    whole = len(records(screened[0], "sensitivity.jsonl"))
+    assert 0 < len(records(run, "sensitivity.jsonl")) < whole
     probe(*arguments)
     for name in (
         *("sensitivity.json", "sensitivity.jsonl", "gradient.jsonl"),
