@@ -19,6 +19,8 @@ ACTIVATION_SHARE = 1 / 16
 """What a forward may take of a GPU's memory beside the weights, in shares of theirs."""
 STATE_SHARE = 1 / 50
 """What the states that are kept for later may take; more of them wait in the host's memory."""
+ACTIVATION_BYTES, STATE_BYTES = 1 << 29, 1 << 28
+"""What both may take in any case: beside a small model's weights, shares of theirs are nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ class Trunk:
         return seen[0]
 
     def limit_memory(self, tokens: torch.Tensor) -> None:
-        """Keep later forwards on a GPU within shares of the weights' memory.
+        """Keep later forwards on a GPU within shares of the weights' memory, small models' aside.
 
         Measures what one sequence takes, and lets so many run together as fit.
 
@@ -181,8 +183,9 @@ class Trunk:
         torch.cuda.reset_peak_memory_stats(tokens.device)
         self.hidden(tokens)
         taken = torch.cuda.max_memory_allocated(tokens.device) - before
-        self.sequences_at_once = max(1, int(ACTIVATION_SHARE * weights / taken))
-        self.state_bytes = int(STATE_SHARE * weights)
+        activations = max(ACTIVATION_BYTES, ACTIVATION_SHARE * weights)
+        self.sequences_at_once = max(1, int(activations / taken))
+        self.state_bytes = int(max(STATE_BYTES, STATE_SHARE * weights))
 
     def stored(self, state: torch.Tensor, count: int) -> torch.Tensor:
         """A state to be kept, in the host's memory if `count` of its size exceed the device's."""
