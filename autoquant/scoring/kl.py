@@ -5,12 +5,12 @@ Shapes: T tokens, V vocabulary.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
+from autoquant.arrays import Booleans, Floats, Integers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class TokenKl:
 
     kl: Floats
     """KL(BF16 || quantized), nats, [T]."""
-    sequence: np.ndarray[Any, np.dtype[np.int64]]
+    sequence: Integers
     """Index of the sequence that each token belongs to, [T]."""
 
     @classmethod
@@ -73,7 +73,7 @@ class TokenKl:
 class TokenScores(TokenKl):
     """KL with what else is reported of a finalist."""
 
-    agrees: np.ndarray[Any, np.dtype[np.bool_]]
+    agrees: Booleans
     """Whether the most likely token is the same, [T]."""
     nll_reference: Floats
     """Negative log-likelihood of the actual next token under BF16, nats; NaN at sequence ends."""

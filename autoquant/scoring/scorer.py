@@ -17,6 +17,7 @@ import autoquant_kernels as kernels
 import numpy as np
 import torch
 
+from autoquant.arrays import Integers
 from autoquant.assignment import Assignment
 from autoquant.data.tokens import Split
 from autoquant.errors import SourceError
@@ -295,7 +296,7 @@ class _Applied:
         self.quantized.forget_inputs()
 
 
-def _sequence(batch: _Batch) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _sequence(batch: _Batch) -> Integers:
     rows, length = batch.tokens.shape
     return np.repeat(np.arange(rows), length)
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autoquant.scoring.kl import Floats, TokenKl
+from autoquant.arrays import Floats
+from autoquant.scoring.kl import TokenKl
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95

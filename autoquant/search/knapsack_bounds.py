@@ -9,12 +9,11 @@ Shapes: G groups, F options of the group that has most, P partial selections.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
-Integers = np.ndarray[Any, np.dtype[np.int64]]
+from autoquant.arrays import Booleans, Floats, Integers
+
 Selection = tuple[int, ...]
 """Index of the chosen option of each group."""
 
@@ -43,7 +42,7 @@ class Tables:
         return cls(padded_scores, padded_costs)
 
     @property
-    def is_option(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def is_option(self) -> Booleans:
         """[G, F]."""
         return np.isfinite(self.scores)
 

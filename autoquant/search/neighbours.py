@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from autoquant.arrays import Floats
 from autoquant.assignment import Assignment
 from autoquant.search.knapsack_bounds import Selection
 from autoquant.search.problem import Problem
 from autoquant.search.solver import Knapsack
-from autoquant.search.surrogate import Floats, Surrogate
+from autoquant.search.surrogate import Surrogate
 
 PAIRS = 200
 """Changes of two groups that are looked at, in order of predicted KL."""

@@ -10,8 +10,9 @@ from functools import cached_property
 
 import numpy as np
 
+from autoquant.arrays import Integers
 from autoquant.errors import InfeasibleBudget
-from autoquant.search.knapsack_bounds import Integers, Priced, Selection, Tables, beam, optimum
+from autoquant.search.knapsack_bounds import Priced, Selection, Tables, beam, optimum
 
 
 @dataclass(frozen=True)

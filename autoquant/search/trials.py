@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from autoquant.arrays import Floats
 from autoquant.assignment import Assignment
 from autoquant.budget import Accounting, Scope
 from autoquant.data.tokens import Split
 from autoquant.formats import Choice
-from autoquant.scoring.kl import Floats, TokenKl
+from autoquant.scoring.kl import TokenKl
 from autoquant.scoring.scorer import Scorer
 
 RACE_DEVIATIONS = 3.0
