@@ -19,6 +19,9 @@ Selection = tuple[int, ...]
 
 _BEAM_WIDTH = 2048
 """Partial selections kept at each step of the search for runners-up."""
+_DEAREST_BYTE = 3.0
+"""A multiplier at which every group's cheapest option is priced best: normalized scores differ by
+two at most, and costs by a byte at least."""
 _ROUNDING = 1e-12
 """Of sums of scores, relative to the largest score times the number of groups."""
 
@@ -78,8 +81,7 @@ class Priced:
     def best(cls, tables: Tables, budget: int) -> "Priced":
         """By bisection on the cost of the priced optimum."""
         spare, tables = budget - int(tables.cheapest.sum()), tables.normalized()
-        finite = tables.scores[tables.is_option]
-        low, high = 0.0, max(float(finite.max() - finite.min()), 1e-300)
+        low, high = 0.0, _DEAREST_BYTE
         for _ in range(100):
             middle = (low + high) / 2
             found = cls(tables, spare, middle)
@@ -109,7 +111,8 @@ def optimum(priced: Priced, incumbent: Selection) -> Selection:
 
     Lists of partial selections, group after group, without those that cost and score no less than
     another one, and without those whose bound exceeds the incumbent's score (Pisinger, A minimal
-    algorithm for the multiple-choice knapsack problem, 1995). Exact.
+    algorithm for the multiple-choice knapsack problem, 1995). Exact; where rounding puts every
+    bound above the incumbent's score, nothing is better than the incumbent.
 
     Args:
         priced: the knapsack.
@@ -131,6 +134,8 @@ def optimum(priced: Priced, incumbent: Selection) -> Selection:
         lists, places = lists.extended(
             scores[group, live], costs[group, live], excess[group, live]
         ).kept(spare, gap, priced.multiplier, dearest)
+        if not len(places):
+            return incumbent
         steps.append((places // len(live), live[places % len(live)]))
     chosen = np.empty(len(order), dtype=np.int64)
     row = int(lists.score.argmin())
@@ -176,8 +181,7 @@ class _Lists:
         may = np.flatnonzero((left >= 0) & (bound <= gap))
         may = may[np.lexsort((self.score[may], self.cost[may]))]
         least = np.minimum.accumulate(self.score[may])
-        is_better = np.concatenate([[True], self.score[may][1:] < least[:-1]])
-        places = may[is_better]
+        places = may[np.diff(least, prepend=np.inf) < 0]
         return _Lists(self.score[places], self.excess[places], self.cost[places]), places
 
 

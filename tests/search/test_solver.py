@@ -3,6 +3,7 @@
 import itertools
 import math
 from random import Random
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -32,6 +33,22 @@ def knapsacks(draw, most_groups=5):
     return Knapsack(tuple(scores), tuple(costs), draw(st.integers(floor, ceiling + 10)))
 
 
+@st.composite
+def small_knapsacks(draw):
+    """Options of a few bytes in any order, with scores of either sign; the bound is often tight."""
+    scores, costs = [], []
+    for size in draw(st.lists(st.integers(1, 4), min_size=1, max_size=5)):
+        own_costs = sorted(draw(st.lists(st.integers(1, 4), min_size=size, max_size=size)))
+        own_scores = sorted(
+            draw(st.lists(st.floats(-1, 1), min_size=size, max_size=size)), reverse=True
+        )
+        order = draw(st.permutations(range(size)))
+        scores.append(tuple(own_scores[i] for i in order))
+        costs.append(tuple(own_costs[i] for i in order))
+    floor, ceiling = sum(map(min, costs)), sum(map(max, costs))
+    return Knapsack(tuple(scores), tuple(costs), draw(st.integers(floor, ceiling)))
+
+
 def everything(knapsack):
     selections = itertools.product(*(range(len(options)) for options in knapsack.costs))
     return [s for s in selections if knapsack.cost(s) <= knapsack.budget]
@@ -55,6 +72,21 @@ def cheapest_upgrade(knapsack, selection):
 def test_the_solution_is_the_best_of_all(knapsack):
     best = min(map(knapsack.score, everything(knapsack)))
     assert knapsack.score(knapsack.solve()) == pytest.approx(best, rel=1e-9, abs=1e-12)
+
+
+@given(small_knapsacks())
+def test_options_need_no_order_and_scores_no_sign(knapsack):
+    solution = knapsack.solve()
+    assert knapsack.cost(solution) <= knapsack.budget
+    assert knapsack.score(solution) <= min(map(knapsack.score, everything(knapsack))) + 1e-12
+
+
+@given(small_knapsacks())
+def test_a_first_guess_that_rounding_rules_out_is_the_optimum(knapsack):
+    with patch("autoquant.search.knapsack_bounds._ROUNDING", 0.0):
+        solution = knapsack.solve()
+    assert knapsack.cost(solution) <= knapsack.budget
+    assert knapsack.score(solution) <= min(map(knapsack.score, everything(knapsack))) + 1e-12
 
 
 @given(knapsacks())
