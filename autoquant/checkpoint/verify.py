@@ -28,9 +28,6 @@ from autoquant.kv_cache import KvCache, attention_modules
 SCHEMA_VERSION = 1
 _WEIGHT = ".weight"
 
-OTHER_SOURCE = f"{AUTOQUANT_FILE} names another source"
-"""Begins the problem of a checkpoint that was exported from another model."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
@@ -42,6 +39,9 @@ class Verification:
     """What engines are told to keep keys and values in."""
     problems: tuple[str, ...]
     """One line each; none if the checkpoint is sound."""
+    is_foreign: bool
+    """Whether the source that was given is not the one that the checkpoint says it was made from;
+    its problems then say little of damage."""
     tensors: int
     linears: dict[str, int]
     """Linears by format, of those that belong to a layer group."""
@@ -64,6 +64,7 @@ class Verification:
             "kv_cache": str(self.kv_cache),
             "ok": self.ok,
             "problems": list(self.problems),
+            "is_foreign": self.is_foreign,
             "tensors": self.tensors,
             "linears": self.linears,
             "checkpoint_bytes": self.checkpoint_bytes,
@@ -96,10 +97,13 @@ def verify(
         *_scale_problems(checkpoint),
         *_sharing_problems(checkpoint),
         *_declaration_problems(checkpoint),
-        *_size_problems(checkpoint, source),
+        *_size_problems(checkpoint),
         *_digest_problems(checkpoint),
     ]
+    is_foreign = source is not None and _is_foreign(checkpoint, source)
     if source is not None:
+        if is_foreign:
+            problems.append(f"{AUTOQUANT_FILE} names another source than {source.path}.")
         problems += _name_problems(checkpoint, source)
     problems += _content_problems(checkpoint, source, errors, on_bytes)
     counts = Counter(
@@ -110,6 +114,7 @@ def verify(
         layout=checkpoint.layout,
         kv_cache=KvCache.FP8 if checkpoint.attention else KvCache.BF16,
         problems=tuple(problems),
+        is_foreign=is_foreign,
         tensors=len(checkpoint.headers),
         linears={str(format): counts[format] for format in Format},
         checkpoint_bytes=checkpoint.headers.bytes,
@@ -193,7 +198,7 @@ def _view_problems(checkpoint: QuantizedCheckpoint, view: EngineView) -> Iterato
         )
 
 
-def _size_problems(checkpoint: QuantizedCheckpoint, source: Source | None) -> Iterator[str]:
+def _size_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
     found = checkpoint.headers.bytes
     index = checkpoint.path / INDEX_FILE
     if index.exists():
@@ -210,8 +215,6 @@ def _size_problems(checkpoint: QuantizedCheckpoint, source: Source | None) -> It
     ):
         if said.get(key) != value:
             yield f"{AUTOQUANT_FILE} says {key} {said.get(key)}, and the tensors have {value}."
-    if source is not None and said.get("source_digest") != source.digest:
-        yield f"{OTHER_SOURCE} than {source.path}."
 
 
 def _digest_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
@@ -223,6 +226,12 @@ def _digest_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
     for name, digest in file_digests(checkpoint.headers.files).items():
         if said.get(name) != digest:
             yield f"{name} has changed since it was exported: its SHA-256 is {digest[:16]}..."
+
+
+def _is_foreign(checkpoint: QuantizedCheckpoint, source: Source) -> bool:
+    """Whether the checkpoint says that it was exported from another model than `source`."""
+    file = checkpoint.path / AUTOQUANT_FILE
+    return file.exists() and read_json_object(file).get("source_digest") != source.digest
 
 
 def _name_problems(checkpoint: QuantizedCheckpoint, source: Source) -> Iterator[str]:
@@ -309,9 +318,10 @@ def require_sound(verification: Verification) -> None:
     Raises:
         SourceError: the checkpoint is damaged, or another source's.
     """
-    if foreign := [p for p in verification.problems if p.startswith(OTHER_SOURCE)]:
+    if verification.is_foreign:
         raise SourceError(
-            f"{verification.path} cannot be held against this model: {foreign[0]}",
+            f"{verification.path} cannot be held against this model: {AUTOQUANT_FILE} names "
+            "another source.",
             fix="name the model that it was exported from with --source, or leave --source out.",
         )
     if not verification.ok:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,18 @@ def problems(checkpoint: Path, source: Source | None = None, said: str = "is dam
         require_sound(verification)
     assert caught.value.exit_code == 4
     return "\n".join(verification.problems)
+
+
+def test_what_is_foreign_is_a_field_and_not_a_wording(checkpoint, source, tmp_path):
+    other = open_source(save_model("llama", tmp_path / "other", seed=1))
+    assert verify(checkpoint, other).is_foreign
+    own = verify(checkpoint, source)
+    assert not own.is_foreign
+    assert own.to_dict()["is_foreign"] is False
+    with pytest.raises(SourceError, match="cannot be held against this model"):
+        require_sound(replace(own, problems=("made from something else.",), is_foreign=True))
+    with pytest.raises(SourceError, match="is damaged"):
+        require_sound(replace(own, problems=("autoquant.json names another source.",)))
 
 
 def test_sound_checkpoint_passes_with_and_without_its_source(checkpoint, source):
