@@ -35,6 +35,7 @@ def describe_predictions(problem: Problem, ledger: Ledger, stored: Accounting) -
     joint = _left_out(surrogate, selections, kl)
     return {
         "strength": fitted.strength,
+        "share": fitted.share,
         "scale": fitted.law.scale,
         "exponent": fitted.law.exponent,
         "relative_error": {

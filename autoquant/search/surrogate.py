@@ -2,15 +2,18 @@
 
 The sum of the parts' own KL d_i, plus a strength times sum_{i<j} 2 rho_ij sqrt(d_i d_j), rho_ij the
 correlation of the output changes of two parts. To second order the strength is 1. Where parts do
-the same harm (a token whose routing any of them flips) correlated parts cost less together than
-apart, and it is negative. So it is fitted on measured candidates, with a power law a x^b for what
-the expansion misses (saturation); the law is monotone and never reorders.
+the same harm (a token whose routing any of them flips) they cost less together than apart: of what
+a part's KL exceeds its gradient estimate by, only a share adds up (about a third on the bundled
+mixture of experts), and the strength may be negative. Both are fitted on measured candidates, with
+a power law a x^b for what the expansion misses (saturation); the law is monotone and never
+reorders.
 
 Shapes: G groups, N options of all groups together, S selections.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +27,7 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 STRENGTHS = tuple(round(0.05 * step, 2) for step in range(-10, 25))
+SHARES = tuple(round(0.05 * step, 2) for step in range(21))
 FEWEST_TO_FIT = 6
 """Measured candidates below which interactions are left out."""
 
@@ -66,8 +70,12 @@ class Surrogate:
     pairs: Floats
     """What two options cost beyond that to second order, nats per token, [N, N]; symmetric, zero
     within a group."""
+    excess: Floats
+    """What of `main` gradients do not see, nats per token, [N]; zero without gradients."""
     strength: float = 0.0
     """What `pairs` are multiplied with."""
+    share: float = 1.0
+    """What `excess` is multiplied with where parts are added up."""
     law: PowerLaw = field(default_factory=PowerLaw)
     correction: Floats | None = None
     """What measured candidates add to each option, nats per token, [N]."""
@@ -75,16 +83,18 @@ class Surrogate:
     @classmethod
     def of(cls, problem: Problem, *, with_pairs: bool = True) -> "Surrogate":
         """From the problem's sensitivities, and their interactions where they were measured."""
-        scores = problem.knapsack.scores
-        main = np.array([s for options in scores for s in options], dtype=np.float64)
+        main = _flat(problem.knapsack.scores)
+        by_gradients = problem.by_gradients()
+        seen = main if by_gradients is None else _flat(by_gradients.knapsack.scores)
         pairs = np.zeros((len(main), len(main)))
         interactions = problem.sensitivity.interactions
+        sizes = tuple(len(options) for options in problem.knapsack.scores)
         if with_pairs and interactions is not None:
             lengths = np.sqrt(np.maximum(main, 0.0))
-            group = np.repeat(np.arange(len(scores)), [len(options) for options in scores])
+            group = np.repeat(np.arange(len(sizes)), sizes)
             apart = group[:, None] != group[None, :]
             pairs = 2.0 * interactions.of(problem.keys) * np.outer(lengths, lengths) * apart
-        return cls(tuple(len(options) for options in scores), main, pairs)
+        return cls(sizes, main, pairs, np.maximum(main - seen, 0.0))
 
     @cached_property
     def offsets(self) -> Indices:
@@ -94,6 +104,15 @@ class Surrogate:
     def places(self, selections: Sequence[Selection]) -> Indices:
         """Place of each chosen option, [S, G]."""
         return np.asarray(np.array(selections, dtype=np.int64) + self.offsets)
+
+    @property
+    def adding(self) -> Floats:
+        """What each option adds to the sum, nats per token, [N]."""
+        return np.asarray(self.main - (1.0 - self.share) * self.excess)
+
+    def by_group(self, values: Floats) -> tuple[tuple[float, ...], ...]:
+        """Numbers of all options [N] as the scores of a knapsack."""
+        return tuple(tuple(map(float, own)) for own in np.split(values, self.offsets[1:]))
 
     def quadratic(self, selections: Sequence[Selection]) -> Floats:
         """Nats per token before the map, [S]."""
@@ -115,29 +134,30 @@ class Surrogate:
         places = self.places([selection])[0]
         slope = self.law.scale * self.law.exponent
         slope *= max(float(self.quadratic([selection])[0]), 1e-300) ** (self.law.exponent - 1.0)
-        values = slope * (self.main + self.strength * self.pairs[:, places].sum(axis=1))
-        if self.correction is not None:
-            values = values + self.correction
-        ends = [*self.offsets[1:], len(values)]
-        return tuple(
-            tuple(map(float, values[a:b])) for a, b in zip(self.offsets, ends, strict=True)
-        )
+        values = slope * (self.adding + self.strength * self.pairs[:, places].sum(axis=1))
+        return self.by_group(values if self.correction is None else values + self.correction)
 
     def fitted(self, selections: Sequence[Selection], kl: Floats) -> "Surrogate":
-        """With strength and map fitted on measured candidates and their KL, nats per token, [S].
+        """With strength, share and map fitted on measured candidates' KL, nats per token, [S].
 
-        Least squares of logarithms, with as little strength as explains them about as well.
+        Least squares of logarithms, with as little strength as explains them about as well, and a
+        share as near to one.
         """
         places = self.places(selections)
-        alone, interaction = self._alone(places), self._interaction(places)
-        best, law, strength = math.inf, PowerLaw(), 0.0
-        for candidate in sorted(STRENGTHS, key=abs) if len(kl) >= FEWEST_TO_FIT else (0.0,):
-            joined = _joined(alone, interaction, candidate)
-            fit = PowerLaw.fitted(joined, kl)
-            error = _log_error(fit(joined), kl)
+        interaction, excess = self._interaction(places), self.excess[places].sum(axis=1)
+        whole = self.main[places].sum(axis=1)
+        enough = len(kl) >= FEWEST_TO_FIT
+        strengths = sorted(STRENGTHS, key=abs) if enough and interaction.any() else [0.0]
+        shares = sorted(SHARES, reverse=True) if enough and excess.any() else [1.0]
+        best, found = math.inf, replace(self, correction=None)
+        for strength, share in itertools.product(strengths, shares):
+            joined = _joined(whole - (1.0 - share) * excess, interaction, strength)
+            law = PowerLaw.fitted(joined, kl)
+            error = _log_error(law(joined), kl)
             if error < 0.9 * best:
-                best, law, strength = error, fit, candidate
-        return replace(self, strength=strength, law=law, correction=None)
+                best = error
+                found = replace(found, strength=strength, share=share, law=law)
+        return found
 
     def refitted(self, selections: Sequence[Selection], kl: Floats) -> "Surrogate":
         """Fitted, with a correction per option learned from what the fit leaves over.
@@ -165,7 +185,7 @@ class Surrogate:
         return replace(base, correction=np.asarray(prior**2 * deviation * weights))
 
     def _alone(self, places: Indices) -> Floats:
-        return np.asarray(self.main[places].sum(axis=1))
+        return np.asarray(self.adding[places].sum(axis=1))
 
     def _interaction(self, places: Indices) -> Floats:
         total = np.zeros(len(places))
@@ -179,14 +199,15 @@ def ranked(
 ) -> list[Selection]:
     """Up to `count` selections of least predicted KL that keep and fill the budget.
 
-    The pool: the best of the knapsack of single scores, then of the knapsack of what each option
+    The pool: the best of the knapsack of what each option adds alone, then of the knapsack of what each option
     adds around the best found so far, until that no longer improves.
     """
     knapsack = problem.knapsack
     found: dict[Selection, float] = {}
     centre, best = None, math.inf
+    alone = surrogate.by_group(surrogate.adding)
     while True:
-        scores = knapsack.scores if centre is None else surrogate.marginal(centre)
+        scores = alone if centre is None else surrogate.marginal(centre)
         fresh = [s for s in knapsack.with_scores(scores).best(pool) if s not in found]
         if fresh:
             found.update(zip(fresh, map(float, surrogate.predict(fresh)), strict=True))
@@ -194,6 +215,10 @@ def ranked(
         if centre is not None and not found[leader] < best:
             return sorted(found, key=lambda s: (found[s], s))[:count]
         centre, best = leader, found[leader]
+
+
+def _flat(scores: Iterable[Iterable[float]]) -> Floats:
+    return np.array([score for own in scores for score in own], dtype=np.float64)
 
 
 def _joined(alone: Floats, interaction: Floats, strength: float) -> Floats:

@@ -23,7 +23,7 @@ def made(generator, groups=5, options=3):
     group = np.repeat(np.arange(groups), options)
     lengths = np.sqrt(main)
     pairs = 2 * (raw @ raw.T) * np.outer(lengths, lengths) * (group[:, None] != group[None, :])
-    return Surrogate((options,) * groups, main, pairs)
+    return Surrogate((options,) * groups, main, pairs, np.zeros_like(main))
 
 
 def every(surrogate):
@@ -32,7 +32,7 @@ def every(surrogate):
 
 def test_the_quadratic_is_the_sum_and_every_pair_once(generator):
     surrogate = made(generator)
-    strong = Surrogate(surrogate.sizes, surrogate.main, surrogate.pairs, strength=0.3)
+    strong = Surrogate(*_parts(surrogate), strength=0.3)
     selection = (0, 1, 2, 0, 1)
     places = strong.places([selection])[0]
     expected = strong.main[places].sum() + 0.3 * sum(
@@ -48,6 +48,18 @@ def test_fits_find_strength_and_law_of_what_made_the_figures(generator, strength
     kl = truth.predict(selections)
     fitted = made(np.random.default_rng(0)).fitted(selections, kl)
     assert fitted.strength == pytest.approx(strength, abs=0.1)
+    assert np.allclose(fitted.predict(selections), kl, rtol=0.02)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6, 1.0])
+def test_fits_find_the_share_of_what_gradients_do_not_see(generator, share):
+    parts = _parts(made(generator))[:-1]
+    excess = parts[1] * generator.uniform(0.1, 0.9, len(parts[1]))
+    truth = Surrogate(*parts, excess, strength=0.2, share=share, law=PowerLaw(0.9, 0.95))
+    selections = every(truth)[::3]
+    kl = truth.predict(selections)
+    fitted = Surrogate(*parts, excess).fitted(selections, kl)
+    assert fitted.share == pytest.approx(share, abs=0.1)
     assert np.allclose(fitted.predict(selections), kl, rtol=0.02)
 
 
@@ -110,4 +122,4 @@ def test_candidates_come_in_predicted_order_and_the_first_is_the_best_of_all(see
 
 
 def _parts(surrogate):
-    return surrogate.sizes, surrogate.main, surrogate.pairs
+    return surrogate.sizes, surrogate.main, surrogate.pairs, surrogate.excess
