@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from autoquant.checkpoint import stored_forms
+from autoquant.checkpoint.export import AUTOQUANT_FILE
 from autoquant.checkpoint.headers import Headers, TensorHeader
 from autoquant.checkpoint.json_file import read_json_object
 from autoquant.checkpoint.kv_scales import attention_of, kv_scale_tensors
@@ -150,8 +151,8 @@ def open_quantized(folder: str | Path) -> QuantizedCheckpoint:
     """Open a folder that `export` has written.
 
     Raises:
-        SourceError: missing, damaged, in another layout, or with a quantized linear that lacks a
-            scale or has one of the wrong shape.
+        SourceError: missing, damaged, in another layout, a plain model, or with a quantized linear
+            that lacks a scale or has one of the wrong shape.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -164,13 +165,20 @@ def open_quantized(folder: str | Path) -> QuantizedCheckpoint:
     layout = _layout(path, config.get("quantization_config"))
     hidden = text_config(config).get("hidden_size")
     headers = stored_forms.apart(read_checkpoint_headers(path), config, hidden)
+    formats, attention = _formats(headers, layout), _attention(headers, layout)
+    if not formats and not attention and not (path / AUTOQUANT_FILE).exists():
+        raise SourceError(
+            f"{path} holds no quantized weights and no {AUTOQUANT_FILE}, which even an export with "
+            "every layer in BF16 has: it is a plain model.",
+            fix="pass the folder that `autoquant export` or `autoquant search` has written.",
+        )
     return QuantizedCheckpoint(
         path=path,
         config=config,
         headers=headers,
         layout=layout,
-        formats=_formats(headers, layout),
-        attention=_attention(headers, layout),
+        formats=formats,
+        attention=attention,
     )
 
 

@@ -385,6 +385,13 @@ def test_a_checkpoint_of_another_model_is_refused(autoquant, finished, text, tmp
     assert "was not exported from" in result.stderr
 
 
+def test_a_plain_model_is_no_checkpoint_to_score(autoquant, model, text):
+    result = autoquant("score", model, "--checkpoint", model, "--calibration", text)
+    assert result.exit_code == 4
+    assert result.stdout == ""
+    assert f"{model} holds no quantized weights" in result.stderr
+
+
 @pytest.mark.parametrize("flags", [(), ("--assignment", "a.yaml", "--checkpoint", "b")])
 def test_score_takes_an_assignment_or_a_checkpoint(autoquant, model, tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)

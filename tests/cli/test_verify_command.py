@@ -58,6 +58,22 @@ def test_checkpoint_that_does_not_exist_exits_4(autoquant, tmp_path):
     assert "does not exist" in result.stderr
 
 
+def test_plain_model_exits_4(autoquant, folders):
+    result = autoquant("verify", folders[1])
+    assert result.exit_code == 4
+    assert result.stdout == ""
+    assert f"{folders[1]} holds no quantized weights" in result.stderr
+    assert "fix: pass the folder that `autoquant export` or" in result.stderr
+
+
+def test_export_whose_layers_all_stay_in_bf16_exits_0(autoquant, folders, tmp_path):
+    source = open_source(folders[1])
+    export(source, find_groups(source), Assignment.of({}), {}, tmp_path / "bf16")
+    result = autoquant("verify", tmp_path / "bf16", "--source", folders[1])
+    assert result.exit_code == 0, result.stderr
+    assert "0 NVFP4, 0 FP8, 15 BF16" in result.stdout
+
+
 def test_another_model_is_not_taken_for_damage(autoquant, folders, tmp_path):
     other = save_model("llama", tmp_path / "other", seed=1)
     result = autoquant("verify", folders[0], "--source", other)
