@@ -122,6 +122,29 @@ def revision_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+class OneBudget(click.FloatRange):
+    """A budget, bits per element, where a list of them has no meaning."""
+
+    name = "budget"
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The budget of `4.75`.
+
+        Raises:
+            click.BadParameter: not a positive number, or a list.
+        """
+        if "," in str(value):
+            self.fail(
+                f"{value!r} has a comma: this command takes one budget, such as 5.5.", param, ctx
+            )
+        return super().convert(value, param, ctx)
+
+
 class Budgets(click.ParamType[tuple[float, ...]]):
     """Budgets separated by commas, bits per element; a tuple of floats in the order given."""
 
@@ -137,7 +160,7 @@ class Budgets(click.ParamType[tuple[float, ...]]):
         """
         if isinstance(value, tuple):
             return value
-        one: click.ParamType[Any] = click.FloatRange(min=0, min_open=True)
+        one = OneBudget()
         budgets = tuple(one.convert(part.strip(), param, ctx) for part in str(value).split(","))
         if len(set(budgets)) < len(budgets):
             self.fail(f"{value!r} names a budget twice.", param, ctx)
@@ -157,7 +180,7 @@ def budget_options(*, required: bool, several: bool = False) -> Decorator:
             "--budget-bpe",
             heading="Budget",
             required=required,
-            type=Budgets() if several else click.FloatRange(min=0, min_open=True),
+            type=Budgets() if several else OneBudget(),
             metavar="BITS[,BITS...]" if several else "BITS",
             help=f"{purpose}; several share one set of probes." if several else f"{purpose}.",
         ),

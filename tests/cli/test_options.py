@@ -136,7 +136,8 @@ def test_what_concerns_one_call_is_no_setting(config, key):
     ("line", "rule"),
     [
         ("seed: 1.5", "'1.5' is not a valid integer"),
-        ("budget_bpe: five", "'five' is not a valid float"),
+        ("budget_bpe: five", "'five' is not a valid budget"),
+        ("budget_bpe: 5,5", "'5,5' has a comma: this command takes one budget"),
         ("budget_bpe: -1", "not in the range"),
         ("budget_scope: all", "is not one of"),
         ("budget_bpe: {a: 1}", "it takes a single value"),

@@ -32,6 +32,19 @@ from autoquant.cli import MODULES
             "the check of their scale rules.",
         ),
         (
+            "plan --budget-bpe 5,5",
+            "Invalid value for '--budget-bpe': '5,5' has a comma: this command takes one "
+            "budget, such as 5.5.",
+            "write `--budget-bpe BITS`: most stored bits per element of the source model, scales "
+            "included.",
+        ),
+        (
+            "search --budget-bpe 5,x",
+            "Invalid value for '--budget-bpe': 'x' is not a valid budget.",
+            "write `--budget-bpe BITS[,BITS...]`: most stored bits per element of the source "
+            "model, scales included; several share one set of probes.",
+        ),
+        (
             "env --format jsn",
             "Invalid value for '--format': 'jsn' is not one of 'human', 'json'.",
             "write `--format [human|json]`: how to print the result.",
