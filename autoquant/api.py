@@ -182,7 +182,7 @@ def search(
     probe: Literal["exact", "screened", "gradient"] = "screened",
     sensitivity: Path | str | None = None,
     kv_cache: Literal["bf16", "fp8"] = "bf16",
-    trials: int = 60,
+    trials: int = 30,
     reweight_trials: int = 0,
     max_seconds: float | None = None,
     max_tokens: int | None = None,

@@ -20,7 +20,7 @@
 # one should look at before serving the result.
 #
 # **Settings are small here**, so that all of it runs in half a minute on one CPU core: 2,048 tokens
-# for each probe, 6 trials and 8,192 tokens for the final figure, against 16,384, 60 and 65,536 by
+# for each probe, 6 trials and 8,192 tokens for the final figure, against 16,384, 30 and 65,536 by
 # default. The intervals below are as wide as that makes them.
 
 # %%

@@ -18,7 +18,7 @@
 # search --budget-bpe 4.8,4.9,5,5.5,6` does the same), and reads off where another bit stops paying.
 #
 # **Settings are small here**: 1,024 tokens for probes and trials, 4 trials a budget and 4,096
-# tokens for the reported KL, against 16,384, 60 and 65,536 by default. The budgets share their
+# tokens for the reported KL, against 16,384, 30 and 65,536 by default. The budgets share their
 # report tokens, so the *order* of neighbouring budgets is firmer than the bars, which treat them as
 # independent.
 

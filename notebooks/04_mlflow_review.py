@@ -26,7 +26,7 @@
 # in NVFP4, as if it could not upgrade them yet, and its version tag is rewritten.
 #
 # **Settings are small here**: 1,024 tokens for probes and trials, 2 trials and 2,048 tokens for the
-# reported KL, against 16,384, 60 and 65,536 by default, so the intervals are wide.
+# reported KL, against 16,384, 30 and 65,536 by default, so the intervals are wide.
 
 # %%
 # %matplotlib inline

@@ -72,7 +72,7 @@ from autoquant.cli.output import print_json
     "--trials",
     heading="Search",
     type=click.IntRange(min=0),
-    default=60,
+    default=30,
     metavar="N",
     help="Joint measurements beyond the baselines, the solver's optima and the check of their "
     "scale rules.",

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from autoquant.arrays import Floats
 from autoquant.files import replacing
 from autoquant.formats import Choice
 from autoquant.scoring.sketch import LogitSketch
 
 Key = tuple[str, Choice]
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)

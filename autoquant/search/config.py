@@ -46,7 +46,7 @@ class SearchConfig:
     tokens: TokenPlan = field(default_factory=TokenPlan)
     mode: ActivationMode = ActivationMode.W4A4
     probe: ProbeMethod = ProbeMethod.SCREENED
-    trials: int = 60
+    trials: int = 30
     """Joint measurements beyond the baselines and the solver's optimum."""
     reweight_trials: int = 0
     """How many of them Optuna proposes."""

@@ -16,15 +16,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
+from autoquant.arrays import Floats, Integers
 from autoquant.search.knapsack_bounds import Selection
 from autoquant.search.problem import Problem
-
-Floats = np.ndarray[Any, np.dtype[np.float64]]
-Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 STRENGTHS = tuple(round(0.05 * step, 2) for step in range(-10, 25))
 SHARES = tuple(round(0.05 * step, 2) for step in range(21))
@@ -97,11 +94,11 @@ class Surrogate:
         return cls(sizes, main, pairs, np.maximum(main - seen, 0.0))
 
     @cached_property
-    def offsets(self) -> Indices:
+    def offsets(self) -> Integers:
         """Place of each group's first option, [G]."""
         return np.concatenate([[0], np.cumsum(self.sizes)[:-1]]).astype(np.int64)
 
-    def places(self, selections: Sequence[Selection]) -> Indices:
+    def places(self, selections: Sequence[Selection]) -> Integers:
         """Place of each chosen option, [S, G]."""
         return np.asarray(np.array(selections, dtype=np.int64) + self.offsets)
 
@@ -184,10 +181,10 @@ class Surrogate:
         weights = weighted.T @ np.linalg.solve(covariance, residual)
         return replace(base, correction=np.asarray(prior**2 * deviation * weights))
 
-    def _alone(self, places: Indices) -> Floats:
+    def _alone(self, places: Integers) -> Floats:
         return np.asarray(self.adding[places].sum(axis=1))
 
-    def _interaction(self, places: Indices) -> Floats:
+    def _interaction(self, places: Integers) -> Floats:
         total = np.zeros(len(places))
         for g in range(len(self.sizes) - 1):
             total += self.pairs[places[:, g, None], places[:, g + 1 :]].sum(axis=1)
@@ -199,8 +196,8 @@ def ranked(
 ) -> list[Selection]:
     """Up to `count` selections of least predicted KL that keep and fill the budget.
 
-    The pool: the best of the knapsack of what each option adds alone, then of the knapsack of what each option
-    adds around the best found so far, until that no longer improves.
+    The pool: the best of the knapsack of what each option adds alone, then of the knapsack of what
+    each option adds around the best found so far, until that no longer improves.
     """
     knapsack = problem.knapsack
     found: dict[Selection, float] = {}

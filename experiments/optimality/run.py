@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from autoquant.arrays import Floats
 from autoquant.data.tokens import Split, TokenPlan
 from autoquant.search.knapsack_bounds import Selection
 from autoquant.search.problem import Problem
 from autoquant.search.refine import Effort, measured
-from autoquant.search.surrogate import Floats, Surrogate
+from autoquant.search.surrogate import Surrogate
 from autoquant.search.trials import Ledger
 from experiments.common import record
 from experiments.common.bench import Bench
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=150, help="random assignments per budget")
     parser.add_argument("--most", type=int, default=3000, help="assignments to enumerate at most")
     parser.add_argument("--most-fresh", type=int, default=200, help="of those on fresh tokens")
-    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--rules", nargs="*", choices=SPACES, default=list(SPACES))
     parser.add_argument("--budgets", type=float, nargs="*", help="instead of the subject's")
     arguments = parser.parse_args()

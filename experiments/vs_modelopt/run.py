@@ -40,7 +40,7 @@ def main() -> None:
     for name in ("calibration", "search", "report"):
         default = getattr(TokenPlan(), name)
         parser.add_argument(f"--{name}-tokens", type=int, default=default)
-    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--trials", type=int, default=30)
     arguments = parser.parse_args()
     chosen = subject(arguments.subject, arguments.models, arguments.texts)
     tokens = TokenPlan(
