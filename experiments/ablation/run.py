@@ -3,7 +3,7 @@
     python -m experiments.ablation.run --subject stories260K --seed 0 --out FILE
 
 Probes: what the knapsack makes of each kind of sensitivity, and how each ranks random assignments.
-Solvers on equal scores, without a joint measurement. Proposers: each alone and all together, read
+Solvers on equal scores, without a joint measurement. Proposers, from the default probes: each alone and all together, read
 off where together they have measured as many tokens as so many plain forwards of the search split.
 The candidate of least KL on the search tokens is taken, so what is chosen by luck shows on the
 fresh ones; the last rows pass through the confirmation that a search ends with.
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--search-tokens", type=int, default=TokenPlan().search)
     parser.add_argument("--fresh-tokens", type=int, default=32_768)
     parser.add_argument("--budgets", type=float, nargs="*", help="instead of the subject's")
-    parser.add_argument("--forwards", type=int, nargs="*", default=[15, 30, 60])
+    parser.add_argument("--forwards", type=int, nargs="*", default=[15, 30])
     parser.add_argument("--random", type=int, default=50, help="assignments that probes rank")
     arguments = parser.parse_args()
     chosen = subject(arguments.subject, arguments.models, arguments.texts)
@@ -74,7 +74,7 @@ def rows(
             "fresh_kl": bench.score(assignment, fresh).mean,
             **ranked[name],
         }
-    problem = problems["exact"]
+    problem = problems["screened"]
     for name, solver in SOLVERS.items():
         selection = solver(problem)
         assignment = problem.decode(selection)
