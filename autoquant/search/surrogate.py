@@ -3,10 +3,10 @@
 The sum of the parts' own KL d_i, plus a strength times sum_{i<j} 2 rho_ij sqrt(d_i d_j), rho_ij the
 correlation of the output changes of two parts. To second order the strength is 1. Where parts do
 the same harm (a token whose routing any of them flips) they cost less together than apart: of what
-a part's KL exceeds its gradient estimate by, only a share adds up (about a third on the bundled
-mixture of experts), and the strength may be negative. Both are fitted on measured candidates, with
-a power law a x^b for what the expansion misses (saturation); the law is monotone and never
-reorders.
+a part's KL exceeds its gradient estimate by, only a share adds up (a third to three quarters on the
+bundled mixture of experts), and the strength may be negative. Both are fitted on measured
+candidates, with a power law a x^b for what the expansion misses (saturation); the law is monotone
+and never reorders.
 
 Shapes: G groups, N options of all groups together, S selections.
 """

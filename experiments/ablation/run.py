@@ -3,10 +3,11 @@
     python -m experiments.ablation.run --subject stories260K --seed 0 --out FILE
 
 Probes: what the knapsack makes of each kind of sensitivity, and how each ranks random assignments.
-Solvers on equal scores, without a joint measurement. Proposers, from the default probes: each alone and all together, read
-off where together they have measured as many tokens as so many plain forwards of the search split.
-The candidate of least KL on the search tokens is taken, so what is chosen by luck shows on the
-fresh ones; the last rows pass through the confirmation that a search ends with.
+Solvers on the default probes, without a joint measurement. Proposers, from those probes: each
+alone and all together, read off where together they have measured as many tokens as so many plain
+forwards of the search split. The candidate of least KL on the search tokens is taken, so what is
+chosen by luck shows on the fresh ones; the last rows pass through the confirmation that a search
+ends with.
 """
 
 import argparse
