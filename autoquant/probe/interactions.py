@@ -89,8 +89,10 @@ class SketchBook:
         path = self._sketches(batch)
         if path.exists():
             return np.lib.format.open_memmap(path, mode="r+")
-        shape = (len(self._keys), size)
-        return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        shape, new = (len(self._keys), size), path.with_suffix(".new")
+        np.lib.format.open_memmap(new, mode="w+", dtype=np.float32, shape=shape).flush()
+        new.replace(path)
+        return np.lib.format.open_memmap(path, mode="r+")
 
     def _sketches(self, batch: int) -> Path:
         return self._folder / f"sketches-{batch}.npy"

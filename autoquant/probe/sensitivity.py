@@ -95,7 +95,8 @@ def probe(
     """
     sketch = sketches.sketch if sketches else None
     results = {(p.batch, p.group, p.choice): p for p in done}
-    for batch in range(len(split.batches)) if batches is None else batches:
+    batches = range(len(split.batches)) if batches is None else batches
+    for batch in batches:
         missing = [key for key in keys if (batch, *key) not in results]
         scores = scorer.probe_batch(split, batch, missing, sketch) if missing else ()
         for (group, choice), (score, change) in zip(missing, scores, strict=True):
@@ -106,7 +107,7 @@ def probe(
             results[batch, group, choice] = result
         if sketches:
             sketches.finish(batch)
-    kl, stderr = summarize(keys, results.values())
+    kl, stderr = summarize(keys, (p for p in results.values() if p.batch in batches))
     found = sketches.interactions(len(split.batches)) if sketches else None
     return Sensitivity(kl, stderr, found)
 

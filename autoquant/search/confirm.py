@@ -1,5 +1,6 @@
 """The last word: finalists on tokens that nothing before has seen, compared in pairs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from autoquant.scoring.kl import TokenKl
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+FEWEST_SEQUENCES = 8
+"""A bootstrap over fewer has hardly any spread, so that luck would pass for a gain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +22,7 @@ class Difference:
     mean: float
     low: float
     high: float
-    """Paired bootstrap interval over sequences."""
+    """Paired bootstrap interval over sequences; NaN where they are too few for one."""
 
     @property
     def is_gain(self) -> bool:
@@ -41,10 +44,13 @@ def paired_difference(
     """
     sums = np.asarray(np.bincount(one.sequence, one.kl - other.kl), dtype=np.float64)
     sizes = one.tokens_by_sequence()
+    mean = float(sums.sum() / sizes.sum())
+    if len(sums) < FEWEST_SEQUENCES:
+        return Difference(mean=mean, low=math.nan, high=math.nan)
     means = _resampled_means(sums, sizes, seed)
     tail = (1.0 - CONFIDENCE) / comparisons / 2
     low, high = np.quantile(means, [tail, 1.0 - tail])
-    return Difference(mean=float(sums.sum() / sizes.sum()), low=float(low), high=float(high))
+    return Difference(mean=mean, low=float(low), high=float(high))
 
 
 def choose(

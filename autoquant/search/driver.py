@@ -232,6 +232,11 @@ class Search:
         others = [t for t in ledger.trials if t.stage is Stage.BASELINE and t not in finalists]
         candidates = [*finalists, *others]
         split = session.splits["report"]
+        if split.sequences < confirm.FEWEST_SEQUENCES:
+            self.observer.warn(
+                f"too few report sequences to tell mixes apart: {split.sequences}. From "
+                f"{confirm.FEWEST_SEQUENCES} on (--report-tokens) a mix may take the solver's place."
+            )
         self.observer.stage("confirm", len(candidates))
         with self._timed("confirm"):
             scores: list[TokenScores] = []
@@ -345,6 +350,7 @@ class Search:
         from autoquant.checkpoint.declaration import reader_warnings
         from autoquant.checkpoint.export import export
         from autoquant.checkpoint.verify import verify
+        from autoquant.report.words import budgeted, counts_stored_bits, unit_of_budget
 
         target = self.run.path / CHECKPOINT
         size = self.config.source.headers.bytes
@@ -352,6 +358,8 @@ class Search:
             command=self.command,
             budget_bpe=self.config.budget.bpe,
             budget_scope=str(self.config.budget.scope),
+            budget_unit=unit_of_budget(result),
+            budgeted_bpe=None if counts_stored_bits(result) else budgeted(result),
             activation_mode=str(self.config.mode),
             kv_cache=str(self.config.kv_cache),
             text=self.config.calibration,

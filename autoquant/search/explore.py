@@ -55,7 +55,7 @@ def explore(
         for name, assignment in baselines(problem):
             ledger.measure(assignment, Stage.BASELINE, name)
     with timed("solve"):
-        ledger.measure(optimum(problem), Stage.SOLVER, "optimum")
+        first = ledger.measure(optimum(problem), Stage.SOLVER, "optimum")
         by_gradients = problem.by_gradients()
         if by_gradients is not None:
             ledger.measure(optimum(by_gradients), Stage.SOLVER, "optimum of the gradients")
@@ -63,8 +63,7 @@ def explore(
         if max_only is not None:
             plain = problem.decode(max_only.solve())
             ledger.measure(plain, Stage.SOLVER, "optimum, rule max only")
-        sound = with_sound_rules(problem, ledger, optimum(problem))
-        incumbent = ledger.measure(optimum(sound), Stage.SOLVER, "optimum, sound rules only")
+        sound, incumbent = with_sound_rules(problem, ledger, first)
     with timed("refine"):
         refine(sound, ledger, effort, seed=seed, bounds=bounds)
     promising = by_promise(sound, ledger)

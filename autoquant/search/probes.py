@@ -93,6 +93,6 @@ class Probes:
             self.run.append(SENSITIVITY_LOG, result.to_dict())
             self.observer.step()
 
-        tokens = self.split.batches[0].numel()
+        tokens = max(batch.numel() for batch in self.split.batches)
         sketches = SketchBook(self.run.path / INTERACTIONS, keys, tokens)
         return probe(self.scorer, self.split, keys, done, keep, sketches, batches=batches)

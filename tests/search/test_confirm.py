@@ -47,6 +47,15 @@ def test_a_challenger_is_asked_only_while_those_before_it_gain(text):
     assert choose(candidates, challengers=1, seed=0)[0] == 2
 
 
+def test_few_sequences_confirm_no_gain(text):
+    few, half = scores(text[:7]), scores(text[:7] * 0.5)
+    winner, differences = choose([few, half], challengers=1, seed=0)
+    assert winner == 0
+    assert differences[1].mean < 0
+    assert not differences[1].is_gain
+    assert np.isnan([differences[1].low, differences[1].high]).all()
+
+
 def test_a_single_finalist_wins(text):
     winner, (difference,) = choose([scores(text)], challengers=0, seed=0)
     assert winner == 0
