@@ -40,6 +40,10 @@ class CardFacts:
     """The exact command line that made the checkpoint."""
     budget_bpe: float | None = None
     budget_scope: str = "checkpoint"
+    budget_unit: str = "bits per element"
+    """What the budget counts: bits of which kind, of which layers."""
+    budgeted_bpe: float | None = None
+    """What the checkpoint takes in that unit, where it is not what it stores."""
     activation_mode: str
     """`w4a4` or `w4a16`; a KL without it means nothing."""
     kv_cache: str = "bf16"
@@ -58,6 +62,8 @@ class CardFacts:
             "command": self.command,
             "budget_bpe": self.budget_bpe,
             "budget_scope": self.budget_scope,
+            "budget_unit": self.budget_unit,
+            "budgeted_bpe": self.budgeted_bpe,
             "activation_mode": self.activation_mode,
             "kv_cache": self.kv_cache,
             "text": self.text,

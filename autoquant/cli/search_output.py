@@ -7,7 +7,15 @@ from typing import Any
 import click
 
 from autoquant.cli.output import figure, print_fields, print_table
-from autoquant.report.words import best_baseline, duration, finding
+from autoquant.report.words import (
+    best_baseline,
+    budget_note,
+    budgeted,
+    counts_stored_bits,
+    duration,
+    finding,
+    unit_of_budget,
+)
 from autoquant.rundir import REPORT
 
 
@@ -19,8 +27,9 @@ def print_result(result: dict[str, Any], run: Path) -> None:
         {
             "winner": f"{result['winner']['stage']}: {result['winner']['name']}",
             "BPE": f"{result['bpe']['checkpoint']:.4f} of the checkpoint "
-            f"({result['bpe']['searched']:.4f} of the searched layers), "
-            f"budget {result['budget_bpe']:g} ({result['budget_scope']})",
+            f"({result['bpe']['searched']:.4f} of the searched layers)",
+            "budget": f"{result['budget_bpe']:g} {unit_of_budget(result)}, "
+            f"of which it takes {budgeted(result):.4f}",
             "size": f"{result['checkpoint_bytes']:,} bytes",
             "groups": ", ".join(f"{n} {name}" for name, n in counts.items() if n),
             "KL": f"{kl['mean']:.5f} +- {figure(kl['stderr'], '.5f')} nats per token, "
@@ -45,6 +54,8 @@ def print_result(result: dict[str, Any], run: Path) -> None:
             for name, bpe, mean, error, fits in sorted(rows, key=lambda row: row[2])
         ],
     )
+    if note := budget_note(result):
+        click.echo(note)
     click.echo()
     if (run / REPORT).exists():
         click.echo(f"report:     {run / REPORT}")
@@ -57,12 +68,15 @@ def print_result(result: dict[str, Any], run: Path) -> None:
 
 def print_frontier(found: list[tuple[dict[str, Any], Path]]) -> None:
     """Print a line for each budget, and the next command to type."""
+    first, _ = found[0]
+    taken = () if counts_stored_bits(first) else (unit_of_budget(first),)
     print_table(
-        ("budget", "BPE", "KL", "+-", "best recipe in budget", "its KL", "size", "run"),
+        ("budget", *taken, "BPE", "KL", "+-", "best recipe in budget", "its KL", "size", "run"),
         [
             (
                 f"{result['budget_bpe']:g}",
-                f"{result['bpe'][result['budget_scope']]:.4f}",
+                *(f"{budgeted(result):.4f}" for _ in taken),
+                f"{result['bpe']['checkpoint']:.4f}",
                 f"{result['kl']['mean']:.5f}",
                 figure(result["kl"]["stderr"], ".5f"),
                 *_best_recipe(result),

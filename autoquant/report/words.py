@@ -51,16 +51,43 @@ def verdict(record: RunRecord) -> str:
 
 def finding(result: Mapping[str, Any]) -> str:
     """What a finished search found, in a sentence or two; `result` is its `result.json`."""
-    kl, bpe = result["kl"], result["bpe"]["checkpoint"]
+    kl = result["kl"]
     rival = best_baseline(result)
     text = (
-        f"At {bpe:.3f} bits per element ({size(result['checkpoint_bytes'])}, budget "
-        f"{result['budget_bpe']:g}), the chosen mix is {kl_range(kl['mean'], kl['stderr'])} nats "
+        f"{_size_and_budget(result)}, the chosen mix is {kl_range(kl['mean'], kl['stderr'])} nats "
         f"per token away from BF16"
     )
     if rival is None:
         return f"{text}; no fixed recipe fits this budget."
     return f"{text}; {_against(kl['mean'], rival)}"
+
+
+def budgeted(result: Mapping[str, Any]) -> float:
+    """Bits per element of the chosen mix as its budget counts them, by cost and scope."""
+    by_scope = result["active"]["bpe"] if _is_active(result) else result["bpe"]
+    return float(by_scope[result.get("budget_scope", "checkpoint")])
+
+
+def unit_of_budget(result: Mapping[str, Any]) -> str:
+    """What the budget counts: bits per element of a kind, of all or of a part of the layers."""
+    kind = "active bits" if _is_active(result) else "bits"
+    return f"{kind} per element{' of the searched layers' if _is_of_searched(result) else ''}"
+
+
+def counts_stored_bits(result: Mapping[str, Any]) -> bool:
+    """Whether the budget counts what the whole checkpoint stores, as columns named BPE do."""
+    return not _is_active(result) and not _is_of_searched(result)
+
+
+def budget_note(result: Mapping[str, Any]) -> str:
+    """Why BPE of a table and its column "in budget" do not go together; empty where they do."""
+    if counts_stored_bits(result):
+        return ""
+    meaning = ", those that one token reads" if _is_active(result) else ""
+    return (
+        f"BPE is of the whole checkpoint as stored; the budget of {result['budget_bpe']:g} counts "
+        f"{unit_of_budget(result)}{meaning}."
+    )
 
 
 def shortfalls(result: Mapping[str, Any]) -> list[str]:
@@ -70,6 +97,35 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
         for name, split in result["tokens"].items()
         if split["tokens"] < 0.9 * split.get("asked", 0)
     ]
+
+
+def fit_terms(fit: Mapping[str, Any]) -> str:
+    """What the fit of measured mixes adds up; `fit` is the entry `predictions` of a result."""
+    share, strength = fit.get("share", 1.0), round(fit["strength"], 2)
+    text = "the sum"
+    if share == 0:
+        text = "the sum of the gradients' estimates"
+    elif share != 1:
+        text = (
+            f"the sum of the gradients' estimates and of {share:.2f} of what probes exceed them by"
+        )
+    if not strength:
+        return text
+    sign = "minus" if strength < 0 else "plus"
+    return f"{text}, {sign} {abs(strength):.2f} times the interactions of all pairs of groups"
+
+
+def how_probed(method: str) -> str:
+    """How the KL of a group alone was found, by the `method` of `sensitivity.json`."""
+    return {
+        "exact": "measured with all else in BF16",
+        "screened": (
+            "all else in BF16: measured in one choice of each group on every second batch of "
+            "tokens and scaled by gradients to the other choices and to all tokens; groups that "
+            "together stay below the noise of BF16 have their gradients' estimates"
+        ),
+        "gradient": "all else in BF16: estimated by gradients, not measured",
+    }[method]
 
 
 def best_baseline(result: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -93,6 +149,23 @@ def _ranks(values: Sequence[float]) -> Any:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2)[inverse]
+
+
+def _is_active(result: Mapping[str, Any]) -> bool:
+    return bool(result.get("cost", "bits") == "active-bytes")
+
+
+def _is_of_searched(result: Mapping[str, Any]) -> bool:
+    return bool(result.get("budget_scope", "checkpoint") == "searched")
+
+
+def _size_and_budget(result: Mapping[str, Any]) -> str:
+    """What the mix takes as the budget counts it, and beside it what the checkpoint stores."""
+    stored, budget = size(result["checkpoint_bytes"]), f"budget {result['budget_bpe']:g}"
+    taken = f"At {budgeted(result):.3f} {unit_of_budget(result)}"
+    if counts_stored_bits(result):
+        return f"{taken} ({stored}, {budget})"
+    return f"{taken} ({budget}; the checkpoint stores {result['bpe']['checkpoint']:.3f}, {stored})"
 
 
 def _against(mean: float, rival: dict[str, Any]) -> str:
