@@ -9,7 +9,7 @@ from autoquant.report.figures import NORMAL_95
 from autoquant.report.html import template
 from autoquant.report.record import RunRecord
 from autoquant.report.style import LIGHT, PALETTE, new_figure, plain_log, project_style, to_svg
-from autoquant.report.words import best_baseline
+from autoquant.report.words import best_baseline, budget_note
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,6 +105,13 @@ def caveats(records: Sequence[RunRecord]) -> list[str]:
     return found
 
 
+def budget_notes(records: Sequence[RunRecord]) -> list[str]:
+    """For each run whose budget counts other bits than the column BPE: which."""
+    named = zip(records, labels(records), strict=True)
+    notes = {label: budget_note(r.result) for r, label in named if r.result is not None}
+    return [f"{label}: {note}" for label, note in notes.items() if note]
+
+
 def plot_runs(records: Sequence[RunRecord]) -> "Figure":
     """Confirmed KL against BPE, a colour for each model and a mark for each run."""
     named = zip(records, labels(records), strict=True)
@@ -142,5 +149,9 @@ def render_comparison(records: Sequence[RunRecord]) -> str:
             figure = plot_runs(records)
             picture = to_svg(figure, "runs", "KL of each run against bits per element")
     return template("compare.html.j2").render(
-        rows=rows, caveats=caveats(records), picture=picture, palette=PALETTE
+        rows=rows,
+        caveats=caveats(records),
+        notes=budget_notes(records),
+        picture=picture,
+        palette=PALETTE,
     )

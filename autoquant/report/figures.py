@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant.report.record import RunRecord, TrialRow
 from autoquant.report.style import LIGHT, new_figure, plain_log, powers_of_ten
-from autoquant.report.words import rank_correlation
+from autoquant.report.words import counts_stored_bits, rank_correlation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,19 +48,21 @@ def frontier(record: RunRecord) -> "Figure":
 
 
 def prediction(record: RunRecord) -> "Figure":
-    """Measured KL against the sum of the groups' own, and against the fit with interactions.
+    """Measured KL against the sum of the groups' own, and against the fit to measured mixes.
 
-    Before the search is finished the second panel shows the sum again, of the candidates alone.
+    Both of the mixes that `predictions` of `result.json` is about, so that the errors are those of
+    its `relative_error`. Before the search is finished the second panel shows the sum again, of the
+    candidates alone.
     """
     figure = new_figure(6.2, 3.5)
     alone, joint = figure.subplots(1, 2)
-    measured = [t for t in record.trials if not t.is_stopped]
-    _draw_prediction(alone, measured, lambda t: t.predicted_kl, "sum of the groups' own KL")
-    if any(t.joint_kl is not None for t in measured):
-        known = [t for t in measured if t.joint_kl is not None]
-        _draw_prediction(joint, known, lambda t: t.joint_kl, "fit with interactions")
+    fitted = [t for t in record.trials if t.joint_kl is not None]
+    shown = fitted or [t for t in record.trials if not t.is_stopped]
+    _draw_prediction(alone, shown, lambda t: t.predicted_kl, "sum of the groups' own KL")
+    if fitted:
+        _draw_prediction(joint, fitted, lambda t: t.joint_kl, "fit to the measured mixes")
     else:
-        near = [t for t in measured if t.fits and t.stage != "baseline"]
+        near = [t for t in shown if t.fits and t.stage != "baseline"]
         _draw_prediction(joint, near, lambda t: t.predicted_kl, "the same, candidates")
     alone.set_ylabel("measured KL, nats per token")
     _legend(figure, [alone, joint], columns=3)
@@ -222,9 +224,10 @@ def _draw_near(axes: "Axes", trials: Sequence[TrialRow]) -> None:
 
 
 def _draw_budget(axes: "Axes", record: RunRecord) -> None:
+    """The budget, where it counts what the axis does: stored bits of the whole checkpoint."""
     settings = record.identity["signature"]
-    if settings.get("budget_scope") == "checkpoint" and settings.get("budget_bpe"):
-        budget = settings["budget_bpe"]
+    budget = settings.get("budget_bpe")
+    if budget and settings.get("budget_scope") == "checkpoint" and counts_stored_bits(settings):
         axes.axvline(budget, color=LIGHT["ink"], lw=1, ls="--", label=f"budget {budget:g}")
 
 

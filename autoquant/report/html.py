@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURES: Mapping[str, tuple[Callable[[RunRecord], "Figure"], str]] = {
-    "frontier": (figures.frontier, "KL against bits per element, with baselines and budget"),
+    "frontier": (figures.frontier, "KL against bits per element, with baselines"),
     "map": (maps.format_map, "Format and sensitivity of every layer group"),
     "sensitivity": (maps.sensitivity, "The most sensitive layer groups"),
     "prediction": (figures.prediction, "Measured KL against predicted KL"),
@@ -139,7 +139,15 @@ def template(name: str) -> "Template":
         "percent": words.percent,
         "duration": words.duration,
     }
-    environment.globals["kl_range"] = words.kl_range
+    environment.globals |= {
+        "kl_range": words.kl_range,
+        "budgeted": words.budgeted,
+        "budget_note": words.budget_note,
+        "unit_of_budget": words.unit_of_budget,
+        "counts_stored_bits": words.counts_stored_bits,
+        "fit_terms": words.fit_terms,
+        "how_probed": words.how_probed,
+    }
     return environment.get_template(name)
 
 

@@ -16,6 +16,7 @@ from autoquant.errors import ConfigError, SourceError
 from autoquant.rundir import (
     CALIBRATION,
     CONFIG,
+    GRADIENT_LOG,
     GROUPS,
     IDENTITY,
     RESULT,
@@ -97,6 +98,9 @@ class RunRecord:
     """The contents of `groups.json`."""
     calibration: dict[str, Any] | None
     tokens: dict[str, Any] | None
+    method: str
+    """How `probes` were found: exact, screened or gradient. Those of an unfinished probe stage are
+    the measured ones, and so exact."""
     probes: tuple[ProbeRow, ...]
     trials: tuple[TrialRow, ...]
     missing: tuple[str, ...]
@@ -133,13 +137,14 @@ class RunRecord:
         result, plan = files.json(RESULT), files.json(GROUPS)
         stored = files.json(SENSITIVITY)
         log = [] if stored else files.records(SENSITIVITY_LOG)
+        gradients = 0 if stored else len(files.records(GRADIENT_LOG))
         probes = _probes(stored["probes"]) if stored else _unfinished_probes(log)
         records = files.records(TRIALS)
         calibration, tokens = files.json(CALIBRATION), files.json(TOKENS)
         absent = {
             "the plan (groups.json)": plan is None,
             "calibration": calibration is None,
-            "probes: none" if not probes else f"probes: {_progress(probes, plan)}": stored is None,
+            f"probes: {_progress(probes, gradients, plan)}": stored is None,
             "trials: none is measured": not records,
             "confirmation on fresh tokens (result.json)": result is None,
             "the KL of single tokens (tokens.json)": tokens is None,
@@ -152,6 +157,7 @@ class RunRecord:
             plan=plan,
             calibration=calibration,
             tokens=tokens,
+            method=(stored or {}).get("method", "exact"),
             probes=probes,
             trials=_trials(records, probes, (result or {}).get("predictions")),
             missing=(
@@ -215,28 +221,31 @@ class RunRecord:
         return found
 
     def stages(self) -> list[dict[str, Any]]:
-        """Of each stage: trials, those stopped early, seconds, the best KL after it, and its gain.
+        """Of each stage: trials, those stopped early, seconds, its own best KL, and its gain.
 
-        The gain is the relative fall of the best KL within the budget that its trials brought;
-        None for the stage that measured the first such mix.
+        The best KL is that of its trials within the budget, None without any. The gain is the
+        relative fall of the best KL of all that they brought; None for the stage that measured the
+        first such mix.
         """
         rows: dict[str, dict[str, Any]] = {}
         best: float | None = None
         for trial in self.trials:
             row = rows.setdefault(
                 trial.stage,
-                {"stage": trial.stage, "trials": 0, "stopped": 0, "seconds": 0.0, "gain": 0.0},
+                {"stage": trial.stage, "trials": 0, "stopped": 0, "seconds": 0.0}
+                | {"best_kl": None, "gain": 0.0},
             )
-            if trial.fits and not trial.is_stopped and (best is None or trial.kl < best):
+            if trial.fits and not trial.is_stopped:
+                own = row["best_kl"]
+                row["best_kl"] = trial.kl if own is None else min(own, trial.kl)
                 if best is None:
                     row["gain"] = None
-                elif row["gain"] is not None:
+                elif trial.kl < best and row["gain"] is not None:
                     row["gain"] = 1 - (1 - row["gain"]) * trial.kl / best
-                best = trial.kl
+                best = trial.kl if best is None else min(best, trial.kl)
             row["trials"] += 1
             row["stopped"] += trial.is_stopped
             row["seconds"] += trial.seconds
-            row["best_kl"] = best
         return list(rows.values())
 
 
@@ -322,9 +331,22 @@ def _unfinished_probes(records: Iterable[Mapping[str, Any]]) -> tuple[ProbeRow, 
     )
 
 
-def _progress(probes: tuple[ProbeRow, ...], plan: Mapping[str, Any] | None) -> str:
+def _progress(probes: tuple[ProbeRow, ...], gradients: int, plan: Mapping[str, Any] | None) -> str:
+    """How far the probes came; `gradients` is the number of batches with gradients' estimates."""
+    if not probes:
+        return f"gradients alone, batches done: {gradients}" if gradients else "none"
+    if gradients:
+        most = _most_screened(plan)
+        return f"{len(probes)}{most} begun, one choice of a group on every second batch"
     of = f" of {plan['probes']}" if plan is not None else ""
     return f"{len(probes)}{of} begun, not every batch of tokens measured"
+
+
+def _most_screened(plan: Mapping[str, Any] | None) -> str:
+    """One probe of each group at most is measured where gradients have estimated all."""
+    if plan is None:
+        return ""
+    return f" of at most {sum(len(group['choices']) > 1 for group in plan['groups'])}"
 
 
 def _trials(
