@@ -84,6 +84,7 @@ class Search:
         *,
         settings: dict[str, Any] = SETTINGS,
         child_runs: ChildRuns = "none",
+        experiment: str = "autoquant",
         over_budget: frozenset[int] = frozenset(),
         before: Callable[[Tracker], None] = lambda tracker: None,
         after: Callable[[Tracker], None] = lambda tracker: None,
@@ -95,7 +96,7 @@ class Search:
                 settings,
                 model="org/model",
                 source_digest="d1",
-                experiment="autoquant",
+                experiment=experiment,
                 child_runs=child_runs,
                 warn=self.warnings.append,
             ) as tracker,
@@ -301,6 +302,45 @@ def test_trials_get_child_runs_as_asked(runs, search, child_runs, numbers):
         assert child.data.metrics == {"kl": KLS[number], "bpe": 4.9, "seconds": 2.0}
         stored = client(runs).download_artifacts(child.info.run_id, "assignment.json")
         assert Assignment.read(Path(stored)) == mix(number)
+
+
+@pytest.mark.parametrize("cut", ["create_run", "log_batch", "log_text", "set_terminated"])
+def test_a_search_killed_while_it_sent_a_trial_leaves_no_hole(runs, search, monkeypatch, cut):
+    """Cut off at any call for the second trial, all of its records lost that came after."""
+    send, sent = getattr(MlflowClient, cut), []
+
+    def die(*arguments: Any, **settings: Any) -> Any:
+        sent.append(1)
+        if len(sent) > (2 if cut == "log_batch" else 1):
+            raise ConnectionError("gone")
+        return send(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        search(child_runs="all", before=lambda tracker: patch.setattr(MlflowClient, cut, die))
+    for name in ("b", "a"):
+        Search(runs / name)(child_runs="all")
+    (parent,) = (run for run in all_runs(runs) if run.info.run_name == "a")
+    found = [
+        run
+        for run in all_runs(runs)
+        if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    ]
+    assert sorted((run.info.run_name, run.data.metrics["kl"]) for run in found) == [
+        (f"trial-{number:04d}", kl) for number, kl in enumerate(KLS)
+    ]
+    assert {run.info.status for run in found} == {"FINISHED"}
+    for run in found:
+        client(runs).download_artifacts(run.info.run_id, "assignment.json")
+    points = client(runs).get_metric_history(parent.info.run_id, "kl")
+    assert sorted((point.step, point.value) for point in points) == list(enumerate(KLS))
+
+
+def test_a_search_continued_under_another_experiment_stays_in_its_own(runs, search):
+    search(KLS[:2], child_runs="all")
+    search(child_runs="all", experiment="other")
+    assert all_runs(runs, "other") == []
+    names = [run.info.run_name for run in all_runs(runs)]
+    assert sorted(names) == ["a", "trial-0000", "trial-0001", "trial-0002"]
 
 
 def test_a_baseline_over_the_budget_is_recorded_but_never_the_best(runs, search):

@@ -73,6 +73,12 @@ class Recorder:
         self._child_runs = child_runs
         self._warn = warn
         self._recorded = {metric.step for metric in client.get_metric_history(run_id, "kl")}
+        self._whole: set[str] = set()
+        self._begun: dict[str, str] = {}
+        """Child runs that have everything, by name, and run ids of the others; touched by the
+        thread alone once it lives."""
+        if child_runs != "none":
+            self._find_children()
         self._datasets: set[str] = set()
         self._best_kl = math.inf
         self._unsent: deque[Callable[[], None]] = deque()
@@ -96,6 +102,8 @@ class Recorder:
         is_best = record.fits and record.kl < self._best_kl
         if is_best:
             self._best_kl = record.kl
+        if self._child_runs == "all" or (self._child_runs == "best" and is_best):
+            self._given.put(lambda: self._log_child(record))
         if record.number in self._recorded:
             return
         self._recorded.add(record.number)
@@ -106,8 +114,6 @@ class Recorder:
             "seconds": record.seconds,
         }
         self._given.put(lambda: self._log_metrics(metrics, record.number))
-        if self._child_runs == "all" or (self._child_runs == "best" and is_best):
-            self._given.put(lambda: self._log_child(record))
 
     def result(self, result: Mapping[str, Any]) -> None:
         """Record the figures of the result, its description, and its checkpoint without weights."""
@@ -178,16 +184,40 @@ class Recorder:
         from mlflow.entities import Param
 
         assignment = record.assignment
-        tags = {"mlflow.parentRunId": self._run_id, "autoquant.assignment": assignment.digest}
         name = f"trial-{record.number:04d}"
-        run_id = self._client.create_run(self._experiment_id, tags=tags, run_name=name).info.run_id
+        if name in self._whole:
+            return
+        run_id = self._begin_child(name, assignment.digest)
         counts = assignment.counts()
-        params = [Param(f"groups.{name}", str(count)) for name, count in counts.items()]
+        params = [Param(f"groups.{kind}", str(count)) for kind, count in counts.items()]
         params += [Param("origin", record.origin), Param("fits", str(record.fits))]
         metrics = {"kl": record.kl, "bpe": record.bpe, "seconds": record.seconds}
         self._client.log_batch(run_id, params=params, metrics=_metrics(metrics, step=0))
         self._client.log_text(run_id, to_json(assignment.to_dict(), indent=2), TRIAL_ASSIGNMENT)
         self._client.set_terminated(run_id, "FINISHED")
+        self._whole.add(name)
+
+    def _begin_child(self, name: str, digest: str) -> str:
+        """Run id of a new child run, or of the one that was begun before."""
+        if name not in self._begun:
+            tags = {"mlflow.parentRunId": self._run_id, "autoquant.assignment": digest}
+            child = self._client.create_run(self._experiment_id, tags=tags, run_name=name)
+            self._begun[name] = child.info.run_id
+        return self._begun[name]
+
+    def _find_children(self) -> None:
+        """Look up what an earlier process sent; one that was killed left child runs half sent."""
+        query, token = f"tags.`mlflow.parentRunId` = '{self._run_id}'", None
+        while True:
+            page = self._client.search_runs([self._experiment_id], query, page_token=token)
+            for child in page:
+                if child.info.status == "FINISHED":
+                    self._whole.add(child.info.run_name)
+                else:
+                    self._begun[child.info.run_name] = child.info.run_id
+            token = page.token
+            if not token:
+                return
 
     def _log_dataset(self, name: str, digest: str, context: str, tokens: int) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag

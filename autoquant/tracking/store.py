@@ -108,12 +108,13 @@ def _open(
         client = MlflowClient(tracking_uri=uri or _store_beside(runs))
         artifacts = None if uri else (runs / "mlartifacts").as_uri()
         experiment_id = _experiment(client, experiment, artifacts)
-    run_id = _continued(client, run.read_json(TRACKING))
-    if run_id is None:
+    continued = _continued(client, run.read_json(TRACKING))
+    if continued is None:
         run_id = client.create_run(
             experiment_id, tags=resolve_tags(tags), run_name=run.path.resolve().name
         ).info.run_id
     else:
+        run_id, experiment_id = continued
         client.update_run(run_id, status="RUNNING")
     run.write_json(TRACKING, {"run_id": run_id, "tracking_uri": redact(uri)})
     _log_new_params(client, run_id, settings)
@@ -165,16 +166,22 @@ def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str
     return str(client.create_experiment(name, artifact_location=artifacts, tags=_MODEL_TRAINING))
 
 
-def _continued(client: "MlflowClient", tracking: Mapping[str, Any] | None) -> str | None:
-    """The earlier process's MLflow run, or None if there was none or the store has lost it."""
+def _continued(
+    client: "MlflowClient", tracking: Mapping[str, Any] | None
+) -> tuple[str, str] | None:
+    """Ids of the earlier process's MLflow run and of the experiment that it lies in, or None.
+
+    There is none in a new search, or the store has lost it.
+    """
     from mlflow.exceptions import MlflowException
 
     if tracking is None:
         return None
     try:
-        return str(client.get_run(tracking["run_id"]).info.run_id)
+        info = client.get_run(tracking["run_id"]).info
     except MlflowException:
         return None
+    return str(info.run_id), str(info.experiment_id)
 
 
 def _log_new_params(client: "MlflowClient", run_id: str, settings: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ class Tracker(Protocol):
         """Record the tokens of one split; `context` is `calibration`, `search` or `report`."""
 
     def trial(self, record: TrialRecord) -> None:
-        """Record a trial; one that an earlier process recorded is skipped."""
+        """Record a trial; what an earlier process recorded of it is not sent again."""
 
     def result(self, result: Mapping[str, Any]) -> None:
         """Record the contents of `result.json`, and its checkpoint if there is one."""
