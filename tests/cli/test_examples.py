@@ -136,6 +136,23 @@ def test_a_line_that_a_reader_is_told_to_type_does_what_it_says(line, workspace)
         Path(target).write_text(done.stdout)
 
 
+MIXES = re.findall(
+    r"^    schema_version: 1\n    groups:.*\n(?: {6}.*\n)*",
+    (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+
+
+def test_a_mix_that_a_reader_is_shown_can_be_scored(workspace, tmp_path):
+    assert len(MIXES) == 2
+    for mix in MIXES:
+        file = tmp_path / "shown.yaml"
+        file.write_text(textwrap.dedent(mix))
+        words = ["score", "MODEL", "--assignment", str(file), "--kv-cache", "fp8"]
+        done = CliRunner().invoke(cli, [*words, *quickly(["autoquant", *words])])
+        assert done.exit_code == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "text",
     [(ROOT / "README.md").read_text(encoding="utf-8"), inspect.getdoc(autoquant.api) or ""],
