@@ -26,7 +26,8 @@ from autoquant.search.trials import Trial
 
 _LINES_PER_STAGE = 10
 _SECONDS_PER_LINE = 60.0
-"""Without a terminal, a stage says where it is at every tenth of it and every minute."""
+"""Without a terminal, a stage says where it is at every tenth of it, if it has ten steps, and at
+the first step after every minute."""
 
 
 @dataclass(kw_only=True)
@@ -43,10 +44,11 @@ class _Stage:
         """Count steps; whether a line is due."""
         before, self.done = self._tenths(), self.done + count
         now = time.monotonic()
-        if self._tenths() == before and now - self.line_at < _SECONDS_PER_LINE:
+        is_at_tenth = self.steps >= _LINES_PER_STAGE and self._tenths() > before
+        if not is_at_tenth and now - self.line_at < _SECONDS_PER_LINE:
             return False
         self.line_at = now
-        return self.steps >= _LINES_PER_STAGE
+        return True
 
     def amount(self) -> str:
         """`12/40`, or `1.20 GB/4.00 GB`."""

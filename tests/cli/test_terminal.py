@@ -131,3 +131,18 @@ def test_elsewhere_each_trial_is_a_line(kind, monkeypatch):
     assert "probe 10/20, 0 s left" in lines
     assert "warning: little text" in lines
     assert "export 4.00 GB/4.00 GB" in lines
+
+
+def test_a_stage_of_few_steps_says_where_it_is_every_minute(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    with Terminal() as terminal:
+        terminal.stage("calibrate", 5)
+        began = time.monotonic()
+        for seconds in (1, 61, 80, 122, 130):
+            monkeypatch.setattr(time, "monotonic", lambda now=began + seconds: now)
+            terminal.step()
+    assert [line.partition(",")[0] for line in stream.getvalue().splitlines()] == [
+        "calibrate: 5 steps",
+        "calibrate 2/5",
+        "calibrate 4/5",
+    ]
