@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURES: Mapping[str, tuple[Callable[[RunRecord], "Figure"], str]] = {
-    "frontier": (figures.frontier, "KL against bits per element, with baselines"),
+    "frontier": (figures.frontier, "KL against bits per element, with baselines and budget"),
     "map": (maps.format_map, "Format and sensitivity of every layer group"),
     "sensitivity": (maps.sensitivity, "The most sensitive layer groups"),
     "prediction": (figures.prediction, "Measured KL against predicted KL"),
