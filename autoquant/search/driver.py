@@ -235,7 +235,7 @@ class Search:
         if split.sequences < confirm.FEWEST_SEQUENCES:
             self.observer.warn(
                 f"too few report sequences to tell mixes apart: {split.sequences}. From "
-                f"{confirm.FEWEST_SEQUENCES} on (--report-tokens) a mix may take the solver's place."
+                f"{confirm.FEWEST_SEQUENCES} on (--report-tokens) a mix may replace the solver's."
             )
         self.observer.stage("confirm", len(candidates))
         with self._timed("confirm"):
