@@ -16,8 +16,9 @@ from autoquant.model.inputs import ActivationMode
 from autoquant.probe.method import ProbeMethod
 from autoquant.spaces import SearchSpace
 
-NUMERICS_VERSION = 2
-"""Raised when a change of arithmetic changes what a search would measure."""
+NUMERICS_VERSION = 3
+"""Raised when a search would measure or predict something else than before under the same settings:
+its stored probes and trials then mean something else too."""
 
 _AFTER_PROBES = {
     "budget_bpe",
@@ -47,11 +48,12 @@ class SearchConfig:
     mode: ActivationMode = ActivationMode.W4A4
     probe: ProbeMethod = ProbeMethod.SCREENED
     trials: int = 30
-    """Joint measurements beyond the baselines and the solver's optimum."""
+    """Joint measurements beyond the baselines, the solver's optima and the check of their rules."""
     reweight_trials: int = 0
     """How many of them Optuna proposes."""
     max_seconds: float | None = None
-    """Time after which no further trial begins."""
+    """Seconds of loading, calibration, probes and trials, those of earlier processes included,
+    after which no further trial begins."""
     max_tokens: int | None = None
     """Tokens of all trials together after which no further trial begins."""
     finalists: int = 2
