@@ -299,7 +299,7 @@ def token_options(*, report: bool = True) -> Decorator:
         option(
             "--seed",
             heading="Data",
-            type=int,
+            type=click.IntRange(min=0),
             default=0,
             metavar="N",
             help="Same seed, same tokens and same result.",
@@ -488,7 +488,8 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 
 def _as_written(value: Any, param: click.Parameter, path: Path) -> Any:
     """The value as its flag would give it, so that flags and file pass the same checks."""
-    takes_many = getattr(param, "multiple", False)
+    takes_budgets = isinstance(param.type, Budgets)
+    takes_many = getattr(param, "multiple", False) or takes_budgets
     values = value if takes_many and isinstance(value, list) else [value]
     for item in values:
         if isinstance(item, (list, dict)):
@@ -498,4 +499,6 @@ def _as_written(value: Any, param: click.Parameter, path: Path) -> Any:
                 fix=f"correct `{param.name}` in the file.",
             )
     written = [item if isinstance(item, bool) else str(item) for item in values]
+    if takes_budgets:
+        return ",".join(map(str, written))
     return written if takes_many else written[0]

@@ -8,6 +8,7 @@ from autoquant.budget import Budget, Scope
 from autoquant.checkpoint.layout import Layout
 from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
 from autoquant.data.tokens import TokenPlan
+from autoquant.errors import ConfigError
 from autoquant.kv_cache import KvCache
 from autoquant.model.inputs import ActivationMode
 from autoquant.probe.method import ProbeMethod
@@ -29,9 +30,10 @@ def make_config(settings: Mapping[str, Any]) -> SearchConfig:
     """The search that `settings` describe, named as in `config.resolved.yaml`, and `export`.
 
     Raises:
-        ConfigError: the search space is wrong.
+        ConfigError: the search space is wrong, or Optuna is to propose more trials than there are.
         SourceError: the model is missing, damaged or not understood.
     """
+    _require_trials_for_optuna(settings["trials"], settings["reweight_trials"])
     return SearchConfig(
         space=load_space(settings["space"]),
         budget=Budget(settings["budget_bpe"], Scope(settings["budget_scope"])),
@@ -52,6 +54,15 @@ def make_config(settings: Mapping[str, Any]) -> SearchConfig:
         layout=Layout(settings["layout"]),
         kv_cache=KvCache(settings["kv_cache"]),
     )
+
+
+def _require_trials_for_optuna(trials: int, reweight_trials: int) -> None:
+    if reweight_trials > trials:
+        raise ConfigError(
+            f"--reweight-trials is {reweight_trials} and --trials {trials}: what Optuna proposes "
+            "is a part of the trials.",
+            fix=f"write --reweight-trials {trials} or less, or --trials {reweight_trials} or more.",
+        )
 
 
 def token_plan(settings: Mapping[str, Any]) -> TokenPlan:

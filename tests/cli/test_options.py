@@ -15,6 +15,7 @@ from autoquant.cli.options import (
     model_argument,
     option,
     resolved_settings,
+    token_options,
     tracking_options,
 )
 from autoquant.errors import ConfigError
@@ -34,8 +35,18 @@ def tune(context: click.Context, **_: object) -> None:
     click.echo(yaml.safe_dump(resolved_settings(context)))
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(tune, [str(argument) for argument in arguments])
+@click.command("sweep", cls=GroupedCommand)
+@budget_options(required=True, several=True)
+@token_options()
+@config_option
+@click.pass_context
+def sweep(context: click.Context, **_: object) -> None:
+    """Print the budgets as a search gets them."""
+    click.echo(context.params["budget_bpe"])
+
+
+def run(*arguments: object, command: click.Command = tune) -> Result:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
 
 
 def settings(*arguments: object) -> dict[str, object]:
@@ -150,6 +161,30 @@ def test_a_bad_value_names_the_file_the_key_and_the_rule(config, line, rule):
     error = error_of("--config", config)
     assert str(config) in error.message
     assert line.partition(":")[0] in error.message
+    assert rule in error.message
+
+
+@pytest.mark.parametrize("written", ["[5, 6.5]", '"5,6.5"', "5,6.5", "['5', 6.5]"])
+def test_several_budgets_are_a_list_or_a_text_with_commas(config, written):
+    config.write_text(f"budget_bpe: {written}\n")
+    result = run("--config", config, command=sweep)
+    assert result.stdout == "(5.0, 6.5)\n", result.exception
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ("budget_bpe: [5, [6]]", "it takes a list of single values"),
+        ("budget_bpe: []", "is not a valid budget"),
+        ("budget_bpe: [5, 5.0]", "names a budget twice"),
+        ("seed: -1", "-1 is not in the range x>=0"),
+    ],
+)
+def test_a_bad_value_of_a_search_names_the_file_and_the_rule(config, line, rule):
+    config.write_text(line if line.startswith("budget_bpe") else f"budget_bpe: 5\n{line}")
+    error = run("--config", config, command=sweep).exception
+    assert isinstance(error, ConfigError)
+    assert error.message.startswith(f"{config}: {line.partition(':')[0]}")
     assert rule in error.message
 
 

@@ -97,9 +97,9 @@ def test_checkpoints_of_several_budgets_on_request(folder, tmp_path):
     ("budget", "message"),
     [
         ("5,5", "names a budget twice"),
-        ("5,x", "'x' is not a valid float"),
+        ("5,x", "'x' is not a valid budget"),
         ("5,-1", "-1.0 is not in the range x>0"),
-        ("5,", "'' is not a valid float"),
+        ("5,", "'' is not a valid budget"),
     ],
 )
 def test_budgets_that_cannot_be_meant(search, tmp_path, budget, message):

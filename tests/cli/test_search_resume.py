@@ -103,7 +103,7 @@ def test_a_search_that_was_stopped_three_times_ends_as_if_it_had_not_been(folder
         assert process.process.poll() is None, process.process.communicate()[1]
         time.sleep(0.01)
     (run,) = runs
-    code, errors = process.stop(signal.SIGINT, run / "sensitivity.jsonl", 30)
+    code, errors = process.stop(signal.SIGINT, run / "sensitivity.jsonl", 12)
     assert code == 130
     *_, advice, resume = errors.splitlines()
     assert advice == "interrupted; to go on from here:"
@@ -134,7 +134,8 @@ def test_a_search_that_was_stopped_three_times_ends_as_if_it_had_not_been(folder
 
 @pytest.mark.slow
 def test_mlflow_follows_a_search_through_an_interruption(folder, autoquant, tmp_path, monkeypatch):
-    command = arguments(folder, "--trials", 2, "--no-export", "--out", tmp_path / "run")
+    short = ("--trials", 2, "--reweight-trials", 2, "--no-export")
+    command = arguments(folder, *short, "--out", tmp_path / "run")
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
 
     def stop(terminal, trial, best):

@@ -32,6 +32,16 @@ from autoquant.cli import MODULES
             "the check of their scale rules.",
         ),
         (
+            "search --budget-bpe 5 --seed -1",
+            "Invalid value for '--seed': -1 is not in the range x>=0.",
+            "write `--seed N`: same seed, same tokens and same result.",
+        ),
+        (
+            "search --budget-bpe 5 --trials 6 --reweight-trials 10",
+            "--reweight-trials is 10 and --trials 6: what Optuna proposes is a part of the trials.",
+            "write --reweight-trials 6 or less, or --trials 10 or more.",
+        ),
+        (
             "plan --budget-bpe 5,5",
             "Invalid value for '--budget-bpe': '5,5' has a comma: this command takes one "
             "budget, such as 5.5.",
