@@ -223,11 +223,15 @@ def search(
             others scaled by gradients; or gradients alone.
         sensitivity: run directory whose probes to take over, of `autoquant probe` or of another
             search with the same settings.
-        trials: joint measurements beyond the baselines and the solver's optimum.
-        reweight_trials: how many of them Optuna proposes.
-        max_seconds: begin no further trial after this time.
-        max_tokens: begin no further trial once all trials together have seen so many tokens.
-        seed: same seed, same result.
+        trials: joint measurements beyond the baselines, the solver's optima and the check of their
+            scale rules.
+        reweight_trials: how many of them, at most all, Optuna proposes.
+        max_seconds: begin no further trial once loading, calibration, probes and trials have taken
+            this long, interrupted calls included. A finished result stays: `resume=False` begins
+            anew.
+        max_tokens: begin no further trial once all trials together have seen so many tokens; a
+            finished result stays here too.
+        seed: 0 or more; same seed, same result.
         calibration: text or JSONL file, folder, or datasets id (`org/name:split`).
         calibration_tokens: tokens that input ranges are taken from.
         calibrate_all_experts: take input ranges from every expert on every token; KL is measured

@@ -83,8 +83,8 @@ from autoquant.cli.output import print_json
     type=click.IntRange(min=0),
     default=0,
     metavar="N",
-    help="How many of the trials Optuna proposes, over weights of the sensitivities by role and "
-    "depth; the others come from predictions and swaps.",
+    help="How many of the trials, at most all, Optuna proposes, over weights of the sensitivities "
+    "by role and depth; the others come from predictions and swaps.",
 )
 @option(
     "--max-seconds",
@@ -92,7 +92,8 @@ from autoquant.cli.output import print_json
     type=click.FloatRange(min=0, min_open=True),
     default=None,
     metavar="S",
-    help="Begin no further trial after this time.",
+    help="Begin no further trial once loading, calibration, probes and trials have taken S "
+    "seconds, those of an interrupted call included. A finished result stays: --fresh begins anew.",
 )
 @option(
     "--max-tokens",
@@ -100,7 +101,8 @@ from autoquant.cli.output import print_json
     type=click.IntRange(min=1),
     default=None,
     metavar="N",
-    help="Begin no further trial once all trials together have seen N tokens.",
+    help="Begin no further trial once all trials together have seen N tokens. A finished result "
+    "stays: --fresh begins anew.",
 )
 @token_options()
 @device_options()

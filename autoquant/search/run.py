@@ -2,24 +2,32 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from autoquant.errors import ConfigError, RunConflict
 from autoquant.plan import Plan, make_plan
-from autoquant.rundir import CONFIG, SENSITIVITY, RunDirectory, read_identity, read_json
+from autoquant.rundir import CONFIG, RESULT, SENSITIVITY, RunDirectory, read_identity, read_json
 from autoquant.search.config import SearchConfig
 from autoquant.search.driver import Search
 from autoquant.search.observer import Observer
 from autoquant.search.shared import Shared, finished_probes
-from autoquant.tracking import ChildRuns, NullTracker, track
+from autoquant.search.trials import Stage
+from autoquant.tracking import ChildRuns, NullTracker, Tracker, track
 
 RUNS = Path("runs")
 """Where runs go that are not told a folder."""
 
 COMPARISON = "compare.html"
 """Written beside the runs of several budgets."""
+
+_NOT_OF_TRIALS = frozenset({Stage.BASELINE, Stage.SOLVER, Stage.RULES})
+"""Stages that `trials` does not count."""
+
+_AFTER_TRIALS = frozenset({"confirm", "export", "total"})
+"""Seconds of a result that no limit of the trials counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +146,12 @@ def run_probes(
         RunConflict: the directory holds something else, or another process holds it.
         SourceError: model or text missing, damaged or not understood.
     """
-    import yaml
-
     _require_a_choice(config)
     path = out if out is not None else RUNS / config.probe_name()
     with RunDirectory.open(path, config.probe_signature(), resume=resume) as run:
         observer.note(f"run directory: {path}")
-        run.write_text(CONFIG, yaml.safe_dump(dict(settings), sort_keys=False))
+        if run.read_json(SENSITIVITY) is None:
+            _write_settings(run, settings)
         search = Search(config, run, NullTracker(), observer, command)
         return Outcome(path=path, result=search.probe())
 
@@ -201,26 +208,80 @@ def _run(
     shared: Shared,
     runs: Path,
 ) -> Outcome:
-    import yaml
-
     with RunDirectory.open(path, config.signature(), resume=resume) as run:
         observer.note(f"run directory: {path}")
-        run.write_text(CONFIG, yaml.safe_dump(dict(settings), sort_keys=False))
-        if not tracking.is_on:
-            search = Search(config, run, NullTracker(), observer, command, shared)
-            return Outcome(path=path, result=search.execute())
-        with track(
-            run,
-            settings,
-            model=config.source.model,
-            source_digest=config.source.digest,
-            experiment=tracking.experiment,
-            child_runs=tracking.child_runs,
-            warn=observer.warn,
-            runs=runs,
-        ) as tracker:
-            search = Search(config, run, tracker, observer, command, shared)
-            return Outcome(path=path, result=search.execute())
+        is_finished = run.read_json(RESULT) is not None
+        if is_finished:
+            settings = _stored_settings(run) or settings
+        else:
+            _write_settings(run, settings)
+        with _recording(config, run, settings, tracking, observer, runs) as tracker:
+            result = Search(config, run, tracker, observer, command, shared).execute()
+    limit = _limit_reached(config, settings, result)
+    if limit is not None:
+        observer.note(f"{path}: {limit}")
+    if is_finished or limit is not None:
+        observer.note(f"{path}: this result stays; --fresh sets it aside and begins anew.")
+    return Outcome(path=path, result=result)
+
+
+def _recording(
+    config: SearchConfig,
+    run: RunDirectory,
+    settings: Mapping[str, Any],
+    tracking: Tracking,
+    observer: Observer,
+    runs: Path,
+) -> AbstractContextManager[Tracker]:
+    """MLflow's run of the search while it lasts, or nothing."""
+    if not tracking.is_on:
+        return nullcontext(NullTracker())
+    return track(
+        run,
+        settings,
+        model=config.source.model,
+        source_digest=config.source.digest,
+        experiment=tracking.experiment,
+        child_runs=tracking.child_runs,
+        warn=observer.warn,
+        runs=runs,
+    )
+
+
+def _write_settings(run: RunDirectory, settings: Mapping[str, Any]) -> None:
+    import yaml
+
+    run.write_text(CONFIG, yaml.safe_dump(dict(settings), sort_keys=False))
+
+
+def _stored_settings(run: RunDirectory) -> dict[str, Any] | None:
+    """The settings that were in force when the search ended; None where they cannot be read."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load((run.path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _limit_reached(
+    config: SearchConfig, settings: Mapping[str, Any], result: Mapping[str, Any]
+) -> str | None:
+    """Which limit ended the trials before their number did, in words, or None."""
+    stages = result["stages"]
+    trials = sum(row["trials"] for row in stages if row["stage"] not in _NOT_OF_TRIALS)
+    if trials >= config.trials:
+        return None
+    most_seconds, most_tokens = settings.get("max_seconds"), config.max_tokens
+    seconds = sum(s for name, s in result["seconds"].items() if name not in _AFTER_TRIALS)
+    if most_tokens is not None and sum(row["tokens"] for row in stages) >= most_tokens:
+        limit = f"--max-tokens {most_tokens}"
+    elif isinstance(most_seconds, (int, float)) and seconds >= most_seconds:
+        limit = f"--max-seconds {most_seconds:g}"
+    else:
+        return None
+    return f"{limit} ended the trials early, {trials} of {config.trials} were measured."
 
 
 def _write_comparison(paths: Sequence[Path], observer: Observer) -> None:
