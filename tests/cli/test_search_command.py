@@ -302,11 +302,14 @@ def test_text_that_changed_since_is_a_conflict(autoquant, model, text, tmp_path)
 
 @pytest.mark.slow
 def test_a_single_sequence_has_no_standard_error(search):
-    result, _ = search(
+    result, run = search(
         *("--report-tokens", 32, "--search-tokens", 32, "--calibration-tokens", 32),
-        *("--trials", 0, "--no-export"),
+        *("--trials", 4, "--no-export"),
     )
     assert " +- - nats per token" in result.stdout
+    assert "too few report sequences to tell mixes apart: 1." in result.stderr
+    assert outcome(run)[0]["winner"]["stage"] == "solver"
+    assert outcome(run)[0]["resolution"] is None
 
 
 @pytest.mark.slow
