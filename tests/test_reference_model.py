@@ -33,6 +33,7 @@ def test_package_data_is_small_enough_to_ship() -> None:
     assert sum(file.stat().st_size for file in REFERENCE_MODEL.iterdir()) <= MAX_BYTES
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_held_out_text_costs_at_most_two_bits_per_byte(loaded: LoadedModel, tokens: Split) -> None:
     text = next(text for _, text in held_out_documents())

@@ -304,6 +304,7 @@ def test_trials_get_child_runs_as_asked(runs, search, child_runs, numbers):
         assert Assignment.read(Path(stored)) == mix(number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["create_run", "log_batch", "log_text", "set_terminated"])
 def test_a_search_killed_while_it_sent_a_trial_leaves_no_hole(runs, search, monkeypatch, cut):
     """Cut off at any call for the second trial, all of its records lost that came after."""

@@ -74,6 +74,7 @@ def assignment(dense) -> Assignment:
     return Assignment.of({f"model.layers.0.{name}": choice for name, choice in choices.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_both_layouts_hold_the_same_model(kind, tmp_path):
     source = open_source(save_model(kind, tmp_path / "source", shard_size="80KB"))

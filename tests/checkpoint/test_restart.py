@@ -20,6 +20,8 @@ from autoquant.files import write_atomic
 from autoquant.grouping import find_groups
 from autoquant.rundir import RunDirectory
 
+pytestmark = pytest.mark.slow
+
 CHANGES_OF_FOLDERS = {"open", "os.mkdir", "os.rmdir", "os.rename", "os.remove", "os.truncate"}
 
 

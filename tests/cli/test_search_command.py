@@ -324,6 +324,7 @@ def test_optuna_proposes_on_request_and_fills_the_budget(search):
     assert "reweight" in {row["stage"] for row in result["stages"]}
 
 
+@pytest.mark.slow
 def test_no_trial_begins_after_the_time_is_up(search):
     _, run = search("--max-seconds", 0.001, "--no-export", "--trials", 50)
     stages = {trial["stage"] for trial in outcome(run)[1]}
@@ -359,6 +360,7 @@ def test_transposed_matrices_are_refused(search, tmp_path):
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_an_architecture_of_plain_linears_is_searched(search, tmp_path):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 

@@ -9,6 +9,8 @@ from searchable import TOKEN_FLAGS, save_searchable, save_text
 import autoquant as package
 from autoquant.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -34,6 +34,7 @@ def compare(x: Tensor, amax: float, backend: str) -> None:
             raise AssertionError(f"{name}: {error}") from None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("amax", [3.0, 1e-4, 1e-36, 1e30])
@@ -47,12 +48,14 @@ def test_ties(backend: str) -> None:
     compare(tie_grid(0.00037), 6 * 448 * 0.00037, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("blocks", [1, 15, 16, 17, 300])
 def test_any_number_of_blocks(backend: str, blocks: int) -> None:
     compare(five_distributions(blocks, 16)["normal"].bfloat16(), 4.0, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("amax", [(3.0, 0.25, 1.0), (1e-36, 3.0, 1e30)])
 @pytest.mark.parametrize("columns", [32, 4112])

@@ -87,6 +87,7 @@ def test_a_cache_that_cannot_be_written_costs_a_build_not_the_kernels(tmp_path: 
     assert done.stdout.startswith("cpu-"), done.stderr
 
 
+@pytest.mark.slow
 def test_without_a_compiler_pytorch_serves_with_one_line_in_the_log(tmp_path: Path) -> None:
     done = run(tmp_path, CXX="no-such-compiler")
     assert done.stdout.startswith("reference ")
@@ -140,6 +141,7 @@ def test_each_backend_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ak.active_backend() == name
 
 
+@pytest.mark.slow
 def test_import_builds_and_logs_nothing(tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", "import autoquant_kernels"], env=environment, check=True)

@@ -95,6 +95,7 @@ def test_the_same_run_gives_the_same_bytes(autoquant, finished, html, tmp_path):
     assert (tmp_path / "again.html").read_text() == html
 
 
+@pytest.mark.slow
 def test_every_picture_as_a_png(autoquant, finished, tmp_path):
     out = tmp_path / "page.html"
     done = autoquant("report", finished, "--out", out, "--png", tmp_path / "a" / "b")
@@ -113,6 +114,7 @@ def test_json_says_what_was_written(autoquant, finished, tmp_path):
     assert "nats per token" in printed["verdict"]
 
 
+@pytest.mark.slow
 def test_short_text_and_experts_with_few_tokens_are_told(autoquant, run):
     result = json.loads((run / "result.json").read_text())
     result["tokens"]["report"] |= {"tokens": 1_024, "asked": 65_536}
@@ -166,6 +168,7 @@ def test_an_interrupted_run_shows_what_there_is_and_names_the_rest(autoquant, in
     assert "The same command goes on where the search stopped" in page.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "said"), [("failed", "failed"), ("running", "is still running, or was killed")]
 )
@@ -212,6 +215,7 @@ def age(path) -> None:
     path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 0'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "pictures"),
     [
@@ -282,6 +286,7 @@ def test_a_report_for_a_folder_that_does_not_exist_is_refused(autoquant, finishe
     assert "fix: name a file in a folder that exists" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_report_that_fails_never_loses_a_search(settings, finished, tmp_path, monkeypatch):
     from autoquant.search.observer import Silent
 
@@ -322,6 +327,7 @@ def page_of(autoquant, run) -> Page:
     return Page((run / "report.html").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fit", "said"),
     [
@@ -365,6 +371,7 @@ def test_errors_of_predictions_are_those_of_the_result(autoquant, run):
     assert shown == [f"{100 * error[name]:.1f}" for name in ("sum", "with_interactions")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cost", "scope", "said"),
     [
@@ -399,6 +406,7 @@ def test_a_budget_of_stored_bits_is_a_line_on_their_axis(html):
     assert "BPE is of the whole checkpoint" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "said"),
     [
