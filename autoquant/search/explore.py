@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from autoquant.assignment import Assignment
 from autoquant.formats import ScaleRule
 from autoquant.search.baselines import baselines
 from autoquant.search.bounds import Bounds
@@ -55,10 +54,10 @@ def explore(
         for name, assignment in baselines(problem):
             ledger.measure(assignment, Stage.BASELINE, name)
     with timed("solve"):
-        first = ledger.measure(optimum(problem), Stage.SOLVER, "optimum")
+        first = ledger.measure(problem.optimum(), Stage.SOLVER, "optimum")
         by_gradients = problem.by_gradients()
         if by_gradients is not None:
-            ledger.measure(optimum(by_gradients), Stage.SOLVER, "optimum of the gradients")
+            ledger.measure(by_gradients.optimum(), Stage.SOLVER, "optimum of the gradients")
         max_only = problem.restricted(ScaleRule.MAX)
         if max_only is not None:
             plain = problem.decode(max_only.solve())
@@ -69,8 +68,3 @@ def explore(
     promising = by_promise(sound, ledger)
     challengers = tuple(trial for trial in promising if trial is not incumbent)
     return Explored(problem=sound, incumbent=incumbent, challengers=challengers)
-
-
-def optimum(problem: Problem) -> Assignment:
-    """The solver's optimum: least summed KL of single groups within the budget."""
-    return problem.decode(problem.knapsack.solve())

@@ -106,6 +106,10 @@ class Problem:
         """Whether every group has one of its choices."""
         return all(assignment[name] in c for name, c in self.accounting.choices.items())
 
+    def optimum(self) -> Assignment:
+        """The solver's optimum: least summed KL of single groups within the budget."""
+        return self.decode(self.knapsack.solve())
+
     def by_gradients(self) -> "Problem | None":
         """The problem with the gradients' estimates as sensitivities, where there are any."""
         estimate = self.sensitivity.estimate

@@ -27,8 +27,7 @@ def with_sound_rules(problem: Problem, ledger: Ledger, optimum: Trial) -> tuple[
                 sound = sound.without(rule)
     if sound is problem:
         return problem, optimum
-    best = sound.decode(sound.knapsack.solve())
-    solved = ledger.measure(best, Stage.SOLVER, "optimum, sound rules only")
+    solved = ledger.measure(sound.optimum(), Stage.SOLVER, "optimum, sound rules only")
     return (sound, solved) if solved.kl < optimum.kl else (problem, optimum)
 
 

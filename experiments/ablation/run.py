@@ -68,7 +68,7 @@ def rows(
     problems = {name: bench.problem(bpe, sensitivity) for name, sensitivity in found.items()}
     ranked = ranking(bench, problems, search, arguments)
     for name, problem in problems.items():
-        assignment = problem.decode(problem.knapsack.solve())
+        assignment = problem.optimum()
         yield {
             "part": f"probes: {name}",
             "search_kl": bench.score(assignment, search).mean,

@@ -55,7 +55,7 @@ def test_solutions_keep_and_fill_the_budget(problem_of, scope, bpe):
 
 def test_the_best_scale_rule_is_chosen_and_max_alone_where_asked(problem_of):
     problem = problem_of()
-    free = problem.decode(problem.knapsack.solve())
+    free = problem.optimum()
     assert {c for _, c in free if c.format is Format.NVFP4} == {MSE}
     restricted = problem.restricted(ScaleRule.MAX)
     assert restricted is not None
