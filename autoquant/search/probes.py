@@ -46,10 +46,12 @@ class Probes:
             self.observer.warn(f"every probe is measured exactly, without gradients: {reason}.")
             return self._exact(self.keys, everywhere), ProbeMethod.EXACT
         estimate = mean_estimate(self.keys, estimates)
-        return (estimate if method is ProbeMethod.GRADIENT else self._screened(estimates)), method
+        if method is ProbeMethod.GRADIENT:
+            return estimate, method
+        return self._screened(estimates, estimate), method
 
-    def _screened(self, estimates: Sequence[BatchEstimate]) -> Sensitivity:
-        estimate = mean_estimate(self.keys, estimates)
+    def _screened(self, estimates: Sequence[BatchEstimate], estimate: Sensitivity) -> Sensitivity:
+        """One probe of each group, the rest by gradients; `estimate` is the mean of `estimates`."""
         anchor_of = anchors(self.keys, estimate)
         probed = self._worth_measuring(tuple(anchor_of.values()), estimate)
         batches = measured_batches(len(self.split.batches))
