@@ -62,8 +62,8 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "settings.yaml"
 
 
-def error_of(*arguments: object) -> ConfigError:
-    error = run(*arguments).exception
+def error_of(*arguments: object, command: click.Command = tune) -> ConfigError:
+    error = run(*arguments, command=command).exception
     assert isinstance(error, ConfigError)
     return error
 
@@ -182,8 +182,7 @@ def test_several_budgets_are_a_list_or_a_text_with_commas(config, written):
 )
 def test_a_bad_value_of_a_search_names_the_file_and_the_rule(config, line, rule):
     config.write_text(line if line.startswith("budget_bpe") else f"budget_bpe: 5\n{line}")
-    error = run("--config", config, command=sweep).exception
-    assert isinstance(error, ConfigError)
+    error = error_of("--config", config, command=sweep)
     assert error.message.startswith(f"{config}: {line.partition(':')[0]}")
     assert rule in error.message
 
