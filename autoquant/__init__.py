@@ -6,6 +6,8 @@ Nothing heavy is imported before they are called.
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -16,12 +18,32 @@ if TYPE_CHECKING:
     from autoquant.api import search as search
     from autoquant.api import search_budgets as search_budgets
 
-_LAZY = dict.fromkeys(("Run", "load_run", "search_budgets"), "autoquant.api")
+_LAZY = frozenset({"Run", "load_run", "search_budgets"})
+
+
+def _of_api(name: str) -> Any:
+    return getattr(importlib.import_module("autoquant.api"), name)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "search":
-        return importlib.import_module("autoquant.search")
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        return _of_api(name)
     raise AttributeError(f"module 'autoquant' has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """Keeps `autoquant.search` the function: importing the package `autoquant.search` would bind
+    its name here to the package. `from autoquant.search.problem import ...` works as ever.
+    """
+
+    @property
+    def search(self) -> Any:
+        """`autoquant.api.search`."""
+        return _of_api("search")
+
+    @search.setter
+    def search(self, package: ModuleType) -> None:
+        """Ignore what the import system binds."""
+
+
+sys.modules[__name__].__class__ = _Package

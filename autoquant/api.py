@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from autoquant.errors import ConfigError
 from autoquant.report import html
 from autoquant.report.record import RunRecord, TrialRow
-from autoquant.rundir import Status
+from autoquant.store.run_directory import Status
 
 if TYPE_CHECKING:
     import click
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from autoquant.search.observer import Observer
+    from autoquant.run.observer import Observer
 
 _TRIAL_COLUMNS = tuple(field.name for field in fields(TrialRow))
 
@@ -289,9 +289,9 @@ def search_budgets(
 
 def _search(arguments: dict[str, Any], observer: "Observer | None") -> list[Run]:
     from autoquant.cli.options import resolved_settings
-    from autoquant.search.observer import Silent
-    from autoquant.search.run import Tracking, run_searches
-    from autoquant.search.settings import make_configs
+    from autoquant.run.budgets import Tracking, run_searches
+    from autoquant.run.observer import Silent
+    from autoquant.run.settings import make_configs
 
     words = _command_line(arguments)
     parsed = _parse(words)

@@ -1,1 +1,1 @@
-"""Search spaces as YAML files, read by `autoquant.space_file`."""
+"""Search spaces as YAML files, read by `autoquant.plan.space_file`."""

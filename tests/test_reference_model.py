@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 
-from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
 from autoquant.data.stdlib import held_out_documents
 from autoquant.data.text import load_corpus
 from autoquant.data.tokens import Split, TokenPlan, make_splits
 from autoquant.model.inputs import ActivationMode
+from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import LoadedModel, load_model
-from autoquant.model.quantized import QuantizedModel
-from autoquant.plan import make_plan
-from autoquant.space_file import load_space
+from autoquant.plan.plan import make_plan
+from autoquant.plan.space_file import load_space
+from autoquant.source.source import REFERENCE_MODEL, open_source
 
 MAX_BYTES = 24_000_000
 

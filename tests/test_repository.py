@@ -92,7 +92,8 @@ def test_no_file_names_a_path_of_one_machine():
     "code",
     [
         "import autoquant",
-        "import autoquant.errors, autoquant.formats, autoquant.assignment, autoquant.rundir",
+        "import autoquant.errors, autoquant.formats, autoquant.plan.assignment",
+        "import autoquant.store.run_directory",
         "from autoquant.cli import cli; cli.main(['--help'], standalone_mode=False)",
         "from autoquant.cli import cli; cli.main(['spaces', '--help'], standalone_mode=False)",
     ],

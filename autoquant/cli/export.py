@@ -23,8 +23,8 @@ from autoquant.cli.output import print_fields, print_json
 from autoquant.errors import ConfigError
 
 if TYPE_CHECKING:
-    from autoquant.assignment import Assignment
-    from autoquant.checkpoint.source import Source
+    from autoquant.plan.assignment import Assignment
+    from autoquant.source.source import Source
 
 
 @click.command(
@@ -78,10 +78,10 @@ if TYPE_CHECKING:
 @config_option
 def command(**settings: Any) -> None:
     """Calibrate input scales, quantize, and write a checkpoint that engines load."""
-    from autoquant.assignment import Assignment
-    from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
-    from autoquant.kv_cache import KvCache
-    from autoquant.search.single import write_recipe
+    from autoquant.plan.assignment import Assignment
+    from autoquant.plan.kv_cache import KvCache
+    from autoquant.run.single import write_recipe
+    from autoquant.source.source import REFERENCE_MODEL, open_source
 
     out, recipe = settings["out"], settings["modelopt_recipe"]
     if out is None and recipe is None:
@@ -110,11 +110,11 @@ def command(**settings: Any) -> None:
 
 
 def _export(source: "Source", assignment: "Assignment", settings: dict[str, Any]) -> dict[str, Any]:
-    from autoquant.checkpoint.layout import Layout
     from autoquant.cli.terminal import Terminal
-    from autoquant.kv_cache import KvCache
-    from autoquant.search.settings import token_plan
-    from autoquant.search.single import export_assignment
+    from autoquant.export.layouts.base import Layout
+    from autoquant.plan.kv_cache import KvCache
+    from autoquant.run.settings import token_plan
+    from autoquant.run.single import export_assignment
 
     with Terminal() as terminal:
         result = export_assignment(

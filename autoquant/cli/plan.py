@@ -17,10 +17,10 @@ from autoquant.cli.options import (
 from autoquant.cli.output import print_fields, print_json, print_table, warn
 
 if TYPE_CHECKING:
-    from autoquant.budget import Budget
     from autoquant.formats import Format
-    from autoquant.groups import LayerGroup
-    from autoquant.plan import Plan
+    from autoquant.plan.budget import Budget
+    from autoquant.plan.linears import LayerGroup
+    from autoquant.plan.plan import Plan
 
 
 @click.command(
@@ -47,10 +47,10 @@ def command(
     format: str,
 ) -> None:
     """Print layer groups, sizes and limits, without loading a weight."""
-    from autoquant.budget import Budget, Scope
-    from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
-    from autoquant.plan import make_plan
-    from autoquant.space_file import load_space
+    from autoquant.plan.budget import Budget, Scope
+    from autoquant.plan.plan import make_plan
+    from autoquant.plan.space_file import load_space
+    from autoquant.source.source import REFERENCE_MODEL, open_source
 
     search_space = load_space(space)
     budget = Budget(budget_bpe, Scope(budget_scope)) if budget_bpe is not None else None
@@ -106,7 +106,7 @@ def _print(plan: "Plan", budget: "Budget | None") -> None:
 
 
 def _limit(plan: "Plan", *, ceiling: bool) -> str:
-    from autoquant.budget import Scope
+    from autoquant.plan.budget import Scope
 
     assignment = plan.ceiling if ceiling else plan.floor
     size = _size(plan.accounting.checkpoint_bytes(assignment))

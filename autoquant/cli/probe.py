@@ -65,8 +65,8 @@ def command(ctx: click.Context, /, **settings: Any) -> None:
     A search without --sensitivity finds what is in runs/ by itself.
     """
     from autoquant.cli.terminal import Terminal
-    from autoquant.search.run import run_probes
-    from autoquant.search.settings import make_config
+    from autoquant.run.budgets import run_probes
+    from autoquant.run.settings import make_config
 
     try:
         with Terminal() as terminal:

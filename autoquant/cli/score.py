@@ -65,13 +65,13 @@ def command(**settings: Any) -> None:
 
     With the options of a search, on exactly its tokens.
     """
-    from autoquant.assignment import Assignment
-    from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
     from autoquant.cli.terminal import Terminal
-    from autoquant.kv_cache import KvCache
     from autoquant.model.inputs import ActivationMode
-    from autoquant.search.settings import token_plan
-    from autoquant.search.single import score
+    from autoquant.plan.assignment import Assignment
+    from autoquant.plan.kv_cache import KvCache
+    from autoquant.run.settings import token_plan
+    from autoquant.run.single import score
+    from autoquant.source.source import REFERENCE_MODEL, open_source
 
     file, checkpoint = settings["assignment"], settings["checkpoint"]
     if (file is None) == (checkpoint is None):

@@ -133,8 +133,8 @@ def command(ctx: click.Context, /, **settings: Any) -> None:
     """
     from autoquant.cli.search_output import print_frontier, print_result
     from autoquant.cli.terminal import Terminal
-    from autoquant.search.run import Tracking, run_searches
-    from autoquant.search.settings import make_configs
+    from autoquant.run.budgets import Tracking, run_searches
+    from autoquant.run.settings import make_configs
 
     try:
         with Terminal() as terminal:

@@ -16,7 +16,7 @@ from autoquant.report.words import (
     finding,
     unit_of_budget,
 )
-from autoquant.rundir import REPORT
+from autoquant.store.run_directory import REPORT
 
 
 def print_result(result: dict[str, Any], run: Path) -> None:

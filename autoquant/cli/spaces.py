@@ -23,7 +23,7 @@ def command() -> None:
 @format_option
 def list_spaces(format: str) -> None:
     """List the search spaces that AutoQuant ships."""
-    from autoquant.space_file import load_space, shipped_names
+    from autoquant.plan.space_file import load_space, shipped_names
 
     spaces = [load_space(name) for name in shipped_names()]
     if format == "json":
@@ -41,7 +41,7 @@ def list_spaces(format: str) -> None:
 @click.argument("name")
 def show_space(name: str) -> None:
     """Print the YAML of the search space NAME."""
-    from autoquant.space_file import shipped_text
+    from autoquant.plan.space_file import shipped_text
 
     click.echo(shipped_text(name), nl=False)
 
@@ -56,6 +56,6 @@ def show_space(name: str) -> None:
 def print_schema() -> None:
     """Print the JSON schema of search spaces."""
     from autoquant.files import to_json
-    from autoquant.space_file import schema
+    from autoquant.plan.space_file import schema
 
     click.echo(to_json(schema(), indent=2))

@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from autoquant.cli.output import note
+from autoquant.progress import Unit
 from autoquant.report.words import duration, size
-from autoquant.search.observer import Unit
 from autoquant.search.trials import Trial
 
 _LINES_PER_STAGE = 10

@@ -10,7 +10,7 @@ from autoquant.cli.output import print_fields, print_json
 from autoquant.errors import ConfigError
 
 if TYPE_CHECKING:
-    from autoquant.checkpoint.verify import Verification
+    from autoquant.export.verify import Verification
 
 
 @click.command(
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 @format_option
 def command(checkpoint: Path, source: str | None, revision: str | None, format: str) -> None:
     """Read every tensor of an exported checkpoint back."""
-    from autoquant.checkpoint.source import open_source
-    from autoquant.checkpoint.verify import require_sound, verify
+    from autoquant.export.verify import require_sound, verify
+    from autoquant.source.source import open_source
 
     if source is None and revision is not None:
         raise ConfigError(

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from autoquant.errors import SourceError
-from autoquant.groups import LayerGroup, Linear
 from autoquant.model import experts
+from autoquant.plan.linears import LayerGroup, Linear
 
 _EXPERT = re.compile(
     r"(?P<container>.+\.experts)\.(?P<index>\d+)\.(?P<product>gate_proj|up_proj|down_proj|w[123])"

@@ -12,9 +12,9 @@ from typing import Self
 import autoquant_kernels as kernels
 import torch
 
-from autoquant import grouping_table as table
 from autoquant.errors import SourceError
 from autoquant.formats import Format
+from autoquant.source import names as table
 
 
 class ActivationMode(StrEnum):

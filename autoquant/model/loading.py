@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from autoquant.checkpoint import stored_forms
-from autoquant.checkpoint.architecture import auto_class
-from autoquant.checkpoint.headers import TensorHeader
-from autoquant.checkpoint.json_file import read_json_object
-from autoquant.checkpoint.source import open_source
-from autoquant.checkpoint.tensors import read_tensor
 from autoquant.errors import ConfigError, OutOfMemory, SourceError
 from autoquant.model import experts
+from autoquant.source import stored_forms
+from autoquant.source.architecture import auto_class
+from autoquant.source.headers import TensorHeader
+from autoquant.source.json_file import read_json_object
+from autoquant.source.source import open_source
+from autoquant.source.tensors import read_tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

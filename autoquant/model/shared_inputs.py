@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from autoquant import grouping_table as table
-from autoquant.groups import Linear
-from autoquant.model.quantized import QuantizedModel
+from autoquant.model.live import QuantizedModel
+from autoquant.plan.linears import Linear
+from autoquant.source import names as table
 
 Tensors = Mapping[str, tuple[int, int]]
 """What each linear read: address and number of elements of a tensor that is still alive."""

@@ -12,7 +12,7 @@ from autoquant.files import write_atomic
 from autoquant.report import figures, maps, words
 from autoquant.report.record import RunRecord
 from autoquant.report.style import PALETTE, project_style, to_png, to_svg
-from autoquant.rundir import REPORT
+from autoquant.store.run_directory import REPORT
 
 if TYPE_CHECKING:
     from jinja2 import Template

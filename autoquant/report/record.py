@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from autoquant.errors import ConfigError, SourceError
-from autoquant.rundir import (
+from autoquant.store.run_directory import (
     CALIBRATION,
     CONFIG,
     GRADIENT_LOG,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autoquant.report.record import RunRecord
-from autoquant.rundir import IDENTITY, RESULT, Status
+from autoquant.store.run_directory import IDENTITY, RESULT, Status
 
 
 def size(count: float) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autoquant.arrays import Floats
-from autoquant.scoring.kl import TokenKl
+from autoquant.measure.kl import TokenKl
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95

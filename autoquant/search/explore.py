@@ -5,11 +5,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from autoquant.formats import ScaleRule
-from autoquant.search.baselines import baselines
-from autoquant.search.bounds import Bounds
+from autoquant.search.limits import Bounds
 from autoquant.search.problem import Problem
+from autoquant.search.propose.baselines import baselines
 from autoquant.search.refine import Effort, by_promise, refine
-from autoquant.search.rules import with_sound_rules
+from autoquant.search.scale_check import with_sound_rules
 from autoquant.search.trials import Ledger, Stage, Trial
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from autoquant.arrays import Floats
-from autoquant.budget import Accounting, Budget
-from autoquant.search.knapsack_bounds import Selection
+from autoquant.plan.budget import Accounting, Budget
 from autoquant.search.problem import Problem
 from autoquant.search.refine import measured
+from autoquant.search.relaxation import Selection
 from autoquant.search.surrogate import Surrogate
 from autoquant.search.trials import Ledger
 

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from autoquant.assignment import Assignment
-from autoquant.budget import Accounting, Budget
 from autoquant.formats import Choice, Format, ScaleRule
-from autoquant.groups import LayerGroup
-from autoquant.probe.sensitivity import Sensitivity
-from autoquant.search.knapsack_bounds import Selection
-from autoquant.search.solver import Knapsack
+from autoquant.measure.sensitivity import Sensitivity
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.budget import Accounting, Budget
+from autoquant.plan.linears import LayerGroup
+from autoquant.search.knapsack import Knapsack
+from autoquant.search.relaxation import Selection
 
 ScoreOf = Callable[[LayerGroup, Choice], float]
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from autoquant.arrays import Floats
-from autoquant.search.bounds import Bounds
-from autoquant.search.knapsack_bounds import Selection
-from autoquant.search.neighbours import neighbours
+from autoquant.search.limits import Bounds
 from autoquant.search.problem import Problem
-from autoquant.search.reweight import reweight
+from autoquant.search.propose.reweight import reweight
+from autoquant.search.propose.swaps import neighbours
+from autoquant.search.relaxation import Selection
 from autoquant.search.surrogate import Surrogate, ranked
 from autoquant.search.trials import Ledger, Stage, Trial
 

@@ -20,8 +20,8 @@ from functools import cached_property
 import numpy as np
 
 from autoquant.arrays import Floats, Integers
-from autoquant.search.knapsack_bounds import Selection
 from autoquant.search.problem import Problem
+from autoquant.search.relaxation import Selection
 
 STRENGTHS = tuple(round(0.05 * step, 2) for step in range(-10, 25))
 SHARES = tuple(round(0.05 * step, 2) for step in range(21))

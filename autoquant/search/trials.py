@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from autoquant.arrays import Floats
-from autoquant.assignment import Assignment
-from autoquant.budget import Accounting, Scope
 from autoquant.data.tokens import Split
 from autoquant.formats import Choice
-from autoquant.scoring.kl import TokenKl
-from autoquant.scoring.scorer import Scorer
+from autoquant.measure.kl import TokenKl
+from autoquant.measure.scorer import Scorer
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.budget import Accounting, Scope
 
 RACE_DEVIATIONS = 3.0
 """Standard errors of the paired difference beyond which a candidate is given up."""

@@ -101,7 +101,7 @@ def log_checkpoint(
             "mlflow.model.isExternal": "true",
             "mlflow.note.content": description(result),
             "autoquant.checkpoint": str(folder),
-            "autoquant.assignment": result["winner"]["digest"],
+            "autoquant.plan.assignment": result["winner"]["digest"],
         },
         params={
             "budget_bpe": str(result["budget_bpe"]),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant.environment import redact
 from autoquant.files import to_json
-from autoquant.rundir import (
+from autoquant.store.run_directory import (
     ASSIGNMENT,
     CALIBRATION,
     CONFIG,
@@ -200,7 +200,7 @@ class Recorder:
     def _begin_child(self, name: str, digest: str) -> str:
         """Run id of a new child run, or of the one that was begun before."""
         if name not in self._begun:
-            tags = {"mlflow.parentRunId": self._run_id, "autoquant.assignment": digest}
+            tags = {"mlflow.parentRunId": self._run_id, "autoquant.plan.assignment": digest}
             child = self._client.create_run(self._experiment_id, tags=tags, run_name=name)
             self._begun[name] = child.info.run_id
         return self._begun[name]

@@ -11,7 +11,7 @@ from filelock import FileLock
 
 import autoquant
 from autoquant.environment import git_commit, redact
-from autoquant.rundir import TRACKING, RunDirectory
+from autoquant.store.run_directory import TRACKING, RunDirectory
 from autoquant.tracking.recorder import Recorder, one_line
 from autoquant.tracking.tracker import ChildRuns, NullTracker, Tracker
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from autoquant.assignment import Assignment
+from autoquant.plan.assignment import Assignment
 
 ChildRuns = Literal["all", "best", "none"]
 

@@ -9,11 +9,11 @@ from scipy.stats import spearmanr
 
 from autoquant.data.tokens import Split
 from autoquant.formats import Choice
+from autoquant.measure.interactions import Key
+from autoquant.measure.method import ProbeMethod
+from autoquant.measure.screen import anchors, scaled
+from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.model.experts import DOWN, WIDE, parameter_name
-from autoquant.probe.gradient_screen import anchors, scaled
-from autoquant.probe.interactions import Key
-from autoquant.probe.method import ProbeMethod
-from autoquant.probe.sensitivity import Sensitivity, keys_of
 from autoquant.search.problem import Problem
 from autoquant.search.surrogate import Surrogate
 from experiments.common.bench import Bench

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from autoquant.data.tokens import Split, TokenPlan
-from autoquant.probe.sensitivity import Sensitivity
+from autoquant.measure.sensitivity import Sensitivity
 from autoquant.search.confirm import choose
 from autoquant.search.explore import Explored
 from autoquant.search.refine import Effort

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from autoquant.search.knapsack_bounds import Selection
 from autoquant.search.problem import Problem
+from autoquant.search.relaxation import Selection
 
 
 def greedy(problem: Problem) -> Selection:

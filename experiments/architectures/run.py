@@ -28,11 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "architectu
 from cells import LAYOUTS, Journey  # noqa: E402
 from published import ARCHITECTURES, BLOCK_FP8, save_published  # noqa: E402
 
-from autoquant.assignment import Assignment  # noqa: E402
-from autoquant.checkpoint.layout_modules import engine_name, experts_container  # noqa: E402
-from autoquant.checkpoint.source import open_source  # noqa: E402
 from autoquant.cli import cli  # noqa: E402
-from autoquant.grouping import find_groups  # noqa: E402
+from autoquant.export.layouts.modules import engine_name, experts_container  # noqa: E402
+from autoquant.plan.assignment import Assignment  # noqa: E402
+from autoquant.plan.grouping import find_groups  # noqa: E402
+from autoquant.source.source import open_source  # noqa: E402
 
 PAGE = ROOT / "docs" / "architectures.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"

@@ -10,28 +10,28 @@ from pathlib import Path
 
 import torch
 
-from autoquant.assignment import Assignment
-from autoquant.checkpoint.source import open_source
 from autoquant.data.text import load_corpus
 from autoquant.data.tokens import Split, TokenPlan, make_splits
 from autoquant.formats import BF16
+from autoquant.measure.calibration import calibrate
+from autoquant.measure.kl import TokenKl
+from autoquant.measure.method import ProbeMethod
+from autoquant.measure.sensitivity import Sensitivity, keys_of
+from autoquant.measure.session import Session, open_session
 from autoquant.model.inputs import ActivationMode
 from autoquant.model.memory import keep_freed_memory
-from autoquant.plan import Plan, make_plan
-from autoquant.probe.calibration import calibrate
-from autoquant.probe.method import ProbeMethod
-from autoquant.probe.sensitivity import Sensitivity, keys_of
-from autoquant.rundir import RunDirectory
-from autoquant.scoring.kl import TokenKl
-from autoquant.search.bounds import Bounds
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.plan import Plan, make_plan
+from autoquant.plan.space_file import load_space
+from autoquant.run.observer import Silent
+from autoquant.run.probes import Probes
 from autoquant.search.explore import Explored, explore
-from autoquant.search.observer import Silent
-from autoquant.search.probes import Probes
+from autoquant.search.limits import Bounds
 from autoquant.search.problem import Problem
 from autoquant.search.refine import Effort
-from autoquant.search.session import Session, open_session
 from autoquant.search.trials import Ledger
-from autoquant.space_file import load_space
+from autoquant.source.source import open_source
+from autoquant.store.run_directory import RunDirectory
 from experiments.common.subjects import Subject
 
 BATCH_TOKENS = 4096

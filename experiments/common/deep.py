@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from autoquant.checkpoint.source import REFERENCE_MODEL, open_source
+from autoquant.source.source import REFERENCE_MODEL, open_source
 
 BLOCKS = 26
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from autoquant.search.knapsack_bounds import Selection
 from autoquant.search.problem import Problem
+from autoquant.search.relaxation import Selection
 
 
 class TooMany(Exception):

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from autoquant.budget import Budget, Scope
-from autoquant.checkpoint.source import REFERENCE_MODEL
+from autoquant.plan.budget import Budget, Scope
+from autoquant.source.source import REFERENCE_MODEL
 
 FOLDER = Path(__file__).parent
 MAX_ONLY = FOLDER / "max-only.yaml"

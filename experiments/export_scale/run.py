@@ -22,13 +22,13 @@ from typing import Any
 import torch
 import yaml
 
-from autoquant.assignment import Assignment
-from autoquant.checkpoint.layout import StoredTensor
-from autoquant.checkpoint.source import open_source
-from autoquant.checkpoint.writer import ShardWriter
+from autoquant.export.layouts.base import StoredTensor
+from autoquant.export.writer import ShardWriter
 from autoquant.files import to_json, write_atomic
 from autoquant.formats import BF16, FP8, Choice, Format, ScaleRule
-from autoquant.grouping import Groups, find_groups
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.grouping import Groups, find_groups
+from autoquant.source.source import open_source
 
 SHARD_BYTES = 5_000_000_000
 VOCABULARY = 128_256

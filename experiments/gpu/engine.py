@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
-from autoquant.assignment import Assignment
-from autoquant.checkpoint.headers import TensorHeader
 from autoquant.data.tokens import Split
 from autoquant.formats import FP8, NVFP4
-from autoquant.grouping import group_tensors
+from autoquant.measure.gradient import gradient_probe
+from autoquant.measure.scorer import Scorer
 from autoquant.model import experts
 from autoquant.model.inputs import ActivationMode, InputScales, fill_unseen
-from autoquant.model.quantized import QuantizedModel
-from autoquant.probe.gradient import gradient_probe
-from autoquant.scoring.scorer import Scorer
+from autoquant.model.live import QuantizedModel
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.grouping import group_tensors
+from autoquant.source.headers import TensorHeader
 
 LLAMA_8B = LlamaConfig(
     hidden_size=4096,

@@ -16,9 +16,9 @@ from scipy.stats import spearmanr
 
 from autoquant.arrays import Floats
 from autoquant.data.tokens import Split, TokenPlan
-from autoquant.search.knapsack_bounds import Selection
 from autoquant.search.problem import Problem
 from autoquant.search.refine import Effort, measured
+from autoquant.search.relaxation import Selection
 from autoquant.search.surrogate import Surrogate
 from autoquant.search.trials import Ledger
 from experiments.common import record

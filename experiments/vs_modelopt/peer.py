@@ -23,9 +23,9 @@ from modelopt.torch.quantization.nn import register_quant_backend
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from autoquant.assignment import Assignment
 from autoquant.formats import BF16, FP8, NVFP4, Choice, Format
 from autoquant.model.binding import Names, bind
+from autoquant.plan.assignment import Assignment
 from autoquant.search.problem import Problem
 from experiments.common.bench import Bench
 

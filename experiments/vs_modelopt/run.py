@@ -15,14 +15,14 @@ from typing import Any
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from autoquant.api import Run, search_budgets
-from autoquant.assignment import Assignment
 from autoquant.data.tokens import Split, TokenPlan
 from autoquant.formats import BF16
-from autoquant.rundir import ASSIGNMENT
-from autoquant.scoring.kl import TokenKl
-from autoquant.search.baselines import baselines
+from autoquant.measure.kl import TokenKl
+from autoquant.plan.assignment import Assignment
 from autoquant.search.confirm import paired_difference
 from autoquant.search.problem import Problem
+from autoquant.search.propose.baselines import baselines
+from autoquant.store.run_directory import ASSIGNMENT
 from experiments.common import record
 from experiments.common.bench import Bench
 from experiments.common.subjects import MAX_ONLY, add_arguments, subject

@@ -10,8 +10,8 @@ from typing import Any
 from click.testing import Result
 from searchable import save_text
 
-from autoquant.assignment import Assignment
 from autoquant.formats import Choice
+from autoquant.plan.assignment import Assignment
 
 LAYOUTS = ("modelopt", "compressed-tensors")
 EXPERTS = (("nvfp4/mse", "fp8"), ("bf16", "nvfp4/four_over_six"))

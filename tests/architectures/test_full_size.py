@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from published import ARCHITECTURES, BLOCK_FP8, change_config, save_published
 
-from autoquant.checkpoint.source import open_source
+from autoquant.source.source import open_source
 
 CONFIGS = Path(__file__).parent / "configs"
 """Written by hand from what the publishers say of their models."""

@@ -7,9 +7,9 @@ import pytest
 from cells import LAYOUTS, Journey
 from published import ARCHITECTURES, BLOCK_FP8, save_published
 
-from autoquant.checkpoint.headers import Headers
-from autoquant.checkpoint.source import open_source
-from autoquant.checkpoint.tensors import read_tensor
+from autoquant.source.headers import Headers
+from autoquant.source.source import open_source
+from autoquant.source.tensors import read_tensor
 
 KINDS = (*ARCHITECTURES, *(f"{kind}-fp8" for kind in BLOCK_FP8))
 

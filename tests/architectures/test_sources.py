@@ -11,17 +11,17 @@ from published import BLOCK, change_config, save_published
 from searchable import save_searchable
 from tiny_models import change_tensors
 
-from autoquant.assignment import Assignment
-from autoquant.checkpoint.export import export
-from autoquant.checkpoint.headers import Headers
-from autoquant.checkpoint.source import open_source
-from autoquant.checkpoint.tensors import read_tensor
-from autoquant.checkpoint.verify import verify
 from autoquant.errors import SourceError
+from autoquant.export.export import export
+from autoquant.export.verify import verify
 from autoquant.formats import FP8
-from autoquant.grouping import find_groups
 from autoquant.model.binding import Names
 from autoquant.model.loading import load_model
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.grouping import find_groups
+from autoquant.source.headers import Headers
+from autoquant.source.source import open_source
+from autoquant.source.tensors import read_tensor
 
 CPU = torch.device("cpu")
 

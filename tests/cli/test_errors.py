@@ -143,7 +143,8 @@ def test_a_signal_ends_a_command_as_an_interruption(number):
 
 def test_a_reader_that_closes_the_pipe_is_no_error():
     script = "import sys; sys.argv = ['autoquant', 'spaces', 'schema']\n" + (
-        "from autoquant.cli import main\nimport autoquant.space_file\nprint('ready', flush=True)\n"
+        "from autoquant.cli import main\nimport autoquant.plan.space_file\n"
+        "print('ready', flush=True)\n"
         "sys.stdin.read()\nmain()"
     )
     with subprocess.Popen(

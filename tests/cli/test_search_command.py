@@ -8,7 +8,7 @@ import yaml
 from safetensors import safe_open
 from searchable import TOKEN_FLAGS, save_searchable, save_text, save_tokenizer
 
-from autoquant.rundir import Status
+from autoquant.store.run_directory import Status
 
 FILES = {
     "assignment.yaml",

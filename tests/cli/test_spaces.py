@@ -4,7 +4,7 @@ import json
 
 import yaml
 
-from autoquant.space_file import load_space, shipped_names
+from autoquant.plan.space_file import load_space, shipped_names
 
 
 def test_list_names_every_shipped_space(autoquant):

@@ -11,10 +11,10 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from autoquant.assignment import Assignment
 from autoquant.cli.terminal import Terminal
 from autoquant.formats import Choice
-from autoquant.search.observer import Unit
+from autoquant.plan.assignment import Assignment
+from autoquant.progress import Unit
 from autoquant.search.trials import Stage, Trial
 
 

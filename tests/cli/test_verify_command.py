@@ -5,11 +5,11 @@ import json
 import pytest
 from tiny_models import save_model
 
-from autoquant.assignment import Assignment
-from autoquant.checkpoint.export import export
-from autoquant.checkpoint.source import open_source
+from autoquant.export.export import export
 from autoquant.formats import FP8, NVFP4
-from autoquant.grouping import find_groups
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.grouping import find_groups
+from autoquant.source.source import open_source
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ import pytest
 import torch
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
-from autoquant.checkpoint.source import open_source
 from autoquant.data.tokens import Split
-from autoquant.grouping import find_groups
+from autoquant.measure.calibration import Calibration, calibrate
+from autoquant.measure.scorer import Scorer
 from autoquant.model.inputs import ActivationMode
+from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
-from autoquant.model.quantized import QuantizedModel
-from autoquant.probe.calibration import Calibration, calibrate
-from autoquant.scoring.scorer import Scorer
+from autoquant.plan.grouping import find_groups
+from autoquant.source.source import open_source
 
 CPU = torch.device("cpu")
 BATCH = torch.randint(3, 200, (4, 16), generator=torch.Generator().manual_seed(0))

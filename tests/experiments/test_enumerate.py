@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoquant.search.solver import Knapsack
+from autoquant.search.knapsack import Knapsack
 from experiments.common.enumerate import TooMany, is_maximal, maximal, random_filled
 from experiments.vs_modelopt.summary import geometric
 

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from searchable import WITH_EXPERTS, save_searchable
 
-from autoquant.assignment import Assignment
-from autoquant.checkpoint.source import open_source
 from autoquant.errors import SourceError
 from autoquant.formats import FP8, NVFP4
-from autoquant.grouping import find_groups
 from autoquant.model import experts
 from autoquant.model.inputs import ActivationMode, InputScales
+from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
-from autoquant.model.quantized import QuantizedModel
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.grouping import find_groups
+from autoquant.source.source import open_source
 
 CPU = torch.device("cpu")
 

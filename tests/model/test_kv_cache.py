@@ -10,19 +10,19 @@ import torch
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 from tiny_models import save_model
 
-from autoquant.assignment import Assignment
-from autoquant.checkpoint.export import export
-from autoquant.checkpoint.layout import Layout
-from autoquant.checkpoint.quantized import open_quantized
-from autoquant.checkpoint.source import Source, open_source
-from autoquant.checkpoint.verify import verify
 from autoquant.errors import ConfigError, SourceError
+from autoquant.export.export import export
+from autoquant.export.layouts.base import Layout
+from autoquant.export.read_back import open_quantized
+from autoquant.export.verify import verify
 from autoquant.formats import FP8, NVFP4
-from autoquant.grouping import find_groups
-from autoquant.kv_cache import KvCache, KvRange, attention_modules
 from autoquant.model.inputs import ActivationMode
+from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
-from autoquant.model.quantized import QuantizedModel
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.grouping import find_groups
+from autoquant.plan.kv_cache import KvCache, KvRange, attention_modules
+from autoquant.source.source import Source, open_source
 
 ATTENTION = ("model.layers.0.self_attn", "model.layers.1.self_attn")
 RANGES = {name: KvRange(keys=3.0 + place, values=2.0) for place, name in enumerate(ATTENTION)}

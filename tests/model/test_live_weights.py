@@ -7,17 +7,17 @@ import pytest
 import torch
 from searchable import save_searchable
 
-from autoquant.assignment import Assignment
-from autoquant.checkpoint.export import export
-from autoquant.checkpoint.quantized import open_quantized
-from autoquant.checkpoint.source import open_source
+from autoquant.export.export import export
+from autoquant.export.read_back import open_quantized
 from autoquant.formats import BF16, FP8, Choice, Format, ScaleRule
-from autoquant.grouping import find_groups
 from autoquant.model.binding import DenseSlot
-from autoquant.model.exported import install
 from autoquant.model.inputs import ActivationMode, InputScales
+from autoquant.model.install import install
+from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
-from autoquant.model.quantized import QuantizedModel
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.grouping import find_groups
+from autoquant.source.source import open_source
 
 CHOICES = (*(Choice(Format.NVFP4, rule) for rule in ScaleRule), FP8)
 TOKENS = torch.arange(3, 67).view(2, 32)

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from searchable import save_searchable
 
 from autoquant.errors import ConfigError, OutOfMemory, SourceError
-from autoquant.groups import LayerGroup, Linear
 from autoquant.model.binding import Names, bind
 from autoquant.model.loading import choose_device, load_model
+from autoquant.plan.linears import LayerGroup, Linear
 
 CPU = torch.device("cpu")
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
-from autoquant import grouping_table as table
-from autoquant.checkpoint.source import open_source
-from autoquant.grouping import find_groups
 from autoquant.model.inputs import ActivationMode
+from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
-from autoquant.model.quantized import QuantizedModel
 from autoquant.model.shared_inputs import input_disagreements
+from autoquant.plan.grouping import find_groups
+from autoquant.source import names as table
+from autoquant.source.source import open_source
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(3, 11)[None]

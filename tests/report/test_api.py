@@ -102,10 +102,10 @@ def test_a_search_records_the_command_line_that_repeats_it(found, settings, fini
 
 
 def test_the_package_is_callable_whichever_of_its_modules_is_imported_first():
-    import autoquant.search.config
+    import autoquant.run.config
 
     assert callable(autoquant.search)
-    assert autoquant.search.config.SearchConfig
+    assert autoquant.run.config.SearchConfig
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from autoquant.scoring.kl import TokenKl
+from autoquant.measure.kl import TokenKl
 from autoquant.search.confirm import choose, paired_difference
 
 

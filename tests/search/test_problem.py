@@ -3,16 +3,16 @@
 import pytest
 from tiny_models import save_model
 
-from autoquant.assignment import Assignment
-from autoquant.budget import Budget, Scope
-from autoquant.checkpoint.source import open_source
 from autoquant.formats import BF16, FP8, NVFP4, Choice, Format, ScaleRule
-from autoquant.plan import make_plan
-from autoquant.probe.sensitivity import Sensitivity, keys_of
-from autoquant.search.baselines import baselines
+from autoquant.measure.sensitivity import Sensitivity, keys_of
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.budget import Budget, Scope
+from autoquant.plan.plan import make_plan
+from autoquant.plan.space_file import load_space, parse_space
 from autoquant.search.problem import Problem
+from autoquant.search.propose.baselines import baselines
 from autoquant.search.refine import Effort
-from autoquant.space_file import load_space, parse_space
+from autoquant.source.source import open_source
 
 MSE = Choice(Format.NVFP4, ScaleRule.MSE)
 HARM = {"nvfp4/max": 8.0, "nvfp4/mse": 6.0, "nvfp4/four_over_six": 7.0, "fp8": 1.0}

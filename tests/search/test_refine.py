@@ -5,18 +5,18 @@ import pytest
 import torch
 from tiny_models import save_model
 
-from autoquant.budget import Budget, Scope
-from autoquant.checkpoint.source import open_source
 from autoquant.data.tokens import Split
 from autoquant.formats import Choice, Format, ScaleRule
-from autoquant.plan import make_plan
-from autoquant.probe.sensitivity import Sensitivity, keys_of
-from autoquant.scoring.kl import TokenKl
-from autoquant.search.bounds import Bounds
+from autoquant.measure.kl import TokenKl
+from autoquant.measure.sensitivity import Sensitivity, keys_of
+from autoquant.plan.budget import Budget, Scope
+from autoquant.plan.plan import make_plan
+from autoquant.plan.space_file import load_space
+from autoquant.search.limits import Bounds
 from autoquant.search.problem import Problem
 from autoquant.search.refine import Effort, refine
 from autoquant.search.trials import Ledger, Stage
-from autoquant.space_file import load_space
+from autoquant.source.source import open_source
 
 HARM = {"nvfp4/max": 8.0, "nvfp4/mse": 6.0, "nvfp4/four_over_six": 7.0, "fp8": 1.0, "bf16": 0.0}
 TOKENS = Split(name="search", batches=(torch.zeros(2, 32, dtype=torch.int64),), digest="0")

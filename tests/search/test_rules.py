@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 from tiny_models import save_model
 
-from autoquant.budget import Budget, Scope
-from autoquant.checkpoint.source import open_source
-from autoquant.plan import make_plan
-from autoquant.probe.sensitivity import Sensitivity, keys_of
+from autoquant.measure.sensitivity import Sensitivity, keys_of
+from autoquant.plan.budget import Budget, Scope
+from autoquant.plan.plan import make_plan
+from autoquant.plan.space_file import load_space
 from autoquant.search.problem import Problem
-from autoquant.search.rules import with_sound_rules
-from autoquant.space_file import load_space
+from autoquant.search.scale_check import with_sound_rules
+from autoquant.source.source import open_source
 
 ALONE = {"nvfp4/max": 8.0, "nvfp4/mse": 6.0, "nvfp4/four_over_six": 7.0, "fp8": 1.0}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from autoquant.errors import InfeasibleBudget
-from autoquant.search.solver import Knapsack
+from autoquant.search.knapsack import Knapsack
 
 SCALES = (1e-9, 1.0, 1e9)
 
@@ -83,7 +83,7 @@ def test_options_need_no_order_and_scores_no_sign(knapsack):
 
 @given(small_knapsacks())
 def test_a_first_guess_that_rounding_rules_out_is_the_optimum(knapsack):
-    with patch("autoquant.search.knapsack_bounds._ROUNDING", 0.0):
+    with patch("autoquant.search.relaxation._ROUNDING", 0.0):
         solution = knapsack.solve()
     assert knapsack.cost(solution) <= knapsack.budget
     assert knapsack.score(solution) <= min(map(knapsack.score, everything(knapsack))) + 1e-12

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from autoquant.search.solver import Knapsack
+from autoquant.search.knapsack import Knapsack
 from autoquant.search.surrogate import PowerLaw, Surrogate, ranked
 
 

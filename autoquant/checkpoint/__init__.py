@@ -1,1 +1,0 @@
-"""Checkpoints on disk: headers, streaming reads, export and verification."""

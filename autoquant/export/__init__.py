@@ -1,0 +1,1 @@
+"""The exported checkpoint: written, described, read back and verified."""

@@ -1,0 +1,263 @@
+"""Export: the source checkpoint with the assigned linears quantized, streamed tensor by tensor."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import autoquant
+from autoquant.errors import ConfigError
+from autoquant.export.card import CardFacts, Served, model_card
+from autoquant.export.companions import companion_files
+from autoquant.export.declaration import Declaration, declare, quantized_linears
+from autoquant.export.digests import file_digests
+from autoquant.export.kv_scales import kv_scales
+from autoquant.export.layouts.base import Layout, StoredTensor, stored_tensors
+from autoquant.export.pipeline import ahead
+from autoquant.export.quantize import (
+    QuantizedLinear,
+    WeightRanges,
+    input_ranges,
+    read_weight,
+)
+from autoquant.export.target import copy_file, new_folder
+from autoquant.export.writer import ShardWriter
+from autoquant.files import to_json, write_atomic
+from autoquant.formats import Format
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.grouping import Groups
+from autoquant.plan.kv_cache import KvCache, KvRange
+from autoquant.source.headers import TensorHeader
+from autoquant.source.shards import INDEX_FILE, SINGLE_FILE
+from autoquant.source.source import CONFIG_FILE, Source
+
+AUTOQUANT_FILE = "autoquant.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportResult:
+    """What was written."""
+
+    path: Path
+    checkpoint_bytes: int
+    """Data of every tensor, the files' own headers excluded."""
+    bpe: float
+    """Bits per element of the source, scope `checkpoint`."""
+    uncalibrated: tuple[str, ...]
+    """Input sets that no calibration token reached; they took their layer's largest magnitude."""
+    left_out: tuple[Path, ...]
+    """Files of the source that hold the weights once more, in another form."""
+
+
+def export(
+    source: Source,
+    groups: Groups,
+    assignment: Assignment,
+    input_amax: Mapping[str, float],
+    target: Path,
+    *,
+    layout: Layout = Layout.MODELOPT,
+    kv_ranges: Mapping[str, KvRange] | None = None,
+    card: CardFacts | None = None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> ExportResult:
+    """Write `source` under `assignment` to the new folder `target`.
+
+    Everything that the assignment does not name is copied byte for byte. Peak memory is a few times
+    the largest tensor. The folder appears when it is complete.
+
+    Args:
+        source: what to quantize; it is only read.
+        groups: the layer groups of `source`.
+        assignment: groups that it lacks stay as they are.
+        input_amax: largest calibration input magnitude of each input scale set.
+        target: a folder that does not exist yet, or an empty one.
+        layout: who is to read it.
+        kv_ranges: largest calibrated keys and values of each attention module, for an FP8 cache;
+            without them engines keep their cache in BF16.
+        card: what the model card says beyond the formats.
+        on_bytes: called with the number of source bytes whose export has just been written; they
+            add up to the size of the source.
+
+    Raises:
+        ConfigError: a group or format that the model does not allow, or `target` inside `source`.
+        SourceError: a NaN or infinite weight, a useless input magnitude, a source that changed.
+        RunConflict: `target` holds something, or another process is writing it.
+    """
+    _require_legal(groups, assignment)
+    inputs, uncalibrated = input_ranges(groups, assignment, input_amax)
+    formats = quantized_linears(groups, assignment)
+    kv_cache = KvCache.FP8 if kv_ranges else KvCache.BF16
+    declared = declare(layout, source.headers, groups, formats, kv_cache)
+    companions, left_out = companion_files(source.path)
+    with new_folder(target, source=source.path) as folder:
+        quantized = {
+            linear.tensor: QuantizedLinear(
+                linear=linear,
+                choice=assignment[group.name],
+                input_amax=inputs[linear.input_scale_set],
+                layout=layout,
+            )
+            for group in groups
+            if assignment[group.name].format is not Format.BF16
+            for linear in group.linears
+        }
+        added = kv_scales(kv_ranges or {}, layout)
+        weights = _write_shards(source, quantized, added, folder, on_bytes)
+        for name in companions:
+            copy_file(source.path / name, folder / name)
+        result = ExportResult(
+            path=target.absolute(),
+            checkpoint_bytes=weights.bytes,
+            bpe=8 * weights.bytes / source.headers.elements,
+            uncalibrated=uncalibrated,
+            left_out=tuple(n for n in left_out if source.path / n not in source.headers.files),
+        )
+        served = Served(layout=layout, formats=formats, kv_cache=kv_cache)
+        files = dict(declared.files) if declared else {}
+        files[CONFIG_FILE] = _config(source, declared)
+        files[AUTOQUANT_FILE] = _provenance(
+            source, groups, assignment, result, weights, served, card
+        )
+        text = model_card(source, groups, assignment, result.bpe, served, card)
+        write_atomic(folder / "README.md", text)
+        for file, content in (files | weights.index).items():  # the index last
+            write_atomic(folder / file, to_json(content, indent=2))
+    return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Weights:
+    """The weight files that were written."""
+
+    placed: dict[str, str]
+    """The file of each tensor."""
+    digests: dict[str, str]
+    """SHA-256 of each file."""
+    bytes: int
+    """Data of every tensor."""
+
+    @property
+    def index(self) -> dict[str, dict[str, Any]]:
+        """The content of the index by its name; nothing where there is one file."""
+        if set(self.placed.values()) == {SINGLE_FILE}:
+            return {}
+        return {INDEX_FILE: {"metadata": {"total_size": self.bytes}, "weight_map": self.placed}}
+
+
+def _require_legal(groups: Groups, assignment: Assignment) -> None:
+    for name, choice in assignment:
+        reason = groups[name].why_illegal(choice.format)
+        if reason is not None:
+            raise ConfigError(
+                f"the assignment puts {name} into {choice}: {reason}.", fix="choose fp8 or bf16."
+            )
+
+
+def _write_shards(
+    source: Source,
+    quantized: Mapping[str, QuantizedLinear],
+    added: Mapping[str, Mapping[str, Tensor]],
+    folder: Path,
+    on_bytes: Callable[[int], None],
+) -> _Weights:
+    """Write every weight file, and read it back for its digest while the system has it cached."""
+    placed: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    size = 0
+    streamed = ahead(_quantized_tensors(source, quantized))
+    for file, parts in groupby(streamed, key=lambda part: part[0].file):
+        headers = [h for h in source.headers.to_write(quantized) if h.file == file]
+        stored = [t for header in headers for t in _announce(header, quantized, added)]
+        metadata = source.headers.metadata[file]
+        with ShardWriter(folder / file.name, stored, metadata) as shard:
+            for header, tensors in parts:
+                if tensors is None:
+                    shard.copy(header)
+                else:
+                    for name, tensor in tensors.items():
+                        shard.put(name, tensor)
+                for name, tensor in added.get(header.name, {}).items():
+                    shard.put(name, tensor)
+                on_bytes(header.bytes)
+        placed |= dict.fromkeys((tensor.name for tensor in stored), file.name)
+        digests |= file_digests([folder / file.name])
+        size += shard.data_bytes
+    return _Weights(placed=placed, digests=digests, bytes=size)
+
+
+def _quantized_tensors(
+    source: Source, quantized: Mapping[str, QuantizedLinear]
+) -> Iterator[tuple[TensorHeader, dict[str, Tensor] | None]]:
+    """Every tensor of the source in file order with what is stored for it, None for itself."""
+    ranges = WeightRanges(source.headers, (own.linear for own in quantized.values()))
+    for header in source.headers.to_write(quantized):
+        own = quantized.get(header.name)
+        if own is None:
+            yield header, None
+        else:
+            amax = ranges[own.linear.weight_scale_set]
+            yield header, own.tensors(read_weight(header), amax)
+
+
+def _announce(
+    header: TensorHeader,
+    quantized: Mapping[str, QuantizedLinear],
+    added: Mapping[str, Mapping[str, Tensor]],
+) -> Iterator[StoredTensor]:
+    """What is written for a tensor of the source: itself or its quantized form, and additions."""
+    own = quantized.get(header.name)
+    if own is None:
+        yield StoredTensor(name=header.name, dtype=header.dtype, shape=header.shape)
+    else:
+        yield from stored_tensors(own.linear, own.choice.format, own.layout)
+    for name, tensor in added.get(header.name, {}).items():
+        yield StoredTensor(name=name, dtype="F32", shape=tuple(tensor.shape))
+
+
+def _config(source: Source, declared: Declaration | None) -> dict[str, Any]:
+    """The source's config; a quantized model computes in BF16, whatever its source did."""
+    config = copy.deepcopy(dict(source.config))
+    if declared is None:
+        return config
+    for part in (config, config.get("text_config")):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(part, dict) and key in part:
+                part[key] = "bfloat16"
+    if not {"dtype", "torch_dtype"} & config.keys():
+        config["torch_dtype"] = "bfloat16"
+    return config | {"quantization_config": declared.config}
+
+
+def _provenance(
+    source: Source,
+    groups: Groups,
+    assignment: Assignment,
+    result: ExportResult,
+    weights: _Weights,
+    served: Served,
+    card: CardFacts | None,
+) -> dict[str, Any]:
+    """What autoquant.json says: enough to make the checkpoint again and to check it."""
+    complete = Assignment.of({group.name: assignment[group.name] for group in groups})
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "autoquant_version": autoquant.__version__,
+        "layout": str(served.layout),
+        "kv_cache": str(served.kv_cache),
+        "base_model": source.hub_id,
+        "revision": source.revision,
+        "source_digest": source.digest,
+        "source_elements": source.headers.elements,
+        "checkpoint_bytes": result.checkpoint_bytes,
+        "sha256": weights.digests,
+        "bpe": result.bpe,
+        "assignment": complete.to_dict()["groups"],
+        "uncalibrated_inputs": list(result.uncalibrated),
+        "measured": card.to_dict() if card is not None else None,
+    }

@@ -1,0 +1,1 @@
+"""How each kind of engine wants the codes named and declared."""

@@ -1,0 +1,69 @@
+"""How engines name modules, and which modules a declaration of the quantization lists."""
+
+from collections.abc import Mapping
+
+from autoquant.formats import Format
+from autoquant.plan.grouping import Groups
+from autoquant.source import names as table
+from autoquant.source.headers import Headers
+
+_HEAD = "lm_head"
+_DISK_BLOCK, _ENGINE_BLOCK = "block_sparse_moe", "mlp"
+"""transformers and engines hold under `mlp` what these checkpoints store as `block_sparse_moe`."""
+
+
+def unquantized_modules(
+    headers: Headers, groups: Groups, formats: Mapping[str, Format]
+) -> list[str]:
+    """Every module that holds a matrix and stays as it is, and the containers of its experts.
+
+    Args:
+        headers: the source's tensors.
+        groups: its layer groups.
+        formats: format of every quantized linear by name.
+    """
+    modules = [linear.name for linear in groups.linears if linear.name not in formats]
+    matrices = (tensor.name for tensor in groups.fixed if len(headers[tensor.name].shape) >= 2)
+    modules += (name.removesuffix(".weight") for name in matrices)
+    if not any(map(is_head, formats)):
+        modules.append(_HEAD)
+    quantized = set(map(experts_container, formats))
+    named: dict[str, None] = {}
+    for module in modules:
+        container = experts_container(module)
+        named |= dict.fromkeys(spellings(module) if container is None else (module,))
+        if container is not None and container not in quantized:
+            named |= dict.fromkeys(spellings(container))
+    return list(named)
+
+
+def experts_container(name: str) -> str | None:
+    """`...mlp.experts` of an expert's linear, or of experts stored as one tensor."""
+    match = table.ROUTED_EXPERT.fullmatch(name)
+    if match:
+        return match["container"]
+    return name.rpartition(".")[0] if table.FUSED_EXPERTS.fullmatch(name) else None
+
+
+def is_head(name: str) -> bool:
+    """Whether the linear is an output head, of a model or of the text part of one."""
+    return name.rpartition(".")[2] == _HEAD
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """The name on disk, and the engines' own where it differs."""
+    other = name.replace(f".{_DISK_BLOCK}.", f".{_ENGINE_BLOCK}.")
+    return (name,) if other == name else (name, other)
+
+
+def engine_name(module: str) -> str:
+    """The name of the fused matrix in which engines hold the module, or its own."""
+    parent, _, last = module.rpartition(".")
+    row = next((row for row in table.FUSED if last in row.parts), None)
+    return f"{parent}.{row.engine_name}" if row else module
+
+
+def layer_of(name: str) -> str:
+    """`model.layers.3`, or nothing for a module outside of the layers."""
+    match = table.LAYER.fullmatch(name)
+    return match["layer"] if match else ""

@@ -1,0 +1,332 @@
+"""Verification: every tensor of an exported checkpoint read back and held against its rules."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoquant.errors import SourceError
+from autoquant.export.digests import file_digests
+from autoquant.export.export import AUTOQUANT_FILE
+from autoquant.export.kv_scales import kv_scale_tensors
+from autoquant.export.layouts.base import Layout, tensor_names
+from autoquant.export.layouts.engine_view import EngineView, compressed_tensors_view, modelopt_views
+from autoquant.export.layouts.modelopt import QUANTIZATION_FILE
+from autoquant.export.nearest import Distance, fp8_distance, nvfp4_distance
+from autoquant.export.quantize import read_weight
+from autoquant.export.read_back import QuantizedCheckpoint, open_quantized
+from autoquant.formats import Format
+from autoquant.plan.kv_cache import KvCache, attention_modules
+from autoquant.source.json_file import read_json_object
+from autoquant.source.shards import INDEX_FILE
+from autoquant.source.source import Source
+from autoquant.source.tensors import read_tensor
+
+SCHEMA_VERSION = 1
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What reading a checkpoint back has shown."""
+
+    path: Path
+    layout: Layout
+    kv_cache: KvCache
+    """What engines are told to keep keys and values in."""
+    problems: tuple[str, ...]
+    """One line each; none if the checkpoint is sound."""
+    is_foreign: bool
+    """Whether the source that was given is not the one that the checkpoint says it was made from;
+    its problems then say little of damage."""
+    tensors: int
+    linears: dict[str, int]
+    """Linears by format, of those that belong to a layer group."""
+    checkpoint_bytes: int
+    bpe: float
+    """Bits per element of the source that the checkpoint stands for."""
+    relative_error: dict[str, float]
+    """Largest ‖W - dequantized‖ / ‖W‖ of a linear by format; empty without a source."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "path": str(self.path),
+            "layout": str(self.layout),
+            "kv_cache": str(self.kv_cache),
+            "ok": self.ok,
+            "problems": list(self.problems),
+            "is_foreign": self.is_foreign,
+            "tensors": self.tensors,
+            "linears": self.linears,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "bpe": self.bpe,
+            "relative_error": self.relative_error,
+        }
+
+
+def verify(
+    folder: str | Path,
+    source: Source | None = None,
+    *,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> Verification:
+    """Read every tensor of an exported checkpoint back.
+
+    Args:
+        folder: what `export` has written.
+        source: the model that it was made from; with it, untouched tensors must be identical and
+            every code must be the nearest that its scale allows.
+        on_bytes: called with the number of checkpoint bytes that have just been read.
+
+    Raises:
+        SourceError: the checkpoint cannot be opened at all: files or tensors missing, truncated, or
+            of the wrong shape.
+    """
+    checkpoint = open_quantized(folder)
+    errors: dict[str, float] = {}
+    problems = [
+        *_scale_problems(checkpoint),
+        *_sharing_problems(checkpoint),
+        *_declaration_problems(checkpoint),
+        *_size_problems(checkpoint),
+        *_digest_problems(checkpoint),
+    ]
+    is_foreign = source is not None and _is_foreign(checkpoint, source)
+    if source is not None:
+        if is_foreign:
+            problems.append(f"{AUTOQUANT_FILE} names another source than {source.path}.")
+        problems += _name_problems(checkpoint, source)
+    problems += _content_problems(checkpoint, source, errors, on_bytes)
+    counts = Counter(
+        checkpoint.formats.get(linear.name, Format.BF16) for linear in checkpoint.groups.linears
+    )
+    return Verification(
+        path=checkpoint.path,
+        layout=checkpoint.layout,
+        kv_cache=KvCache.FP8 if checkpoint.attention else KvCache.BF16,
+        problems=tuple(problems),
+        is_foreign=is_foreign,
+        tensors=len(checkpoint.headers),
+        linears={str(format): counts[format] for format in Format},
+        checkpoint_bytes=checkpoint.headers.bytes,
+        bpe=8 * checkpoint.headers.bytes / checkpoint.source_headers.elements,
+        relative_error=errors,
+    )
+
+
+def _scale_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
+    scalars = [name + end for name in checkpoint.formats for end in checkpoint.names(name).scalars]
+    for module in checkpoint.attention:
+        scalars += [tensor.name for tensor in kv_scale_tensors(module, checkpoint.layout)]
+    for tensor in scalars:
+        value = checkpoint.stored_scalar(tensor).item()
+        if not 0 < value < float("inf"):
+            yield f"{tensor} is {value}; a scale is positive and finite."
+
+
+def _sharing_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
+    """Differences inside groups and scale sets, which engines hold as one matrix."""
+    for group in checkpoint.groups:
+        formats = {checkpoint.formats.get(n.name, Format.BF16) for n in group.linears}
+        if len(formats) > 1:
+            yield f"{group.name} mixes {', '.join(sorted(formats))}; its linears share a format."
+        elif formats != {Format.BF16}:
+            weight, inputs = tensor_names(checkpoint.layout, formats.pop()).scalars
+            members = [(n.weight_scale_set, n.name + weight) for n in group.linears]
+            members += [(n.input_scale_set, n.name + inputs) for n in group.linears]
+            first: dict[tuple[str, bool], tuple[str, torch.Tensor]] = {}
+            for scale_set, tensor in members:
+                value = checkpoint.stored_scalar(tensor)
+                key = scale_set, tensor.endswith(inputs)
+                other, expected = first.setdefault(key, (tensor, value))
+                if not torch.equal(value, expected):
+                    yield f"{tensor} is {value.item()} and {other} {expected.item()}; they share."
+
+
+def _declaration_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
+    """Disagreement between what is stored and what the JSON files declare."""
+    flat = checkpoint.config.get("quantization_config")
+    file = checkpoint.path / QUANTIZATION_FILE
+    if not checkpoint.formats:
+        if flat is not None or file.exists():
+            yield "nothing is quantized, and a quantization is declared."
+        return
+    is_modelopt = checkpoint.layout is Layout.MODELOPT
+    if flat is None or file.exists() is not is_modelopt:
+        yield (
+            f"quantization_config and {QUANTIZATION_FILE} are both needed, and one is missing."
+            if is_modelopt or flat is None
+            else f"{QUANTIZATION_FILE} is not read beside {checkpoint.layout}, and it is there."
+        )
+        return
+    view: EngineView
+    try:
+        if is_modelopt:
+            view, other = modelopt_views(flat, read_json_object(file))
+            if view != other:
+                yield f"quantization_config and {QUANTIZATION_FILE} disagree."
+        else:
+            view = compressed_tensors_view(flat)
+    except (KeyError, TypeError, AttributeError) as error:
+        yield f"a declaration of the quantization lacks what engines need: {error}."
+        return
+    yield from _view_problems(checkpoint, view)
+
+
+def _view_problems(checkpoint: QuantizedCheckpoint, view: EngineView) -> Iterator[str]:
+    for name in {*checkpoint.formats, *(linear.name for linear in checkpoint.groups.linears)}:
+        stored, declared = checkpoint.formats.get(name, Format.BF16), view.format(name)
+        if stored is not declared:
+            yield f"{name} is stored in {stored}, and engines take it for {declared}."
+    if checkpoint.attention:
+        for module in set(attention_modules(checkpoint.groups)) - set(checkpoint.attention):
+            yield f"{module} has no scales for its keys and values, and other modules have."
+    if view.fp8_kv_cache is not bool(checkpoint.attention):
+        declared_cache = "FP8" if view.fp8_kv_cache else "BF16"
+        yield (
+            f"the cache of keys and values is declared in {declared_cache}, and scales are stored "
+            f"for {len(checkpoint.attention)} attention modules."
+        )
+
+
+def _size_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
+    found = checkpoint.headers.bytes
+    index = checkpoint.path / INDEX_FILE
+    if index.exists():
+        total = read_json_object(index).get("metadata", {}).get("total_size")
+        if total != found:
+            yield f"{INDEX_FILE} says {total} bytes, and the tensors have {found}."
+    file = checkpoint.path / AUTOQUANT_FILE
+    if not file.exists():
+        return
+    said = read_json_object(file)
+    for key, value in (
+        ("checkpoint_bytes", found),
+        ("source_elements", checkpoint.source_headers.elements),
+    ):
+        if said.get(key) != value:
+            yield f"{AUTOQUANT_FILE} says {key} {said.get(key)}, and the tensors have {value}."
+
+
+def _digest_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
+    """Weight files that are not, bit for bit, those that were exported."""
+    file = checkpoint.path / AUTOQUANT_FILE
+    said = read_json_object(file).get("sha256") if file.exists() else None
+    if not isinstance(said, dict):
+        return
+    for name, digest in file_digests(checkpoint.headers.files).items():
+        if said.get(name) != digest:
+            yield f"{name} has changed since it was exported: its SHA-256 is {digest[:16]}..."
+
+
+def _is_foreign(checkpoint: QuantizedCheckpoint, source: Source) -> bool:
+    """Whether the checkpoint says that it was exported from another model than `source`."""
+    file = checkpoint.path / AUTOQUANT_FILE
+    return file.exists() and read_json_object(file).get("source_digest") != source.digest
+
+
+def _name_problems(checkpoint: QuantizedCheckpoint, source: Source) -> Iterator[str]:
+    ours = checkpoint.source_headers.tensors
+    for header in source.headers:
+        if header.name not in ours:
+            yield f"{header.name} of the source is missing."
+        elif ours[header.name].shape != header.shape:
+            yield (
+                f"{header.name} stands for {list(ours[header.name].shape)}, "
+                f"and the source has {list(header.shape)}."
+            )
+    for name in ours:
+        if name not in source.headers:
+            yield f"{name} is not in the source."
+
+
+def _content_problems(
+    checkpoint: QuantizedCheckpoint,
+    source: Source | None,
+    errors: dict[str, float],
+    on_bytes: Callable[[int], None],
+) -> Iterator[str]:
+    for header in checkpoint.source_headers:
+        name = header.name.removesuffix(_WEIGHT)
+        if source is not None and (
+            header.name not in source.headers or source.headers[header.name].shape != header.shape
+        ):
+            continue
+        if name in checkpoint.formats:
+            yield from _code_problems(checkpoint, name, source, errors)
+        else:
+            yield from _untouched_problems(checkpoint, header.name, source)
+        on_bytes(header.bytes)
+
+
+def _code_problems(
+    checkpoint: QuantizedCheckpoint, name: str, source: Source | None, errors: dict[str, float]
+) -> Iterator[str]:
+    format = checkpoint.formats[name]
+    codes, scale = checkpoint.codes(name), checkpoint.weight_scale(name)
+    eights = scale if format is Format.NVFP4 else codes
+    if (eights.view(torch.uint8) & 0x7F == 0x7F).any():
+        yield f"{name} holds an E4M3 NaN."
+        return
+    if format is Format.NVFP4 and bool((scale.float() <= 0).any()):
+        yield f"{name} holds a block scale that is not positive."
+        return
+    if source is None:
+        return
+    weight = read_weight(source.headers[name + _WEIGHT])
+    distance: Distance
+    if format is Format.NVFP4:
+        distance = nvfp4_distance(weight, codes, scale, checkpoint.global_scale(name))
+    else:
+        distance = fp8_distance(weight, codes, scale)
+    errors[str(format)] = max(distance.relative_error, errors.get(str(format), 0.0))
+    if distance.wrong:
+        yield (
+            f"{name}: {distance.wrong} of {weight.numel()} codes are not the nearest to the source "
+            f"(relative error {distance.relative_error:.3f})."
+        )
+
+
+def _untouched_problems(
+    checkpoint: QuantizedCheckpoint, name: str, source: Source | None
+) -> Iterator[str]:
+    stored = read_tensor(checkpoint.headers[name])
+    if source is None:
+        if stored.is_floating_point() and not stored.float().isfinite().all():
+            yield f"{name} holds NaN or Inf."
+        return
+    original = read_tensor(source.headers[name])
+    same_bytes = stored.dtype == original.dtype and torch.equal(
+        stored.reshape(-1).view(torch.uint8), original.reshape(-1).view(torch.uint8)
+    )
+    if not same_bytes:
+        yield f"{name} was to stay as it is, and differs from the source."
+
+
+def require_sound(verification: Verification) -> None:
+    """Return if no problem was found.
+
+    Raises:
+        SourceError: the checkpoint is damaged, or another source's.
+    """
+    if verification.is_foreign:
+        raise SourceError(
+            f"{verification.path} cannot be held against this model: {AUTOQUANT_FILE} names "
+            "another source.",
+            fix="name the model that it was exported from with --source, or leave --source out.",
+        )
+    if not verification.ok:
+        raise SourceError(
+            f"{verification.path} is damaged: {len(verification.problems)} problems, first: "
+            f"{verification.problems[0]}",
+            fix="export it again from its assignment.",
+        )

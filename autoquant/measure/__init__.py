@@ -1,0 +1,1 @@
+"""What the model does: forwards, calibration, sensitivities and KL."""

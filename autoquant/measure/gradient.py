@@ -1,0 +1,161 @@
+"""The isolated KL of every (group, choice) to second order, from one forward and backward a batch.
+
+To second order KL(p || q) = 1/2 Var_p(dz) of the logit change dz. With v = sqrt(p) * xi -
+p <sqrt(p), xi>, xi standard normal, E[v v^T] is that variance's matrix, so that half the square of
+<v, dz> estimates the KL: v is what sampled labels' gradients of the log-likelihood tend to when
+many are combined with random signs (the Fisher factor; Martens, 2020). Pulled back to a product y
+by one backward pass, <v, dz> is the sum of g * dy over its elements.
+
+That sum is squared over windows of adjacent tokens of a sequence, of all elements of the group: per
+element, as a diagonal Fisher has it, leaves out what elements have in common and errs by a third;
+over a whole sequence there are too few squares to average.
+
+What it leaves out: terms of higher order, the re-rounding of everything behind the group, and
+tokens that a router behind it sends to other experts.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from autoquant.data.tokens import Split
+from autoquant.errors import AutoQuantError
+from autoquant.measure.interactions import Key
+from autoquant.measure.method import ProbeMethod
+from autoquant.measure.scorer import Scorer
+from autoquant.measure.sensitivity import BatchProbe, Sensitivity, batch_probe, summarize
+from autoquant.measure.taps import Taps
+
+WINDOW = 8
+"""Adjacent tokens whose effects are summed before they are squared."""
+
+
+class NoGradient(Exception):
+    """The model's backward pass does not serve; the message says why in a line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchEstimate:
+    """The estimates of all keys on one batch: the unit that is written to disk."""
+
+    batch: int
+    probes: tuple[BatchProbe, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": str(ProbeMethod.GRADIENT),
+            "batch": self.batch,
+            "probes": [probe.to_dict() for probe in self.probes],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "BatchEstimate":
+        return cls(
+            batch=data["batch"], probes=tuple(BatchProbe.from_dict(p) for p in data["probes"])
+        )
+
+
+def gradient_probe(
+    scorer: Scorer,
+    split: Split,
+    keys: Sequence[Key],
+    done: Iterable[BatchEstimate],
+    keep: Callable[[BatchEstimate], None],
+    *,
+    seed: int,
+) -> list[BatchEstimate]:
+    """Estimate every key on every batch that is not done yet.
+
+    Args:
+        scorer: calibrated.
+        split: the search tokens.
+        keys: (group, choice) pairs, BF16 excluded.
+        done: estimates of an earlier process with the same keys and seed.
+        keep: called with each new batch before the next begins.
+        seed: of the random factors.
+
+    Returns:
+        The estimates of each batch.
+
+    Raises:
+        NoGradient: an architecture or a kernel without a backward pass.
+    """
+    results = {estimate.batch: estimate for estimate in done}
+    for batch in range(len(split.batches)):
+        if batch not in results:
+            probes = tuple(_probe_batch(scorer, split, batch, keys, seed))
+            results[batch] = BatchEstimate(batch=batch, probes=probes)
+            keep(results[batch])
+    return list(results.values())
+
+
+def mean_estimate(keys: Sequence[Key], estimates: Iterable[BatchEstimate]) -> Sensitivity:
+    """The estimates of all keys over the tokens of some batches."""
+    return Sensitivity(*summarize(keys, (p for e in estimates for p in e.probes)))
+
+
+def _probe_batch(
+    scorer: Scorer, split: Split, batch: int, keys: Sequence[Key], seed: int
+) -> Iterator[BatchProbe]:
+    """Estimate the groups inside blocks; behind them, in the head, the exact KL costs no more."""
+    head = {group.name for group in scorer.quantized.groups if group.layer is None}
+    inside = [key for key in keys if key[0] not in head]
+    tokens = split.batches[batch].to(scorer.device)
+    generator = torch.Generator(scorer.device).manual_seed((seed * 1_000_003 + batch) % 2**63)
+    parts = scorer.trunk.parts(tokens) if inside else ()
+    effects = [_effects(scorer, part, inside, generator) for part in parts]
+    for group, choice in inside:
+        kl = _kl_of_sequences(torch.cat([part[group, choice] for part in effects]))
+        if not torch.isfinite(kl).all():
+            raise NoGradient(f"the gradient at {group} is not finite")
+        yield BatchProbe(
+            batch=batch,
+            group=group,
+            choice=choice,
+            kl_sum=float(kl.sum()),
+            tokens=tokens.numel(),
+            sequence_kl=tuple((kl / tokens.shape[1]).tolist()),
+        )
+    behind = [key for key in keys if key[0] in head]
+    scores = scorer.probe_batch(split, batch, behind) if behind else ()
+    for (group, choice), (score, _) in zip(behind, scores, strict=True):
+        yield batch_probe(batch, group, choice, score)
+
+
+def _effects(
+    scorer: Scorer, tokens: torch.Tensor, keys: Sequence[Key], generator: torch.Generator
+) -> dict[Key, torch.Tensor]:
+    """<v, dz> through each token's products, float32 [B, L], of each key."""
+    taps = Taps(scorer.quantized, keys, tokens.numel())
+    try:
+        with taps.installed():
+            hidden = scorer.trunk.differentiable(tokens)
+            hidden.backward(scorer.pull_back(hidden.detach(), lambda z: _factor(z, generator)))
+    except (AutoQuantError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # model code and custom kernels raise anything
+        if "DefaultCPUAllocator" in str(error):
+            raise
+        raise NoGradient(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+    for group, choice in keys:
+        if (group, choice) not in taps.effects:
+            raise NoGradient(f"no gradient reaches {group}")
+    return {key: effect.view(tokens.shape) for key, effect in taps.effects.items()}
+
+
+def _factor(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Random v [T, V] with E[v v^T] = diag(p) - p p^T for p = softmax(logits [T, V])."""
+    p = logits.softmax(dim=-1)
+    noise = torch.randn(p.shape, generator=generator, device=p.device)
+    scaled = p.sqrt().mul_(noise)
+    return scaled.sub_(p.mul_(scaled.sum(dim=-1, keepdim=True)))
+
+
+def _kl_of_sequences(effects: torch.Tensor) -> torch.Tensor:
+    """KL of each sequence, nats, float64 [B], of effects [B, L]."""
+    padded = functional.pad(effects.double(), (0, -effects.shape[1] % WINDOW))
+    windows = padded.view(len(effects), -1, WINDOW).sum(dim=2)
+    return windows.square().sum(dim=1) / 2

@@ -1,0 +1,153 @@
+"""Sensitivities: the KL of every (group, choice), measured one group at a time from BF16."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoquant.data.tokens import Split
+from autoquant.formats import BF16, Choice
+from autoquant.measure.interactions import Interactions, Key, SketchBook
+from autoquant.measure.kl import TokenKl
+from autoquant.measure.scorer import Scorer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchProbe:
+    """One probe on one batch: the unit that is written to disk."""
+
+    batch: int
+    group: str
+    choice: Choice
+    kl_sum: float
+    """Nats, summed over the batch's tokens."""
+    tokens: int
+    sequence_kl: tuple[float, ...]
+    """Mean KL of each sequence, nats per token."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "batch": self.batch,
+            "group": self.group,
+            "choice": str(self.choice),
+            "kl_sum": self.kl_sum,
+            "tokens": self.tokens,
+            "sequence_kl": list(self.sequence_kl),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "BatchProbe":
+        return cls(
+            batch=data["batch"],
+            group=data["group"],
+            choice=Choice.parse(data["choice"]),
+            kl_sum=data["kl_sum"],
+            tokens=data["tokens"],
+            sequence_kl=tuple(data["sequence_kl"]),
+        )
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Mean KL of each (group, choice) over the search split, nats per token; BF16 is zero."""
+
+    kl: Mapping[Key, float]
+    stderr: Mapping[Key, float] = field(repr=False)
+    """Standard error over sequences."""
+    interactions: Interactions | None = field(default=None, repr=False)
+    """How probes add up, where it was measured."""
+    estimate: Mapping[Key, float] | None = field(default=None, repr=False)
+    """What gradients alone say, nats per token, where they chose what to measure."""
+
+    def __getitem__(self, key: Key) -> float:
+        return 0.0 if key[1] == BF16 else self.kl[key]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "unit": "nats per token",
+            "probes": [
+                {"group": g, "choice": str(c), "kl": kl, "stderr": self.stderr[g, c]}
+                for (g, c), kl in self.kl.items()
+            ],
+        }
+
+
+def probe(
+    scorer: Scorer,
+    split: Split,
+    keys: Sequence[Key],
+    done: Iterable[BatchProbe],
+    keep: Callable[[BatchProbe], None],
+    sketches: SketchBook | None = None,
+    *,
+    batches: Sequence[int] | None = None,
+) -> Sensitivity:
+    """Measure every key on every batch that is not done yet.
+
+    Args:
+        scorer: calibrated.
+        split: the search tokens.
+        keys: (group, choice) pairs, BF16 excluded.
+        done: batch probes of an earlier process.
+        keep: called with each new batch probe before the next begins.
+        sketches: of these keys; without them the interactions of groups stay unknown.
+        batches: of the split that are measured; all of them unless named.
+    """
+    sketch = sketches.sketch if sketches else None
+    results = {(p.batch, p.group, p.choice): p for p in done}
+    batches = range(len(split.batches)) if batches is None else batches
+    for batch in batches:
+        missing = [key for key in keys if (batch, *key) not in results]
+        scores = scorer.probe_batch(split, batch, missing, sketch) if missing else ()
+        for (group, choice), (score, change) in zip(missing, scores, strict=True):
+            result = batch_probe(batch, group, choice, score)
+            if sketches:
+                sketches.put(batch, (group, choice), change)
+            keep(result)
+            results[batch, group, choice] = result
+        if sketches:
+            sketches.finish(batch)
+    kl, stderr = summarize(keys, (p for p in results.values() if p.batch in batches))
+    found = sketches.interactions(len(split.batches)) if sketches else None
+    return Sensitivity(kl, stderr, found)
+
+
+def batch_probe(batch: int, group: str, choice: Choice, score: TokenKl) -> BatchProbe:
+    """The record of one probe's KL on a batch."""
+    return BatchProbe(
+        batch=batch,
+        group=group,
+        choice=choice,
+        kl_sum=float(score.kl.sum()),
+        tokens=len(score.kl),
+        sequence_kl=tuple(map(float, score.by_sequence())),
+    )
+
+
+def summarize(
+    keys: Sequence[Key], probes: Iterable[BatchProbe]
+) -> tuple[dict[Key, float], dict[Key, float]]:
+    """Mean KL and its standard error of each key, nats per token."""
+    by_key: dict[Key, list[BatchProbe]] = {key: [] for key in keys}
+    for p in sorted(probes, key=lambda p: p.batch):
+        if (p.group, p.choice) in by_key:
+            by_key[p.group, p.choice].append(p)
+    kl = {k: sum(p.kl_sum for p in ps) / sum(p.tokens for p in ps) for k, ps in by_key.items()}
+    stderr = {
+        k: _standard_error([s for p in ps for s in p.sequence_kl]) for k, ps in by_key.items()
+    }
+    return kl, stderr
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return math.nan
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def keys_of(choices: Mapping[str, tuple[Choice, ...]]) -> Iterator[Key]:
+    """Every (group, choice) of the open groups that a probe has to measure."""
+    for group, legal in choices.items():
+        if len(legal) > 1:
+            yield from ((group, choice) for choice in legal if choice != BF16)

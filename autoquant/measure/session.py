@@ -1,0 +1,116 @@
+"""The expensive state of a search or a score: model, tokens, calibrated scorer."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autoquant.data.text import load_corpus
+from autoquant.data.tokens import Split, TokenPlan, make_splits, shortfalls
+from autoquant.errors import SourceError
+from autoquant.measure.scorer import Scorer
+from autoquant.model.inputs import ActivationMode
+from autoquant.model.live import QuantizedModel
+from autoquant.model.loading import LoadedModel, choose_device, load_model
+from autoquant.model.memory import keep_freed_memory
+from autoquant.model.shared_inputs import input_disagreements
+from autoquant.plan.linears import LayerGroup
+from autoquant.progress import Progress
+from autoquant.source.source import Source
+
+_TRACED_TOKENS = 8
+"""Tokens of the forward that shows which linears share an input."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A loaded model with its tokens."""
+
+    loaded: LoadedModel
+    scorer: Scorer
+    splits: dict[str, Split]
+
+    @property
+    def quantized(self) -> QuantizedModel:
+        return self.scorer.quantized
+
+
+def open_session(
+    source: Source,
+    groups: Iterable[LayerGroup],
+    *,
+    attention: Sequence[str] = (),
+    calibration: str,
+    tokens: TokenPlan,
+    mode: ActivationMode,
+    device: str | None,
+    trust_remote_code: bool,
+    observer: Progress,
+) -> Session:
+    """Read the text, load the model, cut the tokens, and check that scoring is exact.
+
+    Args:
+        source: what to load.
+        groups: the groups that may leave BF16.
+        attention: attention modules whose keys and values are cached in FP8.
+        calibration: text source, as `load_corpus` takes it.
+        tokens: how many tokens go to which split.
+        mode: which inputs are quantized.
+        device: where to load to; the first GPU, else the CPU, by default.
+        trust_remote_code: run code that comes with the model.
+        observer: told of progress and shortfalls.
+
+    Raises:
+        SourceError: text or model missing, damaged or not understood.
+        OutOfMemory: the model does not fit the device.
+    """
+    keep_freed_memory()
+    corpus = load_corpus(calibration)
+    observer.stage("load", 1)
+    chosen = choose_device(device)
+    loaded = load_model(source.path, chosen, trust_remote_code=trust_remote_code)
+    plan = _shortened(tokens, loaded.max_length)
+    splits = make_splits(corpus, loaded.tokenizer, plan)
+    _require_vocabulary(loaded.model, splits)
+    for shortfall in shortfalls(splits, plan):
+        observer.warn(f"little text, wide intervals: {shortfall}.")
+    quantized = QuantizedModel(
+        loaded.model,
+        groups,
+        mode=mode,
+        weight_cache_bytes=_cache_bytes(loaded.model, chosen),
+        attention=attention,
+    )
+    first = splits["calibration"].batches[0][:1, :_TRACED_TOKENS]
+    for disagreement in input_disagreements(quantized, first.to(chosen)):
+        observer.warn(disagreement)
+    scorer = Scorer(quantized, chosen)
+    scorer.check(splits["calibration"])
+    observer.step()
+    return Session(loaded=loaded, scorer=scorer, splits=splits)
+
+
+def _shortened(plan: TokenPlan, max_length: int) -> TokenPlan:
+    """The plan with sequences that the model's positions allow."""
+    import dataclasses
+
+    return dataclasses.replace(plan, sequence_length=min(plan.sequence_length, max_length))
+
+
+def _require_vocabulary(model: Any, splits: dict[str, Split]) -> None:
+    largest = max(int(batch.max()) for split in splits.values() for batch in split.batches)
+    size = model.get_input_embeddings().weight.shape[0]
+    if largest >= size:
+        raise SourceError(
+            f"the tokenizer gives token {largest}, and the model embeds {size} tokens.",
+            fix="put the tokenizer of this model beside its weights.",
+        )
+
+
+def _cache_bytes(model: torch.nn.Module, device: torch.device) -> int:
+    """Memory for fake-quantized weights: none on a GPU, which computes them in no time."""
+    if device.type != "cpu":
+        return 0
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return min(6 * weights, 2**32)

@@ -1,0 +1,1 @@
+"""What may be chosen: layer groups, search spaces, assignments, sizes and budgets."""

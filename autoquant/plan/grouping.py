@@ -1,0 +1,254 @@
+"""Layer groups of a checkpoint, from the names and shapes on disk."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from autoquant.errors import ConfigError, SourceError
+from autoquant.plan.linears import LayerGroup, Linear
+from autoquant.source import names as table
+from autoquant.source.headers import TensorHeader
+from autoquant.source.names import Fixed
+from autoquant.source.source import FLOAT_DTYPES, Source
+
+SharedExperts = Literal["with_routed", "separate"]
+"""Whether a shared expert takes its layer's routed format, or is a group of its own."""
+
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedTensor:
+    """A tensor that is copied as it is."""
+
+    name: str
+    reason: Fixed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Every tensor of a checkpoint: in a layer group, or fixed for a reason."""
+
+    groups: tuple[LayerGroup, ...] = field(repr=False)
+    """In the order of the forward pass."""
+    fixed: tuple[FixedTensor, ...] = field(repr=False)
+
+    @cached_property
+    def by_name(self) -> dict[str, LayerGroup]:
+        return {group.name: group for group in self.groups}
+
+    @cached_property
+    def linears(self) -> tuple[Linear, ...]:
+        return tuple(linear for group in self.groups for linear in group.linears)
+
+    def __getitem__(self, name: str) -> LayerGroup:
+        """The group of that name.
+
+        Raises:
+            ConfigError: the model has no such group.
+        """
+        try:
+            return self.by_name[name]
+        except KeyError:
+            raise ConfigError(
+                f"the model has no layer group {name!r}.",
+                fix="`autoquant plan MODEL` lists the groups.",
+            ) from None
+
+    def __iter__(self) -> Iterator[LayerGroup]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+
+def find_groups(source: Source, *, shared_experts: SharedExperts = "with_routed") -> Groups:
+    """The layer groups of a model.
+
+    Raises:
+        SourceError: nothing in the checkpoint is a linear of a decoder layer, or linears that
+            share an input take it in different widths.
+    """
+    groups = group_tensors(
+        source.headers.tensors, source.config, source.text_config, shared_experts=shared_experts
+    )
+    if not groups.groups:
+        raise SourceError(
+            f"{source.path} holds no linear layer that can be quantized{_example(groups)}.",
+            fix="pass a causal language model whose linears are stored [out, in], one by one.",
+        )
+    _require_shared_widths(groups)
+    return groups
+
+
+def _require_shared_widths(groups: Groups) -> None:
+    first: dict[str, Linear] = {}
+    for linear in groups.linears:
+        other = first.setdefault(linear.input_scale_set, linear)
+        if linear.in_features != other.in_features:
+            raise SourceError(
+                f"{linear.name} takes {linear.in_features} inputs, and {other.name} "
+                f"{other.in_features}: they share an input.",
+                fix="download or save the model again; one of them has the wrong shape.",
+            )
+
+
+def _example(groups: Groups) -> str:
+    """One matrix that could not be taken, with the reason; nothing where there is none."""
+    for tensor in groups.fixed:
+        if tensor.reason in (Fixed.TRANSPOSED, Fixed.FUSED_EXPERTS, Fixed.DTYPE, Fixed.UNKNOWN):
+            return f": {tensor.name} is one of its {tensor.reason}"
+    return ""
+
+
+def group_tensors(
+    tensors: Mapping[str, TensorHeader],
+    config: Mapping[str, Any],
+    text_config: Mapping[str, Any],
+    *,
+    shared_experts: SharedExperts = "with_routed",
+) -> Groups:
+    """Sort tensors into groups and fixed ones, by the tables of `grouping_table`."""
+    fixed: list[FixedTensor] = []
+    modules: dict[str, TensorHeader] = {}
+    for tensor in tensors.values():
+        reason = _why_fixed(tensor, config, text_config)
+        if reason is None:
+            modules[tensor.name.removesuffix(_WEIGHT)] = tensor
+        else:
+            fixed.append(FixedTensor(name=tensor.name, reason=reason))
+    containers = _routed_containers(modules) if shared_experts == "with_routed" else frozenset()
+    places = {name: _place(name, modules, containers) for name in modules}
+    members: dict[tuple[str, str], list[Linear]] = {}
+    for name, place in places.items():
+        members.setdefault((place.group, place.role), []).append(_linear(modules[name], place))
+    groups = [
+        LayerGroup(
+            name=name,
+            role=role,
+            layer=_layer(name),
+            linears=tuple(sorted(linears, key=_natural)),
+            closed=_why_closed(linears),
+        )
+        for (name, role), linears in members.items()
+    ]
+    groups.sort(key=_forward_order)
+    return Groups(groups=tuple(groups), fixed=tuple(fixed))
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a linear belongs."""
+
+    group: str
+    role: str
+    weight_scale_set: str
+    input_scale_set: str
+
+
+def _why_fixed(
+    tensor: TensorHeader, config: Mapping[str, Any], text_config: Mapping[str, Any]
+) -> Fixed | None:
+    components = tensor.name.split(".")
+    for reason, pattern in table.FIXED_COMPONENTS:
+        if any(map(pattern.fullmatch, components)):
+            return reason
+    layer, depth = _layer(tensor.name), text_config.get("num_hidden_layers")
+    if layer is not None and isinstance(depth, int) and layer >= depth:
+        return Fixed.MTP
+    last = components[-2] if len(components) > 1 else ""
+    for reason, pattern in table.FIXED_MODULES:
+        if pattern.fullmatch(last):
+            return Fixed.BIAS if tensor.name.endswith(".bias") else reason
+    shape_reason = _why_no_matrix(tensor)
+    if shape_reason is not None:
+        return shape_reason
+    if config.get("model_type") in table.TRANSPOSED_MODELS:
+        return Fixed.TRANSPOSED
+    if last in table.HEADS:
+        tied = config.get("tie_word_embeddings", text_config.get("tie_word_embeddings"))
+        return Fixed.TIED_HEAD if tied else None
+    if layer is None or not table.LINEAR.fullmatch(last):
+        return Fixed.UNKNOWN
+    return None
+
+
+def _why_no_matrix(tensor: TensorHeader) -> Fixed | None:
+    if tensor.name.endswith((".bias", "_bias")):
+        return Fixed.BIAS
+    if len(tensor.shape) < 2:
+        return Fixed.VECTOR
+    if len(tensor.shape) == 3 and table.FUSED_EXPERTS.fullmatch(tensor.name.removesuffix(_WEIGHT)):
+        return Fixed.FUSED_EXPERTS
+    if "conv" in tensor.name:
+        return Fixed.CONVOLUTION
+    if tensor.dtype not in FLOAT_DTYPES:
+        return Fixed.DTYPE
+    if len(tensor.shape) != 2 or not tensor.name.endswith(_WEIGHT) or not tensor.elements:
+        return Fixed.UNKNOWN
+    return None
+
+
+def _place(
+    name: str, modules: Mapping[str, TensorHeader], hosts_of_shared: frozenset[str]
+) -> _Place:
+    routed = table.ROUTED_EXPERT.fullmatch(name)
+    if routed:
+        return _routed_place(routed["container"], name, routed["part"])
+    parent, _, last = name.rpartition(".")
+    fused = next((row for row in table.FUSED if last in row.parts), None)
+    siblings = [part for part in fused.parts if f"{parent}.{part}" in modules] if fused else []
+    group = f"{parent}.{fused.name}" if fused and len(siblings) > 1 else name
+    role = fused.role if fused else table.SINGLE.get(last, "other")
+    if _layer(name) is None:
+        role = "head"
+    place = _Place(group, role, weight_scale_set=group, input_scale_set=group)
+    if table.SHARED_EXPERT.fullmatch(name):
+        container = f"{parent.rpartition('.')[0]}.experts"
+        if container in hosts_of_shared:
+            return _Place(container, "experts", place.weight_scale_set, place.input_scale_set)
+        return _Place(group, table.SHARED_EXPERT_ROLES.get(role, role), group, group)
+    return place
+
+
+def _routed_place(container: str, name: str, part: str) -> _Place:
+    """All experts of a layer share one input scale per product, and none of the weight's."""
+    fused = next((row for row in table.FUSED if part in row.parts), None)
+    expert = name.removesuffix(f".{part}")
+    product = fused.name if fused else part
+    return _Place(container, "experts", f"{expert}.{product}", f"{container}.{product}")
+
+
+def _routed_containers(modules: Iterable[str]) -> frozenset[str]:
+    matches = map(table.ROUTED_EXPERT.fullmatch, modules)
+    return frozenset(match["container"] for match in matches if match)
+
+
+def _linear(tensor: TensorHeader, place: _Place) -> Linear:
+    return Linear(
+        name=tensor.name.removesuffix(_WEIGHT),
+        out_features=tensor.shape[0],
+        in_features=tensor.shape[1],
+        weight_scale_set=place.weight_scale_set,
+        input_scale_set=place.input_scale_set,
+    )
+
+
+def _why_closed(linears: Iterable[Linear]) -> str:
+    reasons = (table.CLOSED.get(linear.name.rpartition(".")[2], "") for linear in linears)
+    return next(filter(None, reasons), "")
+
+
+def _layer(name: str) -> int | None:
+    match = table.LAYER.fullmatch(name)
+    return int(match["index"]) if match else None
+
+
+def _natural(linear: Linear) -> list[tuple[int, str]]:
+    """Sort key that puts expert 2 before expert 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in linear.name.split(".")]
+
+
+def _forward_order(group: LayerGroup) -> tuple[bool, int, int, str]:
+    return (group.layer is None, group.layer or 0, table.ROLES.index(group.role), group.name)

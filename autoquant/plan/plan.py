@@ -1,0 +1,141 @@
+"""What a search could do with a model: groups, sizes and limits, from headers alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from autoquant.formats import Format
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.budget import Accounting, Budget, Scope, require_feasible
+from autoquant.plan.cost import Cost, charged
+from autoquant.plan.grouping import Groups, find_groups
+from autoquant.plan.kv_cache import KvCache
+from autoquant.plan.linears import LayerGroup
+from autoquant.plan.space import Options, SearchSpace
+from autoquant.source.architecture import knows
+from autoquant.source.source import Source
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A model under a search space."""
+
+    source: Source
+    space: SearchSpace
+    groups: Groups
+    options: Options = field(repr=False)
+    accounting: Accounting = field(repr=False)
+
+    @property
+    def floor(self) -> Assignment:
+        """The legal assignment of the fewest bytes."""
+        return self.accounting.floor
+
+    @property
+    def ceiling(self) -> Assignment:
+        """The legal assignment of the most bytes."""
+        return self.accounting.ceiling
+
+    @property
+    def probes(self) -> int:
+        """Measurements of one group in one choice that a full probe makes."""
+        choices = self.options.choices.values()
+        return sum(choice.format is not Format.BF16 for own in choices for choice in own)
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know before trusting the plan."""
+        return (*source_warnings(self.source), *self.options.warnings)
+
+    def charged(self, cost: Cost) -> Accounting:
+        """The accounting of what `cost` counts."""
+        return charged(self.accounting, cost, self.source.text_config)
+
+    def require_feasible(self, budget: Budget, cost: Cost = Cost.BITS) -> None:
+        """Raise `InfeasibleBudget` if no legal assignment keeps the budget."""
+        require_feasible(self.charged(cost), budget)
+
+    @cached_property
+    def fixed_bytes(self) -> Mapping[str, int]:
+        """Bytes of the tensors outside of every group, by the reason why they are fixed."""
+        sizes: dict[str, int] = {}
+        for tensor in self.groups.fixed:
+            stored = self.source.headers[tensor.name].bytes
+            sizes[tensor.reason] = sizes.get(tensor.reason, 0) + stored
+        return sizes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types; sizes in bytes, BPE in bits per element."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.source.model,
+            "revision": self.source.revision,
+            "space": self.space.name,
+            "elements": self.accounting.elements,
+            "searched_elements": self.accounting.searched_elements,
+            "source_bytes": self.source.headers.stored_bytes,
+            "probes": self.probes,
+            "floor": self._size(self.floor),
+            "ceiling": self._size(self.ceiling),
+            "groups": [self._group(group) for group in self.groups],
+            "fixed": dict(self.fixed_bytes),
+            "warnings": list(self.warnings),
+        }
+
+    def _size(self, assignment: Assignment) -> dict[str, Any]:
+        return {
+            "checkpoint_bytes": self.accounting.checkpoint_bytes(assignment),
+            "bpe": {str(scope): self.accounting.bpe(assignment, scope) for scope in Scope},
+        }
+
+    def _group(self, group: LayerGroup) -> dict[str, Any]:
+        choices = self.options.choices[group.name]
+        closed = self.options.closed[group.name]
+        sizes = {str(choice): self.accounting.group_bytes(group.name, choice) for choice in choices}
+        return {
+            "name": group.name,
+            "role": group.role,
+            "layer": group.layer,
+            "linears": len(group.linears),
+            "elements": group.elements,
+            "choices": sizes,
+            "closed": {str(format): closed[format] for format in Format if format in closed},
+        }
+
+
+def source_warnings(source: Source) -> tuple[str, ...]:
+    """What cannot be known of a model from what is there of it."""
+    warnings = []
+    kind = source.config.get("model_type")
+    if not knows(kind):
+        warnings.append(
+            f"transformers knows no model of the type {kind!r}: groups are guessed from names, and "
+            "a search needs the model's own code and --trust-remote-code."
+        )
+    if not source.has_weights:
+        warnings.append(
+            f"{source.path} holds no weights: sizes follow from its config.json, without the "
+            "tensors that transformers does not build, such as multi-token prediction heads."
+        )
+    return tuple(warnings)
+
+
+def make_plan(source: Source, space: SearchSpace, kv_cache: KvCache = KvCache.BF16) -> Plan:
+    """Group the tensors of `source` and apply `space` to them.
+
+    Raises:
+        SourceError: the model has no linear that can be quantized.
+        ConfigError: an FP8 cache for a model whose keys and values are not told apart.
+    """
+    groups = find_groups(source, shared_experts=space.shared_experts)
+    options = space.options(groups)
+    accounting = Accounting(
+        headers=source.headers,
+        groups=groups,
+        choices=options.choices,
+        added_bytes=kv_cache.stored_bytes(groups),
+    )
+    return Plan(source=source, space=space, groups=groups, options=options, accounting=accounting)

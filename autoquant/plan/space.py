@@ -1,0 +1,107 @@
+"""Search spaces: which layer groups may take which choices, and why the others are closed."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+
+from autoquant.formats import BF16, Choice, Format, ScaleRule
+from autoquant.plan.grouping import Groups, SharedExperts
+from autoquant.plan.linears import LayerGroup
+
+ROLE = re.compile(r"[a-z_]+")
+"""A pattern of this form names a role; any other is a glob over group names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """What the groups that it matches may take."""
+
+    match: tuple[str, ...]
+    """Roles (`experts`) and globs over group names (`model.layers.0.*`)."""
+    choices: tuple[Choice, ...]
+    reason: str
+    """Why formats are left out; shown by `autoquant plan`."""
+
+    def matches(self, group: LayerGroup) -> bool:
+        """Whether some pattern names the group's role or fits its name."""
+        return any(
+            pattern == group.role if ROLE.fullmatch(pattern) else fnmatchcase(group.name, pattern)
+            for pattern in self.match
+        )
+
+    @property
+    def only_protects(self) -> bool:
+        """Whether the rule keeps roles in BF16, which means nothing to a model without them."""
+        return self.choices == (BF16,) and all(map(ROLE.fullmatch, self.match))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The legal choices of every group of one model, cheapest format first."""
+
+    choices: Mapping[str, tuple[Choice, ...]] = field(repr=False)
+    closed: Mapping[str, Mapping[Format, str]] = field(repr=False)
+    """Of each group: the formats that it cannot take, and why."""
+    warnings: tuple[str, ...]
+    """What in the space cannot be meant: rules without effect."""
+
+    @cached_property
+    def open(self) -> tuple[str, ...]:
+        """Names of the groups with more than one choice, in order."""
+        return tuple(name for name, choices in self.choices.items() if len(choices) > 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpace:
+    """Ordered rules; the first that matches a group decides, and without one it stays BF16."""
+
+    name: str
+    description: str
+    scale_rules: tuple[ScaleRule, ...]
+    """What `nvfp4` without a scale rule stands for."""
+    shared_experts: SharedExperts
+    rules: tuple[Rule, ...]
+
+    def options(self, groups: Groups) -> Options:
+        """Apply the space to the groups of a model."""
+        choices: dict[str, tuple[Choice, ...]] = {}
+        closed: dict[str, dict[Format, str]] = {}
+        used: set[int] = set()
+        for group in groups:
+            number = next((n for n, rule in enumerate(self.rules) if rule.matches(group)), None)
+            if number is not None:
+                used.add(number)
+            rule = self.rules[number] if number is not None else None
+            closed[group.name] = self._why_closed(group, rule)
+            legal = tuple(
+                choice
+                for choice in (rule.choices if rule else ())
+                if choice.format not in closed[group.name]
+            )
+            if not legal:
+                closed[group.name].pop(Format.BF16, None)
+            choices[group.name] = legal or (BF16,)
+        return Options(choices=choices, closed=closed, warnings=self._without_effect(used))
+
+    def _why_closed(self, group: LayerGroup, rule: Rule | None) -> dict[Format, str]:
+        reasons: dict[Format, str] = {}
+        for format in Format:
+            illegal = group.why_illegal(format)
+            if illegal is not None:
+                reasons[format] = illegal
+            elif rule is None:
+                if format is not Format.BF16:
+                    reasons[format] = f"no rule of the space {self.name} names the group"
+            elif all(choice.format is not format for choice in rule.choices):
+                reasons[format] = rule.reason or f"closed by the space {self.name}"
+        return reasons
+
+    def _without_effect(self, used: set[int]) -> tuple[str, ...]:
+        return tuple(
+            f"space {self.name}: rules[{number}] ({', '.join(rule.match)}) has no effect: "
+            "no group matches it that an earlier rule has not taken."
+            for number, rule in enumerate(self.rules)
+            if number not in used and not rule.only_protects
+        )

@@ -1,0 +1,194 @@
+"""Search spaces as YAML: the schema, precise errors, and the spaces that AutoQuant ships."""
+
+import difflib
+import importlib.resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from autoquant.errors import ConfigError
+from autoquant.formats import Choice, Format, ScaleRule
+from autoquant.plan.space import ROLE, Rule, SearchSpace
+from autoquant.source.names import ROLES
+
+SCHEMA_VERSION = 1
+
+FORMATS = (*Format, *(f"{Format.NVFP4}/{rule}" for rule in ScaleRule))
+
+
+def _known_pattern(pattern: str) -> str:
+    if ROLE.fullmatch(pattern) and pattern not in ROLES:
+        raise ValueError(
+            f"no role has this name; roles are {', '.join(ROLES)}, "
+            "and a glob over group names holds a dot or a *"
+        )
+    return pattern
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _known_format(text: str) -> str:
+    if text not in FORMATS:
+        raise ValueError(f"not a format; formats are {', '.join(FORMATS)}")
+    return text
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RuleFile(_Strict):
+    """One rule: the groups it matches and the formats they may take."""
+
+    match: Annotated[
+        list[Annotated[str, AfterValidator(_known_pattern)]],
+        BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+    ] = Field(min_length=1, description="A role, a glob over group names, or a list of them.")
+    formats: list[Annotated[str, AfterValidator(_known_format)]] = Field(
+        min_length=1,
+        description="nvfp4 (with every rule of scale_rules), nvfp4/max, ..., fp8, bf16.",
+    )
+    reason: str = Field(default="", description="Why the other formats are closed.")
+
+
+class SpaceFile(_Strict):
+    """A search space."""
+
+    schema_version: Literal[1]
+    name: str = Field(min_length=1)
+    description: str = ""
+    scale_rules: list[ScaleRule] = Field(
+        default=list(ScaleRule), min_length=1, description="What a plain nvfp4 stands for."
+    )
+    shared_experts: Literal["with_routed", "separate"] = Field(
+        default="with_routed",
+        description="Whether a shared expert takes its layer's routed format; engines may fuse it.",
+    )
+    rules: list[RuleFile] = Field(min_length=1, description="The first rule that matches decides.")
+
+    def to_space(self) -> SearchSpace:
+        """The space without its YAML clothes."""
+        return SearchSpace(
+            name=self.name,
+            description=self.description,
+            scale_rules=tuple(self.scale_rules),
+            shared_experts=self.shared_experts,
+            rules=tuple(self._rule(rule) for rule in self.rules),
+        )
+
+    def _rule(self, rule: RuleFile) -> Rule:
+        choices = dict.fromkeys(c for text in rule.formats for c in self._choices(text))
+        order = list(Format)
+        return Rule(
+            match=tuple(rule.match),
+            choices=tuple(sorted(choices, key=lambda choice: order.index(choice.format))),
+            reason=rule.reason,
+        )
+
+    def _choices(self, text: str) -> list[Choice]:
+        if text == Format.NVFP4:
+            return [Choice(Format.NVFP4, rule) for rule in self.scale_rules]
+        return [Choice.parse(text)]
+
+
+def load_space(name_or_path: str | Path) -> SearchSpace:
+    """A shipped space by its name, or a YAML file.
+
+    Raises:
+        ConfigError: no such space, not YAML, or a value that the schema does not allow.
+    """
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"}:
+        try:
+            return parse_space(path.read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"search space {path} cannot be read: {error}.", fix="check the path."
+            ) from error
+    return parse_space(shipped_text(str(name_or_path)), f"{name_or_path}.yaml")
+
+
+def parse_space(text: str, origin: str) -> SearchSpace:
+    """The space that the YAML `text` of the file `origin` describes.
+
+    Raises:
+        ConfigError: not YAML, or a value that the schema does not allow.
+    """
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{origin} is not YAML: {' '.join(str(error).split())}.",
+            fix="`autoquant spaces show default` prints an example.",
+        ) from error
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{origin} is not a mapping.", fix="`autoquant spaces show default` prints an example."
+        )
+    try:
+        return SpaceFile.model_validate(data).to_space()
+    except ValidationError as error:
+        raise _explain(origin, error) from None
+
+
+def shipped_names() -> tuple[str, ...]:
+    """Names of the spaces that AutoQuant ships."""
+    files = (file.name for file in _folder().iterdir())
+    return tuple(sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml")))
+
+
+def shipped_text(name: str) -> str:
+    """The YAML of a shipped space.
+
+    Raises:
+        ConfigError: no such space.
+    """
+    names = shipped_names()
+    if name not in names:
+        raise ConfigError(
+            f"there is no search space {name!r}; shipped are {', '.join(names)}.",
+            fix=_did_you_mean(name, names) or "a file of your own ends in .yaml.",
+        )
+    return (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a search space."""
+    return SpaceFile.model_json_schema()
+
+
+def _folder() -> Traversable:
+    """The installed package of spaces, or its folder in a checkout that is not installed."""
+    try:
+        return importlib.resources.files("autoquant.search_spaces")
+    except ModuleNotFoundError:
+        return Path(__file__).parents[2] / "search_spaces"
+
+
+def _explain(origin: str, error: ValidationError) -> ConfigError:
+    """The first problem: file, place, value, rule, and the nearest correct spelling."""
+    first = error.errors(include_url=False)[0]
+    location = first["loc"]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    name = str(location[-1]) if location else ""
+    if first["type"] == "extra_forbidden":
+        known = RuleFile.model_fields if location[0] == "rules" else SpaceFile.model_fields
+        what = "is not a setting"
+        fix = _did_you_mean(name, known) or f"settings here are {', '.join(known)}."
+    elif first["type"] == "missing":
+        what, fix = "is missing", "add it; `autoquant spaces schema` describes every setting."
+    else:
+        rule = first["msg"].removeprefix("Value error, ")
+        what = f"is {first['input']!r}: {rule[0].lower()}{rule[1:]}"
+        fix = _did_you_mean(str(first["input"]), (*FORMATS, *ROLES, *ScaleRule)) or "correct it."
+    return ConfigError(f"{origin}: {place.lstrip('.')} {what}.", fix=fix)
+
+
+def _did_you_mean(given: str, known: Any) -> str | None:
+    close = difflib.get_close_matches(given, [str(name) for name in known], n=1)
+    return f"did you mean {close[0]!r}?" if close else None

@@ -1,1 +1,0 @@
-"""What each layer group, alone in each choice, does to the output."""

@@ -1,0 +1,1 @@
+"""A search, a score and an export from settings to files: stages and the run directory."""

@@ -1,0 +1,95 @@
+"""What searches of one model under different budgets have in common."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from autoquant.errors import ConfigError, RunConflict
+from autoquant.measure.kl import TokenScores
+from autoquant.measure.session import Session
+from autoquant.run.config import SearchConfig, probe_part
+from autoquant.search.trials import Trial
+from autoquant.store.run_directory import (
+    CALIBRATION,
+    GRADIENT_LOG,
+    INTERACTIONS,
+    NOISE,
+    SENSITIVITY,
+    SENSITIVITY_LOG,
+    SPLITS,
+    TRIALS,
+    RunDirectory,
+    read_identity,
+    read_json,
+    read_records,
+)
+
+PROBES = (CALIBRATION, GRADIENT_LOG, NOISE, SENSITIVITY_LOG, SENSITIVITY)
+PROBED_SPLITS = ("calibration", "search")
+"""Splits that probes depend on."""
+
+
+@dataclass
+class Shared:
+    """The live model and the runs before this one; empty for a search of its own."""
+
+    session: Session | None = None
+    probes: Path | None = None
+    """A run directory with finished probes of the same settings."""
+    runs: list[Path] = field(default_factory=list)
+    """Finished run directories with the same model, space, tokens and seed."""
+    confirmed: dict[str, TokenScores] = field(default_factory=dict)
+    """Scores on the report split by assignment digest."""
+
+    def adopt_probes(self, run: RunDirectory) -> None:
+        """Copy an earlier run's probes into a run that has none."""
+        donor = self.probes if self.probes is not None else next(iter(self.runs), None)
+        if donor is None or run.read_json(SENSITIVITY) is not None:
+            return
+        if (donor / INTERACTIONS).is_dir():
+            shutil.copytree(donor / INTERACTIONS, run.path / INTERACTIONS, dirs_exist_ok=True)
+        splits = read_json(donor, SPLITS) or {}
+        run.write_json(SPLITS, {name: splits[name] for name in PROBED_SPLITS})
+        for name in PROBES:
+            if (donor / name).exists():
+                run.write_text(name, (donor / name).read_text(encoding="utf-8"))
+
+    def trials(self) -> Iterator[Trial]:
+        """What earlier runs measured to the end on the same search tokens."""
+        for path in self.runs:
+            for record in read_records(path, TRIALS):
+                trial = Trial.from_dict(record)
+                if not trial.is_stopped:
+                    yield trial
+
+
+def finished_probes(path: Path, config: SearchConfig) -> Path:
+    """The run directory `path`, if `config` can take over its probes.
+
+    Raises:
+        ConfigError: it is no run directory, or its probes are not finished.
+        RunConflict: they rest on other settings.
+    """
+    identity = read_identity(path) if path.is_dir() else None
+    if identity is None:
+        raise ConfigError(
+            f"{path} is no run directory.",
+            fix="name a folder that `autoquant probe` or `autoquant search` has printed.",
+        )
+    if read_json(path, SENSITIVITY) is None:
+        raise ConfigError(
+            f"the probes of {path} are not finished.", fix="go on with the command that began them."
+        )
+    found, wanted = probe_part(identity["signature"]), config.probe_signature()
+    differing = [
+        f"{name} is {found.get(name)!r} there and {wanted.get(name)!r} here"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise RunConflict(
+            f"the probes of {path} rest on other settings: {'; '.join(differing)}.",
+            fix="repeat the options that they were made with, or leave --sensitivity out.",
+        )
+    return path

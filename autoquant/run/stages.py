@@ -1,0 +1,447 @@
+"""The search from headers to a confirmed assignment and its checkpoint.
+
+Only this module and what it calls for the purpose touch the run directory and the tracker; the
+stages below are pure given the scorer.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from autoquant.errors import RunConflict, SourceError
+from autoquant.files import set_aside
+from autoquant.formats import BF16
+from autoquant.measure.calibration import Calibration, calibrate
+from autoquant.measure.kl import TokenScores
+from autoquant.measure.sensitivity import Sensitivity, keys_of
+from autoquant.measure.session import Session, open_session
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.grouping import Groups
+from autoquant.plan.plan import Plan, make_plan
+from autoquant.progress import Unit
+from autoquant.run.config import SearchConfig
+from autoquant.run.observer import Observer
+from autoquant.run.probes import Probes
+from autoquant.run.result import Confirmed, make_result, make_tokens
+from autoquant.run.shared import Shared
+from autoquant.search import confirm
+from autoquant.search.explore import Explored, explore, most_trials
+from autoquant.search.limits import Bounds
+from autoquant.search.problem import Problem
+from autoquant.search.refine import Effort
+from autoquant.search.trials import Ledger, Stage, Trial
+from autoquant.store.run_directory import (
+    ASSIGNMENT,
+    CALIBRATION,
+    CHECKPOINT,
+    GROUPS,
+    REPORT,
+    RESULT,
+    SECONDS,
+    SENSITIVITY,
+    SPLITS,
+    TOKENS,
+    TRIALS,
+    RunDirectory,
+    read_seconds,
+)
+from autoquant.tracking import Tracker, TrialRecord
+
+if TYPE_CHECKING:
+    from autoquant.export.verify import Verification
+
+
+@dataclass
+class Search:
+    """One search in one run directory."""
+
+    config: SearchConfig
+    run: RunDirectory
+    tracker: Tracker
+    observer: Observer
+    command: str
+    """The command line, for the model card."""
+    shared: Shared = field(default_factory=Shared)
+    """With searches of other budgets."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Spent on each stage, by earlier processes too."""
+
+    def __post_init__(self) -> None:
+        try:
+            self.seconds |= read_seconds(self.run.path)
+        except SourceError as error:
+            self.observer.warn(f"{error.message} Times count from here on.")
+
+    def execute(self) -> dict[str, Any]:
+        """Run every stage that is not done; the contents of `result.json`.
+
+        Raises:
+            InfeasibleBudget: before anything is loaded.
+            RunConflict: the text or the tokenizer changed since the run began.
+            SourceError: model or text missing, damaged or not understood.
+        """
+        plan = self._plan()
+        plan.require_feasible(self.config.budget, self.config.cost)
+        finished = self.run.read_json(RESULT)
+        if finished is not None:
+            self.observer.note(f"{self.run.path} already holds this search's result.")
+            self._track_again(finished)
+            return self._with_checkpoint(plan, finished)
+        self.shared.adopt_probes(self.run)
+        session = self._open(plan)
+        calibration = self._calibrate(session)
+        sensitivity = self._probe(session, plan)
+        problem = Problem(
+            accounting=plan.charged(self.config.cost),
+            budget=self.config.budget,
+            sensitivity=sensitivity,
+        )
+        ledger, explored = self._measure(session, plan, problem)
+        confirmed = self._confirm(session, ledger, explored)
+        return self._finish(session, plan, explored.problem, ledger, calibration, confirmed)
+
+    def probe(self) -> dict[str, Any]:
+        """Run the stages up to the probes, whatever the budget; what `sensitivity.json` holds.
+
+        Raises:
+            RunConflict: the text or the tokenizer changed since the run began.
+            SourceError: model or text missing, damaged or not understood.
+        """
+        stored = self.run.read_json(SENSITIVITY)
+        if stored is not None:
+            self.observer.note(f"{self.run.path} already holds these probes.")
+            return stored
+        plan = self._plan()
+        session = self._open(plan)
+        self._calibrate(session)
+        self._probe(session, plan)
+        return self.run.read_json(SENSITIVITY) or {}
+
+    def _plan(self) -> Plan:
+        plan = make_plan(self.config.source, self.config.space, self.config.kv_cache)
+        for warning in plan.options.warnings:
+            self.observer.warn(warning)
+        self.run.write_json(GROUPS, plan.to_dict())
+        return plan
+
+    def _open(self, plan: Plan) -> Session:
+        if self.shared.session is None:
+            self.shared.session = self._load(plan)
+        session = self.shared.session
+        self._require_same_tokens(session)
+        for name, split in session.splits.items():
+            self.tracker.dataset(
+                self.config.calibration, digest=split.digest, context=name, tokens=split.tokens
+            )
+        return session
+
+    def _load(self, plan: Plan) -> Session:
+        with self._timed("load"):
+            return open_session(
+                self.config.source,
+                [g for g in plan.groups if plan.options.choices[g.name] != (BF16,)],
+                attention=self.config.kv_cache.attention(plan.groups),
+                calibration=self.config.calibration,
+                tokens=self.config.tokens,
+                mode=self.config.mode,
+                device=self.config.device,
+                trust_remote_code=self.config.trust_remote_code,
+                observer=self.observer,
+            )
+
+    def _require_same_tokens(self, session: Session) -> None:
+        digests = {name: split.digest for name, split in session.splits.items()}
+        stored = self.run.read_json(SPLITS) or {}
+        if digests | stored == digests:
+            self.run.write_json(SPLITS, digests)
+        else:
+            raise RunConflict(
+                f"{self.run.path} was begun on other tokens: the text {self.config.calibration!r} "
+                "or the tokenizer has changed since.",
+                fix="restore them, or start anew with --fresh (the earlier run is set aside).",
+            )
+
+    def _calibrate(self, session: Session) -> Calibration:
+        stored = self.run.read_json(CALIBRATION)
+        if stored is not None:
+            calibration = Calibration.from_dict(stored)
+        else:
+            split = session.splits["calibration"]
+            self.observer.stage("calibrate", len(split.batches))
+            with self._timed("calibrate"):
+                calibration = calibrate(
+                    session.scorer,
+                    split,
+                    self.observer.step,
+                    all_experts=self.config.tokens.all_experts,
+                )
+            self.run.write_json(CALIBRATION, calibration.to_dict())
+        if (warning := calibration.warning()) is not None:
+            self.observer.warn(warning)
+        session.quantized.set_input_scales(calibration.scales())
+        if session.quantized.kv_cache is not None:
+            session.quantized.kv_cache.set_ranges(calibration.kv_ranges)
+        return calibration
+
+    def _probe(self, session: Session, plan: Plan) -> Sensitivity:
+        probes = Probes(
+            run=self.run,
+            scorer=session.scorer,
+            split=session.splits["search"],
+            keys=tuple(keys_of(plan.options.choices)),
+            seed=self.config.seed,
+            observer=self.observer,
+        )
+        with self._timed("probe"):
+            sensitivity, method = probes.measure(self.config.probe)
+        self.run.write_json(SENSITIVITY, {"method": str(method), **sensitivity.to_dict()})
+        return sensitivity
+
+    def _measure(self, session: Session, plan: Plan, problem: Problem) -> tuple[Ledger, Explored]:
+        """Everything that is measured jointly on the search split."""
+        earlier = [Trial.from_dict(record) for record in self.run.records(TRIALS)]
+        ledger = Ledger(
+            session.scorer,
+            session.splits["search"],
+            plan.accounting,
+            problem.fits,
+            earlier,
+            keep=lambda trial: self._keep_trial(trial, ledger),
+            elsewhere=self.shared.trials(),
+        )
+        for trial in earlier:
+            self.tracker.trial(_record(trial))
+        self.observer.stage("refine", most_trials(problem, self.config.trials) - len(earlier))
+        explored = explore(
+            problem,
+            ledger,
+            Effort.of(self.config.trials, reweight=self.config.reweight_trials),
+            seed=self.config.seed,
+            bounds=Bounds(self._in_time(), self.config.max_tokens),
+            timed=self._timed,
+        )
+        return ledger, explored
+
+    def _confirm(self, session: Session, ledger: Ledger, explored: Explored) -> Confirmed:
+        """Finalists and baselines on the report split."""
+        session.scorer.forget(session.splits["search"])
+        solver = explored.incumbent
+        challengers = explored.challengers[: self.config.finalists]
+        finalists = [solver, *challengers]
+        others = [t for t in ledger.trials if t.stage is Stage.BASELINE and t not in finalists]
+        candidates = [*finalists, *others]
+        split = session.splits["report"]
+        if split.sequences < confirm.FEWEST_SEQUENCES:
+            self.observer.warn(
+                f"too few report sequences to tell mixes apart: {split.sequences}. From "
+                f"{confirm.FEWEST_SEQUENCES} on (--report-tokens) a mix may replace the solver's."
+            )
+        self.observer.stage("confirm", len(candidates))
+        with self._timed("confirm"):
+            scores: list[TokenScores] = []
+            for trial in candidates:
+                scores.append(self._score_fully(session, trial.assignment))
+                self.observer.step()
+            noise = session.scorer.noise_batch(split, 0)
+            within = [i for i, t in enumerate(candidates) if t.fits]
+            winner, differences = confirm.choose(
+                [scores[i] for i in within],
+                challengers=len(challengers),
+                seed=self.config.seed,
+            )
+        return Confirmed(
+            candidates=tuple(candidates),
+            scores=tuple(scores),
+            winner=within[winner],
+            differences=dict(zip(within, differences, strict=True)),
+            noise_floor=noise.mean,
+        )
+
+    def _score_fully(self, session: Session, assignment: Assignment) -> TokenScores:
+        """Scores on the report split; what another budget has confirmed is taken from there."""
+        known = self.shared.confirmed
+        if assignment.digest not in known:
+            split = session.splits["report"]
+            known[assignment.digest] = session.scorer.score_fully(assignment, split)
+        return known[assignment.digest]
+
+    def _finish(
+        self,
+        session: Session,
+        plan: Plan,
+        problem: Problem,
+        ledger: Ledger,
+        calibration: Calibration,
+        confirmed: Confirmed,
+    ) -> dict[str, Any]:
+        import yaml
+
+        assignment = confirmed.trial.assignment
+        self.run.write_text(ASSIGNMENT, yaml.safe_dump(assignment.to_dict(), sort_keys=False))
+        with self._or_warn(TOKENS):
+            self.run.write_json(TOKENS, make_tokens(session, confirmed))
+        result = make_result(self.config, session, plan, problem, ledger, calibration, confirmed)
+        result["command"] = self.command
+        if self.config.export:
+            result["checkpoint"] = self._export(plan.groups, calibration, assignment, result)
+        return self._keep_result(result)
+
+    def _keep_result(self, result: dict[str, Any]) -> dict[str, Any]:
+        result["seconds"] = {**self.seconds, "total": sum(self.seconds.values())}
+        self.run.write_json(RESULT, result)
+        self._report()
+        stored = self.run.read_json(RESULT)
+        assert stored is not None
+        self.tracker.result(stored)
+        return stored
+
+    def _report(self) -> None:
+        from autoquant.report.html import write_report
+        from autoquant.report.record import RunRecord
+
+        with self._or_warn(REPORT):
+            write_report(RunRecord.read(self.run.path))
+
+    @contextmanager
+    def _or_warn(self, name: str) -> Iterator[None]:
+        """Go on without a file that the result does not rest on."""
+        try:
+            yield
+        except Exception as error:
+            self.observer.warn(f"{name} could not be written: {type(error).__name__}: {error}")
+
+    def _with_checkpoint(self, plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
+        """The result of a finished search, exported now if it was not and shall be."""
+        if not self.config.export or self._has_checkpoint():
+            return result
+        calibration = self.run.read_json(CALIBRATION)
+        if calibration is None:
+            raise SourceError(
+                f"{self.run.path} holds a result without {CALIBRATION}, which an export needs.",
+                fix="restore the file, or start anew with --fresh (the earlier run is set aside).",
+            )
+        assignment = Assignment.read(self.run.path / ASSIGNMENT)
+        result["checkpoint"] = self._export(
+            plan.groups, Calibration.from_dict(calibration), assignment, result
+        )
+        return self._keep_result(result)
+
+    def _has_checkpoint(self) -> bool:
+        """Whether a whole checkpoint is there; a damaged one is set aside."""
+        from autoquant.export.complete import why_incomplete
+
+        target = self.run.path / CHECKPOINT
+        if not target.exists():
+            return False
+        damage = why_incomplete(target)
+        if damage is not None:
+            self.observer.warn(f"{damage} It is kept as {set_aside(target)} and exported again.")
+        return damage is None
+
+    def _export(
+        self,
+        groups: Groups,
+        calibration: Calibration,
+        assignment: Assignment,
+        result: dict[str, Any],
+    ) -> str:
+        from autoquant.export.card import CardFacts, KlRow
+        from autoquant.export.declaration import reader_warnings
+        from autoquant.export.export import export
+        from autoquant.export.verify import verify
+        from autoquant.report.words import budgeted, counts_stored_bits, unit_of_budget
+
+        target = self.run.path / CHECKPOINT
+        size = self.config.source.headers.bytes
+        card = CardFacts(
+            command=self.command,
+            budget_bpe=self.config.budget.bpe,
+            budget_scope=str(self.config.budget.scope),
+            budget_unit=unit_of_budget(result),
+            budgeted_bpe=None if counts_stored_bits(result) else budgeted(result),
+            activation_mode=str(self.config.mode),
+            kv_cache=str(self.config.kv_cache),
+            text=self.config.calibration,
+            tokens=result["tokens"]["report"]["tokens"],
+            rows=tuple(
+                KlRow(name=row["name"], bpe=row["bpe"], kl=row["kl"], stderr=row["stderr"])
+                for row in [_own_row(result), *result["baselines"]]
+            ),
+        )
+        for warning in reader_warnings(self.config.layout, groups, assignment):
+            self.observer.warn(warning)
+        with self._timed("export"):
+            if not self._has_checkpoint():
+                self.observer.stage("export", size, Unit.BYTES)
+                export(
+                    self.config.source,
+                    groups,
+                    assignment,
+                    calibration.input_amax,
+                    target,
+                    layout=self.config.layout,
+                    kv_ranges=calibration.kv_ranges,
+                    card=card,
+                    on_bytes=self.observer.step,
+                )
+            self.observer.stage("verify", size, Unit.BYTES)
+            _require_sound(verify(target, self.config.source, on_bytes=self.observer.step))
+        return str(target)
+
+    def _track_again(self, finished: dict[str, Any]) -> None:
+        """Record what the store did not have when the search ended."""
+        for record in self.run.records(TRIALS):
+            self.tracker.trial(_record(Trial.from_dict(record)))
+        self.tracker.result(finished)
+
+    def _keep_trial(self, trial: Trial, ledger: Ledger) -> None:
+        self.run.append(TRIALS, trial.to_dict())
+        self.tracker.trial(_record(trial))
+        fitting = [t for t in [*ledger.trials, trial] if t.fits]
+        best = min(fitting, key=lambda t: t.kl, default=None)
+        self.observer.trial(trial, best)
+
+    def _in_time(self) -> Callable[[], bool]:
+        limit = self.config.max_seconds
+        started = time.monotonic() - sum(self.seconds.values())
+        return lambda: limit is None or time.monotonic() - started < limit
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
+            self.run.write_json(SECONDS, self.seconds)
+
+
+def _require_sound(verification: "Verification") -> None:
+    if not verification.ok:
+        raise SourceError(
+            f"{verification.path}: {verification.problems[0]}",
+            fix="the disk may have failed: delete the folder and run the same command again.",
+        )
+
+
+def _record(trial: Trial) -> TrialRecord:
+    return TrialRecord(
+        number=trial.number,
+        origin=f"{trial.stage}: {trial.name}",
+        kl=trial.kl,
+        bpe=trial.bpe,
+        fits=trial.fits,
+        seconds=trial.seconds,
+        assignment=trial.assignment,
+    )
+
+
+def _own_row(result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": "this checkpoint",
+        "bpe": result["bpe"]["checkpoint"],
+        "kl": result["kl"]["mean"],
+        "stderr": result["kl"]["stderr"],
+    }

@@ -1,0 +1,78 @@
+"""Assignments that differ from one in a group or two, refilled to the budget."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from autoquant.arrays import Floats
+from autoquant.plan.assignment import Assignment
+from autoquant.search.knapsack import Knapsack
+from autoquant.search.problem import Problem
+from autoquant.search.relaxation import Selection
+from autoquant.search.surrogate import Surrogate
+
+PAIRS = 200
+"""Changes of two groups that are looked at, in order of predicted KL."""
+
+
+def neighbours(
+    problem: Problem, surrogate: Surrogate, centre: Assignment
+) -> Iterator[tuple[str, Assignment]]:
+    """Yield what was changed and the assignment, least predicted KL first.
+
+    A change of one group lets others give way until the budget holds; a change of two is taken as
+    it is where it fits. Either way what is left is spent on upgrades.
+    """
+    knapsack, selection = problem.knapsack, problem.selection(centre)
+    found: dict[Selection, str] = {}
+    for g, sizes in enumerate(knapsack.costs):
+        for option in range(len(sizes)):
+            changed = knapsack.around(selection, g, option) if option != selection[g] else None
+            if changed is not None and changed != selection:
+                found.setdefault(changed, _name(problem, (g, option)))
+    for one, other in _pairs(knapsack, surrogate, selection):
+        chosen = [*selection]
+        for g, option in (one, other):
+            chosen[g] = option
+        changed = knapsack.fill(tuple(chosen))
+        if changed != selection:
+            found.setdefault(changed, _name(problem, one, other))
+    order = list(found)
+    for i in np.argsort(surrogate.predict(order), kind="stable") if order else ():
+        yield found[order[i]], problem.decode(order[i])
+
+
+Change = tuple[int, int]
+"""Group and its new option."""
+
+
+def _pairs(
+    knapsack: Knapsack, surrogate: Surrogate, selection: Selection
+) -> Iterator[tuple[Change, Change]]:
+    """Yield the changes of two groups that fit the budget and are predicted to cost least."""
+    changes = [
+        (g, option)
+        for g, sizes in enumerate(knapsack.costs)
+        for option in range(len(sizes))
+        if option != selection[g]
+    ]
+    marginal = surrogate.marginal(selection)
+    score = np.array([marginal[g][o] - marginal[g][selection[g]] for g, o in changes])
+    cost = np.array([knapsack.costs[g][o] - knapsack.costs[g][selection[g]] for g, o in changes])
+    group = np.array([g for g, _ in changes])
+    left = knapsack.budget - knapsack.cost(selection)
+    total: Floats = score[:, None] + score[None, :]
+    is_legal = (group[:, None] < group[None, :]) & (cost[:, None] + cost[None, :] <= left)
+    total[~is_legal] = np.inf
+    count = min(PAIRS, int(is_legal.sum()))
+    for place in np.argsort(total, axis=None, kind="stable")[:count]:
+        i, j = divmod(int(place), len(changes))
+        yield changes[i], changes[j]
+
+
+def _name(problem: Problem, *changes: Change) -> str:
+    words = [
+        f"{problem.groups[g].name} to {problem.accounting.choices[problem.groups[g].name][option]}"
+        for g, option in changes
+    ]
+    return ", ".join(words)

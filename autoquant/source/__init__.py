@@ -1,0 +1,1 @@
+"""The source checkpoint on disk: headers, tensors, shards, the hub, architecture and names."""

@@ -1,0 +1,137 @@
+"""The tensors of a checkpoint that is not there, from its config.json alone.
+
+transformers builds the model on the meta device, which holds shapes and no numbers, and gives the
+names that it would save under.
+"""
+
+import importlib.util
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoquant.errors import SourceError
+from autoquant.source import names as table
+from autoquant.source import stored_forms
+from autoquant.source.headers import DTYPE_BYTES, Headers, TensorHeader
+from autoquant.source.json_file import read_json_object
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CONFIG_FILE = "config.json"
+_FILE = "model.safetensors"
+_DTYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
+
+
+def knows(model_type: object) -> bool:
+    """Whether transformers has a model of this type; it is imported only where that is in doubt."""
+    if not isinstance(model_type, str) or not model_type:
+        return False
+    package = importlib.util.find_spec("transformers")
+    if package is not None and package.origin is not None and model_type.isidentifier():
+        folder = Path(package.origin).parent / "models" / model_type
+        if folder.is_dir():
+            return True
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' class that makes a language model of `config`, with images if it takes some."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    kind = type(config)
+    only_images = kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    if only_images and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def architecture_headers(folder: Path) -> Headers:
+    """Headers of the weights that `folder/config.json` describes, in BF16 or in block FP8.
+
+    Tensors that transformers does not build (multi-token prediction heads) are not among them. The
+    file that the headers name does not exist.
+
+    Raises:
+        SourceError: an architecture that transformers does not know, or cannot build from this
+            config.
+    """
+    import torch
+
+    config = read_json_object(folder / _CONFIG_FILE)
+    if not knows(config.get("model_type")):
+        raise SourceError(
+            f"{folder} holds no weights, and transformers knows no model of the type "
+            f"{config.get('model_type')!r} to derive their shapes from.",
+            fix="download the weights' safetensors index and files too.",
+        )
+    try:
+        with torch.device("meta"):
+            model = _build(folder)
+        stored = _stored(model)
+    except Exception as error:  # model code raises anything on a config that it does not understand
+        raise SourceError(
+            f"{folder} holds no weights, and transformers cannot build the model that its "
+            f"{_CONFIG_FILE} describes: {str(error).strip().partition(chr(10))[0]}",
+            fix=f"check {_CONFIG_FILE}, or download the weights too.",
+        ) from error
+    return Headers.of([(folder / _FILE, _tensors(folder / _FILE, stored, config), {})])
+
+
+def _build(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if hasattr(config, stored_forms.QUANTIZATION):
+        del config.quantization_config
+    return auto_class(config).from_config(config)
+
+
+def _stored(model: Any) -> "dict[str, Tensor]":
+    """Tensors without content by the names that transformers saves them under."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tied = model.all_tied_weights_keys
+    weights = {name: value for name, value in model.state_dict().items() if name not in tied}
+    saved: dict[str, Tensor] = revert_weight_conversion(model, weights)
+    return saved
+
+
+def _tensors(
+    file: Path, stored: "Mapping[str, Tensor]", config: Mapping[str, Any]
+) -> Iterator[TensorHeader]:
+    block = stored_forms.block_size(config)
+    kept = (config.get(stored_forms.QUANTIZATION) or {}).get("modules_to_not_convert") or ()
+    position = 0
+    for name, tensor in stored.items():
+        shape = tuple(tensor.shape)
+        dtype = _DTYPES[str(tensor.dtype)]
+        parts = [(name, dtype, shape)]
+        if block is not None and _is_linear(name, shape) and not _is_kept(name, kept):
+            scales = tuple(-(-n // size) for n, size in zip(shape, block, strict=True))
+            parts = [(name, "F8_E4M3", shape), (name + stored_forms.BLOCK_SCALE, "F32", scales)]
+        for own, kind, sizes in parts:
+            end = position + math.prod(sizes) * DTYPE_BYTES[kind]
+            yield TensorHeader(
+                name=own, dtype=kind, shape=sizes, file=file, begin=position, end=end
+            )
+            position = end
+
+
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether publishers store the tensor as codes where they store a model in block FP8."""
+    components = name.removesuffix(".weight").split(".")
+    in_layer = table.LAYER.fullmatch(name) is not None
+    return in_layer and len(shape) == 2 and table.LINEAR.fullmatch(components[-1]) is not None
+
+
+def _is_kept(name: str, modules: Iterable[str]) -> bool:
+    """Whether `modules_to_not_convert` names the tensor's module, whole or by parts of its path."""
+    return any(f".{module}." in f".{name}." for module in modules)

@@ -1,0 +1,191 @@
+"""The model to be quantized: a folder or a hub id, opened without reading its weights."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from autoquant.errors import ConfigError, SourceError
+from autoquant.source import hub, stored_forms
+from autoquant.source.architecture import architecture_headers
+from autoquant.source.headers import Headers
+from autoquant.source.json_file import read_json_object
+from autoquant.source.shards import (
+    INDEX_FILE,
+    holds_weights,
+    inside,
+    read_checkpoint_headers,
+)
+
+CONFIG_FILE = "config.json"
+REFERENCE_MODEL = Path(__file__).parents[1] / "reference_model"
+"""The small trained model that AutoQuant brings along."""
+
+REFERENCE_NAME = "autoquant-reference"
+"""What it is called where its folder's path would say nothing."""
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+"""Dtypes of the weights that can be quantized."""
+
+_CACHE_ENTRY = "models--"
+_SAMPLES_PER_FILE = 16
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint folder that has been checked as far as its headers and its config go."""
+
+    model: str
+    """The folder or the hub id, as the user wrote it."""
+    path: Path
+    config: Mapping[str, Any] = field(repr=False)
+    """config.json without the declaration of block FP8, whose weights `headers` gives in BF16."""
+    headers: Headers = field(repr=False)
+    revision: str | None
+    """Commit on the hub, or None for a plain folder."""
+    has_weights: bool = True
+    """False if the headers were derived from config.json."""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the config, the headers and sixteen 4-KiB samples of each weight file.
+
+        The samples tell models of one architecture apart at the cost of a few reads.
+        """
+        content = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, tensor in sorted(self.headers.tensors.items()):
+            content.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        for file in self.headers.files:
+            content.update(_sample(file))
+        return content.hexdigest()
+
+    @property
+    def hub_id(self) -> str | None:
+        """`Qwen/Qwen3-8B` for a snapshot in the Hugging Face cache, None for a plain folder."""
+        entry = self.path.absolute().parent.parent.name
+        if self.revision is None or not entry.startswith(_CACHE_ENTRY):
+            return None
+        return entry.removeprefix(_CACHE_ENTRY).replace("--", "/", 1)
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The language model's part of the config."""
+        return text_config(self.config)
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config, which multimodal models nest."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
+def open_source(model: str | Path, *, revision: str | None = None, weights: bool = True) -> Source:
+    """Open a folder, or fetch a hub id into the Hugging Face cache and open it.
+
+    Args:
+        model: a folder, an id such as `Qwen/Qwen3-8B`, or `autoquant-reference`, the bundled
+            model. `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` work as they do elsewhere.
+        revision: branch, tag or commit on the hub.
+        weights: False leaves the weights of a hub id on the hub and reads their headers over the
+            network, and derives those of a folder without weights from its config.json; the digest
+            of such a source cannot be told.
+
+    Raises:
+        ConfigError: a revision of a folder.
+        SourceError: not found, incomplete, damaged, or already quantized.
+    """
+    path = Path(model)
+    if str(model) == REFERENCE_NAME and not path.exists():
+        path = REFERENCE_MODEL
+    has_weights = True
+    if path.is_dir() and revision is not None:
+        raise ConfigError(
+            f"revision {revision} was asked for, and {model} is a folder.",
+            fix="leave the revision out, or pass a hub id.",
+        )
+    if not path.is_dir():
+        path, headers = _open_hub(model, revision, weights)
+    elif weights or holds_weights(path):
+        headers = _headers(path)
+    else:
+        _require_config(path)
+        headers, has_weights = architecture_headers(path), False
+    config = dict(read_json_object(inside(path, CONFIG_FILE)))
+    block = stored_forms.block_size(config)
+    if block is not None:
+        headers = stored_forms.dequantized(headers, block)
+        del config[stored_forms.QUANTIZATION]
+    _require_unquantized(path, config, headers)
+    return Source(
+        model=REFERENCE_NAME if path == REFERENCE_MODEL else str(model),
+        path=path,
+        config=config,
+        headers=stored_forms.apart(headers, config, text_config(config).get("hidden_size")),
+        revision=_revision(path),
+        has_weights=has_weights,
+    )
+
+
+def _open_hub(model: str | Path, revision: str | None, weights: bool) -> tuple[Path, Headers]:
+    """The snapshot of a hub id, and its headers."""
+    path = Path(model)
+    if path.exists():
+        raise SourceError(f"{model} is a file.", fix="pass the folder that holds it.")
+    if isinstance(model, Path) or path.is_absolute() or model.startswith((".", "~")):
+        raise SourceError(f"the folder {model} does not exist.", fix="check the path.")
+    if weights:
+        snapshot = hub.fetch(model, revision)
+        return snapshot, _headers(snapshot)
+    snapshot = hub.fetch(model, revision, only=[CONFIG_FILE, INDEX_FILE])
+    try:
+        return snapshot, _headers(snapshot)
+    except SourceError:
+        return snapshot, hub.fetch_headers(model, snapshot)
+
+
+def _headers(path: Path) -> Headers:
+    _require_config(path)
+    return read_checkpoint_headers(path)
+
+
+def _require_config(path: Path) -> None:
+    if not (path / CONFIG_FILE).exists():
+        raise SourceError(
+            f"{path} holds no {CONFIG_FILE}.", fix="pass a model folder as save_pretrained writes."
+        )
+
+
+def _require_unquantized(path: Path, config: Mapping[str, Any], headers: Headers) -> None:
+    if any(tensor.name.endswith(stored_forms.BLOCK_SCALE) for tensor in headers):
+        raise SourceError(
+            f"{path} stores block scales, and its {CONFIG_FILE} declares no quant_method fp8 "
+            "with a weight_block_size.",
+            fix=f"download {CONFIG_FILE} again, or pass the BF16 version of the model.",
+        )
+    method = config.get(stored_forms.QUANTIZATION)
+    if method is not None:
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        raise SourceError(
+            f"{path} is already quantized (quantization_config: {name}).",
+            fix="pass the unquantized model.",
+        )
+
+
+def _revision(path: Path) -> str | None:
+    snapshot = path.absolute()
+    return snapshot.name if snapshot.parent.name == "snapshots" else None
+
+
+def _sample(file: Path) -> bytes:
+    size = file.stat().st_size
+    step = max(1, (size - _SAMPLE_BYTES) // (_SAMPLES_PER_FILE - 1))
+    content = hashlib.sha256()
+    with file.open("rb", buffering=0) as stream:
+        for index in range(_SAMPLES_PER_FILE):
+            stream.seek(min(index * step, size))
+            content.update(stream.read(_SAMPLE_BYTES))
+    return content.digest()

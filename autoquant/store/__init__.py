@@ -1,0 +1,1 @@
+"""The run directory: names and files of what a search leaves on disk."""

@@ -1,0 +1,183 @@
+"""The two JSON files: what each engine looks for, and the traps of their look-ups."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exported import NVFP4_MAX, export_mixed, mixed, uniform
+from tiny_models import MODELS, save_model
+
+from autoquant.export.declaration import quantized_linears
+from autoquant.export.layouts.engine_view import modelopt_views
+from autoquant.export.layouts.modelopt import quantization_files
+from autoquant.formats import BF16, FP8, Format
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.grouping import find_groups, group_tensors
+from autoquant.source.headers import Headers, TensorHeader
+from autoquant.source.source import Source, open_source
+
+
+def files_of(source: Source, assignment: Assignment) -> tuple[dict[str, Any], dict[str, Any]]:
+    groups = find_groups(source)
+    return quantization_files(source.headers, groups, quantized_linears(groups, assignment))
+
+
+@pytest.fixture
+def dense(tmp_path) -> Source:
+    return open_source(save_model("llama", tmp_path / "source"))
+
+
+@pytest.fixture
+def sparse(tmp_path) -> Source:
+    return open_source(save_model("minimax_m2", tmp_path / "source"))
+
+
+def test_both_files_are_written_and_agree(dense, tmp_path):
+    export_mixed(dense, tmp_path / "out")
+    flat = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    nested = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
+    view, other = modelopt_views(flat, nested)
+    assert view == other
+    assert flat["quant_method"] == flat["producer"]["name"] == nested["producer"]["name"]
+    assert flat["quant_method"] == "modelopt"
+    assert flat["kv_cache_scheme"] is None
+    assert nested["quantization"]["kv_cache_quant_algo"] is None
+    assert nested["quantization"]["group_size"] == 16
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_linear_has_its_format_in_the_engines_eyes(kind, tmp_path):
+    source = open_source(save_model(kind, tmp_path))
+    groups = find_groups(source)
+    assignment = mixed(groups)
+    flat, nested = files_of(source, assignment)
+    for view in modelopt_views(flat, nested):
+        for group in groups:
+            for linear in group.linears:
+                assert view.format(linear.name) is assignment[group.name].format
+
+
+def test_mixed_file_names_every_linear_once_on_either_side(dense):
+    groups = find_groups(dense)
+    assignment = mixed(groups)
+    flat, _ = files_of(dense, assignment)
+    assert flat["quant_algo"] == "MIXED_PRECISION"
+    expected = {
+        linear.name: {"quant_algo": "NVFP4", "group_size": 16}
+        if assignment[group.name].format is Format.NVFP4
+        else {"quant_algo": "FP8"}
+        for group in groups
+        for linear in group.linears
+        if assignment[group.name] != BF16
+    }
+    assert flat["quantized_layers"] == expected
+    plain = {linear.name for linear in groups.linears} - expected.keys()
+    assert plain | {"model.embed_tokens"} == set(flat["ignore"]) - {"lm_head"} | (
+        plain & {"lm_head"}
+    )
+    targets = [name for group in flat["config_groups"].values() for name in group["targets"]]
+    assert sorted(targets) == sorted(expected)
+    bits = {name: group["weights"]["num_bits"] for name, group in flat["config_groups"].items()}
+    assert bits == {"group_0": 4, "group_1": 8}
+
+
+@pytest.mark.parametrize(("choice", "algorithm"), [(NVFP4_MAX, "NVFP4"), (FP8, "FP8")])
+def test_one_format_beside_bf16_is_a_uniform_checkpoint(dense, choice, algorithm):
+    assignment = uniform(find_groups(dense), choice)
+    flat, nested = files_of(dense, assignment.replace({"model.layers.0.self_attn.qkv": BF16}))
+    assert flat["quant_algo"] == nested["quantization"]["quant_algo"] == algorithm
+    assert "quantized_layers" not in flat
+    assert "quantized_layers" not in nested["quantization"]
+    assert ("group_size" in nested["quantization"]) == (algorithm == "NVFP4")
+    attention = {f"model.layers.0.self_attn.{part}_proj" for part in "qkv"}
+    assert attention | {"lm_head", "model.embed_tokens"} == set(flat["ignore"])
+    assert flat["config_groups"]["group_0"]["targets"] == ["Linear"]
+
+
+def test_tied_head_that_is_not_on_disk_is_excluded(tmp_path):
+    source = open_source(save_model("qwen3", tmp_path))
+    flat, _ = files_of(source, uniform(find_groups(source), FP8))
+    assert "lm_head" in flat["ignore"]
+
+
+def test_quantized_head_is_listed_and_not_excluded(dense):
+    flat, _ = files_of(dense, mixed(find_groups(dense)).replace({"lm_head": FP8}))
+    assert flat["quantized_layers"]["lm_head"] == {"quant_algo": "FP8"}
+    assert "lm_head" not in flat["ignore"]
+
+
+def test_quantized_head_of_a_language_model_in_another_is_not_excluded_as_the_engines_own(tmp_path):
+    source = open_source(save_model("minimax_m3_vl", tmp_path))
+    head = Assignment.of({"language_model.lm_head": FP8})
+    flat, _ = files_of(source, head)
+    assert flat["quant_algo"] == "FP8"
+    assert "lm_head" not in flat["ignore"]
+    plain, _ = files_of(source, Assignment.of({"language_model.model.layers.0.self_attn.qkv": FP8}))
+    assert {"lm_head", "language_model.lm_head"} < set(plain["ignore"])
+
+
+def test_experts_are_found_under_both_spellings_of_their_container(sparse):
+    flat, _ = files_of(
+        sparse,
+        mixed(find_groups(sparse)).replace(
+            {
+                "model.layers.0.block_sparse_moe.experts": NVFP4_MAX,
+                "model.layers.1.block_sparse_moe.experts": BF16,
+                "model.layers.1.self_attn.qkv": FP8,
+            }
+        ),
+    )
+    for spelling in ("block_sparse_moe", "mlp"):
+        assert flat["quantized_layers"][f"model.layers.0.{spelling}.experts"] == {
+            "quant_algo": "NVFP4",
+            "group_size": 16,
+        }
+        assert f"model.layers.1.{spelling}.experts" in flat["ignore"]
+        assert f"model.layers.0.{spelling}.experts" not in flat["ignore"]
+        assert f"model.layers.0.{spelling}.gate" in flat["ignore"]
+    assert "model.layers.1.block_sparse_moe.experts.3.w2" in flat["ignore"]
+    assert "model.layers.0.block_sparse_moe.experts.3.w2" in flat["quantized_layers"]
+
+
+def test_bf16_experts_beside_a_quantized_shared_expert_are_excluded(tmp_path):
+    source = open_source(save_model("deepseek_v3", tmp_path))
+    groups = find_groups(source, shared_experts="separate")
+    assignment = Assignment.of({"model.layers.1.mlp.shared_experts.gate_up": FP8})
+    flat, _ = quantization_files(source.headers, groups, quantized_linears(groups, assignment))
+    assert "model.layers.1.mlp.experts" in flat["ignore"]
+
+
+def test_no_excluded_name_is_part_of_a_quantized_one(tmp_path):
+    """vLLM excludes `mlp.gate_up_proj` where `mlp.gate` is excluded."""
+    shapes = {
+        "model.layers.0.mlp.gate.weight": (4, 16),
+        "model.layers.0.mlp.gate_proj.weight": (16, 16),
+        "model.layers.0.mlp.up_proj.weight": (16, 16),
+        "model.layers.0.mlp.down_proj.weight": (16, 16),
+    }
+    tensors = {
+        name: TensorHeader(
+            name=name, dtype="BF16", shape=shape, file=Path("x"), begin=0, end=2 * math.prod(shape)
+        )
+        for name, shape in shapes.items()
+    }
+    groups = group_tensors(tensors, {}, {})
+    headers = Headers(tensors=tensors, metadata={})
+    assignment = Assignment.of({"model.layers.0.mlp.gate_up": NVFP4_MAX})
+    made = quantization_files(headers, groups, quantized_linears(groups, assignment))
+    flat, _ = made
+    assert flat["quant_algo"] == "MIXED_PRECISION"
+    assert flat["ignore"] == ["model.layers.0.mlp.down_proj", "lm_head"]
+    assert modelopt_views(*made)[0].format("model.layers.0.mlp.gate_proj") is Format.NVFP4
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2_moe", "deepseek_v3"])
+def test_exact_names_only_and_none_excluded_by_a_substring(kind, tmp_path):
+    source = open_source(save_model(kind, tmp_path))
+    flat, _ = files_of(source, mixed(find_groups(source)))
+    assert not any("*" in name for name in flat["ignore"])
+    pairs = itertools.product(flat["ignore"], flat["quantized_layers"])
+    assert [(entry, name) for entry, name in pairs if entry in name] == []

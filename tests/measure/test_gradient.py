@@ -1,0 +1,172 @@
+"""Gradient estimates: the right quantity, the same for a seed, and no trace left in the model."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from searchable import save_searchable
+
+from autoquant.data.tokens import Split
+from autoquant.formats import BF16, FP8, NVFP4
+from autoquant.measure import gradient
+from autoquant.measure.calibration import calibrate
+from autoquant.measure.gradient import NoGradient, gradient_probe, mean_estimate
+from autoquant.measure.scorer import Scorer
+from autoquant.measure.sensitivity import probe
+from autoquant.measure.taps import Taps
+from autoquant.model.experts import grouped_linear
+from autoquant.model.inputs import ActivationMode
+from autoquant.model.live import QuantizedModel
+from autoquant.model.loading import load_model
+from autoquant.plan.grouping import find_groups
+from autoquant.source.source import open_source
+
+CPU = torch.device("cpu")
+
+
+def split_of(batches, rows, *, length=20, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 200, (batches * rows, length), generator=generator)
+    return Split(name="search", batches=tuple(tokens.split(rows)), digest=f"{batches}x{rows}")
+
+
+SPLIT = split_of(3, 8)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2_moe"])
+def scorer(request, tmp_path_factory):
+    folder = save_searchable(
+        request.param, tmp_path_factory.mktemp(request.param) / "source", num_hidden_layers=2
+    )
+    groups = find_groups(open_source(folder))
+    quantized = QuantizedModel(load_model(folder, CPU).model, groups, mode=ActivationMode.W4A4)
+    scorer = Scorer(quantized, CPU)
+    quantized.set_input_scales(calibrate(scorer, SPLIT, lambda: None).scales())
+    return scorer
+
+
+@pytest.fixture(scope="module")
+def keys(scorer):
+    return [(group.name, choice) for group in scorer.quantized.groups for choice in (NVFP4, FP8)]
+
+
+def estimate(scorer, keys, split=SPLIT, *, done=(), seed=0):
+    kept = []
+    estimates = gradient_probe(scorer, split, keys, done, kept.append, seed=seed)
+    return mean_estimate(keys, estimates), kept
+
+
+def test_the_factor_has_the_covariance_of_sampled_labels():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0]).expand(50_000, 4)
+    v = gradient._factor(logits, generator).double()
+    p = logits[0].double().softmax(dim=0)
+    expected = torch.diag(p) - p[:, None] * p
+    torch.testing.assert_close(v.t() @ v / len(v), expected, atol=4e-3, rtol=0.0)
+
+
+def test_effects_are_the_first_order_change_of_a_scalar(scorer, keys):
+    tokens = SPLIT.batches[0]
+    direction = torch.randn((*tokens.shape, 64), generator=torch.Generator().manual_seed(1))
+    inside = [key for key in keys if key[0] != "lm_head"]
+    with (taps := Taps(scorer.quantized, inside, tokens.numel())).installed():
+        hidden = scorer.trunk.differentiable(tokens)
+        hidden.backward(direction.to(hidden.dtype))
+    before = scorer.trunk.hidden(tokens).float()
+    expected, found = [], []
+    for group, choice in inside:
+        scorer.quantized.choose({group: choice})
+        change = scorer.trunk.hidden(tokens).float() - before
+        expected.append((change * direction).sum(dim=-1).sum(dim=-1).numpy())
+        found.append(taps.effects[group, choice].view(tokens.shape).sum(dim=1).numpy())
+    scorer.quantized.choose({})
+    correlation = np.corrcoef(np.concatenate(expected), np.concatenate(found))[0, 1]
+    assert correlation > 0.9
+
+
+def test_estimates_are_close_to_exact_probes_and_rank_like_them(scorer, keys):
+    found, _ = estimate(scorer, keys)
+    exact = probe(scorer, SPLIT, keys, [], lambda _: None)
+    ratios = np.array([found[key] / exact[key] for key in keys])
+    assert spearmanr([found[k] for k in keys], [exact[k] for k in keys])[0] > 0.9
+    assert 0.5 < np.median(ratios) < 1.5
+
+
+def test_the_head_is_measured_exactly(scorer, keys):
+    head = [key for key in keys if key[0] == "lm_head"]
+    assert len(head) == 2
+    exact = probe(scorer, SPLIT, head, [], lambda _: None)
+    assert estimate(scorer, head)[0].kl == exact.kl
+
+
+def test_estimates_do_not_depend_on_how_tokens_are_batched(scorer, keys, monkeypatch):
+    monkeypatch.setattr(gradient, "_factor", lambda logits, _: logits.softmax(dim=-1) - 0.1)
+    inside = [key for key in keys if key[0] != "lm_head"]
+    one, other = (estimate(scorer, inside, split_of(*shape))[0] for shape in ((1, 8), (4, 2)))
+    for key in inside:
+        assert one[key] == pytest.approx(other[key], rel=0.05)
+
+
+def test_the_same_seed_gives_the_same_and_an_interrupted_run_goes_on(scorer, keys):
+    whole, kept = estimate(scorer, keys, seed=3)
+    resumed, rest = estimate(scorer, keys, seed=3, done=kept[:1])
+    assert [record.batch for record in kept] == [0, 1, 2]
+    assert [record.batch for record in rest] == [1, 2]
+    assert resumed == whole
+    assert estimate(scorer, keys, seed=4)[0].kl != whole.kl
+    assert [type(kept[0]).from_dict(record.to_dict()) for record in kept] == kept
+
+
+def test_the_model_is_as_it_was(scorer, keys):
+    before = probe(scorer, SPLIT, keys[:4], [], lambda _: None)
+    estimate(scorer, keys)
+    assert all(p.grad is None for p in scorer.quantized.model.parameters())
+    assert all(state.choice == BF16 for state in scorer.quantized._states.values())
+    assert probe(scorer, SPLIT, keys[:4], [], lambda _: None) == before
+
+
+def test_what_no_gradient_reaches_is_named(scorer, keys, monkeypatch):
+    attention = scorer.trunk.blocks[1].self_attn
+    monkeypatch.setattr(attention, "forward", torch.no_grad()(attention.forward))
+    with pytest.raises(NoGradient, match=r"no gradient reaches model\.layers\.1\.self_attn"):
+        estimate(scorer, keys)
+
+
+def test_a_kernel_without_a_derivative_is_quoted(scorer, keys, monkeypatch):
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise NotImplementedError("this kernel\nhas no backward")
+
+    norm = scorer.trunk.blocks[1].input_layernorm
+    forward = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda x: Kernel.apply(forward(x)))
+    with pytest.raises(NoGradient, match=r"^this kernel$"):
+        estimate(scorer, keys)
+
+
+def test_a_gradient_that_is_not_finite_is_refused(scorer, keys, monkeypatch):
+    monkeypatch.setattr(gradient, "_factor", lambda logits, _: logits * float("nan"))
+    with pytest.raises(NoGradient, match="is not finite"):
+        estimate(scorer, keys)
+
+
+def test_memory_that_runs_out_is_not_taken_for_a_missing_gradient(scorer, keys, monkeypatch):
+    def differentiable(tokens):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(scorer.trunk, "differentiable", differentiable)
+    with pytest.raises(torch.OutOfMemoryError):
+        estimate(scorer, keys)
+
+
+def test_products_of_experts_have_the_gradient_of_their_rows():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(7, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 8, 16, generator=generator, dtype=torch.float64)
+    counts = torch.tensor([2, 0, 5])
+    assert torch.autograd.gradcheck(lambda x: grouped_linear(x, weight, counts), (rows,))

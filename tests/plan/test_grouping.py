@@ -1,0 +1,256 @@
+"""Which linears share a format, in real architectures and by names that only large models have."""
+
+import math
+from pathlib import Path
+
+import pytest
+from tiny_models import MODELS, save_model
+
+from autoquant.errors import ConfigError, SourceError
+from autoquant.formats import Format
+from autoquant.plan.grouping import Groups, find_groups, group_tensors
+from autoquant.source.headers import TensorHeader
+from autoquant.source.names import ROLES, Fixed
+from autoquant.source.source import open_source
+
+ATTENTION = {"self_attn.qkv": "qkv", "self_attn.o_proj": "o"}
+MLA = {"self_attn.qkv_a": "qkv_a", "self_attn.q_b_proj": "q_b", "self_attn.o_proj": "o"}
+MLP = {"mlp.gate_up": "gate_up", "mlp.down_proj": "down"}
+EXPERTS = {"mlp.experts": "experts"}
+GDN = {"linear_attn.in_proj_qkvz": "gdn_in", "linear_attn.out_proj": "out"}
+DISK_EXPERTS = {"block_sparse_moe.experts": "experts"}
+
+LAYERS = {
+    "llama": (ATTENTION | MLP, ATTENTION | MLP),
+    "qwen2": (ATTENTION | MLP, ATTENTION | MLP),
+    "qwen3": (ATTENTION | MLP, ATTENTION | MLP),
+    "qwen2_moe": (ATTENTION | EXPERTS, ATTENTION | EXPERTS),
+    "qwen3_moe": (ATTENTION | EXPERTS, ATTENTION | EXPERTS),
+    "mixtral": (ATTENTION | DISK_EXPERTS, ATTENTION | DISK_EXPERTS),
+    "minimax_m2": (ATTENTION | DISK_EXPERTS, ATTENTION | DISK_EXPERTS),
+    "deepseek_v3": (MLA | MLP, MLA | EXPERTS),
+    "glm4_moe": (ATTENTION | MLP, ATTENTION | EXPERTS),
+    "qwen3_next": (GDN | EXPERTS, ATTENTION | EXPERTS),
+    "nemotron_h": (
+        {"mixer.in_proj": "in", "mixer.out_proj": "out"},
+        {
+            "mixer.experts": "experts",
+            "mixer.fc1_latent_proj": "other",
+            "mixer.fc2_latent_proj": "other",
+        },
+        {"mixer.qkv": "qkv", "mixer.o_proj": "o"},
+        {"mixer.up_proj": "gate_up", "mixer.down_proj": "down"},
+    ),
+    "gpt_oss": (ATTENTION, ATTENTION),
+    "minimax_m3_vl": (ATTENTION | MLP, ATTENTION | DISK_EXPERTS),
+    "qwen3_vl_moe": (ATTENTION | EXPERTS, ATTENTION | EXPERTS),
+}
+PREFIX = {
+    "nemotron_h": "backbone",
+    "minimax_m3_vl": "language_model.model",
+    "qwen3_vl_moe": "model.language_model",
+}
+
+
+def grouped(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16", **config: object) -> Groups:
+    separate = config.pop("shared_experts", "with_routed")
+    tensors = {
+        name: TensorHeader(
+            name=name, dtype=dtype, shape=shape, file=Path("x"), begin=0, end=2 * math.prod(shape)
+        )
+        for name, shape in shapes.items()
+    }
+    return group_tensors(tensors, config, config, shared_experts=separate)
+
+
+def reasons(groups: Groups) -> dict[str, Fixed]:
+    return {tensor.name: tensor.reason for tensor in groups.fixed}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_groups_of_a_real_model(kind, tmp_path):
+    groups = find_groups(open_source(save_model(kind, tmp_path)))
+    expected = [
+        (f"{PREFIX.get(kind, 'model')}.layers.{layer}.{name}", role, layer)
+        for layer, roles in enumerate(LAYERS[kind])
+        for name, role in roles.items()
+    ]
+    if kind != "qwen3":
+        head = "language_model.lm_head" if kind == "minimax_m3_vl" else "lm_head"
+        expected.append((head, "head", None))
+    assert [(group.name, group.role, group.layer) for group in groups] == expected
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("shared_experts", ["with_routed", "separate"])
+def test_every_tensor_is_in_one_group_or_fixed(kind, shared_experts, tmp_path):
+    source = open_source(save_model(kind, tmp_path))
+    groups = find_groups(source, shared_experts=shared_experts)
+    placed = [linear.tensor for linear in groups.linears] + [t.name for t in groups.fixed]
+    assert sorted(placed) == sorted(source.headers.tensors)
+    for linear in groups.linears:
+        shape = (linear.out_features, linear.in_features)
+        assert source.headers[linear.tensor].shape == shape
+    assert {group.role for group in groups} <= set(ROLES)
+
+
+def test_attention_and_mlp_parts_share_both_scales(tmp_path):
+    groups = find_groups(open_source(save_model("llama", tmp_path)))
+    for group in groups:
+        assert {linear.weight_scale_set for linear in group.linears} == {group.name}
+        assert {linear.input_scale_set for linear in group.linears} == {group.name}
+
+
+@pytest.mark.parametrize(
+    ("kind", "container", "gate", "up", "down"),
+    [
+        ("qwen3_moe", "model.layers.1.mlp.experts", "gate_proj", "up_proj", "down_proj"),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts", "w1", "w3", "w2"),
+    ],
+)
+def test_experts_share_input_scales_by_product_and_weight_scales_by_expert(
+    kind, container, gate, up, down, tmp_path
+):
+    group = find_groups(open_source(save_model(kind, tmp_path)))[container]
+    linears = {linear.name.removeprefix(f"{container}."): linear for linear in group.linears}
+    assert len(linears) == 12
+    weights = {name: linear.weight_scale_set for name, linear in linears.items()}
+    inputs = {name: linear.input_scale_set for name, linear in linears.items()}
+    for expert in range(4):
+        assert weights[f"{expert}.{gate}"] == weights[f"{expert}.{up}"]
+        assert weights[f"{expert}.{gate}"] != weights[f"{expert}.{down}"]
+    assert len(set(weights.values())) == 8
+    assert len({inputs[f"{e}.{p}"] for e in range(4) for p in (gate, up)}) == 1
+    assert len({inputs[f"{e}.{down}"] for e in range(4)}) == 1
+    assert len(set(inputs.values())) == 2
+
+
+def test_shared_expert_goes_with_the_routed_ones_but_keeps_its_scales(tmp_path):
+    groups = find_groups(open_source(save_model("qwen2_moe", tmp_path)))
+    linears = groups["model.layers.0.mlp.experts"].linears
+    shared = {n.name.rpartition(".")[2]: n for n in linears if "shared_expert" in n.name}
+    assert set(shared) == {"gate_proj", "up_proj", "down_proj"}
+    assert shared["gate_proj"].weight_scale_set == shared["up_proj"].weight_scale_set
+    routed = [n for n in linears if "shared_expert" not in n.name]
+    for name in ("weight_scale_set", "input_scale_set"):
+        own = {getattr(n, name) for n in shared.values()}
+        assert len(own) == 2
+        assert own.isdisjoint({getattr(n, name) for n in routed})
+
+
+def test_shared_expert_can_be_separate(tmp_path):
+    source = open_source(save_model("deepseek_v3", tmp_path))
+    groups = find_groups(source, shared_experts="separate")
+    roles = {group.name: group.role for group in groups if "shared" in group.name}
+    assert roles == {
+        "model.layers.1.mlp.shared_experts.gate_up": "shared_gate_up",
+        "model.layers.1.mlp.shared_experts.down_proj": "shared_down",
+    }
+    assert len(groups["model.layers.1.mlp.experts"].linears) == 12
+
+
+def test_experts_are_in_numeric_order():
+    shapes = {f"model.layers.0.mlp.experts.{e}.down_proj.weight": (16, 16) for e in range(11)}
+    (group,) = grouped(shapes).groups
+    assert [linear.name.split(".")[5] for linear in group.linears] == [str(e) for e in range(11)]
+
+
+def test_why_tensors_of_real_models_are_fixed(tmp_path):
+    fixed = reasons(find_groups(open_source(save_model("deepseek_v3", tmp_path))))
+    assert fixed["model.embed_tokens.weight"] is Fixed.EMBEDDING
+    assert fixed["model.norm.weight"] is Fixed.VECTOR
+    assert fixed["model.layers.1.mlp.gate.weight"] is Fixed.ROUTER
+    assert fixed["model.layers.0.self_attn.kv_b_proj.weight"] is Fixed.KV_B
+    fixed = reasons(find_groups(open_source(save_model("qwen2_moe", tmp_path / "qwen"))))
+    assert fixed["model.layers.0.mlp.shared_expert_gate.weight"] is Fixed.ROUTER
+    assert fixed["model.layers.0.self_attn.q_proj.bias"] is Fixed.BIAS
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("model.layers.4.mlp.down_proj.weight", (16, 16), Fixed.MTP),
+        ("model.mtp.layers.0.mlp.down_proj.weight", (16, 16), Fixed.MTP),
+        ("mtp.fc.weight", (16, 32), Fixed.MTP),
+        ("model.vision_tower.layers.0.self_attn.q_proj.weight", (16, 16), Fixed.TOWER),
+        ("model.visual.blocks.0.attn.qkv.weight", (48, 16), Fixed.TOWER),
+        ("audio_tower.layers.0.fc1.weight", (16, 16), Fixed.TOWER),
+        ("multi_modal_projector.linear_1.weight", (16, 16), Fixed.TOWER),
+        ("model.layers.0.mlp.experts.gate_up_proj", (4, 32, 16), Fixed.FUSED_EXPERTS),
+        ("model.layers.0.linear_attn.conv1d.weight", (16, 1, 4), Fixed.CONVOLUTION),
+        ("model.layers.0.linear_attn.in_proj_a.weight", (4, 16), Fixed.STATE_SPACE),
+        ("model.layers.0.linear_attn.in_proj_ba.weight", (4, 16), Fixed.STATE_SPACE),
+        ("model.layers.0.linear_attn.A_log", (4,), Fixed.VECTOR),
+        ("model.layers.0.mlp.router.weight", (4, 16), Fixed.ROUTER),
+        ("model.layers.0.mystery.weight", (16, 16), Fixed.UNKNOWN),
+        ("model.project_in.weight", (16, 16), Fixed.UNKNOWN),
+        ("lm_head.weight", (0, 16), Fixed.UNKNOWN),
+    ],
+)
+def test_what_is_never_quantized(name, shape, reason):
+    groups = grouped({name: shape}, num_hidden_layers=4)
+    assert not groups.groups
+    assert reasons(groups) == {name: reason}
+
+
+@pytest.mark.parametrize(
+    ("names", "group", "role"),
+    [
+        (("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"), "in_proj_qkvz", "gdn_in"),
+        (("linear_attn.in_proj_qkvz",), "in_proj_qkvz", "gdn_in"),
+        (("mixer.in_proj",), "in_proj", "in"),
+        (("mixer.out_proj",), "out_proj", "out"),
+        (("mixer.up_proj",), "up_proj", "gate_up"),
+        (("self_attn.qkv_proj",), "qkv_proj", "qkv"),
+        (("self_attn.q_proj",), "q_proj", "qkv"),
+        (("feed_forward.w1", "feed_forward.w3"), "w13", "gate_up"),
+        (("mlp.c_fc_0", "mlp.c_fc_1"), "c_fc", "gate_up"),
+        (("mlp.strange_proj",), "strange_proj", "other"),
+    ],
+)
+def test_names_of_other_architectures(names, group, role):
+    groups = grouped({f"backbone.layers.3.{name}.weight": (16, 16) for name in names})
+    parent = names[0].partition(".")[0]
+    (found,) = groups.groups
+    assert (found.name, found.role) == (f"backbone.layers.3.{parent}.{group}", role)
+    assert len(found.linears) == len(names)
+
+
+def test_tied_head_on_disk_is_fixed_and_an_untied_one_is_a_group():
+    shapes = {"lm_head.weight": (32, 16)}
+    assert reasons(grouped(shapes, tie_word_embeddings=True)) == {"lm_head.weight": Fixed.TIED_HEAD}
+    assert [group.role for group in grouped(shapes, tie_word_embeddings=False)] == ["head"]
+
+
+def test_integer_weights_are_fixed():
+    groups = grouped({"model.layers.0.mlp.down_proj.weight": (16, 16)}, dtype="I32")
+    assert list(reasons(groups).values()) == [Fixed.DTYPE]
+
+
+def test_transposed_matrices_are_fixed():
+    groups = grouped({"transformer.h.0.mlp.c_proj.weight": (64, 16)}, model_type="gpt2")
+    assert list(reasons(groups).values()) == [Fixed.TRANSPOSED]
+
+
+def test_linear_whose_inputs_are_no_multiple_of_16_says_so():
+    (group,) = grouped({"model.layers.0.mlp.down_proj.weight": (16, 24)}).groups
+    assert group.why_illegal(Format.NVFP4) == (
+        "model.layers.0.mlp.down_proj: NVFP4 needs K divisible by 16, and K is 24"
+    )
+    assert group.why_illegal(Format.FP8) is None
+
+
+def test_unknown_group_is_a_config_error(tmp_path):
+    groups = find_groups(open_source(save_model("llama", tmp_path)))
+    with pytest.raises(ConfigError, match="no layer group 'nonsense'"):
+        groups["nonsense"]
+
+
+def test_model_without_any_linear_is_an_error(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"model.embed_tokens.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SourceError, match="no linear layer"):
+        find_groups(open_source(tmp_path))
