@@ -120,7 +120,7 @@ def _print_groups(plan: "Plan") -> None:
     alike: dict[tuple[str, str], list[LayerGroup]] = {}
     for group in plan.groups:
         choices = plan.options.choices[group.name]
-        formats = dict.fromkeys(choice.format.upper() for choice in choices)
+        formats = dict.fromkeys(choice.form.upper() for choice in choices)
         alike.setdefault((group.role, " ".join(formats)), []).append(group)
     rows = []
     for (role, legal), groups in alike.items():
@@ -138,7 +138,7 @@ def _closed(plan: "Plan") -> list[tuple[str, int, str]]:
         for format, reason in plan.options.closed[group.name].items():
             named = (f"{linear.name}: " for linear in group.linears if linear.name in reason)
             counts[format, f"{group.role}: {reason.removeprefix(next(named, ''))}"] += 1
-    return [(format.upper(), count, why) for (format, why), count in counts.items()]
+    return [(format.label, count, why) for (format, why), count in counts.items()]
 
 
 def _size(count: int) -> str:

@@ -10,7 +10,7 @@ import yaml
 
 from autoquant.export.declaration import caveat
 from autoquant.export.layouts.base import Layout
-from autoquant.formats import Format
+from autoquant.formats import BF16, Choice
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import Groups
 from autoquant.plan.kv_cache import KvCache
@@ -80,8 +80,8 @@ class Served:
     """How the checkpoint is read."""
 
     layout: Layout
-    formats: Mapping[str, Format]
-    """Format of every quantized linear, by its name on disk."""
+    choices: Mapping[str, Choice]
+    """Choice of every quantized linear, by its name on disk."""
     kv_cache: KvCache
 
 
@@ -113,12 +113,12 @@ def model_card(
         base=base,
         bpe=bpe,
         served=served,
-        caveat=caveat(served.layout, groups, served.formats),
+        caveat=caveat(served.layout, groups, served.choices),
         card=card,
         counts=_counts_by_role(groups, assignment),
         layers=_layer_map(groups, assignment),
         roles=_roles(groups),
-        formats=[format.upper() for format in Format],
+        formats=[form.upper() for form in _forms(assignment)],
     )
 
 
@@ -129,7 +129,7 @@ def _front_matter(source: Source, assignment: Assignment, base: str | None) -> d
     if base is not None:
         matter |= {"base_model": base, "base_model_relation": "quantized"}
     used = [format for format, count in assignment.counts().items() if count]
-    tags = ["autoquant", "mixed-precision", *(f for f in used if f != Format.BF16)]
+    tags = ["autoquant", "mixed-precision", *(f.replace("/", "-") for f in used if f != BF16.form)]
     return matter | {"tags": tags}
 
 
@@ -152,10 +152,16 @@ def _roles(groups: Groups) -> list[str]:
 
 def _counts_by_role(groups: Groups, assignment: Assignment) -> dict[str, list[int]]:
     """Groups per format of every role."""
-    counts: dict[str, Counter[Format]] = {role: Counter() for role in _roles(groups)}
+    counts: dict[str, Counter[str]] = {role: Counter() for role in _roles(groups)}
     for group in groups:
-        counts[group.role][assignment[group.name].format] += 1
-    return {role: [counter[format] for format in Format] for role, counter in counts.items()}
+        counts[group.role][assignment[group.name].form] += 1
+    forms = _forms(assignment)
+    return {role: [counter[form] for form in forms] for role, counter in counts.items()}
+
+
+def _forms(assignment: Assignment) -> list[str]:
+    """Every format, and with BF16 inputs those that occur so."""
+    return list(assignment.counts())
 
 
 def _layer_map(groups: Groups, assignment: Assignment) -> dict[str, list[str]]:

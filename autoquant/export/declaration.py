@@ -8,7 +8,7 @@ from autoquant.errors import ConfigError
 from autoquant.export.layouts import compressed_tensors as layout_compressed_tensors
 from autoquant.export.layouts import modelopt as layout_modelopt
 from autoquant.export.layouts.base import Layout
-from autoquant.formats import Format
+from autoquant.formats import BF16, Choice
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import Groups
 from autoquant.plan.kv_cache import KvCache
@@ -25,20 +25,20 @@ class Declaration:
     """Files of their own, by name."""
 
 
-def quantized_linears(groups: Groups, assignment: Assignment) -> dict[str, Format]:
-    """Format of every linear that leaves BF16, by its name on disk."""
+def quantized_linears(groups: Groups, assignment: Assignment) -> dict[str, Choice]:
+    """Choice of every linear that leaves BF16, by its name on disk."""
     return {
-        linear.name: assignment[group.name].format
+        linear.name: assignment[group.name]
         for group in groups
         for linear in group.linears
-        if assignment[group.name].format is not Format.BF16
+        if assignment[group.name] != BF16
     }
 
 
-def caveat(layout: Layout, groups: Groups, formats: Mapping[str, Format]) -> str | None:
+def caveat(layout: Layout, groups: Groups, choices: Mapping[str, Choice]) -> str | None:
     """What a reader of the layout does wrong with such a checkpoint, or None."""
     if layout is Layout.COMPRESSED_TENSORS:
-        return layout_compressed_tensors.transformers_caveat(groups, formats)
+        return layout_compressed_tensors.transformers_caveat(groups, choices)
     return None
 
 
@@ -57,7 +57,7 @@ def declare(
     layout: Layout,
     headers: Headers,
     groups: Groups,
-    formats: Mapping[str, Format],
+    choices: Mapping[str, Choice],
     kv_cache: KvCache,
 ) -> Declaration | None:
     """What `layout` says about a checkpoint; None where nothing is quantized.
@@ -66,28 +66,28 @@ def declare(
         layout: whose files.
         headers: the source's tensors.
         groups: its layer groups.
-        formats: format of every quantized linear by name.
+        choices: of every quantized linear by name.
         kv_cache: what the engines' cache is to hold.
 
     Raises:
         ConfigError: an FP8 cache beside weights that all stay as they are.
     """
-    if not formats and kv_cache is not KvCache.BF16:
+    if not choices and kv_cache.is_quantized:
         raise ConfigError(
             "an FP8 cache of keys and values is declared with the layers' quantization, and the "
             "assignment quantizes no layer.",
             fix="leave out --kv-cache: engines quantize the cache of a BF16 model on request.",
         )
-    if not formats:
+    if not choices:
         return None
-    fp8_kv_cache = kv_cache is KvCache.FP8
+    fp8_kv_cache = kv_cache.is_quantized
     if layout is Layout.COMPRESSED_TENSORS:
         return Declaration(
             config=layout_compressed_tensors.quantization_config(
-                headers, groups, formats, fp8_kv_cache=fp8_kv_cache
+                headers, groups, choices, fp8_kv_cache=fp8_kv_cache
             )
         )
     flat, nested = layout_modelopt.quantization_files(
-        headers, groups, formats, fp8_kv_cache=fp8_kv_cache
+        headers, groups, choices, fp8_kv_cache=fp8_kv_cache
     )
     return Declaration(config=flat, files={layout_modelopt.QUANTIZATION_FILE: nested})

@@ -1,7 +1,7 @@
 """Export: the source checkpoint with the assigned linears quantized, streamed tensor by tensor."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -10,27 +10,24 @@ from typing import Any
 from torch import Tensor
 
 import autoquant
-from autoquant.errors import ConfigError
+from autoquant.codes.book import CodeBook
+from autoquant.codes.weights import FileWeights
 from autoquant.export.card import CardFacts, Served, model_card
 from autoquant.export.companions import companion_files
 from autoquant.export.declaration import Declaration, declare, quantized_linears
 from autoquant.export.digests import file_digests
+from autoquant.export.inputs import input_ranges
 from autoquant.export.kv_scales import kv_scales
-from autoquant.export.layouts.base import Layout, StoredTensor, stored_tensors
+from autoquant.export.layouts.base import Layout, StoredTensor, stored_tensors, to_store
 from autoquant.export.pipeline import ahead
-from autoquant.export.quantize import (
-    QuantizedLinear,
-    WeightRanges,
-    input_ranges,
-    read_weight,
-)
 from autoquant.export.target import copy_file, new_folder
 from autoquant.export.writer import ShardWriter
 from autoquant.files import to_json, write_atomic
-from autoquant.formats import Format
-from autoquant.plan.assignment import Assignment
+from autoquant.formats import BF16, Choice
+from autoquant.plan.assignment import Assignment, require_legal
 from autoquant.plan.grouping import Groups
 from autoquant.plan.kv_cache import KvCache, KvRange
+from autoquant.plan.linears import LayerGroup, Linear
 from autoquant.source.headers import TensorHeader
 from autoquant.source.shards import INDEX_FILE, SINGLE_FILE
 from autoquant.source.source import CONFIG_FILE, Source
@@ -49,7 +46,7 @@ class ExportResult:
     bpe: float
     """Bits per element of the source, scope `checkpoint`."""
     uncalibrated: tuple[str, ...]
-    """Input sets that no calibration token reached; they took their layer's largest magnitude."""
+    """Stored input scales of which no calibration token reached the inputs."""
     left_out: tuple[Path, ...]
     """Files of the source that hold the weights once more, in another form."""
 
@@ -63,6 +60,8 @@ def export(
     *,
     layout: Layout = Layout.MODELOPT,
     kv_ranges: Mapping[str, KvRange] | None = None,
+    uncalibrated: Collection[str] = (),
+    book: CodeBook | None = None,
     card: CardFacts | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> ExportResult:
@@ -80,6 +79,8 @@ def export(
         layout: who is to read it.
         kv_ranges: largest calibrated keys and values of each attention module, for an FP8 cache;
             without them engines keep their cache in BF16.
+        uncalibrated: input scale sets that no calibration token reached.
+        book: where codes come from; made from the files of `source` by default.
         card: what the model card says beyond the formats.
         on_bytes: called with the number of source bytes whose export has just been written; they
             add up to the size of the source.
@@ -89,36 +90,36 @@ def export(
         SourceError: a NaN or infinite weight, a useless input magnitude, a source that changed.
         RunConflict: `target` holds something, or another process is writing it.
     """
-    _require_legal(groups, assignment)
-    inputs, uncalibrated = input_ranges(groups, assignment, input_amax)
-    formats = quantized_linears(groups, assignment)
-    kv_cache = KvCache.FP8 if kv_ranges else KvCache.BF16
-    declared = declare(layout, source.headers, groups, formats, kv_cache)
+    require_legal(assignment, groups)
+    inputs = input_ranges(groups, assignment, input_amax)
+    choices = quantized_linears(groups, assignment)
+    kv_cache = KvCache.of(quantized=bool(kv_ranges))
+    declared = declare(layout, source.headers, groups, choices, kv_cache)
+    codes = _Codes(
+        book=book or CodeBook(FileWeights(source.headers), memory_bytes=0),
+        layout=layout,
+        inputs=inputs,
+        linears={
+            linear.tensor: (group, linear, assignment[group.name])
+            for group in groups
+            if assignment[group.name] != BF16
+            for linear in group.linears
+        },
+    )
     companions, left_out = companion_files(source.path)
     with new_folder(target, source=source.path) as folder:
-        quantized = {
-            linear.tensor: QuantizedLinear(
-                linear=linear,
-                choice=assignment[group.name],
-                input_amax=inputs[linear.input_scale_set],
-                layout=layout,
-            )
-            for group in groups
-            if assignment[group.name].format is not Format.BF16
-            for linear in group.linears
-        }
         added = kv_scales(kv_ranges or {}, layout)
-        weights = _write_shards(source, quantized, added, folder, on_bytes)
+        weights = _write_shards(source, codes, added, folder, on_bytes)
         for name in companions:
             copy_file(source.path / name, folder / name)
         result = ExportResult(
             path=target.absolute(),
             checkpoint_bytes=weights.bytes,
             bpe=8 * weights.bytes / source.headers.elements,
-            uncalibrated=uncalibrated,
+            uncalibrated=tuple(name for name in inputs if name in uncalibrated),
             left_out=tuple(n for n in left_out if source.path / n not in source.headers.files),
         )
-        served = Served(layout=layout, formats=formats, kv_cache=kv_cache)
+        served = Served(layout=layout, choices=choices, kv_cache=kv_cache)
         files = dict(declared.files) if declared else {}
         files[CONFIG_FILE] = _config(source, declared)
         files[AUTOQUANT_FILE] = _provenance(
@@ -129,6 +130,30 @@ def export(
         for file, content in (files | weights.index).items():  # the index last
             write_atomic(folder / file, to_json(content, indent=2))
     return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Codes:
+    """What takes the place of the source's tensors."""
+
+    book: CodeBook
+    layout: Layout
+    inputs: Mapping[str, float]
+    """Largest calibration input of each set that stores a scale."""
+    linears: Mapping[str, tuple[LayerGroup, Linear, Choice]]
+    """The quantized linears, by their tensor in the source."""
+
+    def announced(self, tensor: str) -> Iterable[StoredTensor]:
+        """Names, dtypes and shapes of what is stored for a tensor."""
+        _, linear, choice = self.linears[tensor]
+        return stored_tensors(linear, choice, self.layout).values()
+
+    def tensors(self, tensor: str) -> dict[str, Tensor]:
+        """What is stored for a tensor."""
+        group, linear, choice = self.linears[tensor]
+        packed = self.book.linear(group, linear, choice)
+        amax = self.inputs.get(linear.input_scale_set, 0.0)
+        return to_store(linear, packed, choice, amax, self.layout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,18 +175,9 @@ class _Weights:
         return {INDEX_FILE: {"metadata": {"total_size": self.bytes}, "weight_map": self.placed}}
 
 
-def _require_legal(groups: Groups, assignment: Assignment) -> None:
-    for name, choice in assignment:
-        reason = groups[name].why_illegal(choice.format)
-        if reason is not None:
-            raise ConfigError(
-                f"the assignment puts {name} into {choice}: {reason}.", fix="choose fp8 or bf16."
-            )
-
-
 def _write_shards(
     source: Source,
-    quantized: Mapping[str, QuantizedLinear],
+    codes: _Codes,
     added: Mapping[str, Mapping[str, Tensor]],
     folder: Path,
     on_bytes: Callable[[int], None],
@@ -170,10 +186,10 @@ def _write_shards(
     placed: dict[str, str] = {}
     digests: dict[str, str] = {}
     size = 0
-    streamed = ahead(_quantized_tensors(source, quantized))
+    streamed = ahead(_quantized_tensors(source, codes))
     for file, parts in groupby(streamed, key=lambda part: part[0].file):
-        headers = [h for h in source.headers.to_write(quantized) if h.file == file]
-        stored = [t for header in headers for t in _announce(header, quantized, added)]
+        headers = [h for h in source.headers.to_write(codes.linears) if h.file == file]
+        stored = [t for header in headers for t in _announce(header, codes, added)]
         metadata = source.headers.metadata[file]
         with ShardWriter(folder / file.name, stored, metadata) as shard:
             for header, tensors in parts:
@@ -192,30 +208,22 @@ def _write_shards(
 
 
 def _quantized_tensors(
-    source: Source, quantized: Mapping[str, QuantizedLinear]
+    source: Source, codes: _Codes
 ) -> Iterator[tuple[TensorHeader, dict[str, Tensor] | None]]:
     """Every tensor of the source in file order with what is stored for it, None for itself."""
-    ranges = WeightRanges(source.headers, (own.linear for own in quantized.values()))
-    for header in source.headers.to_write(quantized):
-        own = quantized.get(header.name)
-        if own is None:
-            yield header, None
-        else:
-            amax = ranges[own.linear.weight_scale_set]
-            yield header, own.tensors(read_weight(header), amax)
+    for header in source.headers.to_write(codes.linears):
+        is_quantized = header.name in codes.linears
+        yield header, codes.tensors(header.name) if is_quantized else None
 
 
 def _announce(
-    header: TensorHeader,
-    quantized: Mapping[str, QuantizedLinear],
-    added: Mapping[str, Mapping[str, Tensor]],
+    header: TensorHeader, codes: _Codes, added: Mapping[str, Mapping[str, Tensor]]
 ) -> Iterator[StoredTensor]:
     """What is written for a tensor of the source: itself or its quantized form, and additions."""
-    own = quantized.get(header.name)
-    if own is None:
-        yield StoredTensor(name=header.name, dtype=header.dtype, shape=header.shape)
+    if header.name in codes.linears:
+        yield from codes.announced(header.name)
     else:
-        yield from stored_tensors(own.linear, own.choice.format, own.layout)
+        yield StoredTensor(name=header.name, dtype=header.dtype, shape=header.shape)
     for name, tensor in added.get(header.name, {}).items():
         yield StoredTensor(name=name, dtype="F32", shape=tuple(tensor.shape))
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autoquant.formats import NVFP4_BLOCK
+from autoquant.formats import CODES, GLOBAL_SCALE, SCALE
+from autoquant.formats.packed import Packed
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1_REACH = (0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 1.0, 1.0)
@@ -48,17 +49,25 @@ class Distance:
             self.wrong += int((far & ~saturated).sum())
 
 
-def nvfp4_distance(
+def distance_of(weight: Tensor, packed: Packed) -> Distance:
+    """Compare a source weight [N, K] with its codes, by the kind of the codes."""
+    parts = packed.parts
+    if parts[CODES].dtype is torch.uint8:
+        return e2m1_distance(weight, parts[CODES], parts[SCALE], parts[GLOBAL_SCALE])
+    return e4m3_distance(weight, parts[CODES], parts[SCALE])
+
+
+def e2m1_distance(
     weight: Tensor, codes: Tensor, block_scale: Tensor, global_scale: Tensor
 ) -> Distance:
-    """Compare [N, K] with packed codes [N, K/2] and E4M3 block scales [N, K/16]."""
+    """Compare [N, K] with packed codes [N, K/2] and E4M3 scales [N, K/B] of blocks of B."""
     signed = torch.tensor(_E2M1 + tuple(-value for value in _E2M1))
     values, reaches = _by_byte(signed), _by_byte(torch.tensor(_E2M1_REACH * 2) * _SLACK)
     distance = Distance()
     for rows in _row_chunks(weight):
         packed = codes[rows].flatten().int()
         scale = (block_scale[rows].float() * global_scale).unsqueeze(-1)
-        shape = (*scale.shape[:2], NVFP4_BLOCK)
+        shape = (*scale.shape[:2], -1)
         decoded = values.index_select(0, packed).view(torch.float32).view(shape) * scale
         reach = reaches.index_select(0, packed).view(torch.float32).view(shape) * scale
         largest = _LARGEST["e2m1"] * scale
@@ -66,7 +75,7 @@ def nvfp4_distance(
     return distance
 
 
-def fp8_distance(weight: Tensor, codes: Tensor, scale: Tensor) -> Distance:
+def e4m3_distance(weight: Tensor, codes: Tensor, scale: Tensor) -> Distance:
     """Compare [N, K] with E4M3 codes [N, K]."""
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     values = every * scale

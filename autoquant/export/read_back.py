@@ -7,22 +7,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import autoquant_kernels as kernels
-import torch
 from torch import Tensor
 
 from autoquant.errors import SourceError
 from autoquant.export.export import AUTOQUANT_FILE
 from autoquant.export.kv_scales import attention_of, kv_scale_tensors
-from autoquant.export.layouts.base import (
-    Layout,
-    StoredTensor,
-    TensorNames,
-    stored_tensors,
-    tensor_names,
-)
+from autoquant.export.layouts.base import Layout, StoredTensor, form_of, stored_tensors
 from autoquant.export.layouts.compressed_tensors import scale_of
-from autoquant.formats import Format
+from autoquant.export.layouts.engine_view import EngineView, view_of
+from autoquant.formats import (
+    A16,
+    BF16,
+    CODES,
+    INPUT_SCALE,
+    SCALE,
+    Choice,
+    LayoutForm,
+    all_formats,
+)
+from autoquant.formats.packed import Packed
 from autoquant.plan.grouping import Groups, group_tensors
 from autoquant.plan.linears import Linear
 from autoquant.source import stored_forms
@@ -33,7 +36,13 @@ from autoquant.source.source import CONFIG_FILE, text_config
 from autoquant.source.tensors import read_tensor
 
 _WEIGHT = ".weight"
-_QUANTIZED = (Format.NVFP4, Format.FP8)
+
+
+def stored_choices(layout: Layout) -> tuple[Choice, ...]:
+    """The default choice of every format that a layout holds: the scale rule and the rounding
+    cannot be read off a checkpoint, and do not matter to who loads it.
+    """
+    return tuple(Choice.parse(f.name) for f in all_formats() if layout in f.layouts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +54,9 @@ class QuantizedCheckpoint:
     headers: Headers = field(repr=False)
     """What is stored."""
     layout: Layout
-    formats: Mapping[str, Format] = field(repr=False)
-    """Format of every quantized linear, by its name on disk."""
+    choices: Mapping[str, Choice] = field(repr=False)
+    """Choice of every quantized linear, by its name on disk; scale rule and rounding are nominal,
+    for they cannot be read off a checkpoint."""
     attention: tuple[str, ...] = field(repr=False)
     """Modules with scales for their keys and values; none where the cache stays in BF16."""
 
@@ -69,9 +79,11 @@ class QuantizedCheckpoint:
 
     @cached_property
     def input_scales(self) -> dict[str, float]:
-        """Input scale of every quantized linear: the largest input over 6 * 448, or over 448."""
+        """Input scale of every linear whose inputs are quantized, float32."""
         return {
-            name: self._scalar(name, self.names(name).input_scale).item() for name in self.formats
+            name: self._scalar(name, INPUT_SCALE).item()
+            for name, choice in self.choices.items()
+            if not choice.keeps_input
         }
 
     @cached_property
@@ -86,24 +98,30 @@ class QuantizedCheckpoint:
             for keys, values in (kv_scale_tensors(module, self.layout),)
         }
 
-    def names(self, linear: str) -> TensorNames:
-        """What follows the name of a quantized linear."""
-        return tensor_names(self.layout, self.formats[linear])
+    def choice(self, linear: str) -> Choice:
+        """What a linear is stored in; BF16 is as in the source."""
+        return self.choices.get(linear, BF16)
 
-    def codes(self, linear: str) -> Tensor:
-        """Codes of a quantized linear: E4M3 [N, K], or pairs of E2M1 [N, K / 2]."""
-        return read_tensor(self.headers[linear + self.names(linear).weight])
+    def form(self, linear: str) -> LayoutForm:
+        """How the layout holds a quantized linear."""
+        return form_of(self.layout, self.choices[linear].format)
 
-    def weight_scale(self, linear: str) -> Tensor:
-        """E4M3 block scales [N, K / 16] of an NVFP4 linear, the 0-dimensional scale of FP8."""
-        stored = read_tensor(self.headers[linear + self.names(linear).weight_scale])
-        return stored if self.formats[linear] is Format.NVFP4 else stored.reshape(())
+    def scalars(self, linear: str) -> dict[str, str]:
+        """Names of the per-tensor float32 scales of a quantized linear, by part."""
+        stored = stored_tensors(_linear(linear, 1, 16), self.choices[linear], self.layout)
+        return {part: own.name for part, own in stored.items() if own.dtype == "F32"}
 
-    def global_scale(self, linear: str) -> Tensor:
-        """What the block scales of an NVFP4 linear are multiplied with, 0-dimensional float32."""
-        end = self.names(linear).global_scale
-        assert end is not None
-        return self._scalar(linear, end)
+    def packed(self, linear: str) -> Packed:
+        """The codes of a quantized linear as stored, per-tensor scales as they multiply."""
+        choice, form = self.choices[linear], self.form(linear)
+        scalars = self.scalars(linear)
+        parts = {}
+        for part, end in form.names.items():
+            if part in scalars and part != INPUT_SCALE:
+                parts[part] = self._scalar(linear, part)
+            elif part != INPUT_SCALE:
+                parts[part] = read_tensor(self.headers[linear + end])
+        return Packed(choice, parts)
 
     def stored_scalar(self, name: str) -> Tensor:
         """A float32 scale as it is stored, 0-dimensional."""
@@ -113,37 +131,34 @@ class QuantizedCheckpoint:
         """Every source tensor by name: dequantized to BF16 if quantized, else as stored."""
         for header in self.source_headers:
             name = header.name.removesuffix(_WEIGHT)
-            if name in self.formats:
-                yield header.name, self._dequantize(name)
+            if name in self.choices:
+                yield header.name, self.packed(name).decode()
             else:
                 yield header.name, read_tensor(header)
 
-    def _dequantize(self, name: str) -> Tensor:
-        codes, scale = self.codes(name), self.weight_scale(name)
-        if self.formats[name] is Format.FP8:
-            return kernels.dequantize_fp8(codes, scale, dtype=torch.bfloat16)
-        return kernels.dequantize_nvfp4(codes, scale, self.global_scale(name), dtype=torch.bfloat16)
-
-    def _scalar(self, linear: str, end: str) -> Tensor:
-        stored = self.stored_scalar(linear + end)
-        return scale_of(stored) if self.names(linear).stores_reciprocals else stored
+    def _scalar(self, linear: str, part: str) -> Tensor:
+        form = self.form(linear)
+        stored = self.stored_scalar(linear + form.names[part])
+        return scale_of(stored) if part in form.reciprocals else stored
 
     @cached_property
     def _scales(self) -> frozenset[str]:
         """Names of all tensors that stand for none of the source."""
-        own = {name + end for name in self.formats for end in self.names(name).scales}
+        own = {
+            name + end
+            for name in self.choices
+            for part, end in self.form(name).names.items()
+            if part != CODES
+        }
         cached = (kv_scale_tensors(module, self.layout) for module in self.attention)
         return frozenset(own | {tensor.name for pair in cached for tensor in pair})
 
     def _as_source(self, header: TensorHeader) -> TensorHeader:
-        for format in _QUANTIZED:
-            name = header.name.removesuffix(tensor_names(self.layout, format).weight)
-            if name != header.name and self.formats.get(name) is format:
-                rows, columns = header.shape
-                packed = 2 if format is Format.NVFP4 else 1
-                return dataclasses.replace(
-                    header, name=name + _WEIGHT, dtype="BF16", shape=(rows, columns * packed)
-                )
+        for choice in stored_choices(self.layout):
+            name = header.name.removesuffix(form_of(self.layout, choice.format).names[CODES])
+            if name != header.name and self.choice(name).format == choice.format:
+                shape = (header.shape[0], _columns(choice, header.shape[1]))
+                return dataclasses.replace(header, name=name + _WEIGHT, dtype="BF16", shape=shape)
         return header
 
 
@@ -165,8 +180,9 @@ def open_quantized(folder: str | Path) -> QuantizedCheckpoint:
     layout = _layout(path, config.get("quantization_config"))
     hidden = text_config(config).get("hidden_size")
     headers = stored_forms.apart(read_checkpoint_headers(path), config, hidden)
-    formats, attention = _formats(headers, layout), _attention(headers, layout)
-    if not formats and not attention and not (path / AUTOQUANT_FILE).exists():
+    view = view_of(layout, config.get("quantization_config"))
+    choices, attention = _choices(headers, layout, view), _attention(headers, layout)
+    if not choices and not attention and not (path / AUTOQUANT_FILE).exists():
         raise SourceError(
             f"{path} holds no quantized weights and no {AUTOQUANT_FILE}, which even an export with "
             "every layer in BF16 has: it is a plain model.",
@@ -177,7 +193,7 @@ def open_quantized(folder: str | Path) -> QuantizedCheckpoint:
         config=config,
         headers=headers,
         layout=layout,
-        formats=formats,
+        choices=choices,
         attention=attention,
     )
 
@@ -196,64 +212,84 @@ def _layout(path: Path, quantization: Any) -> Layout:
         ) from None
 
 
-def _formats(headers: Headers, layout: Layout) -> dict[str, Format]:
-    """Formats by what is stored.
+def _choices(headers: Headers, layout: Layout, view: EngineView | None) -> dict[str, Choice]:
+    """Choices by what is stored, and BF16 inputs by what is declared: engines that miss an input
+    scale would not say so.
 
     Raises:
         SourceError: a quantized linear is not stored as its format says, or a scale has no linear.
     """
-    formats: dict[str, Format] = {}
+    choices: dict[str, Choice] = {}
     for header in headers:
-        for format, dtype in ((Format.NVFP4, "U8"), (Format.FP8, "F8_E4M3")):
-            names = tensor_names(layout, format)
-            name = header.name.removesuffix(names.weight)
+        for choice in stored_choices(layout):
+            form = form_of(layout, choice.format)
+            name = header.name.removesuffix(form.names[CODES])
+            dtype = choice.format.parts(1, 16, choice)[CODES].dtype
             if name == header.name or header.dtype != dtype:
                 continue
-            if name + names.weight_scale not in headers:
+            if name + form.names[SCALE] not in headers:
                 raise SourceError(
-                    f"{header.file} holds {header.name} in {dtype} without {names.weight_scale}.",
+                    f"{header.file} holds {header.name} in {dtype} without {form.names[SCALE]}.",
                     fix="export the checkpoint again.",
                 )
-            formats[name] = format
-            _require_stored(headers, layout, name, format)
-    _require_owners(headers, layout, formats)
-    return formats
+            choices[name] = choice
+            if A16 in choice.format.inputs:
+                plain = dataclasses.replace(choice, input=A16)
+                if view is not None and view.form(name) == plain.form:
+                    choices[name] = plain
+            _require_stored(headers, layout, name, choices[name])
+    _require_owners(headers, layout, choices)
+    return choices
 
 
-def _require_owners(headers: Headers, layout: Layout, formats: Mapping[str, Format]) -> None:
-    ends = {end for format in _QUANTIZED for end in tensor_names(layout, format).scales}
+def _require_owners(headers: Headers, layout: Layout, choices: Mapping[str, Choice]) -> None:
+    ends = {
+        end
+        for choice in stored_choices(layout)
+        for part, end in form_of(layout, choice.format).names.items()
+        if part != CODES
+    }
     for header in headers:
         end = next((end for end in ends if header.name.endswith(end)), None)
-        if end is not None and header.name.removesuffix(end) not in formats:
+        if end is not None and header.name.removesuffix(end) not in choices:
             raise SourceError(
                 f"{header.file} holds {header.name}, and no quantized weight belongs to it.",
                 fix="export the checkpoint again.",
             )
 
 
-def _require_stored(headers: Headers, layout: Layout, name: str, format: Format) -> None:
-    weight = headers[name + tensor_names(layout, format).weight]
+def _require_stored(headers: Headers, layout: Layout, name: str, choice: Choice) -> None:
+    weight = headers[name + form_of(layout, choice.format).names[CODES]]
     if len(weight.shape) != 2:
         raise SourceError(
             f"{weight.name} has shape {list(weight.shape)}; a quantized weight has two axes.",
             fix="export the checkpoint again.",
         )
-    packed = 2 if format is Format.NVFP4 else 1
-    linear = Linear(
-        name=name,
-        out_features=weight.shape[0],
-        in_features=weight.shape[1] * packed,
-        weight_scale_set=name,
-        input_scale_set=name,
-    )
-    for expected in stored_tensors(linear, format, layout):
+    linear = _linear(name, weight.shape[0], _columns(choice, weight.shape[1]))
+    for expected in stored_tensors(linear, choice, layout).values():
         found = headers.tensors.get(expected.name)
         if found is None:
             raise SourceError(
-                f"{weight.file.parent} stores {name} in {format.upper()} without {expected.name}.",
+                f"{weight.file.parent} stores {name} in {choice.format.label} without "
+                f"{expected.name}.",
                 fix="export the checkpoint again.",
             )
-        _require_form(found, expected, format.upper())
+        _require_form(found, expected, choice.format.label)
+
+
+def _columns(choice: Choice, stored: int) -> int:
+    """Inputs of a linear whose codes have `stored` columns."""
+    return stored * 16 // choice.format.parts(1, 16, choice)[CODES].shape[1]
+
+
+def _linear(name: str, out_features: int, in_features: int) -> Linear:
+    return Linear(
+        name=name,
+        out_features=out_features,
+        in_features=in_features,
+        weight_scale_set=name,
+        input_scale_set=name,
+    )
 
 
 def _require_form(found: TensorHeader, expected: StoredTensor, what: str) -> None:

@@ -12,14 +12,14 @@ from autoquant.errors import SourceError
 from autoquant.export.digests import file_digests
 from autoquant.export.export import AUTOQUANT_FILE
 from autoquant.export.kv_scales import kv_scale_tensors
-from autoquant.export.layouts.base import Layout, tensor_names
+from autoquant.export.layouts.base import Layout
 from autoquant.export.layouts.engine_view import EngineView, compressed_tensors_view, modelopt_views
 from autoquant.export.layouts.modelopt import QUANTIZATION_FILE
-from autoquant.export.nearest import Distance, fp8_distance, nvfp4_distance
-from autoquant.export.quantize import read_weight
+from autoquant.export.nearest import distance_of
 from autoquant.export.read_back import QuantizedCheckpoint, open_quantized
-from autoquant.formats import Format
+from autoquant.formats import BF16, GLOBAL_SCALE, INPUT_SCALE, SCALE, all_formats
 from autoquant.plan.kv_cache import KvCache, attention_modules
+from autoquant.plan.linears import LayerGroup
 from autoquant.source.json_file import read_json_object
 from autoquant.source.shards import INDEX_FILE
 from autoquant.source.source import Source
@@ -106,17 +106,15 @@ def verify(
             problems.append(f"{AUTOQUANT_FILE} names another source than {source.path}.")
         problems += _name_problems(checkpoint, source)
     problems += _content_problems(checkpoint, source, errors, on_bytes)
-    counts = Counter(
-        checkpoint.formats.get(linear.name, Format.BF16) for linear in checkpoint.groups.linears
-    )
+    counts = Counter(checkpoint.choice(linear.name).form for linear in checkpoint.groups.linears)
     return Verification(
         path=checkpoint.path,
         layout=checkpoint.layout,
-        kv_cache=KvCache.FP8 if checkpoint.attention else KvCache.BF16,
+        kv_cache=KvCache.of(quantized=bool(checkpoint.attention)),
         problems=tuple(problems),
         is_foreign=is_foreign,
         tensors=len(checkpoint.headers),
-        linears={str(format): counts[format] for format in Format},
+        linears=dict.fromkeys(map(str, all_formats()), 0) | counts,
         checkpoint_bytes=checkpoint.headers.bytes,
         bpe=8 * checkpoint.headers.bytes / checkpoint.source_headers.elements,
         relative_error=errors,
@@ -124,7 +122,7 @@ def verify(
 
 
 def _scale_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
-    scalars = [name + end for name in checkpoint.formats for end in checkpoint.names(name).scalars]
+    scalars = [end for name in checkpoint.choices for end in checkpoint.scalars(name).values()]
     for module in checkpoint.attention:
         scalars += [tensor.name for tensor in kv_scale_tensors(module, checkpoint.layout)]
     for tensor in scalars:
@@ -136,27 +134,33 @@ def _scale_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
 def _sharing_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
     """Differences inside groups and scale sets, which engines hold as one matrix."""
     for group in checkpoint.groups:
-        formats = {checkpoint.formats.get(n.name, Format.BF16) for n in group.linears}
-        if len(formats) > 1:
-            yield f"{group.name} mixes {', '.join(sorted(formats))}; its linears share a format."
-        elif formats != {Format.BF16}:
-            weight, inputs = tensor_names(checkpoint.layout, formats.pop()).scalars
-            members = [(n.weight_scale_set, n.name + weight) for n in group.linears]
-            members += [(n.input_scale_set, n.name + inputs) for n in group.linears]
-            first: dict[tuple[str, bool], tuple[str, torch.Tensor]] = {}
-            for scale_set, tensor in members:
-                value = checkpoint.stored_scalar(tensor)
-                key = scale_set, tensor.endswith(inputs)
-                other, expected = first.setdefault(key, (tensor, value))
-                if not torch.equal(value, expected):
-                    yield f"{tensor} is {value.item()} and {other} {expected.item()}; they share."
+        forms = {checkpoint.choice(linear.name).form for linear in group.linears}
+        if len(forms) > 1:
+            yield f"{group.name} mixes {', '.join(sorted(forms))}; its linears share a format."
+        elif forms != {BF16.form}:
+            yield from _unequal_scalars(checkpoint, group)
+
+
+def _unequal_scalars(checkpoint: QuantizedCheckpoint, group: LayerGroup) -> Iterator[str]:
+    first: dict[tuple[str, str], tuple[str, torch.Tensor]] = {}
+    for part in (GLOBAL_SCALE, SCALE, INPUT_SCALE):
+        for linear in group.linears:
+            tensor = checkpoint.scalars(linear.name).get(part)
+            if tensor is None:
+                continue
+            of_input = part == INPUT_SCALE
+            scale_set = linear.input_scale_set if of_input else linear.weight_scale_set
+            value = checkpoint.stored_scalar(tensor)
+            other, expected = first.setdefault((scale_set, part), (tensor, value))
+            if not torch.equal(value, expected):
+                yield f"{tensor} is {value.item()} and {other} {expected.item()}; they share."
 
 
 def _declaration_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
     """Disagreement between what is stored and what the JSON files declare."""
     flat = checkpoint.config.get("quantization_config")
     file = checkpoint.path / QUANTIZATION_FILE
-    if not checkpoint.formats:
+    if not checkpoint.choices:
         if flat is not None or file.exists():
             yield "nothing is quantized, and a quantization is declared."
         return
@@ -183,15 +187,15 @@ def _declaration_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
 
 
 def _view_problems(checkpoint: QuantizedCheckpoint, view: EngineView) -> Iterator[str]:
-    for name in {*checkpoint.formats, *(linear.name for linear in checkpoint.groups.linears)}:
-        stored, declared = checkpoint.formats.get(name, Format.BF16), view.format(name)
-        if stored is not declared:
+    for name in {*checkpoint.choices, *(linear.name for linear in checkpoint.groups.linears)}:
+        stored, declared = checkpoint.choice(name).form, view.form(name)
+        if stored != declared:
             yield f"{name} is stored in {stored}, and engines take it for {declared}."
     if checkpoint.attention:
         for module in set(attention_modules(checkpoint.groups)) - set(checkpoint.attention):
             yield f"{module} has no scales for its keys and values, and other modules have."
     if view.fp8_kv_cache is not bool(checkpoint.attention):
-        declared_cache = "FP8" if view.fp8_kv_cache else "BF16"
+        declared_cache = KvCache.of(quantized=view.fp8_kv_cache).upper()
         yield (
             f"the cache of keys and values is declared in {declared_cache}, and scales are stored "
             f"for {len(checkpoint.attention)} attention modules."
@@ -261,7 +265,7 @@ def _content_problems(
             header.name not in source.headers or source.headers[header.name].shape != header.shape
         ):
             continue
-        if name in checkpoint.formats:
+        if name in checkpoint.choices:
             yield from _code_problems(checkpoint, name, source, errors)
         else:
             yield from _untouched_problems(checkpoint, header.name, source)
@@ -271,24 +275,22 @@ def _content_problems(
 def _code_problems(
     checkpoint: QuantizedCheckpoint, name: str, source: Source | None, errors: dict[str, float]
 ) -> Iterator[str]:
-    format = checkpoint.formats[name]
-    codes, scale = checkpoint.codes(name), checkpoint.weight_scale(name)
-    eights = scale if format is Format.NVFP4 else codes
-    if (eights.view(torch.uint8) & 0x7F == 0x7F).any():
-        yield f"{name} holds an E4M3 NaN."
-        return
-    if format is Format.NVFP4 and bool((scale.float() <= 0).any()):
-        yield f"{name} holds a block scale that is not positive."
-        return
+    packed = checkpoint.packed(name)
+    for part, tensor in packed.parts.items():
+        if tensor.dtype is not torch.float8_e4m3fn:
+            continue
+        if (tensor.view(torch.uint8) & 0x7F == 0x7F).any():
+            yield f"{name} holds an E4M3 NaN."
+            return
+        if part == SCALE and bool((tensor.float() <= 0).any()):
+            yield f"{name} holds a block scale that is not positive."
+            return
     if source is None:
         return
-    weight = read_weight(source.headers[name + _WEIGHT])
-    distance: Distance
-    if format is Format.NVFP4:
-        distance = nvfp4_distance(weight, codes, scale, checkpoint.global_scale(name))
-    else:
-        distance = fp8_distance(weight, codes, scale)
-    errors[str(format)] = max(distance.relative_error, errors.get(str(format), 0.0))
+    weight = read_tensor(source.headers[name + _WEIGHT]).to(torch.bfloat16)
+    distance = distance_of(weight, packed)
+    form = packed.choice.form
+    errors[form] = max(distance.relative_error, errors.get(form, 0.0))
     if distance.wrong:
         yield (
             f"{name}: {distance.wrong} of {weight.numel()} codes are not the nearest to the source "

@@ -10,13 +10,21 @@ from typing import Any, Self
 from autoquant.data.tokens import Split
 from autoquant.errors import SourceError
 from autoquant.measure.scorer import Scorer
-from autoquant.model.inputs import InputScales, fill_unseen
+from autoquant.model.inputs import InputScale, fill_unseen
 from autoquant.plan.kv_cache import KvRange
 from autoquant.plan.linears import LayerGroup
 from autoquant.store.run_directory import read_json
 
 FEW_TOKENS = 128
 """An expert that saw fewer calibration tokens may have an input range that is too small."""
+
+_NOT_OF_AN_EXPORT: Mapping[str, Any] = {
+    "unseen": (),
+    "tokens": 0,
+    "expert_tokens": {},
+    "all_experts": False,
+}
+"""What ranges that people write by hand may leave out."""
 
 _OF_A_SEARCH = "pass the calibration.json of a search of this model, or leave it out to calibrate."
 
@@ -38,9 +46,9 @@ class Calibration:
     kv_ranges: dict[str, KvRange] = field(default_factory=dict)
     """Largest keys and values of each attention module; empty where the cache stays in BF16."""
 
-    def scales(self) -> dict[str, InputScales]:
+    def scales(self) -> dict[str, InputScale]:
         """Static input scales, as they are exported."""
-        return {name: InputScales.of_amax(amax) for name, amax in self.input_amax.items()}
+        return {name: InputScale(amax=amax) for name, amax in self.input_amax.items()}
 
     def coverage(self) -> "Coverage | None":
         """How well routing has covered the experts; None for a model without any."""
@@ -159,44 +167,43 @@ def calibrate(
     )
 
 
-def read_input_amax(file: Path, groups: Iterable[LayerGroup]) -> dict[str, float]:
-    """The input ranges that a search has written to `calibration.json`.
+def read_calibration(
+    file: Path, groups: Iterable[LayerGroup], attention: Iterable[str]
+) -> Calibration:
+    """What a search has written to `calibration.json`, with all that an export needs.
+
+    Args:
+        file: of the search.
+        groups: whose inputs need a range.
+        attention: modules whose keys and values need a range.
 
     Raises:
-        SourceError: missing, damaged, or without a range for an input of `groups`.
+        SourceError: missing, damaged, or without a range that is needed.
     """
-    stored = read_json(file.parent, file.name)
-    if stored is None or not isinstance(stored.get("input_amax"), dict):
+    stored = read_json(file.parent, file.name) or {}
+    if not isinstance(stored.get("input_amax"), dict):
         raise SourceError(f"{file} holds no input ranges.", fix=_OF_A_SEARCH)
-    ranges = stored["input_amax"]
     for group in groups:
         for linear in group.linears:
-            if not isinstance(ranges.get(linear.input_scale_set), (int, float)):
+            if not isinstance(stored["input_amax"].get(linear.input_scale_set), (int, float)):
                 raise SourceError(
                     f"{file} has no input range for {linear.input_scale_set}.", fix=_OF_A_SEARCH
                 )
-    return {str(name): float(amax) for name, amax in ranges.items()}
-
-
-def read_kv_ranges(file: Path, attention: Iterable[str]) -> dict[str, KvRange]:
-    """The largest keys and values that a search with an FP8 cache has written.
-
-    Raises:
-        SourceError: missing, damaged, or without a range for a module of `attention`.
-    """
-    stored = (read_json(file.parent, file.name) or {}).get("kv_amax")
-    ranges = {}
+    found = stored.get("kv_amax")
     for name in attention:
-        match stored.get(name) if isinstance(stored, dict) else None:
-            case [int() | float() as keys, int() | float() as values]:
-                ranges[name] = KvRange(keys=keys, values=values)
+        match found.get(name) if isinstance(found, dict) else None:
+            case [int() | float(), int() | float()]:
+                pass
             case _:
                 raise SourceError(
                     f"{file} has no range for the keys and values of {name}.",
                     fix="pass the calibration.json of a search with --kv-cache fp8, or leave it "
                     "out to calibrate.",
                 )
-    return ranges
+    calibration = Calibration.from_dict(_NOT_OF_AN_EXPORT | stored)
+    return dataclasses.replace(
+        calibration, kv_ranges={name: calibration.kv_ranges[name] for name in attention}
+    )
 
 
 def _as_lists(ranges: Mapping[str, KvRange]) -> dict[str, list[float]]:

@@ -79,7 +79,7 @@ def open_session(
         loaded.model,
         groups,
         mode=mode,
-        weight_cache_bytes=_cache_bytes(loaded.model, chosen),
+        **_cache_bytes(loaded.model, chosen),
         attention=attention,
     )
     first = splits["calibration"].batches[0][:1, :_TRACED_TOKENS]
@@ -108,9 +108,10 @@ def _require_vocabulary(model: Any, splits: dict[str, Split]) -> None:
         )
 
 
-def _cache_bytes(model: torch.nn.Module, device: torch.device) -> int:
-    """Memory for fake-quantized weights: none on a GPU, which computes them in no time."""
+def _cache_bytes(model: torch.nn.Module, device: torch.device) -> dict[str, int]:
+    """Memory for codes and for decoded weights: a GPU decodes in no time, and keeps codes alone."""
     if device.type != "cpu":
-        return 0
+        free, _ = torch.cuda.mem_get_info(device)
+        return {"packed_bytes": free // 2, "decoded_bytes": 0}
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return min(6 * weights, 2**32)
+    return {"packed_bytes": min(3 * weights, 2**31), "decoded_bytes": min(6 * weights, 2**32)}

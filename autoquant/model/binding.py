@@ -97,6 +97,15 @@ class ExpertsSlot:
     down: tuple[Linear, ...]
 
     @property
+    def products(self) -> dict[str, tuple[Linear, ...]]:
+        """The linears of each product, expert after expert."""
+        return {experts.WIDE: self.wide, experts.DOWN: self.down}
+
+    def unit_name(self, part: str) -> str:
+        """What the weights of a product are called where codes are kept."""
+        return f"{self.name}:{part}"
+
+    @property
     def input_set(self) -> dict[str, str]:
         """Input scale set of each product."""
         return {

@@ -7,13 +7,11 @@ products of all experts): one static scale, and one fake quantization per forwar
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Self
 
-import autoquant_kernels as kernels
 import torch
 
 from autoquant.errors import SourceError
-from autoquant.formats import Format
+from autoquant.formats import Choice, Format
 from autoquant.source import names as table
 
 
@@ -23,26 +21,32 @@ class ActivationMode(StrEnum):
     W4A4 = "w4a4"
     """Every quantized linear's input, as Blackwell serves."""
     W4A16 = "w4a16"
-    """FP8 inputs only: NVFP4 weights meet BF16 inputs, as Hopper serves."""
+    """Inputs of eight bits only: four-bit weights meet BF16 inputs, as Hopper serves."""
 
-    def quantizes_input(self, format: Format) -> bool:
-        """Whether a linear in `format` sees a quantized input."""
-        return format is Format.FP8 or (format is Format.NVFP4 and self is ActivationMode.W4A4)
+    @property
+    def fewest_bits(self) -> int:
+        """Bits of the narrowest input that the machine multiplies."""
+        return 4 if self is ActivationMode.W4A4 else 8
+
+    def quantizes_input(self, choice: Choice) -> bool:
+        """Whether a linear under `choice` sees a quantized input."""
+        return not choice.keeps_input and choice.format.input_bits >= self.fewest_bits
 
 
-@dataclass(frozen=True, slots=True)
-class InputScales:
-    """Static scales of one input set, float32, one per format."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputScale:
+    """The static scale of one input set: from a calibrated range, or as a checkpoint stores it."""
 
-    nvfp4: float
-    fp8: float
+    amax: float | None = None
+    """Largest magnitude of the calibration inputs."""
+    stored: float | None = None
 
-    @classmethod
-    def of_amax(cls, amax: float) -> Self:
-        """The scales that export stores for a calibrated range `amax`."""
-        return cls(
-            nvfp4=kernels.nvfp4_global_scale(amax).item(), fp8=kernels.fp8_scale(amax).item()
-        )
+    def of(self, format: Format) -> float:
+        """The float32 scale for inputs of `format`."""
+        if self.stored is not None:
+            return self.stored
+        assert self.amax is not None
+        return format.input_scale(self.amax)
 
 
 @dataclass(slots=True)
@@ -50,7 +54,7 @@ class InputSet:
     """The state of one input scale set in a live model."""
 
     name: str
-    scales: InputScales | None = None
+    scale: InputScale | None = None
     observed: float | None = None
     """Largest magnitude seen while observing."""
     observing: bool = False
@@ -63,11 +67,8 @@ class InputSet:
             self.forget()
             self._seen = x
         if format not in self._quantized:
-            assert self.scales is not None, f"{self.name} was not calibrated"
-            if format is Format.NVFP4:
-                self._quantized[format] = kernels.fake_quant_nvfp4(x, self.scales.nvfp4)
-            else:
-                self._quantized[format] = kernels.fake_quant_fp8(x, self.scales.fp8)
+            assert self.scale is not None, f"{self.name} was not calibrated"
+            self._quantized[format] = format.input(x, self.scale.of(format))
         return self._quantized[format]
 
     def observe(self, x: torch.Tensor) -> None:

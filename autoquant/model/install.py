@@ -6,17 +6,14 @@ import torch
 
 from autoquant.errors import SourceError
 from autoquant.export.read_back import QuantizedCheckpoint
-from autoquant.formats import BF16, FP8, NVFP4, Choice, Format
-from autoquant.model.inputs import InputScales
+from autoquant.formats import BF16, Choice
+from autoquant.model.inputs import InputScale
 from autoquant.model.live import QuantizedModel
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import Groups, find_groups
 from autoquant.plan.linears import LayerGroup
 from autoquant.source.source import Source
 from autoquant.source.tensors import read_tensor
-
-_CHOICES = {Format.NVFP4: NVFP4, Format.FP8: FP8}
-"""The scale rule cannot be read off a checkpoint, and does not matter to who loads it."""
 
 
 def install(
@@ -42,28 +39,35 @@ def install(
     quantized.set_input_scales(dict(_scales(checkpoint, quantized.groups)))
     if quantized.kv_cache is not None:
         quantized.kv_cache.set_scales(checkpoint.kv_scales)
-    names = {linear.tensor for group in quantized.groups for linear in group.linears}
-    weights = {}
-    for name, tensor in checkpoint.tensors():
-        if name in names:
-            weights[name] = tensor
-        elif not torch.equal(tensor, read_tensor(source.headers[name])):
-            raise _foreign(checkpoint, source, f"{name}, which is not quantized, differs")
-    quantized.set_weights(weights, assignment)
+    _require_same_rest(checkpoint, source)
+    for group in quantized.groups:
+        if assignment[group.name] != BF16:
+            codes = {linear.name: checkpoint.packed(linear.name) for linear in group.linears}
+            quantized.book.give(group, assignment[group.name], codes)
     return assignment
 
 
 def groups_of(checkpoint: QuantizedCheckpoint, source: Source) -> Groups:
     """The layer groups of `source`, shared experts apart where the checkpoint stores them so."""
     groups = find_groups(source)
-    if all(len(_formats(checkpoint, group)) == 1 for group in groups):
+    if all(len(_choices(checkpoint, group)) == 1 for group in groups):
         return groups
     return find_groups(source, shared_experts="separate")
 
 
 def is_quantized(checkpoint: QuantizedCheckpoint, group: LayerGroup) -> bool:
     """Whether some linear of the group left BF16."""
-    return _formats(checkpoint, group) != {Format.BF16}
+    return _choices(checkpoint, group) != {BF16}
+
+
+def _require_same_rest(checkpoint: QuantizedCheckpoint, source: Source) -> None:
+    """Raise unless what is not quantized is the source's."""
+    for header in checkpoint.source_headers:
+        if header.name.removesuffix(".weight") in checkpoint.choices:
+            continue
+        stored = read_tensor(checkpoint.headers[header.name])
+        if not torch.equal(stored, read_tensor(source.headers[header.name])):
+            raise _foreign(checkpoint, source, f"{header.name}, which is not quantized, differs")
 
 
 def _require_same_tensors(checkpoint: QuantizedCheckpoint, source: Source) -> None:
@@ -86,24 +90,24 @@ def _foreign(checkpoint: QuantizedCheckpoint, source: Source, how: str) -> Sourc
     )
 
 
-def _formats(checkpoint: QuantizedCheckpoint, group: LayerGroup) -> set[Format]:
-    return {checkpoint.formats.get(linear.name, Format.BF16) for linear in group.linears}
+def _choices(checkpoint: QuantizedCheckpoint, group: LayerGroup) -> set[Choice]:
+    return {checkpoint.choice(linear.name) for linear in group.linears}
 
 
 def _choice(checkpoint: QuantizedCheckpoint, group: LayerGroup) -> Choice:
-    formats = _formats(checkpoint, group)
-    if len(formats) > 1:
+    choices = _choices(checkpoint, group)
+    if len(choices) > 1:
         raise SourceError(
             f"{checkpoint.path}: the linears of {group.name} are stored in "
-            f"{', '.join(sorted(formats))}.",
+            f"{', '.join(sorted(choice.form for choice in choices))}.",
             fix="engines fuse them: export the checkpoint again.",
         )
-    return _CHOICES.get(formats.pop(), BF16)
+    return choices.pop()
 
 
 def _scales(
     checkpoint: QuantizedCheckpoint, groups: Iterable[LayerGroup]
-) -> Iterable[tuple[str, InputScales]]:
+) -> Iterable[tuple[str, InputScale]]:
     found: dict[str, float] = {}
     for group in groups:
         for linear in group.linears:
@@ -116,4 +120,4 @@ def _scales(
                     "linears that read the same input.",
                     fix="engines fuse them: export the checkpoint again.",
                 )
-            yield linear.input_scale_set, InputScales(nvfp4=scale, fp8=scale)
+            yield linear.input_scale_set, InputScale(stored=scale)

@@ -6,20 +6,20 @@ The BF16 parameters are never written to: a quantized linear multiplies with ano
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from autoquant.codes.book import CodeBook
+from autoquant.codes.kept import Kept
 from autoquant.formats import BF16, Choice
-from autoquant.model import weights
 from autoquant.model.attention import QuantizedCache
 from autoquant.model.binding import DenseSlot, ExpertsSlot, Names, Slot, bind
-from autoquant.model.experts import DOWN, WIDE, ExpertsHook, parameter_name
-from autoquant.model.inputs import ActivationMode, InputScales, InputSet
-from autoquant.model.weights import WeightStore
+from autoquant.model.experts import WIDE, ExpertsHook
+from autoquant.model.inputs import ActivationMode, InputScale, InputSet
+from autoquant.model.resident import ResidentWeights
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.linears import LayerGroup
 
@@ -45,7 +45,9 @@ class _Context:
     """What all slots of a model share."""
 
     mode: ActivationMode
-    store: WeightStore
+    book: CodeBook
+    decoded: Kept[tuple[str, Choice], torch.Tensor]
+    """Weights as they are multiplied with."""
     inputs: dict[str, InputSet] = field(default_factory=dict)
     last_read: InputSet | None = None
 
@@ -69,16 +71,29 @@ class _Context:
             self.last_read = inputs
         if inputs.observing:
             inputs.observe(x)
-        if self.mode.quantizes_input(choice.format):
+        if self.mode.quantizes_input(choice):
             return inputs.quantize(x, choice.format)
         return x
+
+    def weight(self, state: GroupState, unit: str, weight: torch.Tensor) -> torch.Tensor:
+        """What a unit's product multiplies with: its decoded codes, or the weight in BF16."""
+        if state.choice == BF16:
+            return weight
+        choice = state.choice.of_weight
+
+        def decode() -> torch.Tensor:
+            found = {own.name: own for own in self.book.units(state.group)}[unit]
+            packed = self.book.unit(state.group, found, choice)
+            return packed.decode(out=torch.empty_like(weight))
+
+        return self.decoded.get((unit, choice), weight.numel() * weight.element_size(), decode)
 
 
 class _DenseForward:
     """Replaces the forward of one `nn.Linear`."""
 
-    def __init__(self, slot: DenseSlot, state: GroupState, context: _Context, amax: float) -> None:
-        self.slot, self.state, self.context, self.amax = slot, state, context, amax
+    def __init__(self, slot: DenseSlot, state: GroupState, context: _Context) -> None:
+        self.slot, self.state, self.context = slot, state, context
         self.inputs = context.input_set(slot.input_scale_set)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -86,13 +101,8 @@ class _DenseForward:
 
     def operands(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and weight that the linear multiplies at this moment."""
-        weight, choice = self.slot.module.weight, self.state.choice
-        x = self.context.read(x, self.inputs, choice)
-        if choice != BF16:
-            key = (self.slot.name, choice)
-            compute = partial(weights.fake_quantize, weight, self.amax, choice)
-            weight = self.context.store.get(key, weight, compute)
-        return x, weight
+        x = self.context.read(x, self.inputs, self.state.choice)
+        return x, self.context.weight(self.state, self.slot.name, self.slot.module.weight)
 
 
 class _ExpertsForward(ExpertsHook):
@@ -102,7 +112,6 @@ class _ExpertsForward(ExpertsHook):
         self.slot, self.state, self.context = slot, state, context
         self.inputs = {part: context.input_set(name) for part, name in slot.input_set.items()}
         self.counts = ExpertCounts(slot.name)
-        self.amax: dict[str, torch.Tensor] = {}
 
     def routed(self, counts: torch.Tensor, tokens: torch.Tensor) -> None:
         if self.inputs[WIDE].observing:
@@ -113,13 +122,7 @@ class _ExpertsForward(ExpertsHook):
         return self.context.read(rows, self.inputs[part], self.state.choice)
 
     def weight(self, part: str, weight: torch.Tensor) -> torch.Tensor:
-        choice = self.state.choice
-        if choice == BF16:
-            return weight
-        if part not in self.amax:
-            self.amax[part] = weights.largest_of_experts(weight)
-        compute = partial(weights.fake_quantize, weight, self.amax[part], choice)
-        return self.context.store.get((f"{self.slot.name}:{part}", choice), weight, compute)
+        return self.context.weight(self.state, self.slot.unit_name(part), weight)
 
 
 class QuantizedModel:
@@ -129,7 +132,8 @@ class QuantizedModel:
         model: a transformers causal language model in BF16, loaded by `load_model`.
         groups: the groups that may leave BF16; the rest of the model is not touched.
         mode: which inputs are quantized.
-        weight_cache_bytes: memory for fake-quantized weights beside the model.
+        decoded_bytes: memory for decoded weights beside the model.
+        packed_bytes: memory for codes beside the model.
         attention: names on disk of the attention modules whose keys and values are cached in FP8.
 
     Raises:
@@ -142,21 +146,27 @@ class QuantizedModel:
         groups: Iterable[LayerGroup],
         *,
         mode: ActivationMode,
-        weight_cache_bytes: int = 2**31,
+        decoded_bytes: int = 2**31,
+        packed_bytes: int = 2**31,
         attention: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.mode = mode
         self._names = Names(model)
         self.kv_cache = QuantizedCache(model, self._names, attention) if attention else None
-        self._context = _Context(mode=mode, store=WeightStore(weight_cache_bytes))
-        self._states: dict[str, GroupState] = {}
-        self._slots: list[tuple[GroupState, Slot]] = []
+        self._states = {group.name: GroupState(group) for group in groups}
+        slots = {name: bind(self._names, state.group) for name, state in self._states.items()}
+        self._slots: list[tuple[GroupState, Slot]] = [
+            (self._states[name], slot) for name, own in slots.items() for slot in own
+        ]
+        self.book = CodeBook(ResidentWeights(slots), memory_bytes=packed_bytes)
+        """Codes of every group and choice."""
+        self._context = _Context(
+            mode=mode, book=self.book, decoded=Kept(decoded_bytes, self._largest_layer())
+        )
         self._experts: list[_ExpertsForward] = []
-        for group in groups:
-            self._states[group.name] = GroupState(group)
-            self._install(self._states[group.name])
-        self._context.store.recent_bytes = self._largest_layer()
+        for state, slot in self._slots:
+            self._install(state, slot)
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
@@ -228,30 +238,10 @@ class QuantizedModel:
             if forward.counts.tokens is not None
         }
 
-    def set_input_scales(self, scales: Mapping[str, InputScales]) -> None:
+    def set_input_scales(self, scales: Mapping[str, InputScale]) -> None:
         """Fix the static scales of the named input sets."""
         for name, value in scales.items():
-            self._context.input_set(name).scales = value
-
-    def set_weights(self, weights: Mapping[str, torch.Tensor], assignment: Assignment) -> None:
-        """Multiply with given weights wherever `assignment` quantizes.
-
-        Args:
-            weights: dequantized [N, K] of every quantized linear, by its tensor name on disk.
-            assignment: the choices under which they are used.
-        """
-        for state, slot in self._slots:
-            choice = assignment[state.group.name]
-            if choice == BF16:
-                continue
-            if isinstance(slot, DenseSlot):
-                joined = torch.cat([weights[linear.tensor] for linear in slot.linears])
-                self._context.store.put((slot.name, choice), joined, slot.module.weight)
-                continue
-            for part, linears in ((WIDE, slot.wide), (DOWN, slot.down)):
-                like = getattr(slot.module, parameter_name(slot.module, part))
-                stacked = torch.cat([weights[linear.tensor] for linear in linears]).view_as(like)
-                self._context.store.put((f"{slot.name}:{part}", choice), stacked, like)
+            self._context.input_set(name).scale = value
 
     def _largest_layer(self) -> int:
         """Bytes of a layer's weights, for a GPU: it may run a layer several times in turn."""
@@ -269,21 +259,11 @@ class QuantizedModel:
         if self.kv_cache is not None:
             self.kv_cache.observe(on)
 
-    def _install(self, state: GroupState) -> None:
-        slots = bind(self._names, state.group)
-        self._slots += [(state, slot) for slot in slots]
-        ranges: dict[str, float] = {}
-        for slot in slots:
-            if isinstance(slot, DenseSlot):
-                name = slot.weight_scale_set
-                own = weights.largest_magnitude(slot.module.weight)
-                ranges[name] = max(own, ranges.get(name, 0.0))
-        for slot in slots:
-            if isinstance(slot, DenseSlot):
-                amax = ranges[slot.weight_scale_set]
-                forward = _DenseForward(slot, state, self._context, amax)
-                slot.module.forward = forward  # type: ignore[method-assign, assignment]
-            else:
-                hook = _ExpertsForward(slot, state, self._context)
-                slot.module.autoquant_hook = hook
-                self._experts.append(hook)
+    def _install(self, state: GroupState, slot: Slot) -> None:
+        if isinstance(slot, DenseSlot):
+            forward = _DenseForward(slot, state, self._context)
+            slot.module.forward = forward  # type: ignore[method-assign, assignment]
+        else:
+            hook = _ExpertsForward(slot, state, self._context)
+            slot.module.autoquant_hook = hook
+            self._experts.append(hook)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from autoquant.errors import ConfigError
-from autoquant.formats import BF16, Choice, Format
+from autoquant.formats import BF16, Choice, all_formats
+from autoquant.plan.grouping import Groups
 
 SCHEMA_VERSION = 1
 
@@ -49,9 +50,9 @@ class Assignment:
         return hashlib.sha256(json.dumps(canonical).encode()).hexdigest()[:16]
 
     def counts(self) -> dict[str, int]:
-        """Number of groups per format, every format named."""
-        counter = Counter(choice.format for _, choice in self.items)
-        return {str(format): counter[format] for format in Format}
+        """Number of groups per format and, apart from it, with BF16 inputs; every format named."""
+        counter = Counter(choice.form for _, choice in self.items)
+        return dict.fromkeys(map(str, all_formats()), 0) | counter
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -69,7 +70,7 @@ class Assignment:
         if not isinstance(data, dict) or not isinstance(data.get("groups"), dict):
             raise ConfigError(
                 f"{origin} has no mapping `groups`.",
-                fix="write `groups: {group name: nvfp4 | fp8 | bf16}`.",
+                fix=f"write `groups: {{group name: {' | '.join(map(str, all_formats()))}}}`.",
             )
         if data.get("schema_version") != SCHEMA_VERSION:
             raise ConfigError(
@@ -96,3 +97,18 @@ class Assignment:
                 fix="pass the assignment.yaml of a run directory.",
             ) from error
         return cls.from_dict(data, str(path))
+
+
+def require_legal(assignment: Assignment, groups: Groups) -> None:
+    """Return if every group may take its choice.
+
+    Raises:
+        ConfigError: the assignment names a group or a format that the model does not allow.
+    """
+    for name, choice in assignment:
+        reason = groups[name].why_illegal(choice.format)
+        if reason is not None:
+            raise ConfigError(
+                f"the assignment puts {name} into {choice}: {reason}.",
+                fix="choose a format of more bits.",
+            )

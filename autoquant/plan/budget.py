@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from autoquant.errors import ConfigError, InfeasibleBudget
-from autoquant.formats import BF16, Choice, Format
+from autoquant.formats import BF16, Choice, all_formats
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import Groups
 from autoquant.source.headers import Headers
@@ -72,19 +72,21 @@ class Accounting:
         return self._counted(name, self.headers[name].bytes)
 
     @cached_property
-    def _group_bytes(self) -> dict[tuple[str, Format], int]:
-        """Bytes of each group in each format; BF16 means as stored in the source."""
-        sizes = {}
-        for group in self.groups:
-            for format in (Format.NVFP4, Format.FP8):
-                sizes[group.name, format] = group.bytes_in(format)
-            stored = sum(self.headers[linear.tensor].bytes for linear in group.linears)
-            sizes[group.name, Format.BF16] = stored
-        return sizes
+    def _group_bytes(self) -> dict[tuple[str, str], int]:
+        """Bytes of groups by what a checkpoint declares of them, as far as they were asked for."""
+        return {}
 
     def group_bytes(self, group: str, choice: Choice) -> int:
-        """Bytes of every tensor that the group stores under `choice`."""
-        return self._counted(group, self._group_bytes[group, choice.format])
+        """Bytes of every tensor that the group stores under `choice`; BF16 is as in the source."""
+        key = group, choice.form
+        if key not in self._group_bytes:
+            own = self.groups[group]
+            self._group_bytes[key] = (
+                sum(self.headers[linear.tensor].bytes for linear in own.linears)
+                if choice == BF16
+                else own.bytes_under(choice)
+            )
+        return self._counted(group, self._group_bytes[key])
 
     def _counted(self, name: str, size: int) -> int:
         return math.ceil(size * self.shares[name]) if name in self.shares else size
@@ -151,7 +153,7 @@ class Budget:
         if not 0 < self.bpe <= MOST_BPE:
             raise ConfigError(
                 f"a budget of {self.bpe:g} bits per element is not between 0 and {MOST_BPE}.",
-                fix="NVFP4 takes 4.5 bits per element, FP8 8 and BF16 16.",
+                fix=f"{_bits_of_formats()}.",
             )
 
     def max_bytes(self, accounting: Accounting) -> int:
@@ -171,6 +173,11 @@ class Budget:
         while elements and BYTE_BITS * (size + 1) / elements <= self.bpe:
             size += 1
         return size
+
+
+def _bits_of_formats() -> str:
+    bits = (f"{format.label} takes {float(format.weight_bits):g}" for format in all_formats())
+    return ", ".join(bits) + " bits per element"
 
 
 def require_feasible(accounting: Accounting, budget: Budget) -> None:
@@ -201,7 +208,7 @@ def _what_holds_it_up(accounting: Accounting, scope: Scope) -> str:
         what = "weights of the output head" if group.role == "head" else "layers"
         how = "fixed at" if choice == BF16 else "in"
         size = accounting.group_bytes(group.name, choice)
-        parts[f"{what} {how} {choice.format.upper()}"] += size
+        parts[f"{what} {how} {choice.format.label}"] += size
     if scope is Scope.CHECKPOINT:
         for tensor in accounting.groups.fixed:
             dtype = accounting.headers[tensor.name].dtype

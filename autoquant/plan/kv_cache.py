@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Self
 
 from autoquant.errors import ConfigError
 from autoquant.formats import SCALAR_BYTES
@@ -16,13 +17,23 @@ class KvCache(StrEnum):
     BF16 = "bf16"
     FP8 = "fp8"
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a checkpoint stores scales for it."""
+        return self is not KvCache.BF16
+
+    @classmethod
+    def of(cls, *, quantized: bool) -> Self:
+        """The cache with scales, or the one without."""
+        return cls.FP8 if quantized else cls.BF16
+
     def attention(self, groups: Groups) -> tuple[str, ...]:
         """Names on disk of the attention modules that need scales for the cache.
 
         Raises:
             ConfigError: see `attention_modules`.
         """
-        return attention_modules(groups) if self is KvCache.FP8 else ()
+        return attention_modules(groups) if self.is_quantized else ()
 
     def stored_bytes(self, groups: Groups) -> int:
         """Bytes of the scales that a checkpoint of these groups stores for its cache.

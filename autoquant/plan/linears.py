@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from autoquant.formats import Format, stored_bytes, why_illegal
+from autoquant.formats import BF16, Choice, Format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,18 +49,17 @@ class LayerGroup:
         """Stored elements of all members, padding excluded."""
         return sum(linear.elements for linear in self.linears)
 
-    def bytes_in(self, format: Format) -> int:
-        """Bytes of every tensor that the members store in `format`, scales included."""
-        return sum(
-            stored_bytes(format, linear.out_features, linear.in_features) for linear in self.linears
-        )
+    def bytes_under(self, choice: Choice) -> int:
+        """Bytes of every tensor that the members store under `choice`, scales included."""
+        stored = choice.format.stored_bytes
+        return sum(stored(own.out_features, own.in_features, choice) for own in self.linears)
 
     def why_illegal(self, format: Format) -> str | None:
         """Why the group cannot take `format`, or None if it can."""
-        if self.closed and format is not Format.BF16:
+        if self.closed and format != BF16.format:
             return self.closed
         for linear in self.linears:
-            reason = why_illegal(format, linear.in_features)
+            reason = format.why_illegal(linear.out_features, linear.in_features)
             if reason is not None:
                 return f"{linear.name}: {reason}"
         return None

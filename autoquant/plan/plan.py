@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from autoquant.formats import Format
+from autoquant.formats import BF16, all_formats
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.budget import Accounting, Budget, Scope, require_feasible
 from autoquant.plan.cost import Cost, charged
@@ -43,7 +43,7 @@ class Plan:
     def probes(self) -> int:
         """Measurements of one group in one choice that a full probe makes."""
         choices = self.options.choices.values()
-        return sum(choice.format is not Format.BF16 for own in choices for choice in own)
+        return sum(choice != BF16 for own in choices for choice in own)
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
@@ -102,7 +102,7 @@ class Plan:
             "linears": len(group.linears),
             "elements": group.elements,
             "choices": sizes,
-            "closed": {str(format): closed[format] for format in Format if format in closed},
+            "closed": {str(format): closed[format] for format in all_formats() if format in closed},
         }
 
 

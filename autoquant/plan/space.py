@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 
-from autoquant.formats import BF16, Choice, Format, ScaleRule
+from autoquant.formats import BF16, Choice, Format, all_formats
 from autoquant.plan.grouping import Groups, SharedExperts
 from autoquant.plan.linears import LayerGroup
 
@@ -59,8 +59,8 @@ class SearchSpace:
 
     name: str
     description: str
-    scale_rules: tuple[ScaleRule, ...]
-    """What `nvfp4` without a scale rule stands for."""
+    scale_rules: tuple[str, ...]
+    """What a format without a scale rule stands for."""
     shared_experts: SharedExperts
     rules: tuple[Rule, ...]
 
@@ -81,20 +81,20 @@ class SearchSpace:
                 if choice.format not in closed[group.name]
             )
             if not legal:
-                closed[group.name].pop(Format.BF16, None)
+                closed[group.name].pop(BF16.format, None)
             choices[group.name] = legal or (BF16,)
         return Options(choices=choices, closed=closed, warnings=self._without_effect(used))
 
     def _why_closed(self, group: LayerGroup, rule: Rule | None) -> dict[Format, str]:
         reasons: dict[Format, str] = {}
-        for format in Format:
+        for format in all_formats():
             illegal = group.why_illegal(format)
             if illegal is not None:
                 reasons[format] = illegal
             elif rule is None:
-                if format is not Format.BF16:
+                if format != BF16.format:
                     reasons[format] = f"no rule of the space {self.name} names the group"
-            elif all(choice.format is not format for choice in rule.choices):
+            elif all(choice.format != format for choice in rule.choices):
                 reasons[format] = rule.reason or f"closed by the space {self.name}"
         return reasons
 

@@ -10,13 +10,17 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from autoquant.errors import ConfigError
-from autoquant.formats import Choice, Format, ScaleRule
+from autoquant.formats import Choice, ScaleRule, all_formats, choices_of
 from autoquant.plan.space import ROLE, Rule, SearchSpace
 from autoquant.source.names import ROLES
 
 SCHEMA_VERSION = 1
 
-FORMATS = (*Format, *(f"{Format.NVFP4}/{rule}" for rule in ScaleRule))
+
+def format_texts() -> tuple[str, ...]:
+    """Everything that a rule's `formats` may hold: formats, and each of their choices."""
+    choices = (str(choice) for format in all_formats() for choice in choices_of(format))
+    return tuple(dict.fromkeys((*map(str, all_formats()), *choices)))
 
 
 def _known_pattern(pattern: str) -> str:
@@ -33,8 +37,10 @@ def _as_list(value: Any) -> Any:
 
 
 def _known_format(text: str) -> str:
-    if text not in FORMATS:
-        raise ValueError(f"not a format; formats are {', '.join(FORMATS)}")
+    try:
+        Choice.parse(text)
+    except ConfigError:
+        raise ValueError(f"not a format; formats are {', '.join(format_texts())}") from None
     return text
 
 
@@ -51,7 +57,8 @@ class RuleFile(_Strict):
     ] = Field(min_length=1, description="A role, a glob over group names, or a list of them.")
     formats: list[Annotated[str, AfterValidator(_known_format)]] = Field(
         min_length=1,
-        description="nvfp4 (with every rule of scale_rules), nvfp4/max, ..., fp8, bf16.",
+        description="A format (with every rule of scale_rules where it has scale rules), or one "
+        "choice of it such as nvfp4/max or nvfp4/a16 (inputs in BF16).",
     )
     reason: str = Field(default="", description="Why the other formats are closed.")
 
@@ -63,7 +70,7 @@ class SpaceFile(_Strict):
     name: str = Field(min_length=1)
     description: str = ""
     scale_rules: list[ScaleRule] = Field(
-        default=list(ScaleRule), min_length=1, description="What a plain nvfp4 stands for."
+        default=list(ScaleRule), min_length=1, description="What a format without a rule means."
     )
     shared_experts: Literal["with_routed", "separate"] = Field(
         default="with_routed",
@@ -76,24 +83,20 @@ class SpaceFile(_Strict):
         return SearchSpace(
             name=self.name,
             description=self.description,
-            scale_rules=tuple(self.scale_rules),
+            scale_rules=tuple(map(str, self.scale_rules)),
             shared_experts=self.shared_experts,
             rules=tuple(self._rule(rule) for rule in self.rules),
         )
 
     def _rule(self, rule: RuleFile) -> Rule:
-        choices = dict.fromkeys(c for text in rule.formats for c in self._choices(text))
-        order = list(Format)
+        choices = dict.fromkeys(
+            c for text in rule.formats for c in Choice.parse_all(text, self.scale_rules)
+        )
         return Rule(
             match=tuple(rule.match),
-            choices=tuple(sorted(choices, key=lambda choice: order.index(choice.format))),
+            choices=tuple(sorted(choices, key=lambda choice: choice.format.weight_bits)),
             reason=rule.reason,
         )
-
-    def _choices(self, text: str) -> list[Choice]:
-        if text == Format.NVFP4:
-            return [Choice(Format.NVFP4, rule) for rule in self.scale_rules]
-        return [Choice.parse(text)]
 
 
 def load_space(name_or_path: str | Path) -> SearchSpace:
@@ -185,7 +188,10 @@ def _explain(origin: str, error: ValidationError) -> ConfigError:
     else:
         rule = first["msg"].removeprefix("Value error, ")
         what = f"is {first['input']!r}: {rule[0].lower()}{rule[1:]}"
-        fix = _did_you_mean(str(first["input"]), (*FORMATS, *ROLES, *ScaleRule)) or "correct it."
+        fix = (
+            _did_you_mean(str(first["input"]), (*format_texts(), *ROLES, *ScaleRule))
+            or "correct it."
+        )
     return ConfigError(f"{origin}: {place.lstrip('.')} {what}.", fix=fix)
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.data.tokens import TokenPlan
-from autoquant.errors import ConfigError
 from autoquant.export.declaration import quantized_linears, reader_warnings
 from autoquant.export.export import ExportResult, export
 from autoquant.export.layouts.base import Layout
@@ -13,12 +12,12 @@ from autoquant.export.read_back import open_quantized
 from autoquant.export.target import require_free
 from autoquant.files import write_atomic
 from autoquant.formats import BF16
-from autoquant.measure.calibration import Calibration, calibrate, read_input_amax, read_kv_ranges
+from autoquant.measure.calibration import Calibration, calibrate, read_calibration
 from autoquant.measure.session import Session, open_session
 from autoquant.model.inputs import ActivationMode
 from autoquant.model.install import groups_of, install, is_quantized
 from autoquant.model.memory import keep_freed_memory
-from autoquant.plan.assignment import Assignment
+from autoquant.plan.assignment import Assignment, require_legal
 from autoquant.plan.budget import Accounting, Scope
 from autoquant.plan.grouping import Groups, find_groups
 from autoquant.plan.kv_cache import KvCache
@@ -84,7 +83,7 @@ def score(
         "model": source.model,
         "checkpoint": str(checkpoint) if checkpoint is not None else None,
         "activation_mode": str(mode),
-        "kv_cache": str(KvCache.FP8 if attention else KvCache.BF16),
+        "kv_cache": str(KvCache.of(quantized=bool(attention))),
     }
 
 
@@ -119,8 +118,7 @@ def export_assignment(
     attention = kv_cache.attention(groups)
     if calibrated is not None:
         keep_freed_memory()
-        amax = read_input_amax(calibrated, quantized)
-        kv_ranges = read_kv_ranges(calibrated, attention)
+        found, book = read_calibration(calibrated, quantized, attention), None
     else:
         session = open_session(
             source,
@@ -133,8 +131,7 @@ def export_assignment(
             trust_remote_code=trust_remote_code,
             observer=observer,
         )
-        found = _calibrate(session, tokens, observer)
-        amax, kv_ranges = found.input_amax, found.kv_ranges
+        found, book = _calibrate(session, tokens, observer), session.quantized.book
     for warning in reader_warnings(layout, groups, assignment):
         observer.warn(warning)
     observer.stage("export", source.headers.bytes, Unit.BYTES)
@@ -142,10 +139,12 @@ def export_assignment(
         source,
         groups,
         assignment,
-        amax,
+        found.input_amax,
         target,
         layout=layout,
-        kv_ranges=kv_ranges,
+        kv_ranges=found.kv_ranges,
+        uncalibrated=found.unseen,
+        book=book,
         on_bytes=observer.step,
     )
 
@@ -179,12 +178,7 @@ def _groups_of(source: Source, assignment: Assignment) -> Groups:
     names = {name for name, _ in assignment}
     if names - groups.by_name.keys() and names <= apart.by_name.keys():
         groups = apart
-    for name, choice in assignment:
-        reason = groups[name].why_illegal(choice.format)
-        if reason is not None:
-            raise ConfigError(
-                f"the assignment puts {name} into {choice}: {reason}.", fix="choose fp8 or bf16."
-            )
+    require_legal(assignment, groups)
     return groups
 
 
@@ -217,7 +211,7 @@ def _measure(
         headers=source.headers,
         groups=groups,
         choices={n: (c, BF16) for n, c in complete.items()},
-        added_bytes=(KvCache.FP8 if session.quantized.kv_cache else KvCache.BF16).stored_bytes(
+        added_bytes=KvCache.of(quantized=session.quantized.kv_cache is not None).stored_bytes(
             groups
         ),
     )

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from autoquant.codes.book import CodeBook
 from autoquant.errors import RunConflict, SourceError
 from autoquant.files import set_aside
 from autoquant.formats import BF16
@@ -285,7 +286,8 @@ class Search:
         result = make_result(self.config, session, plan, problem, ledger, calibration, confirmed)
         result["command"] = self.command
         if self.config.export:
-            result["checkpoint"] = self._export(plan.groups, calibration, assignment, result)
+            book = session.quantized.book
+            result["checkpoint"] = self._export(plan.groups, calibration, assignment, result, book)
         return self._keep_result(result)
 
     def _keep_result(self, result: dict[str, Any]) -> dict[str, Any]:
@@ -346,6 +348,7 @@ class Search:
         calibration: Calibration,
         assignment: Assignment,
         result: dict[str, Any],
+        book: CodeBook | None = None,
     ) -> str:
         from autoquant.export.card import CardFacts, KlRow
         from autoquant.export.declaration import reader_warnings
@@ -383,6 +386,8 @@ class Search:
                     target,
                     layout=self.config.layout,
                     kv_ranges=calibration.kv_ranges,
+                    uncalibrated=calibration.unseen,
+                    book=book,
                     card=card,
                     on_bytes=self.observer.step,
                 )

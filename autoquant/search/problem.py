@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from autoquant.formats import Choice, Format, ScaleRule
+from autoquant.formats import Choice
 from autoquant.measure.sensitivity import Sensitivity
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.budget import Accounting, Budget
@@ -61,26 +61,29 @@ class Problem:
             choices = self._choices(group)
             scores = [score_of(group, choice) for choice in choices]
             for i, choice in enumerate(choices):
-                cheaper = [s for s, c in zip(scores, choices, strict=True) if _cheaper(c, choice)]
-                scores[i] = min([scores[i], *cheaper])
+                coarser = [
+                    score
+                    for score, other in zip(scores, choices, strict=True)
+                    if choice.is_finer_than(other)
+                ]
+                scores[i] = min([scores[i], *coarser])
             table.append(tuple(scores))
         return tuple(table)
 
-    def restricted(self, rule: ScaleRule) -> Knapsack | None:
-        """The knapsack with NVFP4 limited to one scale rule; options keep their indices.
+    def restricted(self, rule: str) -> Knapsack | None:
+        """The knapsack with block scales limited to one rule; options keep their indices.
 
         All rules cost the same, so it is enough that every other one scores worse. None where some
-        group may take NVFP4, but not under `rule`.
+        group may take a format with block scales, but not under `rule`.
         """
-        wanted = Choice(Format.NVFP4, rule)
         for group in self.groups:
-            choices = self._choices(group)
-            if wanted not in choices and any(c.format is Format.NVFP4 for c in choices):
+            rules = {choice.scale_rule for choice in self._choices(group)} - {None}
+            if rules and rule not in rules:
                 return None
         worst = 2 * max(kl for kl in (1e-300, *self.sensitivity.kl.values()))
 
         def score(group: LayerGroup, choice: Choice) -> float:
-            is_other = choice.format is Format.NVFP4 and choice != wanted
+            is_other = choice.scale_rule not in (None, rule)
             return worst if is_other else self.sensitivity[group.name, choice]
 
         return self.knapsack.with_scores(self.scores(score))
@@ -121,11 +124,10 @@ class Problem:
         """The same under another budget."""
         return replace(self, budget=budget)
 
-    def without(self, rule: ScaleRule) -> "Problem":
-        """The problem with NVFP4 under `rule` closed wherever it is not a group's only choice."""
-        closed = Choice(Format.NVFP4, rule)
+    def without(self, rule: str) -> "Problem":
+        """The problem with a scale rule closed wherever it is not a group's only choice."""
         choices = {
-            name: tuple(c for c in legal if c != closed) or legal
+            name: tuple(c for c in legal if c.scale_rule != rule) or legal
             for name, legal in self.accounting.choices.items()
         }
         return replace(self, accounting=replace(self.accounting, choices=choices))
@@ -148,18 +150,11 @@ class Problem:
 
     def _nearest(self, group: LayerGroup, wish: Choice) -> Choice:
         legal = self._choices(group)
-        order = list(Format)
-        wanted = order.index(wish.format)
         if wish in legal:
             return wish
-        upward = [c for c in legal if order.index(c.format) >= wanted]
+        upward = [c for c in legal if c.format.weight_bits >= wish.format.weight_bits]
         return upward[0] if upward else legal[-1]
 
     def _closed_bytes(self) -> int:
         fixed = (self.accounting.group_bytes(name, c) for name, c in self.fixed.items())
         return self.accounting.fixed_bytes + sum(fixed)
-
-
-def _cheaper(one: Choice, other: Choice) -> bool:
-    order = list(Format)
-    return order.index(one.format) < order.index(other.format)

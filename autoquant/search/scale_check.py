@@ -1,6 +1,8 @@
 """The joint check of scale rules: what helps each group alone must help all of them together."""
 
-from autoquant.formats import NVFP4, Choice, Format, ScaleRule
+from dataclasses import replace
+
+from autoquant.formats import ScaleRule
 from autoquant.plan.assignment import Assignment
 from autoquant.search.problem import Problem
 from autoquant.search.trials import Ledger, Stage, Trial
@@ -31,8 +33,12 @@ def with_sound_rules(problem: Problem, ledger: Ledger, optimum: Trial) -> tuple[
     return (sound, solved) if solved.kl < optimum.kl else (problem, optimum)
 
 
-def _replaced(problem: Problem, assignment: Assignment, rule: ScaleRule) -> Assignment:
-    wanted, legal = Choice(Format.NVFP4, rule), problem.accounting.choices
-    return assignment.replace(
-        {name: NVFP4 for name, c in assignment if c == wanted and NVFP4 in legal[name]}
-    )
+def _replaced(problem: Problem, assignment: Assignment, rule: str) -> Assignment:
+    """Every choice of a scale rule under its format's default instead, where that is legal."""
+    changes = {
+        name: replace(choice, scale_rule=choice.format.scale_rules[0])
+        for name, choice in assignment
+        if choice.scale_rule == rule
+    }
+    legal = problem.accounting.choices
+    return assignment.replace({name: c for name, c in changes.items() if c in legal[name]})

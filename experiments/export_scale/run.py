@@ -25,7 +25,7 @@ import yaml
 from autoquant.export.layouts.base import StoredTensor
 from autoquant.export.writer import ShardWriter
 from autoquant.files import to_json, write_atomic
-from autoquant.formats import BF16, FP8, Choice, Format, ScaleRule
+from autoquant.formats import BF16, FP8, NVFP4, Choice, ScaleRule
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import Groups, find_groups
 from autoquant.source.source import open_source
@@ -120,7 +120,7 @@ def _shards(tensors: dict[str, tuple[int, int]]) -> Iterator[list[str]]:
 
 def make_assignment(groups: Groups) -> Assignment:
     """What a search at 5 bits leaves: NVFP4 of every rule, some FP8, a few layers as they are."""
-    cycle = [Choice(Format.NVFP4, rule) for rule in ScaleRule] * 3 + [FP8] * 2 + [BF16]
+    cycle = [Choice(NVFP4.format, rule) for rule in ScaleRule] * 3 + [FP8] * 2 + [BF16]
     wide = {g.name: cycle[i % len(cycle)] for i, g in enumerate(groups) if g.role != "head"}
     return Assignment.of(wide | {g.name: BF16 for g in groups if g.role == "head"})
 

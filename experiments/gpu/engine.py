@@ -25,7 +25,7 @@ from autoquant.formats import FP8, NVFP4
 from autoquant.measure.gradient import gradient_probe
 from autoquant.measure.scorer import Scorer
 from autoquant.model import experts
-from autoquant.model.inputs import ActivationMode, InputScales, fill_unseen
+from autoquant.model.inputs import ActivationMode, InputScale, fill_unseen
 from autoquant.model.live import QuantizedModel
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import group_tensors
@@ -140,13 +140,13 @@ def measure(name: str, tokens: int, length: int) -> dict[str, Any]:
     split = Split(name="search", batches=(ids,), digest="synthetic")
 
     baseline, fastest = plain_forward(model, ids)
-    quantized = QuantizedModel(model, groups, mode=ActivationMode.W4A4, weight_cache_bytes=0)
+    quantized = QuantizedModel(model, groups, mode=ActivationMode.W4A4, decoded_bytes=0)
     scorer = Scorer(quantized, DEVICE)
     scorer.check(split)
     with quantized.observing():
         scorer.trunk.hidden(ids[:1])
     amax, _ = fill_unseen(quantized.observed_ranges())
-    quantized.set_input_scales({n: InputScales.of_amax(a) for n, a in amax.items()})
+    quantized.set_input_scales({n: InputScale(amax=a) for n, a in amax.items()})
     torch.cuda.empty_cache()
 
     names = [group.name for group in groups]

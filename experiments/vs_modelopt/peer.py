@@ -23,7 +23,7 @@ from modelopt.torch.quantization.nn import register_quant_backend
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from autoquant.formats import BF16, FP8, NVFP4, Choice, Format
+from autoquant.formats import BF16, FP8, NVFP4, Choice
 from autoquant.model.binding import Names, bind
 from autoquant.plan.assignment import Assignment
 from autoquant.search.problem import Problem
@@ -133,7 +133,7 @@ class Peer:
         names = [
             name
             for name, group in self.group_of.items()
-            if all(choice.format is not Format.NVFP4 for choice in choices[group])
+            if all(choice.format is not NVFP4.format for choice in choices[group])
         ]
         if not names:
             return []

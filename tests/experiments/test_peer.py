@@ -6,12 +6,12 @@ import torch
 pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
 
 import modelopt.torch.quantization as mtq
+from autoquant.model.weights import fake_quantize
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 
 from autoquant.formats import FP8, NVFP4
-from autoquant.model.inputs import InputScales, InputSet
-from autoquant.model.weights import fake_quantize
+from autoquant.model.inputs import InputScale, InputSet
 from experiments.vs_modelopt.peer import BACKEND
 
 CONFIGS = {NVFP4: mtq.NVFP4_DEFAULT_CFG, FP8: mtq.FP8_DEFAULT_CFG}
@@ -25,6 +25,6 @@ def test_weights_and_inputs_are_rounded_as_the_engine_rounds_them(choice):
     quantizer = TensorQuantizer(QuantizerAttributeConfig(**entry["cfg"], backend=BACKEND))
     quantizer.amax = x.float().abs().max()
     amax = float(quantizer.amax)
-    ours = InputSet("x", InputScales.of_amax(amax)).quantize(x, choice.format)
+    ours = InputSet("x", InputScale(amax=amax)).quantize(x, choice.format)
     assert torch.equal(quantizer(x), ours)
     assert torch.equal(quantizer(x), fake_quantize(x, amax, choice))

@@ -28,7 +28,7 @@ from autoquant.export.export import export
 from autoquant.export.read_back import open_quantized
 from autoquant.export.verify import verify
 from autoquant.files import write_atomic
-from autoquant.formats import FP8, Choice, Format
+from autoquant.formats import BF16, FP8, NVFP4, Choice
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
 from autoquant.source.source import Source, open_source
@@ -83,12 +83,12 @@ def test_weights_decode_to_what_was_scored(kind, tmp_path):
         choice = assignment[group.name]
         for linear in group.linears:
             weight = original[linear.tensor]
-            if choice.format is Format.BF16:
+            if choice.format is BF16.format:
                 assert torch.equal(read_back[linear.tensor], weight)
                 continue
             peers = [n for n in group.linears if n.weight_scale_set == linear.weight_scale_set]
             amax = max(original[peer.tensor].abs().max().item() for peer in peers)
-            if choice.format is Format.FP8:
+            if choice.format is FP8.format:
                 scored = kernels.fake_quant_fp8(weight, kernels.fp8_scale(amax))
             else:
                 scale = kernels.nvfp4_global_scale(amax, choice.scale_rule)
@@ -104,7 +104,7 @@ def test_input_scales_are_the_calibrated_magnitudes_over_the_largest_code(source
     export(source, groups, assignment, amax, tmp_path / "out")
     scales = open_quantized(tmp_path / "out").input_scales
     for group in groups:
-        largest = {Format.NVFP4: 6 * 448, Format.FP8: 448}.get(assignment[group.name].format)
+        largest = {NVFP4.format: 6 * 448, FP8.format: 448}.get(assignment[group.name].format)
         for linear in group.linears:
             if largest is None:
                 assert linear.name not in scales
@@ -176,25 +176,24 @@ def test_all_zero_weight_is_stored_with_a_positive_scale(tmp_path):
     save_file(weights, folder / "model.safetensors")
     source = open_source(folder)
     for choice in (NVFP4_MAX, FP8):
-        target = tmp_path / choice.format
+        target = tmp_path / choice.format.name
         run(source, target, choice)
         assert verify(target, source).problems == ()
         read_back = dict(open_quantized(target).tensors())
         assert not read_back["model.layers.0.mlp.down_proj.weight"].any()
 
 
-def test_input_set_without_tokens_takes_the_largest_of_its_layer(source, tmp_path):
+def test_input_set_without_tokens_is_named_in_the_checkpoint(source, tmp_path):
     groups = find_groups(source)
-    amax = dict.fromkeys(input_amax(groups), 2.0)
-    amax["model.layers.0.mlp.gate_up"] = 8.0
-    del amax["model.layers.0.mlp.down_proj"]
-    result = export(source, groups, uniform(groups, FP8), amax, tmp_path / "out")
-    assert result.uncalibrated == ("model.layers.0.mlp.down_proj",)
-    scales = open_quantized(tmp_path / "out").input_scales
-    assert scales["model.layers.0.mlp.down_proj"] == scales["model.layers.0.mlp.gate_proj"]
-    assert scales["model.layers.1.mlp.down_proj"] < scales["model.layers.0.mlp.down_proj"]
-    said = json.loads((tmp_path / "out" / "autoquant.json").read_text())
-    assert said["uncalibrated_inputs"] == ["model.layers.0.mlp.down_proj"]
+    down = "model.layers.0.mlp.down_proj"
+    fp8 = uniform(groups, FP8)
+    unseen = {down, "model.layers.1.mlp.down_proj"}
+    part = fp8.replace({"model.layers.1.mlp.down_proj": BF16})
+    target = tmp_path / "out"
+    result = export(source, groups, part, input_amax(groups), target, uncalibrated=unseen)
+    assert result.uncalibrated == (down,)  # the other stores no scale
+    said = json.loads((target / "autoquant.json").read_text())
+    assert said["uncalibrated_inputs"] == [down]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
@@ -206,10 +205,13 @@ def test_useless_input_magnitude(source, tmp_path, value):
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_no_input_magnitude_at_all(source, tmp_path):
+def test_input_set_without_a_magnitude(source, tmp_path):
     groups = find_groups(source)
-    with pytest.raises(SourceError, match="no input magnitude was observed"):
-        export(source, groups, uniform(groups, FP8), {}, tmp_path / "out")
+    amax = input_amax(groups)
+    del amax["model.layers.0.mlp.down_proj"]
+    with pytest.raises(SourceError, match=r"layers\.0\.mlp\.down_proj was not calibrated"):
+        export(source, groups, uniform(groups, FP8), amax, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["source"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -87,7 +87,7 @@ def test_both_layouts_hold_the_same_model(kind, tmp_path):
     ours, theirs = open_quantized(one), open_quantized(other)
     assert theirs.layout is CT
     assert ours.input_scales == theirs.input_scales
-    assert ours.formats == theirs.formats
+    assert ours.choices == theirs.choices
     pairs = zip(ours.tensors(), theirs.tensors(), strict=True)
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
@@ -159,9 +159,9 @@ def test_one_format_beside_bf16_is_a_uniform_checkpoint(dense, choice, format):
     assert not any(name == "Linear" or name.startswith("re:") for name in group["targets"])
     assert {f"model.layers.0.self_attn.{part}_proj" for part in "qkv"} < set(config["ignore"])
     view = compressed_tensors_view(config)
-    assert view.format("lm_head") is Format.BF16
+    assert view.form("lm_head") == BF16.form
     with_head = config_of(dense, everywhere.replace({"lm_head": choice}))
-    assert compressed_tensors_view(with_head).format("lm_head") is choice.format
+    assert compressed_tensors_view(with_head).form("lm_head") == choice.form
 
 
 def test_head_of_a_model_in_another_is_targeted_by_its_own_name(tmp_path):
@@ -172,9 +172,9 @@ def test_head_of_a_model_in_another_is_targeted_by_its_own_name(tmp_path):
     assert head in targets
     assert not any("vision" in name for name in targets)
     assert not {"lm_head", head} & set(config["ignore"])
-    assert compressed_tensors_view(config).format(head) is Format.FP8
+    assert compressed_tensors_view(config).form(head) == FP8.form
     without = config_of(source, uniform(find_groups(source), FP8))
-    assert compressed_tensors_view(without).format(head) is Format.BF16
+    assert compressed_tensors_view(without).form(head) == BF16.form
 
 
 def test_nothing_quantized_declares_nothing(dense):
@@ -193,9 +193,9 @@ def test_experts_are_targeted_under_the_names_of_every_engine(tmp_path):
         assert f"model.layers.1.{block}.experts.3.w2" in fp8["targets"]
     view = compressed_tensors_view(config_of(source, chosen))
     for name in ("mlp.experts.0.gate_proj", "block_sparse_moe.experts.12.w1"):
-        assert view.format(f"model.layers.1.{name}") is Format.FP8
+        assert view.form(f"model.layers.1.{name}") == FP8.form
     for other in ("model.layers.11.mlp.experts.0.up_proj", "model.layers.1.mlp.gate"):
-        assert view.format(other) is Format.BF16
+        assert view.form(other) == BF16.form
 
 
 def test_experts_without_a_gate_are_targeted_under_a_name_that_engines_make_up(tmp_path):
@@ -282,7 +282,7 @@ class TransformersInput:
 
     def __call__(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         (x,) = inputs
-        if self.format is Format.FP8:
+        if self.format is FP8.format:
             scale = self.scalar.bfloat16()
             return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * scale
         blocks = x.unflatten(-1, (-1, 16))
@@ -310,9 +310,9 @@ def loaded_by_transformers(folder: Path, source: Source) -> tuple[Any, Any]:
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     ours = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.bfloat16)
     stored = load_tensors(folder)
-    for name, format in open_quantized(folder).formats.items():
+    for name, choice in open_quantized(folder).choices.items():
         module, scale = ours.get_submodule(name), stored[f"{name}.weight_scale"]
-        if format is Format.FP8:
+        if choice == FP8:
             module.weight.data = stored[f"{name}.weight"].bfloat16() * scale.bfloat16()
             scalar = stored[f"{name}.input_scale"]
         else:
@@ -323,7 +323,7 @@ def loaded_by_transformers(folder: Path, source: Source) -> tuple[Any, Any]:
             module.weight.data = (values.unflatten(-1, (-1, 16)) * step[..., None]).flatten(-2)
             module.weight.data = module.weight.data.bfloat16()
             scalar = stored[f"{name}.input_global_scale"]
-        module.register_forward_pre_hook(TransformersInput(format, scalar))
+        module.register_forward_pre_hook(TransformersInput(choice.format, scalar))
     return theirs, ours
 
 

@@ -13,7 +13,7 @@ from tiny_models import MODELS, save_model
 from autoquant.export.declaration import quantized_linears
 from autoquant.export.layouts.engine_view import modelopt_views
 from autoquant.export.layouts.modelopt import quantization_files
-from autoquant.formats import BF16, FP8, Format
+from autoquant.formats import BF16, FP8, NVFP4
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups, group_tensors
 from autoquant.source.headers import Headers, TensorHeader
@@ -57,7 +57,7 @@ def test_every_linear_has_its_format_in_the_engines_eyes(kind, tmp_path):
     for view in modelopt_views(flat, nested):
         for group in groups:
             for linear in group.linears:
-                assert view.format(linear.name) is assignment[group.name].format
+                assert view.form(linear.name) == assignment[group.name].form
 
 
 def test_mixed_file_names_every_linear_once_on_either_side(dense):
@@ -67,7 +67,7 @@ def test_mixed_file_names_every_linear_once_on_either_side(dense):
     assert flat["quant_algo"] == "MIXED_PRECISION"
     expected = {
         linear.name: {"quant_algo": "NVFP4", "group_size": 16}
-        if assignment[group.name].format is Format.NVFP4
+        if assignment[group.name].format is NVFP4.format
         else {"quant_algo": "FP8"}
         for group in groups
         for linear in group.linears
@@ -171,7 +171,7 @@ def test_no_excluded_name_is_part_of_a_quantized_one(tmp_path):
     flat, _ = made
     assert flat["quant_algo"] == "MIXED_PRECISION"
     assert flat["ignore"] == ["model.layers.0.mlp.down_proj", "lm_head"]
-    assert modelopt_views(*made)[0].format("model.layers.0.mlp.gate_proj") is Format.NVFP4
+    assert modelopt_views(*made)[0].form("model.layers.0.mlp.gate_proj") == NVFP4.form
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2_moe", "deepseek_v3"])

@@ -49,10 +49,10 @@ def enabled(recipe: dict[str, Any], quantizer: str) -> tuple[int, int] | None:
 
 def test_recipe_turns_on_the_quantizers_of_the_assignment_and_no_others(tmp_path):
     groups = find_groups(open_source(save("llama", tmp_path)))
-    formats = quantized_linears(groups, mix_of("llama"))
-    recipe = yaml.safe_load(yaml.safe_dump(modelopt_recipe(formats, KvCache.BF16)))
+    choices = quantized_linears(groups, mix_of("llama"))
+    recipe = yaml.safe_load(yaml.safe_dump(modelopt_recipe(choices, KvCache.BF16)))
     for linear in groups.linears:
-        expected = BITS[formats[linear.name]] if linear.name in formats else None
+        expected = BITS[str(choices[linear.name].format)] if linear.name in choices else None
         for tensor in ("weight", "input"):
             assert enabled(recipe, f"{linear.name}.{tensor}_quantizer") == expected
         assert enabled(recipe, f"{linear.name}.output_quantizer") is None
@@ -60,12 +60,12 @@ def test_recipe_turns_on_the_quantizers_of_the_assignment_and_no_others(tmp_path
 
 
 def test_names_that_memory_spells_otherwise_are_matched():
-    formats = {
-        "model.language_model.layers.3.mlp.down_proj": FP8.format,
-        "backbone.layers.1.mixer.in_proj": NVFP4_MAX.format,
-        "model.layers.2.block_sparse_moe.experts.7.w1": FP8.format,
+    choices = {
+        "model.language_model.layers.3.mlp.down_proj": FP8,
+        "backbone.layers.1.mixer.in_proj": NVFP4_MAX,
+        "model.layers.2.block_sparse_moe.experts.7.w1": FP8,
     }
-    recipe = modelopt_recipe(formats, KvCache.FP8)
+    recipe = modelopt_recipe(choices, KvCache.FP8)
     for name, bits in {
         "model.layers.3.mlp.down_proj.weight_quantizer": (4, 3),
         "model.language_model.layers.3.mlp.down_proj.input_quantizer": (4, 3),

@@ -169,7 +169,7 @@ def test_group_of_two_formats(source, tmp_path):
     groups = find_groups(source)
     for choice in (NVFP4_MAX, FP8):
         assignment = Assignment.of({"model.layers.0.self_attn.qkv": choice})
-        export(source, groups, assignment, input_amax(groups), tmp_path / choice.format)
+        export(source, groups, assignment, input_amax(groups), tmp_path / choice.format.name)
 
     from safetensors.torch import load_file
 

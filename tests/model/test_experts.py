@@ -11,7 +11,7 @@ from searchable import WITH_EXPERTS, save_searchable
 from autoquant.errors import SourceError
 from autoquant.formats import FP8, NVFP4
 from autoquant.model import experts
-from autoquant.model.inputs import ActivationMode, InputScales
+from autoquant.model.inputs import ActivationMode, InputScale
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
 from autoquant.plan.assignment import Assignment
@@ -92,7 +92,7 @@ def test_a_quantized_layer_of_experts_changes_the_output_and_no_other_layer(fold
     groups = [g for g in find_groups(open_source(folder)) if g.role == "experts"]
     quantized = QuantizedModel(model, groups, mode=ActivationMode.W4A4)
     names = {linear.input_scale_set for group in groups for linear in group.linears}
-    quantized.set_input_scales(dict.fromkeys(names, InputScales.of_amax(4.0)))
+    quantized.set_input_scales(dict.fromkeys(names, InputScale(amax=4.0)))
     tokens = torch.arange(3, 35)[None]
 
     def hidden_states():

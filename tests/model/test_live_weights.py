@@ -9,9 +9,9 @@ from searchable import save_searchable
 
 from autoquant.export.export import export
 from autoquant.export.read_back import open_quantized
-from autoquant.formats import BF16, FP8, Choice, Format, ScaleRule
+from autoquant.formats import BF16, FP8, NVFP4, Choice, ScaleRule
 from autoquant.model.binding import DenseSlot
-from autoquant.model.inputs import ActivationMode, InputScales
+from autoquant.model.inputs import ActivationMode, InputScale
 from autoquant.model.install import install
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
@@ -19,7 +19,7 @@ from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
 from autoquant.source.source import open_source
 
-CHOICES = (*(Choice(Format.NVFP4, rule) for rule in ScaleRule), FP8)
+CHOICES = (*(Choice(NVFP4.format, rule) for rule in ScaleRule), FP8)
 TOKENS = torch.arange(3, 67).view(2, 32)
 
 
@@ -31,11 +31,11 @@ class Live:
         self.groups = find_groups(self.source)
         self.model = load_model(folder, torch.device("cpu")).model
         self.quantized = QuantizedModel(
-            self.model, self.groups, mode=mode, weight_cache_bytes=cache_bytes
+            self.model, self.groups, mode=mode, decoded_bytes=cache_bytes
         )
         self.amax = {linear.input_scale_set: 3.0 for linear in self.groups.linears}
         self.quantized.set_input_scales(
-            {name: InputScales.of_amax(amax) for name, amax in self.amax.items()}
+            {name: InputScale(amax=amax) for name, amax in self.amax.items()}
         )
 
     @torch.inference_mode()

@@ -7,7 +7,7 @@ from tiny_models import save_model
 
 from autoquant.errors import ConfigError, InfeasibleBudget
 from autoquant.export.export import export
-from autoquant.formats import BF16, FP8, NVFP4, Choice, Format, ScaleRule
+from autoquant.formats import BF16, FP8, NVFP4, Choice, ScaleRule
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.budget import Accounting, Budget, Scope, require_feasible
 from autoquant.plan.grouping import find_groups
@@ -15,7 +15,7 @@ from autoquant.plan.space_file import load_space, parse_space
 from autoquant.source.shards import read_checkpoint_headers
 from autoquant.source.source import Source, open_source
 
-CHOICES = (*(Choice(Format.NVFP4, rule) for rule in ScaleRule), FP8, BF16)
+CHOICES = (*(Choice(NVFP4.format, rule) for rule in ScaleRule), FP8, BF16)
 
 
 def accounting_of(source: Source, space: str = "default") -> Accounting:
@@ -133,8 +133,8 @@ def test_illegal_nvfp4_leaves_fp8_as_the_floor(tmp_path):
     source = open_source(save_model("llama", tmp_path, intermediate_size=72))
     accounting = accounting_of(source)
     formats = {name: accounting.floor[name].format for name in accounting.searched}
-    assert formats["model.layers.0.mlp.down_proj"] is Format.FP8
-    assert formats["model.layers.0.mlp.gate_up"] is Format.NVFP4
+    assert formats["model.layers.0.mlp.down_proj"] is FP8.format
+    assert formats["model.layers.0.mlp.gate_up"] is NVFP4.format
 
 
 def test_a_group_with_one_choice_is_not_searched(sources):

@@ -7,7 +7,7 @@ import pytest
 from tiny_models import MODELS, save_model
 
 from autoquant.errors import ConfigError, SourceError
-from autoquant.formats import Format
+from autoquant.formats import FP8, NVFP4
 from autoquant.plan.grouping import Groups, find_groups, group_tensors
 from autoquant.source.headers import TensorHeader
 from autoquant.source.names import ROLES, Fixed
@@ -234,10 +234,10 @@ def test_transposed_matrices_are_fixed():
 
 def test_linear_whose_inputs_are_no_multiple_of_16_says_so():
     (group,) = grouped({"model.layers.0.mlp.down_proj.weight": (16, 24)}).groups
-    assert group.why_illegal(Format.NVFP4) == (
+    assert group.why_illegal(NVFP4.format) == (
         "model.layers.0.mlp.down_proj: NVFP4 needs K divisible by 16, and K is 24"
     )
-    assert group.why_illegal(Format.FP8) is None
+    assert group.why_illegal(FP8.format) is None
 
 
 def test_unknown_group_is_a_config_error(tmp_path):

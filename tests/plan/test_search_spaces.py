@@ -4,13 +4,13 @@ import pytest
 from tiny_models import save_model
 
 from autoquant.errors import ConfigError
-from autoquant.formats import BF16, FP8, NVFP4, Choice, Format, ScaleRule
+from autoquant.formats import BF16, FP8, NVFP4, Choice, ScaleRule
 from autoquant.plan.grouping import Groups, find_groups
 from autoquant.plan.space import SearchSpace
 from autoquant.plan.space_file import load_space, parse_space, schema, shipped_names
 from autoquant.source.source import open_source
 
-EVERY = (*(Choice(Format.NVFP4, rule) for rule in ScaleRule), FP8, BF16)
+EVERY = (*(Choice(NVFP4.format, rule) for rule in ScaleRule), FP8, BF16)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_default_opens_every_linear_but_the_head(dense):
     assert options.open == tuple(group.name for group in dense if group.role != "head")
     assert all(options.choices[name] == EVERY for name in options.open)
     assert options.choices["lm_head"] == (BF16,)
-    assert "sensitive" in options.closed["lm_head"][Format.FP8]
+    assert "sensitive" in options.closed["lm_head"][FP8.format]
     assert options.warnings == ()
 
 
@@ -50,7 +50,7 @@ def test_experts_only_opens_routed_experts(sparse):
     assert all(name.endswith("block_sparse_moe.experts") for name in options.open)
     assert len(options.open) == 2
     closed = options.closed["model.layers.0.self_attn.qkv"]
-    assert closed.keys() == {Format.NVFP4, Format.FP8}
+    assert closed.keys() == {NVFP4.format, FP8.format}
 
 
 def test_experts_only_warns_on_a_dense_model(dense):
@@ -73,9 +73,9 @@ def test_the_first_rule_that_matches_decides(dense):
         "{match: '*', formats: [nvfp4/mse]}",
     ).options(dense)
     assert options.choices["model.layers.0.self_attn.qkv"] == (BF16,)
-    assert options.closed["model.layers.0.self_attn.qkv"][Format.FP8] == "first layer"
+    assert options.closed["model.layers.0.self_attn.qkv"][FP8.format] == "first layer"
     assert options.choices["model.layers.1.self_attn.qkv"] == (FP8, BF16)
-    mse = Choice(Format.NVFP4, ScaleRule.MSE)
+    mse = Choice(NVFP4.format, ScaleRule.MSE)
     assert options.choices["model.layers.1.mlp.gate_up"] == (mse,)
     assert options.choices["lm_head"] == (mse,)
 
@@ -83,7 +83,7 @@ def test_the_first_rule_that_matches_decides(dense):
 def test_group_that_no_rule_names_stays_bf16(dense):
     options = space("{match: qkv, formats: [fp8]}").options(dense)
     assert options.choices["model.layers.0.mlp.gate_up"] == (BF16,)
-    reason = options.closed["model.layers.0.mlp.gate_up"][Format.FP8]
+    reason = options.closed["model.layers.0.mlp.gate_up"][FP8.format]
     assert reason == "no rule of the space mine names the group"
 
 
@@ -99,7 +99,7 @@ def test_shape_that_forbids_nvfp4_is_said_even_where_the_space_opens_it(tmp_path
     options = load_space("default").options(find_groups(open_source(model)))
     name = "model.layers.0.mlp.down_proj"
     assert options.choices[name] == (FP8, BF16)
-    assert "divisible by 16, and K is 72" in options.closed[name][Format.NVFP4]
+    assert "divisible by 16, and K is 72" in options.closed[name][NVFP4.format]
 
 
 def test_group_whose_only_open_format_is_illegal_stays_bf16(tmp_path):
@@ -107,7 +107,7 @@ def test_group_whose_only_open_format_is_illegal_stays_bf16(tmp_path):
     options = space("{match: down, formats: [nvfp4]}").options(find_groups(open_source(model)))
     name = "model.layers.0.mlp.down_proj"
     assert options.choices[name] == (BF16,)
-    assert Format.BF16 not in options.closed[name]
+    assert BF16.format not in options.closed[name]
 
 
 @pytest.mark.parametrize("pattern", ["model.layer.0.*", "'*.q_proj'", "experts"])

@@ -3,7 +3,7 @@
 import pytest
 from tiny_models import save_model
 
-from autoquant.formats import BF16, FP8, NVFP4, Choice, Format, ScaleRule
+from autoquant.formats import BF16, FP8, NVFP4, Choice, ScaleRule
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.budget import Budget, Scope
@@ -14,7 +14,7 @@ from autoquant.search.propose.baselines import baselines
 from autoquant.search.refine import Effort
 from autoquant.source.source import open_source
 
-MSE = Choice(Format.NVFP4, ScaleRule.MSE)
+MSE = Choice(NVFP4.format, ScaleRule.MSE)
 HARM = {"nvfp4/max": 8.0, "nvfp4/mse": 6.0, "nvfp4/four_over_six": 7.0, "fp8": 1.0}
 
 
@@ -56,10 +56,10 @@ def test_solutions_keep_and_fill_the_budget(problem_of, scope, bpe):
 def test_the_best_scale_rule_is_chosen_and_max_alone_where_asked(problem_of):
     problem = problem_of()
     free = problem.optimum()
-    assert {c for _, c in free if c.format is Format.NVFP4} == {MSE}
+    assert {c for _, c in free if c.format is NVFP4.format} == {MSE}
     restricted = problem.restricted(ScaleRule.MAX)
     assert restricted is not None
-    assert {c for _, c in problem.decode(restricted.solve()) if c.format is Format.NVFP4} == {NVFP4}
+    assert {c for _, c in problem.decode(restricted.solve()) if c.format is NVFP4.format} == {NVFP4}
 
 
 def test_one_rule_only_is_no_question_where_the_space_lacks_it(problem_of):

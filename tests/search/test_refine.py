@@ -6,7 +6,7 @@ import torch
 from tiny_models import save_model
 
 from autoquant.data.tokens import Split
-from autoquant.formats import Choice, Format, ScaleRule
+from autoquant.formats import NVFP4, Choice, ScaleRule
 from autoquant.measure.kl import TokenKl
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.plan.budget import Budget, Scope
@@ -51,7 +51,7 @@ def test_a_closed_scale_rule_is_proposed_by_nobody(problem, proposer):
         Summing(), TOKENS, problem.accounting, problem.fits, earlier=(), keep=lambda _: None
     )
     best = ledger.measure(problem.optimum(), Stage.SOLVER, "optimum")
-    closed = Choice(Format.NVFP4, ScaleRule.MSE)
+    closed = Choice(NVFP4.format, ScaleRule.MSE)
     assert closed in dict(best.assignment).values()
     sound = problem.without(ScaleRule.MSE)
     ledger.measure(sound.optimum(), Stage.SOLVER, "sound")

@@ -13,12 +13,13 @@ import autoquant_kernels as kernels
 import torch
 from torch import Tensor
 
+from autoquant.export.layouts.base import Layout, form_of
 from autoquant.export.layouts.modules import (
     experts_container,
     spellings,
     unquantized_modules,
 )
-from autoquant.formats import NVFP4_BLOCK, Format, ScaleRule
+from autoquant.formats import A16, FP8, NVFP4, Choice, ScaleRule, all_formats
 from autoquant.plan.grouping import Groups
 from autoquant.source import names as table
 from autoquant.source.headers import Headers
@@ -30,49 +31,41 @@ VERSION = "0.20.0"
 ANY_LINEAR = "Linear"
 EXPRESSION = "re:"
 MIXED = "mixed-precision"
-_ORDER = (Format.FP8, Format.NVFP4)
-_FORMATS = {Format.FP8: "float-quantized", Format.NVFP4: "nvfp4-pack-quantized"}
 _ENGINES_PARTS = frozenset({"gate_proj", "up_proj", "down_proj"})
 """Parts of an expert that SGLang looks up, whatever the checkpoint calls them, and vLLM too where
 an expert has no gate."""
 
-_FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
-_NVFP4 = {
-    "num_bits": 4,
-    "type": "float",
-    "strategy": "tensor_group",
-    "group_size": NVFP4_BLOCK,
-    "symmetric": True,
-    "dynamic": False,
-    "scale_dtype": "torch.float8_e4m3fn",
-}
+KV_CACHE_SCHEME = form_of(Layout.COMPRESSED_TENSORS, FP8.format).declared["weights"]
 
 
 def quantization_config(
-    headers: Headers, groups: Groups, formats: Mapping[str, Format], *, fp8_kv_cache: bool = False
+    headers: Headers, groups: Groups, choices: Mapping[str, Choice], *, fp8_kv_cache: bool = False
 ) -> dict[str, Any]:
     """`quantization_config` of config.json.
 
     Args:
         headers: the source's tensors.
         groups: its layer groups.
-        formats: format of every quantized linear by name; at least one.
+        choices: of every quantized linear by name; at least one.
         fp8_kv_cache: whether the checkpoint holds scales of an FP8 cache.
     """
-    used = [format for format in _ORDER if format in formats.values()]
-    is_mixed = len(used) > 1
-    config_groups = {}
-    for number, format in enumerate(used):
-        own = [name for name, other in formats.items() if other is format]
-        config_groups[f"group_{number}"] = _group(format, _targets(own))
+    members: dict[str, list[str]] = {}
+    for name, choice in choices.items():
+        members.setdefault(choice.form, []).append(name)
+    used = sorted(map(Choice.parse, members), key=lambda choice: -choice.format.weight_bits)
+    config_groups = {
+        f"group_{number}": _group(choice, _targets(members[choice.form]))
+        for number, choice in enumerate(used)
+    }
+    packings = {_declared(choice)["format"] for choice in used}
     return {
         "quant_method": METHOD,
-        "format": MIXED if is_mixed else _FORMATS[used[0]],
+        "format": packings.pop() if len(packings) == 1 else MIXED,
         "quantization_status": "compressed",
         "version": VERSION,
         "config_groups": config_groups,
-        "ignore": unquantized_modules(headers, groups, formats),
-        "kv_cache_scheme": _FP8 if fp8_kv_cache else None,
+        "ignore": unquantized_modules(headers, groups, choices),
+        "kv_cache_scheme": KV_CACHE_SCHEME if fp8_kv_cache else None,
     }
 
 
@@ -96,16 +89,35 @@ def scale_of(reciprocal: Tensor) -> Tensor:
     return plain
 
 
-def _group(format: Format, targets: list[str]) -> dict[str, Any]:
-    weights = _FP8 if format is Format.FP8 else _NVFP4
-    inputs = weights if format is Format.FP8 else weights | {"dynamic": "local"}
+def _declared(choice: Choice) -> Mapping[str, Any]:
+    return form_of(Layout.COMPRESSED_TENSORS, choice.format).declared
+
+
+def _group(choice: Choice, targets: list[str]) -> dict[str, Any]:
+    declared = _declared(choice)
+    inputs = None if choice.keeps_input else declared["weights"] | declared["input_activations"]
     return {
-        "format": _FORMATS[format],
+        "format": declared["format"],
         "targets": targets,
-        "weights": weights,
+        "weights": declared["weights"],
         "input_activations": inputs,
         "output_activations": None,
     }
+
+
+def form_of_group(group: Mapping[str, Any]) -> str:
+    """The form (`nvfp4`, `nvfp4/a16`, `fp8`) that a group of the file declares.
+
+    Raises:
+        KeyError: no format has such weights.
+    """
+    bits = group["weights"]["num_bits"]
+    for format in all_formats():
+        form = format.layouts.get(Layout.COMPRESSED_TENSORS)
+        if form is not None and form.declared["weights"]["num_bits"] == bits:
+            is_plain = group["input_activations"] is None and format.quantizes_input
+            return f"{format}/{A16}" if is_plain else str(format)
+    raise KeyError(f"weights of {bits} bits")
 
 
 def _targets(names: list[str]) -> list[str]:
@@ -130,18 +142,19 @@ def _targets(names: list[str]) -> list[str]:
     return list(targets)
 
 
-def transformers_caveat(groups: Groups, formats: Mapping[str, Format]) -> str | None:
+def transformers_caveat(groups: Groups, choices: Mapping[str, Choice]) -> str | None:
     """What transformers does wrong with the checkpoint in this layout, or None.
 
     It takes one scheme for all experts of a model: that of the first group of the file.
     """
     routed = [linear.name for linear in groups.linears if experts_container(linear.name)]
-    if Format.NVFP4 in map(formats.get, routed):
+    used = {choices[name].format for name in routed if name in choices}
+    if NVFP4.format in used:
         return (
             "transformers 5 drops the global scale of NVFP4 experts while it loads them, and "
             "computes with wrong weights without a word"
         )
-    if routed and Format.FP8 not in formats.values():
+    if routed and all(choice.format != FP8.format for choice in choices.values()):
         return (
             "transformers 5 takes the experts for NVFP4 like the rest, and fails to load them, "
             "where no layer is FP8"

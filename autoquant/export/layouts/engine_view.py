@@ -14,12 +14,14 @@ from functools import cached_property
 from typing import Any
 
 from autoquant.export.layouts import compressed_tensors as ct
+from autoquant.export.layouts.base import Layout
+from autoquant.export.layouts.modelopt import form_of_algorithm
 from autoquant.export.layouts.modules import engine_name, is_head, layer_of, spellings
-from autoquant.formats import Format
+from autoquant.formats import BF16
 from autoquant.source import names as table
 
-_ALGORITHMS = {"NVFP4": Format.NVFP4, "FP8": Format.FP8}
-_BITS = {4: Format.NVFP4, 8: Format.FP8}
+_PLAIN = BF16.form
+"""What a module is that no entry names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,8 @@ class EngineView(ABC):
     fp8_kv_cache: bool
 
     @abstractmethod
-    def format(self, module: str) -> Format:
-        """The format of a linear by its name on disk."""
+    def form(self, module: str) -> str:
+        """What a linear is taken for, by its name on disk: `nvfp4`, `nvfp4/a16`, `fp8`, `bf16`."""
 
 
 def modelopt_views(
@@ -43,12 +45,7 @@ def modelopt_views(
     """
     inner = nested["quantization"]
     return (
-        ModeloptView(
-            algorithm=flat["quant_algo"],
-            layers=flat.get("quantized_layers"),
-            excluded=tuple(flat["ignore"]),
-            fp8_kv_cache=flat["kv_cache_scheme"] is not None,
-        ),
+        _flat_view(flat),
         ModeloptView(
             algorithm=inner["quant_algo"],
             layers=inner.get("quantized_layers"),
@@ -58,15 +55,33 @@ def modelopt_views(
     )
 
 
+def _flat_view(flat: Mapping[str, Any]) -> "ModeloptView":
+    return ModeloptView(
+        algorithm=flat["quant_algo"],
+        layers=flat.get("quantized_layers"),
+        excluded=tuple(flat["ignore"]),
+        fp8_kv_cache=flat["kv_cache_scheme"] is not None,
+    )
+
+
+def view_of(layout: Layout, config: Mapping[str, Any] | None) -> "EngineView | None":
+    """What `quantization_config` of config.json says; None where it lacks what engines need."""
+    try:
+        is_modelopt = layout is Layout.MODELOPT
+        return _flat_view(config or {}) if is_modelopt else compressed_tensors_view(config or {})
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
 def compressed_tensors_view(config: Mapping[str, Any]) -> "CompressedTensorsView":
     """What `quantization_config` says.
 
     Raises:
         KeyError: it lacks a key that engines need.
     """
-    targets: dict[str, Format] = {}
+    targets: dict[str, str] = {}
     for group in config["config_groups"].values():
-        targets |= dict.fromkeys(group["targets"], _BITS[group["weights"]["num_bits"]])
+        targets |= dict.fromkeys(group["targets"], ct.form_of_group(group))
     return CompressedTensorsView(
         targets=targets,
         excluded=frozenset(config["ignore"]),
@@ -79,22 +94,22 @@ class ModeloptView(EngineView):
     """What one of the two ModelOpt files declares."""
 
     algorithm: str
-    """`MIXED_PRECISION`, `NVFP4` or `FP8`."""
+    """Of all layers, or that each has its own."""
     layers: Mapping[str, Mapping[str, Any]] | None
     """Entries by module; None where one algorithm holds for all."""
     excluded: tuple[str, ...]
     """Modules that stay as they are."""
     _answers: dict[str, bool] = field(default_factory=dict, compare=False, repr=False)
 
-    def format(self, module: str) -> Format:
+    def form(self, module: str) -> str:
         expert = table.ROUTED_EXPERT.fullmatch(module)
         if self._is_excluded(expert["container"] if expert else engine_name(module)):
-            return Format.BF16
+            return _PLAIN
         if self.layers is None:
-            return _ALGORITHMS.get(self.algorithm, Format.BF16)
+            return form_of_algorithm(self.algorithm) or _PLAIN
         names = [module, *(spellings(expert["container"]) if expert else ())]
         found = {self.layers.get(name, {}).get("quant_algo", "") for name in names}
-        return _ALGORITHMS.get(found.pop(), Format.BF16) if len(found) == 1 else Format.BF16
+        return (form_of_algorithm(found.pop()) or _PLAIN) if len(found) == 1 else _PLAIN
 
     @cached_property
     def _excluded_in_layer(self) -> dict[str, list[str]]:
@@ -121,32 +136,32 @@ class ModeloptView(EngineView):
 class CompressedTensorsView(EngineView):
     """What `quantization_config` declares."""
 
-    targets: Mapping[str, Format]
-    """Formats by module name, expression or class."""
+    targets: Mapping[str, str]
+    """Forms by module name, expression or class."""
     excluded: frozenset[str]
     """Modules that stay as they are."""
 
-    def format(self, module: str) -> Format:
-        found = {self._format(name) for name in spellings(module)}
-        return found.pop() if len(found) == 1 else Format.BF16
+    def form(self, module: str) -> str:
+        found = {self._form(name) for name in spellings(module)}
+        return found.pop() if len(found) == 1 else _PLAIN
 
-    def _format(self, name: str) -> Format:
+    def _form(self, name: str) -> str:
         if name in self.excluded:
-            return Format.BF16
+            return _PLAIN
         if name in self.targets:
             return self.targets[name]
-        for expression, format in self._expressions:
+        for expression, form in self._expressions:
             if expression.match(name):
-                return format
+                return form
         if is_head(name):
-            return Format.BF16
-        return self.targets.get(ct.ANY_LINEAR, Format.BF16)
+            return _PLAIN
+        return self.targets.get(ct.ANY_LINEAR, _PLAIN)
 
     @cached_property
-    def _expressions(self) -> list[tuple[re.Pattern[str], Format]]:
+    def _expressions(self) -> list[tuple[re.Pattern[str], str]]:
         mark = ct.EXPRESSION
         return [
-            (re.compile(target.removeprefix(mark)), format)
-            for target, format in self.targets.items()
+            (re.compile(target.removeprefix(mark)), form)
+            for target, form in self.targets.items()
             if target.startswith(mark)
         ]

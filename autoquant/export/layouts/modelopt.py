@@ -8,13 +8,14 @@ functions below leave no name whose answer differs between them.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from autoquant.export.layouts.base import Layout, form_of
 from autoquant.export.layouts.modules import (
     experts_container,
     layer_of,
     spellings,
     unquantized_modules,
 )
-from autoquant.formats import NVFP4_BLOCK, Format
+from autoquant.formats import Choice, all_formats
 from autoquant.plan.grouping import Groups
 from autoquant.source import names as table
 from autoquant.source.headers import Headers
@@ -23,44 +24,52 @@ QUANTIZATION_FILE = "hf_quant_config.json"
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 """vLLM and SGLang read the files of no other producer; the version is the layout's."""
 
+MIXED = "MIXED_PRECISION"
+KV_CACHE_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
+
 
 def quantization_files(
-    headers: Headers, groups: Groups, formats: Mapping[str, Format], *, fp8_kv_cache: bool = False
+    headers: Headers, groups: Groups, choices: Mapping[str, Choice], *, fp8_kv_cache: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """`quantization_config` of config.json and the content of hf_quant_config.json.
 
     Args:
         headers: the source's tensors.
         groups: its layer groups.
-        formats: format of every quantized linear by name; at least one.
+        choices: of every quantized linear by name; at least one.
         fp8_kv_cache: whether the checkpoint holds scales of an FP8 cache.
     """
-    ignore = unquantized_modules(headers, groups, formats)
-    safe = _without_traps(ignore, formats)
-    used = set(formats.values())
-    if len(used) > 1 or safe != ignore:
-        algorithm, layers = "MIXED_PRECISION", _quantized_layers(formats)
+    ignore = unquantized_modules(headers, groups, choices)
+    safe = _without_traps(ignore, choices)
+    algorithms = {_algorithm(choice)["quant_algo"] for choice in choices.values()}
+    if len(algorithms) > 1 or safe != ignore or _keeps_inputs(choices):
+        algorithm, layers = MIXED, _quantized_layers(choices)
     else:
-        algorithm, layers = used.pop().upper(), None
-    flat = _flat(algorithm, layers, safe, formats)
-    nested = _nested(algorithm, layers, safe, formats)
-    flat["kv_cache_scheme"] = _numbers(Format.FP8) if fp8_kv_cache else None
+        algorithm, layers = algorithms.pop(), None
+    flat = _flat(algorithm, layers, safe, choices)
+    nested = _nested(algorithm, layers, safe, choices)
+    flat["kv_cache_scheme"] = KV_CACHE_SCHEME if fp8_kv_cache else None
     nested["quantization"]["kv_cache_quant_algo"] = "FP8" if fp8_kv_cache else None
     return flat, nested
 
 
-def _quantized_layers(formats: Mapping[str, Format]) -> dict[str, dict[str, Any]]:
+def _quantized_layers(choices: Mapping[str, Choice]) -> dict[str, dict[str, Any]]:
     """Every quantized linear, and the container that engines look experts up by."""
     layers: dict[str, dict[str, Any]] = {}
-    for name, format in formats.items():
-        layers[name] = _algorithm(format)
+    for name, choice in choices.items():
+        layers[name] = _algorithm(choice)
         container = experts_container(name)
         if container is not None:
-            layers |= dict.fromkeys(spellings(container), _algorithm(format))
+            layers |= dict.fromkeys(spellings(container), _algorithm(choice))
     return layers
 
 
-def _without_traps(ignore: list[str], formats: Mapping[str, Format]) -> list[str]:
+def _keeps_inputs(choices: Mapping[str, Choice]) -> bool:
+    """Whether some layer differs by its inputs, which engines look up layer by layer alone."""
+    return any(choice.input for choice in choices.values())
+
+
+def _without_traps(ignore: list[str], choices: Mapping[str, Choice]) -> list[str]:
     """Drop names that are part of a quantized module's name.
 
     vLLM excludes a module if an entry occurs anywhere in its name: `mlp.gate` would exclude
@@ -68,7 +77,7 @@ def _without_traps(ignore: list[str], formats: Mapping[str, Format]) -> list[str
     """
     in_layer: dict[str, str] = {}
     everywhere = ""
-    for taken in {spelling for name in formats for spelling in _engine_names(name)}:
+    for taken in {spelling for name in choices for spelling in _engine_names(name)}:
         layer = layer_of(taken)
         in_layer[layer] = f"{in_layer.get(layer, '')}\n{taken}"
         everywhere += f"\n{taken}"
@@ -90,30 +99,44 @@ def _engine_names(name: str) -> Iterable[str]:
         yield from spellings(container)
 
 
-def _algorithm(format: Format) -> dict[str, Any]:
-    if format is Format.NVFP4:
-        return {"quant_algo": "NVFP4", "group_size": NVFP4_BLOCK}
-    return {"quant_algo": "FP8"}
+def _declared(choice: Choice) -> Mapping[str, Any]:
+    return form_of(Layout.MODELOPT, choice.format).declared
+
+
+def _algorithm(choice: Choice) -> dict[str, Any]:
+    declared = _declared(choice)
+    return {"quant_algo": declared["algorithm"][choice.input]} | _group_size([choice])
+
+
+def _group_size(choices: Iterable[Choice]) -> dict[str, Any]:
+    """The size of blocks, where a format has blocks."""
+    for choice in choices:
+        if "group_size" in _declared(choice):
+            return {"group_size": _declared(choice)["group_size"]}
+    return {}
 
 
 def _flat(
     algorithm: str,
     layers: dict[str, dict[str, Any]] | None,
     ignore: list[str],
-    formats: Mapping[str, Format],
+    choices: Mapping[str, Choice],
 ) -> dict[str, Any]:
     config: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": algorithm}
     config["producer"] = PRODUCER
-    if Format.NVFP4 in formats.values():
-        config["group_size"] = NVFP4_BLOCK
+    config |= _group_size(choices.values())
+    members: dict[str, list[str]] = {}
+    for name, choice in choices.items():
+        members.setdefault(choice.form, []).append(name)
     groups = {}
-    for number, format in enumerate(sorted(set(formats.values()), key=list(Format).index)):
-        targets = [name for name, own in formats.items() if own is format] if layers else ["Linear"]
-        numbers = _numbers(format)
+    order = sorted(members, key=lambda form: (Choice.parse(form).format.weight_bits, form))
+    for number, form in enumerate(order):
+        choice = Choice.parse(form)
+        numbers = _declared(choice)["numbers"]
         groups[f"group_{number}"] = {
             "weights": numbers,
-            "input_activations": numbers,
-            "targets": targets,
+            "input_activations": None if choice.keeps_input else numbers,
+            "targets": members[form] if layers else ["Linear"],
         }
     config["config_groups"] = groups
     if layers is not None:
@@ -121,22 +144,24 @@ def _flat(
     return config | {"ignore": ignore}
 
 
-def _numbers(format: Format) -> dict[str, Any]:
-    if format is Format.NVFP4:
-        return {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NVFP4_BLOCK}
-    return {"dynamic": False, "num_bits": 8, "type": "float"}
-
-
 def _nested(
     algorithm: str,
     layers: dict[str, dict[str, Any]] | None,
     ignore: list[str],
-    formats: Mapping[str, Format],
+    choices: Mapping[str, Choice],
 ) -> dict[str, Any]:
-    quantization: dict[str, Any] = {"quant_algo": algorithm}
-    if Format.NVFP4 in formats.values():
-        quantization["group_size"] = NVFP4_BLOCK
+    quantization: dict[str, Any] = {"quant_algo": algorithm} | _group_size(choices.values())
     quantization["exclude_modules"] = ignore
     if layers is not None:
         quantization["quantized_layers"] = layers
     return {"producer": PRODUCER, "quantization": quantization}
+
+
+def form_of_algorithm(algorithm: str) -> str | None:
+    """The form (`nvfp4`, `nvfp4/a16`, `fp8`) that a layer's algorithm stands for, or None."""
+    for format in all_formats():
+        form = format.layouts.get(Layout.MODELOPT)
+        for input, name in form.declared["algorithm"].items() if form else ():
+            if name == algorithm:
+                return Choice.parse(f"{format}/{input}" if input else str(format)).form
+    return None

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from autoquant.formats import Format
+from autoquant.formats import Choice
 from autoquant.plan.grouping import Groups
 from autoquant.source import names as table
 from autoquant.source.headers import Headers
@@ -13,21 +13,21 @@ _DISK_BLOCK, _ENGINE_BLOCK = "block_sparse_moe", "mlp"
 
 
 def unquantized_modules(
-    headers: Headers, groups: Groups, formats: Mapping[str, Format]
+    headers: Headers, groups: Groups, choices: Mapping[str, Choice]
 ) -> list[str]:
     """Every module that holds a matrix and stays as it is, and the containers of its experts.
 
     Args:
         headers: the source's tensors.
         groups: its layer groups.
-        formats: format of every quantized linear by name.
+        choices: of every quantized linear by name.
     """
-    modules = [linear.name for linear in groups.linears if linear.name not in formats]
+    modules = [linear.name for linear in groups.linears if linear.name not in choices]
     matrices = (tensor.name for tensor in groups.fixed if len(headers[tensor.name].shape) >= 2)
     modules += (name.removesuffix(".weight") for name in matrices)
-    if not any(map(is_head, formats)):
+    if not any(map(is_head, choices)):
         modules.append(_HEAD)
-    quantized = set(map(experts_container, formats))
+    quantized = set(map(experts_container, choices))
     named: dict[str, None] = {}
     for module in modules:
         container = experts_container(module)

@@ -8,11 +8,13 @@ Scale rules are left out: one calibration algorithm holds for the whole model th
 scales follow the weights once these are trained.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from autoquant.export.layouts.base import Layout, form_of
 from autoquant.export.layouts.modules import experts_container, spellings
-from autoquant.formats import NVFP4_BLOCK, Format
+from autoquant.formats import FP8, Choice, Format
 from autoquant.plan.kv_cache import KvCache
 
 _IN_MEMORY = (
@@ -23,18 +25,18 @@ _IN_MEMORY = (
 """How transformers renames the start of some names while it loads a checkpoint."""
 
 
-def modelopt_recipe(formats: Mapping[str, Format], kv_cache: KvCache) -> dict[str, Any]:
+def modelopt_recipe(choices: Mapping[str, Choice], kv_cache: KvCache) -> dict[str, Any]:
     """The recipe as YAML types.
 
     Args:
-        formats: format of every quantized linear, by its name on disk.
+        choices: of every quantized linear, by its name on disk.
         kv_cache: what keys and values are rounded to.
     """
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for name, format in _patterns(formats).items():
+    for name, format in _patterns(choices).items():
         entries.append({"quantizer_name": name, "cfg": _quantizer(format)})
     if kv_cache is KvCache.FP8:
-        entries.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": _quantizer(Format.FP8)})
+        entries.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": _quantizer(FP8.format)})
     return {
         "metadata": {
             "recipe_type": "ptq",
@@ -47,21 +49,19 @@ def modelopt_recipe(formats: Mapping[str, Format], kv_cache: KvCache) -> dict[st
 
 def _quantizer(format: Format) -> dict[str, Any]:
     """Attributes of a quantizer: exponent and mantissa bits, and what a scale is shared by."""
-    if format is Format.FP8:
-        return {"num_bits": [4, 3], "axis": None}
-    blocks = {-1: NVFP4_BLOCK, "type": "dynamic", "scale_bits": [4, 3]}
-    return {"num_bits": [2, 1], "block_sizes": blocks, "effective_bits": 4.5}
+    quantizer: dict[str, Any] = form_of(Layout.MODELOPT, format).declared["quantizer"]
+    return copy.deepcopy(quantizer)
 
 
-def _patterns(formats: Mapping[str, Format]) -> dict[str, Format]:
+def _patterns(choices: Mapping[str, Choice]) -> dict[str, Format]:
     """Formats by quantizer name, under every name that a module can have in memory."""
     found = {}
-    for linear, format in formats.items():
+    for linear, choice in choices.items():
         container = experts_container(linear)
         for name in _names(container or linear):
-            for tensor in ("weight", "input"):
+            for tensor in ("weight",) if choice.keeps_input else ("weight", "input"):
                 end = f".*{tensor}_quantizer*" if container else f".{tensor}_quantizer"
-                found[name + end] = format
+                found[name + end] = choice.format
     return found
 
 

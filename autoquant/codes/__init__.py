@@ -1,0 +1,1 @@
+"""Codes of weights: where weights come from, how they are encoded, and where codes are kept."""

@@ -1,0 +1,133 @@
+"""What a format says of itself: sizes, shapes, codes, input, and how checkpoints declare it.
+
+A format is one file of this folder: an object of a subclass of `Format`, registered in
+`formats/__init__.py`. Nothing else names it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autoquant.formats.choice import Choice
+    from autoquant.formats.packed import Packed, Statistics
+
+NEAREST = "nearest"
+"""The rounding that every format has: each code the nearest to its weight."""
+A16 = "a16"
+"""The input that stays in BF16 where the format's own would be quantized."""
+
+SCALAR_BYTES = 4
+"""Every per-tensor scale is a float32 number."""
+
+CODES, SCALE, GLOBAL_SCALE, INPUT_SCALE = "codes", "scale", "global_scale", "input_scale"
+"""Parts that a quantized linear may store; the first three are its weight's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor that a linear stores: its dtype as safetensors names it, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Data of the tensor."""
+        size = _DTYPE_BYTES[self.dtype]
+        for length in self.shape:
+            size *= length
+        return size
+
+
+_DTYPE_BYTES = {"U8": 1, "F8_E4M3": 1, "BF16": 2, "F32": 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutForm:
+    """How one layout stores and declares a format."""
+
+    names: Mapping[str, str]
+    """What follows a linear's name in the name of each part."""
+    scalar_shape: tuple[int, ...] = ()
+    """Of per-tensor scales."""
+    reciprocals: frozenset[str] = frozenset()
+    """Parts that are stored as what divides instead of what multiplies."""
+    declared: Mapping[str, Any] = field(default_factory=dict)
+    """What the layout's JSON says of the format; the layout knows the keys."""
+
+
+class Format(ABC):
+    """How a weight, and its input, is stored and multiplied. One object each; compared by name."""
+
+    name: ClassVar[str]
+    weight_bits: ClassVar[Fraction]
+    """Stored bits of a weight, scales of blocks included, per-tensor scales aside."""
+    input_bits: ClassVar[int] = 16
+    """Bits an input element is multiplied in; 16 where inputs stay in BF16."""
+    scale_rules: ClassVar[tuple[str, ...]] = ()
+    """How block scales may be chosen at the same bits, the default first."""
+    roundings: ClassVar[tuple[str, ...]] = (NEAREST,)
+    """How codes may be chosen at the same bits, the default first."""
+    inputs: ClassVar[tuple[str | None, ...]] = (None,)
+    """Inputs that the format allows besides its own, its own (None) first."""
+    layouts: ClassVar[Mapping[str, LayoutForm]] = {}
+    """How checkpoints hold it, by layout; empty for a format that cannot be exported."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"<format {self.name}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Format) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def label(self) -> str:
+        """As people write it."""
+        return self.name.upper()
+
+    @property
+    def quantizes_input(self) -> bool:
+        """Whether some machine multiplies it with a quantized input."""
+        return self.input_bits < 16
+
+    def why_illegal(self, out_features: int, in_features: int) -> str | None:
+        """Why a linear [out_features, in_features] cannot take the format, or None."""
+        return None
+
+    @abstractmethod
+    def parts(self, out_features: int, in_features: int, choice: "Choice") -> Mapping[str, Part]:
+        """What a linear stores under `choice`, by part; scales are 0-dimensional."""
+
+    def stored_bytes(self, out_features: int, in_features: int, choice: "Choice") -> int:
+        """Bytes of all tensors that a linear stores under `choice`."""
+        return sum(part.bytes for part in self.parts(out_features, in_features, choice).values())
+
+    @abstractmethod
+    def encode(self, weight: "Tensor", choice: "Choice", statistics: "Statistics") -> "Packed":
+        """The codes of a BF16 weight [N, K], or of experts [E, N, K] with scales of their own."""
+
+    @abstractmethod
+    def decode(self, packed: "Packed", out: "Tensor | None" = None) -> "Tensor":
+        """The BF16 numbers that an engine multiplies with, [N, K] or [E, N, K]."""
+
+    def input_scale(self, amax: float) -> float:
+        """The static float32 scale that is stored for inputs of largest magnitude `amax`."""
+        raise TypeError(f"{self} leaves inputs in BF16")
+
+    def input(self, x: "Tensor", scale: float) -> "Tensor":
+        """An input [..., K] as kernels of the format see it; the shape and dtype of `x`."""
+        raise TypeError(f"{self} leaves inputs in BF16")
+
+    def is_costly(self, choice: "Choice") -> bool:
+        """Whether codes cost more to make than to read from a disk."""
+        return choice.rounding != NEAREST
