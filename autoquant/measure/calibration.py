@@ -18,7 +18,7 @@ from autoquant.store.run_directory import read_json
 FEW_TOKENS = 128
 """An expert that saw fewer calibration tokens may have an input range that is too small."""
 
-_NOT_OF_AN_EXPORT: Mapping[str, Any] = {
+_NOT_OF_AN_EXPORT: dict[str, Any] = {
     "unseen": (),
     "tokens": 0,
     "expert_tokens": {},
