@@ -25,6 +25,7 @@ lint: $(test_stamp)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 format: $(test_stamp)
 	$(VENV)/bin/ruff check --fix .

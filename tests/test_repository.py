@@ -1,5 +1,6 @@
 """What holds of the repository as a whole."""
 
+import ast
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import autoquant
+from autoquant.formats import BF16, all_formats
 
 ROOT = Path(__file__).parents[1]
 
@@ -184,3 +186,39 @@ def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "default" in done.stdout
+
+
+def test_formats_are_named_in_their_own_files_alone():
+    """Elsewhere a format is an object of the registry; BF16, which is no quantization, aside."""
+    names = {str(f): f.label for f in all_formats() if f != BF16.format}
+    words = re.compile(r"\b(" + "|".join(map(re.escape, (*names, *names.values()))) + r")\b")
+    package = ROOT / "autoquant"
+    allowed = ("formats/", "export/layouts/", "report/style.py")
+    found = set()
+    for path in sorted(package.rglob("*.py")):
+        place = path.relative_to(package).as_posix()
+        if not place.startswith(allowed):
+            found |= {f"{place}: {word}" for word in code_words(path) if words.search(word)}
+    assert found == set()
+
+
+def code_words(path: Path) -> set[str]:
+    """Names and strings of a file's code; docstrings, and what people read, are not code."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    prose = {
+        id(node.value) for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }  # fmt: skip
+    words = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            words.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            words.add(node.attr)
+        elif isinstance(node, ast.alias):
+            words.add(node.name)
+        elif isinstance(node, ast.Constant) and id(node) not in prose:
+            words |= (
+                {node.value} if isinstance(node.value, str) and " " not in node.value else set()
+            )
+    return words

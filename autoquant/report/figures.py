@@ -19,7 +19,7 @@ NORMAL_95 = 1.96
 _LEAST_NEAR = 4
 """Candidates that are worth a panel of their own."""
 
-_HISTOGRAM_COLORS = ("accent", "nvfp4", "fp8", "reweight", "baseline", "ink", "swap")
+_HISTOGRAM_COLORS = ("accent", "swap", "runner-up", "reweight", "baseline", "ink", "refit")
 """The winner's first."""
 
 _MARKERS = ("s", "D", "^", "v", "P", "X", "h", "<", ">")

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from autoquant.formats import Choice, all_formats, choices_of
 from autoquant.report.record import GroupRow, RunRecord
 from autoquant.report.style import LIGHT, RAMP, new_figure, sign_marker
 
@@ -13,9 +14,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.patches import PathPatch
 
-FORMATS = {"nvfp4": "NVFP4", "fp8": "FP8", "bf16": "BF16"}
 
-_SIGNS = {"nvfp4": "4", "fp8": "8", "bf16": "16"}
+def forms() -> dict[str, str]:
+    """How checkpoints can declare a layer (`nvfp4`, `nvfp4/a16`, ...), and what people call it."""
+    choices = [choice for format in all_formats() for choice in choices_of(format)]
+    return {
+        choice.form: choice.format.label + (", BF16 inputs" if choice.input else "")
+        for choice in choices
+    }
+
+
+def _sign(form: str) -> str:
+    """What a cell of the map says: whole bits of a weight, and `a16` for BF16 inputs."""
+    choice = Choice.parse(form)
+    return choice.input or str(int(choice.format.weight_bits))
+
+
 _LEAST_ROW = 0.13
 """Inches; a row of less has no room for a sign in its cells."""
 
@@ -24,7 +38,7 @@ Cell = tuple[int, int]
 
 
 def format_map(record: RunRecord) -> "Figure":
-    """Formats of the best mix by layer and role, and how much NVFP4 would hurt there."""
+    """Formats of the best mix by layer and role, and how much the smallest would hurt there."""
     figure = new_figure(6.2, _height(record.groups))
     parts = figure.subfigures(1, 2, width_ratios=(1.08, 1), squeeze=False)
     left, right = parts[0]
@@ -40,7 +54,7 @@ def format_map(record: RunRecord) -> "Figure":
 
 
 def sensitivity(record: RunRecord) -> "Figure":
-    """KL of each group alone in the best NVFP4 (or FP8), most sensitive first."""
+    """KL of each group alone in its smallest format, most sensitive first."""
     rows = sorted(
         ((record.cheapest_kl[g.name], g) for g in record.groups if g.name in record.cheapest_kl),
         key=lambda row: -row[0],
@@ -53,7 +67,7 @@ def sensitivity(record: RunRecord) -> "Figure":
     axes.set_ylim(max(3, len(rows)) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_title(f"The {len(rows)} most sensitive groups")
-    axes.set_xlabel("KL alone in NVFP4*, nats per token")
+    axes.set_xlabel("KL alone in its smallest format*, nats per token")
     _format_legend(figure, record.groups)
     return figure
 
@@ -67,7 +81,7 @@ def coverage(record: RunRecord) -> "Figure":
         even = max(1e-9, sum(tokens) / len(tokens))
         shares = sorted(count / even for count in tokens)
         reached = [share for share in shares if share > 0] or [1.0]
-        axes.plot([reached[0], reached[-1]], [index, index], color=LIGHT["fp8"], lw=2)
+        axes.plot([reached[0], reached[-1]], [index, index], color=LIGHT["runner-up"], lw=2)
         axes.plot(_middle(shares) or reached[0], index, "o", ms=4, color=LIGHT["ink"])
         idle = shares.count(0)
         if idle:
@@ -107,8 +121,8 @@ def sizes(record: RunRecord) -> "Figure":
     whole = sum(counts.total() for _, counts in rows)
     for index, (_, counts) in enumerate(rows):
         left = 0.0
-        for name in (*FORMATS, "other"):
-            axes.barh(index, counts[name] / scale, left=left, color=LIGHT[name], height=0.7)
+        for name in (*forms(), "other"):
+            axes.barh(index, counts[name] / scale, left=left, color=_hue(name), height=0.7)
             left += counts[name] / scale
         axes.annotate(
             f"{counts.total() / max(1, whole):.1%}",
@@ -133,18 +147,18 @@ def _draw_formats(axes: "Axes", groups: Sequence[GroupRow]) -> None:
     _draw_cells(axes, groups, colors)
     axes.set_title("format")
     if _row_height(groups) >= _LEAST_ROW:
-        for name, sign in _SIGNS.items():
+        for name in forms():
             axes.plot(
                 [column for (_, column), group in cells.items() if _format(group) == name],
                 [row for (row, _), group in cells.items() if _format(group) == name],
-                **sign_marker(sign, height=5),
+                **sign_marker(_sign(name), height=5),
                 ls="none",
-                color=LIGHT[f"on-{name}"],
+                color=LIGHT.get(f"on-{_plain(name)}", LIGHT["ink"]),
                 mew=0,
             )
-    for name, label in FORMATS.items():
+    for name, label in forms().items():
         if any(_format(group) == name for group in groups):
-            axes.bar(0, 0, color=LIGHT[name], label=label)
+            axes.bar(0, 0, color=_hue(name), label=label)
 
 
 def _draw_sensitivity(axes: "Axes", record: RunRecord) -> None:
@@ -163,7 +177,7 @@ def _draw_sensitivity(axes: "Axes", record: RunRecord) -> None:
 
     cells = _cells(record.groups)
     _draw_cells(axes, record.groups, {cell: color(group) for cell, group in cells.items()})
-    axes.set_title("KL alone in NVFP4*, nats")
+    axes.set_title("KL in the smallest format*, nats")
     for step in (0, 3, 6) if kl else ():
         edge = low * math.exp(span * step / len(RAMP))
         axes.bar(0, 0, color=RAMP[step], label=f"≥ {edge:.1g}")
@@ -243,11 +257,21 @@ def _height(groups: Sequence[GroupRow]) -> float:
 
 
 def _format(group: GroupRow) -> str:
-    return (group.choice or "other").partition("/")[0]
+    """What the group's choice is declared as; `other` where it has none."""
+    return Choice.parse(group.choice).form if group.choice is not None else "other"
+
+
+def _plain(form: str) -> str:
+    return form.partition("/")[0]
+
+
+def _hue(form: str) -> str:
+    """The colour of a format, whatever its inputs; grey for one that has none."""
+    return LIGHT.get(_plain(form), LIGHT["other"])
 
 
 def _color(group: GroupRow) -> str:
-    return LIGHT[_format(group)] if group.choice is not None else "none"
+    return _hue(_format(group)) if group.choice is not None else "none"
 
 
 def _format_legend(figure: "Figure", groups: Sequence[GroupRow], *, others: bool = False) -> None:
@@ -255,7 +279,7 @@ def _format_legend(figure: "Figure", groups: Sequence[GroupRow], *, others: bool
 
     present = {_format(group) for group in groups if group.choice is not None}
     handles = [
-        Patch(color=LIGHT[name], label=label) for name, label in FORMATS.items() if name in present
+        Patch(color=_hue(name), label=label) for name, label in forms().items() if name in present
     ]
     if others:
         handles.append(Patch(color=LIGHT["other"], label="kept as it is"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from autoquant.errors import ConfigError, SourceError
+from autoquant.formats import all_formats
 from autoquant.store.run_directory import (
     CALIBRATION,
     CONFIG,
@@ -210,12 +211,12 @@ class RunRecord:
 
     @cached_property
     def cheapest_kl(self) -> dict[str, float]:
-        """KL of each probed group in its best choice of NVFP4, else of FP8."""
+        """KL of each probed group in its best choice of the format of the fewest bits probed."""
         found: dict[str, float] = {}
-        for kind in ("nvfp4", "fp8"):
+        for format in all_formats():
             measured: dict[str, float] = {}
             for probe in self.probes:
-                if probe.choice.startswith(kind):
+                if probe.choice.partition("/")[0] == format.name:
                     measured[probe.group] = min(probe.kl, measured.get(probe.group, probe.kl))
             found = measured | found
         return found
