@@ -5,11 +5,13 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import autoquant
+from autoquant.errors import ConfigError
 
 PACKAGES = (
     "torch",
@@ -35,6 +37,9 @@ VARIABLES = {
     "MLFLOW_TRACKING_URI": "where searches are recorded",
     "CUDA_VISIBLE_DEVICES": "the GPUs that may be used",
     "OMP_NUM_THREADS": "CPU threads of PyTorch and of the kernels",
+    "OMP_WAIT_POLICY": "ACTIVE: threads wait for each other without giving their core away",
+    "ONEDNN_MAX_CPU_ISA": "instruction set that PyTorch's products on the CPU may use",
+    "AUTOQUANT_CPU_PRODUCTS": "bf16, or float32 copies, instead of what suits the processor",
     "AUTOQUANT_KERNELS": "the kernel backend, instead of the fastest that runs",
     "TRITON_INTERPRET": "1: run the Triton kernels on the CPU",
     "NO_COLOR": "plain output",
@@ -44,6 +49,23 @@ VARIABLES = {
 _SECRET = frozenset({"HF_TOKEN"})
 
 _CPU_FLAGS = ("avx2", "f16c", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16")
+
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
+"""As PyTorch names them: two of x86, one of Arm."""
+_ISAS_WITHOUT_BF16 = frozenset(
+    {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"}
+)
+"""Values of `ONEDNN_MAX_CPU_ISA` under which oneDNN, which multiplies BF16 for PyTorch, has no
+instructions for it."""
+
+
+class CpuPolicy(StrEnum):
+    """How BF16 tensors on the CPU are multiplied."""
+
+    BF16 = "bf16"
+    """As they are."""
+    FLOAT32 = "float32"
+    """As float32 copies, the product rounded to BF16 once."""
 
 
 def describe() -> dict[str, Any]:
@@ -56,6 +78,7 @@ def describe() -> dict[str, Any]:
         "machine": machine(),
         "gpus": gpus(),
         "kernels": kernels(),
+        "cpu_products": _cpu_products(),
         "variables": variables(os.environ),
     }
 
@@ -106,6 +129,38 @@ def kernels() -> dict[str, str]:
 
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return {device: active_backend(device) for device in devices}
+
+
+def cpu_policy(environment: Mapping[str, str]) -> tuple[CpuPolicy, str]:
+    """How BF16 tensors on the CPU are to be multiplied, and why, in a few words.
+
+    Raises:
+        ConfigError: `AUTOQUANT_CPU_PRODUCTS` names no policy.
+    """
+    import torch
+
+    chosen = environment.get("AUTOQUANT_CPU_PRODUCTS")
+    if chosen:
+        if chosen not in list(CpuPolicy):
+            raise ConfigError(
+                f"AUTOQUANT_CPU_PRODUCTS={chosen} is no way to multiply; there are "
+                f"{' and '.join(CpuPolicy)}.",
+                fix="unset it, to go by the processor.",
+            )
+        return CpuPolicy(chosen), "set by AUTOQUANT_CPU_PRODUCTS"
+    capabilities = torch.cpu.get_capabilities()
+    found = next((name for name in _BF16_INSTRUCTIONS if capabilities.get(name)), None)
+    if found is None:
+        return CpuPolicy.FLOAT32, "the processor has no BF16 instructions"
+    limit = environment.get("ONEDNN_MAX_CPU_ISA", "")
+    if limit.lower() in _ISAS_WITHOUT_BF16:
+        return CpuPolicy.FLOAT32, f"ONEDNN_MAX_CPU_ISA={limit} keeps PyTorch from {found}"
+    return CpuPolicy.BF16, f"the processor has {found}"
+
+
+def _cpu_products() -> dict[str, str]:
+    policy, reason = cpu_policy(os.environ)
+    return {"policy": str(policy), "reason": reason}
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str | None]:

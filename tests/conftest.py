@@ -19,7 +19,7 @@ settings.load_profile("autoquant")
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "AUTOQUANT_KERNELS", "HF_TOKEN"):
+    for name in ("MLFLOW_TRACKING_URI", "AUTOQUANT_KERNELS", "AUTOQUANT_CPU_PRODUCTS", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
 

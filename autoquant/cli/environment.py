@@ -37,6 +37,7 @@ def _lines(facts: dict[str, Any]) -> dict[str, object]:
         "memory": _gib(machine["memory_bytes"]),
         "gpus": ", ".join(map(_gpu, facts["gpus"])) or "none",
         "kernels": ", ".join(f"{device}: {name}" for device, name in facts["kernels"].items()),
+        "cpu products": f"{facts['cpu_products']['policy']} ({facts['cpu_products']['reason']})",
         **{name: value or "-" for name, value in facts["variables"].items()},
     }
 

@@ -5,7 +5,7 @@ Shapes: B sequences, L tokens, H hidden, V vocabulary.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from autoquant.model.memory import on_host
+from autoquant.model.products import CpuProducts
 
 ACTIVATION_SHARE = 1 / 16
 """What a forward may take of a GPU's memory beside the weights, in shares of theirs."""
@@ -53,12 +54,15 @@ class Trunk:
     had in a recorded forward. This works for every decoder that passes hidden states from block
     to block as the first argument, whatever else its blocks are given.
 
+    Every product inside goes by `products`.
+
     A batch too large for one forward goes through each block in parts, one after the other, so that
     a weight is fake-quantized once for all of them.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, products: CpuProducts) -> None:
         self.model = model
+        self.products = products
         self.blocks = _decoder_blocks(model)
         self.head: Any = model.get_output_embeddings()
         self.can_resume = bool(self.blocks)
@@ -105,7 +109,10 @@ class Trunk:
             after = None
         if after is not None and start >= len(self.blocks):
             return after
-        start = start if after is not None else 0
+        with self.products.active():
+            return self._trace(tokens, start if after is not None else 0, after, keep)
+
+    def _trace(self, tokens: torch.Tensor, start: int, after: Trace | None, keep: bool) -> Trace:
         parts = self.parts(tokens)
         if len(parts) > 1 and self.can_resume:
             return self._trace_in_step(parts, start, after, keep)
@@ -208,7 +215,7 @@ class Trunk:
         self._start, self._boundaries, self._keep = 0, [], False
         self._recompute = True
         try:
-            with torch.enable_grad(), self._without_head() as seen:
+            with torch.enable_grad(), self.products.active(), self._without_head() as seen:
                 self.model(input_ids=tokens, use_cache=False)
         finally:
             self._recompute = False
@@ -283,7 +290,13 @@ class Trunk:
             if self._recompute:
                 states = hidden_states if index else hidden_states.detach().requires_grad_()
                 return checkpoint(
-                    forward, states, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+                    forward,
+                    states,
+                    *args,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=lambda: (nullcontext(), self.products.active()),
+                    **kwargs,
                 )
             result = forward(hidden_states, *args, **kwargs)
             self._returns_tuple[index] = isinstance(result, tuple)

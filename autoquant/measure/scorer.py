@@ -63,7 +63,7 @@ class Scorer:
     ) -> None:
         self.quantized = quantized
         self.device = device
-        self.trunk = Trunk(quantized.model)
+        self.trunk = Trunk(quantized.model, quantized.products)
         self._batches: dict[tuple[str, int], _Batch] = {}
         self._block = {g.name: self.block_of(g.layer) for g in quantized.groups}
         self._cache_left = cache_bytes
@@ -137,7 +137,7 @@ class Scorer:
             change: from a tile of float32 logits [T, V] to as many factors, taken as constants.
         """
         weight = self.trunk.head.weight
-        weight = weight if hidden.is_cuda else weight.float()
+        weight = weight if hidden.is_cuda else self.quantized.products.copies.of(weight)
         flat = hidden.flatten(0, 1)
         tiles = flat.split(self._tile_rows(hidden))
         parts = [change(self._logits(tile, weight)).to(weight.dtype) @ weight for tile in tiles]
@@ -160,7 +160,7 @@ class Scorer:
             SourceError: they are not (a soft cap or a scale after the head).
         """
         tokens = split.batches[0][:1].to(self.device)
-        with torch.inference_mode(), self._applied(_BF16):
+        with torch.inference_mode(), self._applied(_BF16), self.quantized.products.active():
             actual = self.quantized.model(input_ids=tokens, use_cache=False).logits
             expected = self.trunk.head(self.trunk.hidden(tokens))
         if not torch.equal(actual.float(), expected.float()):
@@ -276,7 +276,8 @@ class Scorer:
         if hidden.is_cuda:
             logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
         else:
-            logits = torch.mm(hidden.float(), weight.float().t(), out=out)
+            wide = self.quantized.products.copies.of(weight)
+            logits = torch.mm(hidden.float(), wide.t(), out=out)
         return logits if bias is None else logits.add_(bias.float())
 
 

@@ -89,7 +89,8 @@ class Taps:
         for choice in self._choices[group]:
             self._quantized.choose({group: choice})
             try:
-                changed = multiply().view_as(rows)
+                with self._quantized.products.active():
+                    changed = multiply().view_as(rows)
             finally:
                 self._quantized.choose({})
             effect = _change(gradient.reshape(rows.shape), changed, rows)

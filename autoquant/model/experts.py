@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from autoquant.errors import SourceError
+from autoquant.model import products
 
 IMPLEMENTATION = "autoquant"
 """Value of `config._experts_implementation` that selects `experts_forward`."""
@@ -171,12 +172,15 @@ class _GroupedLinear(torch.autograd.Function):
         ctx: Any, rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(weight, counts)
-        return _multiply(rows, weight, counts)
+        ctx.products = products.current()
+        return _multiply(rows, products.multiplied(weight), counts)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         weight, counts = ctx.saved_tensors
-        return _multiply(gradient.contiguous(), weight.transpose(-2, -1), counts), None, None
+        with ctx.products.active():
+            transposed = products.multiplied(weight).transpose(-2, -1)
+            return _multiply(gradient.contiguous(), transposed, counts), None, None
 
 
 def _multiply(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -205,9 +209,11 @@ def _multiply_some(
     size = min(_rounded_up(count), len(rows))
     first = min(start, len(rows) - size)
     if first == start:
-        torch.mm(rows[first : first + size], weight, out=out[first : first + size])
+        products.mm(rows[first : first + size], weight, out=out[first : first + size])
     else:
-        out[start:] = torch.mm(rows[first:], weight)[start - first :]
+        last = rows.new_empty(size, weight.shape[1])
+        products.mm(rows[first:], weight, out=last)
+        out[start:] = last[start - first :]
 
 
 def _rounded_up(count: int) -> int:

@@ -19,6 +19,7 @@ from autoquant.model.attention import QuantizedCache
 from autoquant.model.binding import DenseSlot, ExpertsSlot, Names, Slot, bind
 from autoquant.model.experts import WIDE, ExpertsHook
 from autoquant.model.inputs import ActivationMode, InputScale, InputSet
+from autoquant.model.products import CpuProducts
 from autoquant.model.resident import ResidentWeights
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.linears import LayerGroup
@@ -84,7 +85,9 @@ class _Context:
         def decode() -> torch.Tensor:
             found = {own.name: own for own in self.book.units(state.group)}[unit]
             packed = self.book.unit(state.group, found, choice)
-            return packed.decode(out=torch.empty_like(weight))
+            with torch.inference_mode(False):  # so that `Float32Copies` can keep a copy of it
+                out = torch.empty_like(weight)
+            return packed.decode(out=out)
 
         return self.decoded.get((unit, choice), weight.numel() * weight.element_size(), decode)
 
@@ -152,6 +155,7 @@ class QuantizedModel:
     ) -> None:
         self.model = model
         self.mode = mode
+        self.products = CpuProducts.of(model)
         self._names = Names(model)
         self.kv_cache = QuantizedCache(model, self._names, attention) if attention else None
         self._states = {group.name: GroupState(group) for group in groups}

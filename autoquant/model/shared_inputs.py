@@ -47,7 +47,8 @@ def _trace(quantized: QuantizedModel, tokens: torch.Tensor) -> Tensors:
 
         hooks.append(slot.module.register_forward_pre_hook(keep))
     try:
-        quantized.model(input_ids=tokens, use_cache=False)
+        with quantized.products.active():
+            quantized.model(input_ids=tokens, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
