@@ -100,7 +100,8 @@ class Surrogate:
 
     def places(self, selections: Sequence[Selection]) -> Integers:
         """Place of each chosen option, [S, G]."""
-        return np.asarray(np.array(selections, dtype=np.int64) + self.offsets)
+        options = np.array(selections, dtype=np.int64).reshape(-1, len(self.sizes))
+        return np.asarray(options + self.offsets)
 
     @property
     def adding(self) -> Floats:
@@ -165,6 +166,8 @@ class Surrogate:
         Machine Learning, 2006, ch. 2 and 5).
         """
         base = self.fitted(selections, kl)
+        if not len(kl):
+            return base
         places = self.places(selections)
         residual = kl - base.law(base.quadratic(selections))
         deviation = np.hypot(self.main, 0.01 * self.main.max())
@@ -189,29 +192,6 @@ class Surrogate:
         for g in range(len(self.sizes) - 1):
             total += self.pairs[places[:, g, None], places[:, g + 1 :]].sum(axis=1)
         return total
-
-
-def ranked(
-    surrogate: Surrogate, problem: Problem, count: int, *, pool: int = 500
-) -> list[Selection]:
-    """Up to `count` selections of least predicted KL that keep and fill the budget.
-
-    The pool: the best of the knapsack of what each option adds alone, then of the knapsack of what
-    each option adds around the best found so far, until that no longer improves.
-    """
-    knapsack = problem.knapsack
-    found: dict[Selection, float] = {}
-    centre, best = None, math.inf
-    alone = surrogate.by_group(surrogate.adding)
-    while True:
-        scores = alone if centre is None else surrogate.marginal(centre)
-        fresh = [s for s in knapsack.with_scores(scores).best(pool) if s not in found]
-        if fresh:
-            found.update(zip(fresh, map(float, surrogate.predict(fresh)), strict=True))
-        leader = min(found, key=lambda s: (found[s], s))
-        if centre is not None and not found[leader] < best:
-            return sorted(found, key=lambda s: (found[s], s))[:count]
-        centre, best = leader, found[leader]
 
 
 def _flat(scores: Iterable[Iterable[float]]) -> Floats:
