@@ -15,6 +15,25 @@ def to_json(data: Any, *, indent: int | None = None) -> str:
     return json.dumps(_finite(data), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
+def json_number(value: float) -> float | str:
+    """`value` as a JSON value that `read_number` reads back: what JSON lacks goes by name.
+
+    The names are those of the JSON mapping of Protocol Buffers: "NaN", "Infinity", "-Infinity".
+    """
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}Infinity"
+
+
+def read_number(stored: float | str | None) -> float:
+    """What `json_number` wrote. Null, which stood for all three before, is NaN.
+
+    Raises:
+        ValueError: a text that names no number.
+    """
+    return math.nan if stored is None else float(stored)
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` so that a reader, also after a power cut, sees the old file or the new one."""
     with replacing(path) as file:

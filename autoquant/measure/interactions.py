@@ -25,7 +25,7 @@ class Interactions:
 
     keys: tuple[Key, ...]
     correlation: Floats
-    """[P, P], symmetric, in [-1, 1]; zero where a probe has no sketch."""
+    """[P, P], symmetric, in [-1, 1]; zero where a probe has no sketch, or none that is finite."""
 
     def of(self, keys: Sequence[Key]) -> Floats:
         """Correlations [N, N] of `keys`; zero for what was never sketched."""
@@ -37,6 +37,8 @@ class Interactions:
     @classmethod
     def of_products(cls, keys: Sequence[Key], products: Floats) -> "Interactions":
         """From inner products [P, P] of the sketches, summed over batches."""
+        finite = np.isfinite(np.diag(products))
+        products = np.where(finite[:, None] & finite, products, 0.0)
         lengths = np.sqrt(np.diag(products))
         scale = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0.0)
         return cls(tuple(keys), np.clip(products * np.outer(scale, scale), -1.0, 1.0))

@@ -40,7 +40,8 @@ def anchors(keys: Iterable[Key], estimate: Sensitivity) -> dict[str, Key]:
     found: dict[str, Key] = {}
     for key in keys:
         anchor = found.setdefault(key[0], key)
-        if key[1].format is anchor[1].format and estimate[key] < estimate[anchor]:
+        is_less = estimate[key] < estimate[anchor] or not math.isfinite(estimate[anchor])
+        if key[1].format is anchor[1].format and is_less:
             found[key[0]] = key
     return found
 
@@ -54,7 +55,8 @@ def negligible(probes: Iterable[Key], estimate: Sensitivity, floor: float) -> fr
         floor: mean KL between two BF16 runs, nats per token.
     """
     found, total = [], 0.0
-    for key in sorted(probes, key=lambda key: estimate[key]):
+    finite = (key for key in probes if math.isfinite(estimate[key]))
+    for key in sorted(finite, key=lambda key: estimate[key]):
         total += EXCESS * estimate[key]
         if total >= floor:
             break
@@ -105,7 +107,9 @@ def _relative_error(anchor: Key, estimate: Sensitivity, exact: Sensitivity) -> f
 def _scaled(key: Key, anchor: Key, estimate: Sensitivity, exact: Sensitivity) -> float:
     if anchor not in exact.kl:
         return estimate[key]
-    if key == anchor or estimate[anchor] <= 0.0:
+    if key != anchor and not math.isfinite(exact[anchor]):
+        return estimate[key]  # an overflow says nothing of the other choices
+    if key == anchor or not 0.0 < estimate[anchor] < math.inf:
         return exact[anchor]
     excess, ratio = exact[anchor] - estimate[anchor], estimate[key] / estimate[anchor]
     return estimate[key] + excess * math.sqrt(ratio) if excess > 0.0 else exact[anchor] * ratio

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from autoquant.data.tokens import Split
+from autoquant.files import json_number, read_number
 from autoquant.formats import BF16, Choice
 from autoquant.measure.interactions import Interactions, Key, SketchBook
 from autoquant.measure.kl import TokenKl
@@ -20,7 +21,7 @@ class BatchProbe:
     group: str
     choice: Choice
     kl_sum: float
-    """Nats, summed over the batch's tokens."""
+    """Nats, summed over the batch's tokens; not finite where the model's output overflows."""
     tokens: int
     sequence_kl: tuple[float, ...]
     """Mean KL of each sequence, nats per token."""
@@ -30,9 +31,9 @@ class BatchProbe:
             "batch": self.batch,
             "group": self.group,
             "choice": str(self.choice),
-            "kl_sum": self.kl_sum,
+            "kl_sum": json_number(self.kl_sum),
             "tokens": self.tokens,
-            "sequence_kl": list(self.sequence_kl),
+            "sequence_kl": [json_number(kl) for kl in self.sequence_kl],
         }
 
     @classmethod
@@ -41,9 +42,9 @@ class BatchProbe:
             batch=data["batch"],
             group=data["group"],
             choice=Choice.parse(data["choice"]),
-            kl_sum=data["kl_sum"],
+            kl_sum=read_number(data["kl_sum"]),
             tokens=data["tokens"],
-            sequence_kl=tuple(data["sequence_kl"]),
+            sequence_kl=tuple(map(read_number, data["sequence_kl"])),
         )
 
 
@@ -52,6 +53,7 @@ class Sensitivity:
     """Mean KL of each (group, choice) over the search split, nats per token; BF16 is zero."""
 
     kl: Mapping[Key, float]
+    """Not finite where the model's output overflows."""
     stderr: Mapping[Key, float] = field(repr=False)
     """Standard error over sequences."""
     interactions: Interactions | None = field(default=None, repr=False)
@@ -62,11 +64,27 @@ class Sensitivity:
     def __getitem__(self, key: Key) -> float:
         return 0.0 if key[1] == BF16 else self.kl[key]
 
+    def overflowing(self) -> list[Key]:
+        """The pairs whose KL is not finite."""
+        return [key for key, kl in self.kl.items() if not math.isfinite(kl)]
+
+    def bounded(self) -> Self:
+        """The same with a KL that is not finite above what all others have together.
+
+        So a solver of sums takes such a pair only where the budget leaves nothing else.
+        """
+        estimate = self.estimate
+        return replace(
+            self,
+            kl=_bounded(self.kl),
+            estimate=_bounded(estimate) if estimate is not None else None,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "unit": "nats per token",
             "probes": [
-                {"group": g, "choice": str(c), "kl": kl, "stderr": self.stderr[g, c]}
+                {"group": g, "choice": str(c), "kl": json_number(kl), "stderr": self.stderr[g, c]}
                 for (g, c), kl in self.kl.items()
             ],
         }
@@ -137,6 +155,12 @@ def summarize(
         k: _standard_error([s for p in ps for s in p.sequence_kl]) for k, ps in by_key.items()
     }
     return kl, stderr
+
+
+def _bounded(kl: Mapping[Key, float]) -> dict[Key, float]:
+    finite = {key: value for key, value in kl.items() if math.isfinite(value)}
+    worst = 2.0 * sum(finite.values()) or 1.0
+    return {key: finite.get(key, worst) for key in kl}
 
 
 def _standard_error(values: Sequence[float]) -> float:

@@ -1,5 +1,6 @@
 """Pictures of what was measured: KL against size, against its prediction, over time, per token."""
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ _MARKERS = ("s", "D", "^", "v", "P", "X", "h", "<", ">")
 
 def frontier(record: RunRecord) -> "Figure":
     """KL against BPE: what was confirmed on the report split, and all that the search measured."""
-    near = [t for t in record.trials if t.fits and t.stage != "baseline" and not t.is_stopped]
+    near = [t for t in record.trials if t.is_eligible and t.stage != "baseline"]
     rows = ["wwwww"] if record.result is not None else []
     rows += ["aaann" if len(near) >= _LEAST_NEAR else "aaaaa"]
     figure = new_figure(6.2, 1.0 + 2.9 * len(rows))
@@ -70,7 +71,7 @@ def prediction(record: RunRecord) -> "Figure":
 
 
 def _draw_prediction(axes: "Axes", trials: Sequence[TrialRow], predicted: Any, label: str) -> None:
-    shown = [t for t in trials if predicted(t) > 0 and t.kl > 0]
+    shown = [t for t in trials if 0 < predicted(t) < math.inf and 0 < t.kl < math.inf]
     _scatter(axes, shown, predicted)
     if shown:
         low = max(min(map(predicted, shown)), min(t.kl for t in shown))
@@ -96,7 +97,7 @@ def convergence(record: RunRecord) -> "Figure":
     _scatter(axes, record.trials, lambda trial: trial.number)
     best: list[tuple[int, float]] = []
     for trial in record.trials:
-        if trial.fits and not trial.is_stopped and (not best or trial.kl < best[-1][1]):
+        if trial.is_eligible and (not best or trial.kl < best[-1][1]):
             best.append((trial.number, trial.kl))
     if best:
         best.append((record.trials[-1].number, best[-1][1]))

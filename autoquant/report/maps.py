@@ -55,10 +55,8 @@ def format_map(record: RunRecord) -> "Figure":
 
 def sensitivity(record: RunRecord) -> "Figure":
     """KL of each group alone in its smallest format, most sensitive first."""
-    rows = sorted(
-        ((record.cheapest_kl[g.name], g) for g in record.groups if g.name in record.cheapest_kl),
-        key=lambda row: -row[0],
-    )[:30]
+    found = ((record.cheapest_kl.get(group.name, math.nan), group) for group in record.groups)
+    rows = sorted((row for row in found if math.isfinite(row[0])), key=lambda row: -row[0])[:30]
     figure = new_figure(6.2, 1.1 + 0.19 * max(3, len(rows)))
     axes = figure.subplots()
     for index, (kl, group) in enumerate(rows):
@@ -163,7 +161,7 @@ def _draw_formats(axes: "Axes", groups: Sequence[GroupRow]) -> None:
 
 def _draw_sensitivity(axes: "Axes", record: RunRecord) -> None:
     """Sensitivities in seven steps of a logarithmic scale; a probe within noise is the lightest."""
-    kl = {name: value for name, value in record.cheapest_kl.items() if value > 0}
+    kl = {name: value for name, value in record.cheapest_kl.items() if 0 < value < math.inf}
     low, high = (min(kl.values()), max(kl.values())) if kl else (1.0, 1.0)
     low = max(low, high / 1e3)
     span = math.log(high / low) or 1.0

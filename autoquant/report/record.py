@@ -6,6 +6,7 @@ token, sizes are in bytes, BPE in bits per element.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from autoquant.errors import ConfigError, SourceError
+from autoquant.files import read_number
 from autoquant.formats import all_formats
+from autoquant.search.stage_table import stage_table
 from autoquant.store.run_directory import (
     CALIBRATION,
     CONFIG,
@@ -55,6 +58,7 @@ class TrialRow:
     kl: float
     stderr: float | None
     bpe: float
+    tokens: int
     fits: bool
     """Whether it keeps the budget."""
     seconds: float
@@ -69,6 +73,11 @@ class TrialRow:
     """Whether no measured mix of as few bits has a lower KL."""
     groups: Mapping[str, str]
     """Group name to choice."""
+
+    @property
+    def is_eligible(self) -> bool:
+        """Whether it may win: within the budget, measured to the end, and its KL finite."""
+        return self.fits and not self.is_stopped and math.isfinite(self.kl)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,8 +194,7 @@ class RunRecord:
         if self.result is not None:
             winner = self.result["winner"]["trial"]
             return next((t for t in self.trials if t.number == winner), None)
-        whole = (t for t in self.trials if t.fits and not t.is_stopped)
-        return min(whole, key=lambda t: t.kl, default=None)
+        return min((t for t in self.trials if t.is_eligible), key=lambda t: t.kl, default=None)
 
     @cached_property
     def groups(self) -> tuple[GroupRow, ...]:
@@ -217,37 +225,14 @@ class RunRecord:
             measured: dict[str, float] = {}
             for probe in self.probes:
                 if probe.choice.partition("/")[0] == format.name:
-                    measured[probe.group] = min(probe.kl, measured.get(probe.group, probe.kl))
+                    own = measured.get(probe.group, probe.kl)
+                    measured[probe.group] = min(own, probe.kl, key=_finite_first)
             found = measured | found
         return found
 
     def stages(self) -> list[dict[str, Any]]:
-        """Of each stage: trials, those stopped early, seconds, its own best KL, and its gain.
-
-        The best KL is that of its trials within the budget, None without any. The gain is the
-        relative fall of the best KL of all that they brought; None for the stage that measured the
-        first such mix.
-        """
-        rows: dict[str, dict[str, Any]] = {}
-        best: float | None = None
-        for trial in self.trials:
-            row = rows.setdefault(
-                trial.stage,
-                {"stage": trial.stage, "trials": 0, "stopped": 0, "seconds": 0.0}
-                | {"best_kl": None, "gain": 0.0},
-            )
-            if trial.fits and not trial.is_stopped:
-                own = row["best_kl"]
-                row["best_kl"] = trial.kl if own is None else min(own, trial.kl)
-                if best is None:
-                    row["gain"] = None
-                elif trial.kl < best and row["gain"] is not None:
-                    row["gain"] = 1 - (1 - row["gain"]) * trial.kl / best
-                best = trial.kl if best is None else min(best, trial.kl)
-            row["trials"] += 1
-            row["stopped"] += trial.is_stopped
-            row["seconds"] += trial.seconds
-        return list(rows.values())
+        """What each stage measured, took and gained; see `stage_table`."""
+        return stage_table(self.trials)
 
 
 class _Files:
@@ -314,7 +299,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _probes(records: Iterable[Mapping[str, Any]]) -> tuple[ProbeRow, ...]:
     return tuple(
-        ProbeRow(group=r["group"], choice=r["choice"], kl=r["kl"], stderr=r["stderr"])
+        ProbeRow(group=r["group"], choice=r["choice"], kl=read_number(r["kl"]), stderr=r["stderr"])
         for r in records
     )
 
@@ -325,7 +310,7 @@ def _unfinished_probes(records: Iterable[Mapping[str, Any]]) -> tuple[ProbeRow, 
     for record in records:
         key = record["group"], record["choice"]
         total, tokens = sums.get(key, (0.0, 0))
-        sums[key] = total + record["kl_sum"], tokens + record["tokens"]
+        sums[key] = total + read_number(record["kl_sum"]), tokens + record["tokens"]
     return tuple(
         ProbeRow(group=group, choice=choice, kl=total / tokens, stderr=None)
         for (group, choice), (total, tokens) in sums.items()
@@ -364,9 +349,10 @@ def _trials(
             number=record["number"],
             stage=record["stage"],
             name=record["name"],
-            kl=record["kl"],
+            kl=read_number(record["kl"]),
             stderr=record["stderr"],
             bpe=record["bpe"],
+            tokens=record["tokens"],
             fits=record["fits"],
             seconds=record["seconds"],
             predicted_kl=sum([alone.get(item, 0.0) for item in record["groups"].items()]),
@@ -381,10 +367,18 @@ def _trials(
 
 def _frontier(records: Iterable[Mapping[str, Any]]) -> set[int]:
     """Numbers of the trials, measured to the end, that no other beats in both BPE and KL."""
-    found, best = set(), float("inf")
-    whole = (record for record in records if not record.get("is_stopped", False))
-    for record in sorted(whole, key=lambda r: (r["bpe"], r["kl"], r["number"])):
-        if record["kl"] < best:
-            found.add(record["number"])
-            best = record["kl"]
+    found, best = set(), math.inf
+    whole = (
+        (record["bpe"], kl, record["number"])
+        for record in records
+        if not record.get("is_stopped", False) and math.isfinite(kl := read_number(record["kl"]))
+    )
+    for _, kl, number in sorted(whole):
+        if kl < best:
+            found.add(number)
+            best = kl
     return found
+
+
+def _finite_first(kl: float) -> float:
+    return kl if math.isfinite(kl) else math.inf

@@ -1,10 +1,7 @@
 """`result.json`: what a search found, how well it is known, and what it rests on."""
 
-import math
 import platform
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -17,43 +14,15 @@ from autoquant.plan.budget import Scope
 from autoquant.plan.cost import Cost
 from autoquant.plan.plan import Plan
 from autoquant.run.config import SearchConfig
+from autoquant.run.confirmation import Confirmed
 from autoquant.search.confirm import Difference
+from autoquant.search.history import History
 from autoquant.search.predictions import describe_predictions
 from autoquant.search.problem import Problem
-from autoquant.search.trials import Ledger, Stage, Trial
+from autoquant.search.stage_table import stage_table
+from autoquant.search.trials import Stage, Trial
 
 PACKAGES = ("torch", "transformers", "optuna", "numpy")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Confirmed:
-    """Finalists and baselines on the report split."""
-
-    candidates: tuple[Trial, ...]
-    """The solver's optimum first."""
-    scores: tuple[TokenScores, ...]
-    winner: int
-    differences: Mapping[int, Difference]
-    """Of each candidate within the budget to the solver's optimum."""
-    noise_floor: float
-    """Mean KL between two BF16 runs, nats per token."""
-
-    @property
-    def trial(self) -> Trial:
-        """The winner."""
-        return self.candidates[self.winner]
-
-    @property
-    def resolution(self) -> float:
-        """Half the widest interval of a finalist's difference to the solver's optimum, relative to
-        the optimum's KL; NaN where it was the only finalist.
-        """
-        halves = [
-            (difference.high - difference.low) / 2
-            for i, difference in self.differences.items()
-            if i > 0 and self.candidates[i].stage is not Stage.BASELINE
-        ]
-        return max(halves, default=math.nan) / max(self.scores[0].mean, 1e-300)
 
 
 def make_result(
@@ -61,7 +30,7 @@ def make_result(
     session: Session,
     plan: Plan,
     problem: Problem,
-    ledger: Ledger,
+    history: History,
     calibration: Calibration,
     confirmed: Confirmed,
 ) -> dict[str, Any]:
@@ -107,9 +76,9 @@ def make_result(
         ],
         "resolution": confirmed.resolution,
         "counts": trial.assignment.counts(),
-        "trials": len(ledger.trials),
-        "stages": _stages(ledger),
-        "predictions": describe_predictions(problem, ledger, accounting),
+        "trials": len(history.trials),
+        "stages": stage_table(history.trials),
+        "predictions": describe_predictions(problem, history, accounting),
         "tokens": {
             name: {
                 "tokens": s.tokens,
@@ -177,34 +146,3 @@ def _difference(difference: Difference | None) -> dict[str, Any]:
             "high": difference.high,
         }
     }
-
-
-def _stages(ledger: Ledger) -> list[dict[str, Any]]:
-    """What each stage measured and contributed, in the order in which they began.
-
-    `best_kl` is the least KL on the search split within the budget after the stage, `gain` by how
-    much the stage lowered it, nats per token; `stopped` counts candidates that lost their race.
-    """
-    rows: dict[Stage, dict[str, Any]] = {}
-    best = math.inf
-    for trial in ledger.trials:
-        row = rows.setdefault(
-            trial.stage,
-            {
-                "stage": str(trial.stage),
-                "trials": 0,
-                "stopped": 0,
-                "tokens": 0,
-                "seconds": 0.0,
-                "gain": 0.0,
-            },
-        )
-        row["trials"] += 1
-        row["stopped"] += trial.is_stopped
-        row["tokens"] += trial.tokens
-        row["seconds"] += trial.seconds
-        if trial.fits and not trial.is_stopped and trial.kl < best:
-            row["gain"] += best - trial.kl if math.isfinite(best) else 0.0
-            best = trial.kl
-        row["best_kl"] = best
-    return list(rows.values())

@@ -15,6 +15,7 @@ from autoquant.errors import RunConflict, SourceError
 from autoquant.files import set_aside
 from autoquant.formats import BF16
 from autoquant.measure.calibration import Calibration, calibrate
+from autoquant.measure.evaluator import LocalEvaluator
 from autoquant.measure.kl import TokenScores
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.measure.session import Session, open_session
@@ -23,16 +24,16 @@ from autoquant.plan.grouping import Groups
 from autoquant.plan.plan import Plan, make_plan
 from autoquant.progress import Unit
 from autoquant.run.config import SearchConfig
+from autoquant.run.confirmation import Confirmed, confirm
 from autoquant.run.observer import Observer
 from autoquant.run.probes import Probes
-from autoquant.run.result import Confirmed, make_result, make_tokens
+from autoquant.run.result import make_result, make_tokens
 from autoquant.run.shared import Shared
-from autoquant.search import confirm
-from autoquant.search.explore import Explored, explore, most_trials
-from autoquant.search.limits import Bounds
+from autoquant.run.trials import Trials
+from autoquant.search.confirm import FEWEST_SEQUENCES
+from autoquant.search.explore import Explored
+from autoquant.search.history import History
 from autoquant.search.problem import Problem
-from autoquant.search.refine import Effort
-from autoquant.search.trials import Ledger, Stage, Trial
 from autoquant.store.run_directory import (
     ASSIGNMENT,
     CALIBRATION,
@@ -44,11 +45,10 @@ from autoquant.store.run_directory import (
     SENSITIVITY,
     SPLITS,
     TOKENS,
-    TRIALS,
     RunDirectory,
     read_seconds,
 )
-from autoquant.tracking import Tracker, TrialRecord
+from autoquant.tracking import Tracker
 
 if TYPE_CHECKING:
     from autoquant.export.verify import Verification
@@ -97,11 +97,11 @@ class Search:
         problem = Problem(
             accounting=plan.charged(self.config.cost),
             budget=self.config.budget,
-            sensitivity=sensitivity,
+            sensitivity=sensitivity.bounded(),
         )
-        ledger, explored = self._measure(session, plan, problem)
-        confirmed = self._confirm(session, ledger, explored)
-        return self._finish(session, plan, explored.problem, ledger, calibration, confirmed)
+        history, explored = self._measure(session, plan, problem)
+        confirmed = self._confirm(session, history, explored)
+        return self._finish(session, plan, explored.problem, history, calibration, confirmed)
 
     def probe(self) -> dict[str, Any]:
         """Run the stages up to the probes, whatever the budget; what `sensitivity.json` holds.
@@ -198,67 +198,47 @@ class Search:
         with self._timed("probe"):
             sensitivity, method = probes.measure(self.config.probe)
         self.run.write_json(SENSITIVITY, {"method": str(method), **sensitivity.to_dict()})
+        for group, choice in sensitivity.overflowing():
+            self.observer.warn(
+                f"{group} in {choice} overflows: its KL is not finite, and it is taken only where "
+                "the budget leaves nothing else."
+            )
         return sensitivity
 
-    def _measure(self, session: Session, plan: Plan, problem: Problem) -> tuple[Ledger, Explored]:
+    def _measure(self, session: Session, plan: Plan, problem: Problem) -> tuple[History, Explored]:
         """Everything that is measured jointly on the search split."""
-        earlier = [Trial.from_dict(record) for record in self.run.records(TRIALS)]
-        ledger = Ledger(
-            session.scorer,
-            session.splits["search"],
-            plan.accounting,
-            problem.fits,
-            earlier,
-            keep=lambda trial: self._keep_trial(trial, ledger),
-            elsewhere=self.shared.trials(),
-        )
-        for trial in earlier:
-            self.tracker.trial(_record(trial))
-        self.observer.stage("refine", most_trials(problem, self.config.trials) - len(earlier))
-        explored = explore(
+        return self._trials().measure(
+            self.config,
             problem,
-            ledger,
-            Effort.of(self.config.trials, reweight=self.config.reweight_trials),
-            seed=self.config.seed,
-            bounds=Bounds(self._in_time(), self.config.max_tokens),
+            LocalEvaluator(session.scorer, session.splits["search"]),
+            accounting=plan.accounting,
+            elsewhere=self.shared.trials(),
+            in_time=self._in_time(),
             timed=self._timed,
         )
-        return ledger, explored
 
-    def _confirm(self, session: Session, ledger: Ledger, explored: Explored) -> Confirmed:
+    def _trials(self) -> Trials:
+        return Trials(run=self.run, tracker=self.tracker, observer=self.observer)
+
+    def _confirm(self, session: Session, history: History, explored: Explored) -> Confirmed:
         """Finalists and baselines on the report split."""
         session.scorer.forget(session.splits["search"])
-        solver = explored.incumbent
-        challengers = explored.challengers[: self.config.finalists]
-        finalists = [solver, *challengers]
-        others = [t for t in ledger.trials if t.stage is Stage.BASELINE and t not in finalists]
-        candidates = [*finalists, *others]
         split = session.splits["report"]
-        if split.sequences < confirm.FEWEST_SEQUENCES:
+        if split.sequences < FEWEST_SEQUENCES:
             self.observer.warn(
                 f"too few report sequences to tell mixes apart: {split.sequences}. From "
-                f"{confirm.FEWEST_SEQUENCES} on (--report-tokens) a mix may replace the solver's."
+                f"{FEWEST_SEQUENCES} on (--report-tokens) a mix may replace the solver's."
             )
-        self.observer.stage("confirm", len(candidates))
         with self._timed("confirm"):
-            scores: list[TokenScores] = []
-            for trial in candidates:
-                scores.append(self._score_fully(session, trial.assignment))
-                self.observer.step()
-            noise = session.scorer.noise_batch(split, 0)
-            within = [i for i, t in enumerate(candidates) if t.fits]
-            winner, differences = confirm.choose(
-                [scores[i] for i in within],
-                challengers=len(challengers),
+            return confirm(
+                explored,
+                history,
+                finalists=self.config.finalists,
+                score=lambda assignment: self._score_fully(session, assignment),
+                noise=lambda: session.scorer.noise_batch(split, 0).mean,
                 seed=self.config.seed,
+                observer=self.observer,
             )
-        return Confirmed(
-            candidates=tuple(candidates),
-            scores=tuple(scores),
-            winner=within[winner],
-            differences=dict(zip(within, differences, strict=True)),
-            noise_floor=noise.mean,
-        )
 
     def _score_fully(self, session: Session, assignment: Assignment) -> TokenScores:
         """Scores on the report split; what another budget has confirmed is taken from there."""
@@ -273,7 +253,7 @@ class Search:
         session: Session,
         plan: Plan,
         problem: Problem,
-        ledger: Ledger,
+        history: History,
         calibration: Calibration,
         confirmed: Confirmed,
     ) -> dict[str, Any]:
@@ -283,7 +263,7 @@ class Search:
         self.run.write_text(ASSIGNMENT, yaml.safe_dump(assignment.to_dict(), sort_keys=False))
         with self._or_warn(TOKENS):
             self.run.write_json(TOKENS, make_tokens(session, confirmed))
-        result = make_result(self.config, session, plan, problem, ledger, calibration, confirmed)
+        result = make_result(self.config, session, plan, problem, history, calibration, confirmed)
         result["command"] = self.command
         if self.config.export:
             book = session.quantized.book
@@ -397,16 +377,8 @@ class Search:
 
     def _track_again(self, finished: dict[str, Any]) -> None:
         """Record what the store did not have when the search ended."""
-        for record in self.run.records(TRIALS):
-            self.tracker.trial(_record(Trial.from_dict(record)))
+        self._trials().track()
         self.tracker.result(finished)
-
-    def _keep_trial(self, trial: Trial, ledger: Ledger) -> None:
-        self.run.append(TRIALS, trial.to_dict())
-        self.tracker.trial(_record(trial))
-        fitting = [t for t in [*ledger.trials, trial] if t.fits]
-        best = min(fitting, key=lambda t: t.kl, default=None)
-        self.observer.trial(trial, best)
 
     def _in_time(self) -> Callable[[], bool]:
         limit = self.config.max_seconds
@@ -429,18 +401,6 @@ def _require_sound(verification: "Verification") -> None:
             f"{verification.path}: {verification.problems[0]}",
             fix="the disk may have failed: delete the folder and run the same command again.",
         )
-
-
-def _record(trial: Trial) -> TrialRecord:
-    return TrialRecord(
-        number=trial.number,
-        origin=f"{trial.stage}: {trial.name}",
-        kl=trial.kl,
-        bpe=trial.bpe,
-        fits=trial.fits,
-        seconds=trial.seconds,
-        assignment=trial.assignment,
-    )
 
 
 def _own_row(result: dict[str, Any]) -> dict[str, Any]:

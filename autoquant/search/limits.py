@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autoquant.plan.assignment import Assignment
-from autoquant.search.trials import Ledger
+from autoquant.search.history import History
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,10 +15,8 @@ class Bounds:
     max_tokens: int | None = None
     """Most tokens of all trials together; the trial that reaches it is the last."""
 
-    def allow(self, ledger: Ledger, assignment: Assignment) -> bool:
-        """Whether `assignment` may be asked for: it costs nothing, or there is time left for it."""
-        if ledger.has(assignment):
-            return True
-        if self.max_tokens is not None and ledger.tokens >= self.max_tokens:
+    def allow(self, history: History, assignment: Assignment) -> bool:
+        """Whether `assignment` may be measured. What an earlier process measured takes no time."""
+        if self.max_tokens is not None and history.tokens >= self.max_tokens:
             return False
-        return ledger.is_measured(assignment) or self.in_time()
+        return history.earlier(assignment) is not None or self.in_time()

@@ -7,17 +7,17 @@ import numpy as np
 
 from autoquant.arrays import Floats
 from autoquant.plan.budget import Accounting, Budget
+from autoquant.search.history import History
+from autoquant.search.predictor import Predictor
 from autoquant.search.problem import Problem
-from autoquant.search.refine import measured
 from autoquant.search.relaxation import Selection
 from autoquant.search.surrogate import Surrogate
-from autoquant.search.trials import Ledger
 
 FOLDS = 5
 FRONTIER_POINTS = 25
 
 
-def describe_predictions(problem: Problem, ledger: Ledger, stored: Accounting) -> dict[str, Any]:
+def describe_predictions(problem: Problem, history: History, stored: Accounting) -> dict[str, Any]:
     """The entry `predictions` of `result.json`; KL in nats per token on the search split.
 
     Every candidate is predicted by fits that have not seen it: each of five takes its turn to be
@@ -25,12 +25,12 @@ def describe_predictions(problem: Problem, ledger: Ledger, stored: Accounting) -
 
     Args:
         problem: what was searched.
-        ledger: what was measured.
+        history: what was measured.
         stored: accounting of the whole checkpoint, for the frontier's BPE.
     """
-    surrogate = Surrogate.of(problem)
-    selections, kl = measured(problem, ledger)
-    trials = [t.number for t in ledger.trials if problem.allows(t.assignment)]
+    predictor = Predictor(problem)
+    surrogate, observed = predictor.surrogate, predictor.observed(history)
+    selections, kl = observed.selections, observed.kl
     fitted = surrogate.fitted(selections, kl)
     alone = _left_out(Surrogate.of(problem, with_pairs=False), selections, kl)
     joint = _left_out(surrogate, selections, kl)
@@ -45,8 +45,8 @@ def describe_predictions(problem: Problem, ledger: Ledger, stored: Accounting) -
             "with_interactions": _relative_error(joint, kl),
         },
         "trials": [
-            {"trial": number, "kl": float(predicted)}
-            for number, predicted in zip(trials, joint, strict=True)
+            {"trial": trial.number, "kl": float(predicted)}
+            for trial, predicted in zip(observed.trials, joint, strict=True)
         ],
         "frontier": predicted_frontier(problem, fitted, stored),
     }

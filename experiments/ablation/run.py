@@ -17,9 +17,9 @@ from typing import Any
 from autoquant.data.tokens import Split, TokenPlan
 from autoquant.measure.sensitivity import Sensitivity
 from autoquant.search.confirm import choose
-from autoquant.search.explore import Explored
-from autoquant.search.refine import Effort
-from autoquant.search.trials import Ledger, Trial
+from autoquant.search.explore import Effort, Explored
+from autoquant.search.history import History
+from autoquant.search.trials import Trial
 from experiments.ablation.probes import ranking, sensitivities
 from experiments.ablation.solvers import SOLVERS
 from experiments.common import record
@@ -88,13 +88,13 @@ def rows(
     most = max(arguments.forwards)
     efforts = {part: Effort(**{**NOTHING, part: 2 * most}) for part in NOTHING}
     for name, effort in {**efforts, "all": Effort.of(most)}.items():
-        ledger, explored = bench.explore(problem, effort, max_tokens=most * search.tokens)
+        history, explored = bench.explore(problem, effort, max_tokens=most * search.tokens)
         for forwards in arguments.forwards:
-            best = best_within(ledger, forwards * search.tokens)
+            best = best_within(history, forwards * search.tokens)
             yield {
                 "part": name,
                 "forwards": forwards,
-                "measured": len(ledger.trials),
+                "measured": len(history.trials),
                 "search_kl": best.kl,
                 "fresh_kl": bench.score(best.assignment, fresh).mean,
             }
@@ -107,17 +107,17 @@ def rows(
         }
 
 
-def best_within(ledger: Ledger, tokens: int) -> Trial:
+def best_within(history: History, tokens: int) -> Trial:
     """The best candidate of those that the first `tokens` tokens were spent on.
 
     The solver's optimum and the baselines count too; what they exceed `tokens` by is theirs.
     """
     best, spent = None, 0
-    for trial in ledger.trials:
+    for trial in history.trials:
         if best is not None and spent >= tokens:
             break
         spent += trial.tokens
-        if trial.fits and not trial.is_stopped and (best is None or trial.kl < best.kl):
+        if trial.is_eligible and (best is None or trial.kl < best.kl):
             best = trial
     assert best is not None
     return best

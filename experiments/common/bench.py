@@ -14,6 +14,7 @@ from autoquant.data.text import load_corpus
 from autoquant.data.tokens import Split, TokenPlan, make_splits
 from autoquant.formats import BF16
 from autoquant.measure.calibration import calibrate
+from autoquant.measure.evaluator import LocalEvaluator
 from autoquant.measure.kl import TokenKl
 from autoquant.measure.method import ProbeMethod
 from autoquant.measure.sensitivity import Sensitivity, keys_of
@@ -25,11 +26,11 @@ from autoquant.plan.plan import Plan, make_plan
 from autoquant.plan.space_file import load_space
 from autoquant.run.observer import Silent
 from autoquant.run.probes import Probes
-from autoquant.search.explore import Explored, explore
+from autoquant.search.driver import Driver
+from autoquant.search.explore import Effort, Explored, explore
+from autoquant.search.history import History
 from autoquant.search.limits import Bounds
 from autoquant.search.problem import Problem
-from autoquant.search.refine import Effort
-from autoquant.search.trials import Ledger
 from autoquant.source.source import open_source
 from autoquant.store.run_directory import RunDirectory
 from experiments.common.subjects import Subject
@@ -117,25 +118,25 @@ class Bench:
 
     def explore(
         self, problem: Problem, effort: Effort, *, max_tokens: int | None = None
-    ) -> tuple[Ledger, Explored]:
+    ) -> tuple[History, Explored]:
         """Everything that a search measures jointly on the search split, without its files."""
-        ledger = Ledger(
-            self.session.scorer,
-            self.splits["search"],
-            self.plan.accounting,
-            problem.fits,
-            earlier=(),
+        history = History()
+        driver = Driver(
+            history=history,
+            evaluator=LocalEvaluator(self.session.scorer, self.splits["search"]),
+            accounting=self.plan.accounting,
+            fits=problem.fits,
             keep=lambda _: None,
         )
         explored = explore(
             problem,
-            ledger,
+            driver,
             effort,
             seed=self.tokens.seed,
             bounds=Bounds(lambda: True, max_tokens),
             timed=lambda _: nullcontext(),
         )
-        return ledger, explored
+        return history, explored
 
     def problem(self, bpe: float, sensitivity: Sensitivity) -> Problem:
         return Problem(

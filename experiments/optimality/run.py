@@ -16,11 +16,12 @@ from scipy.stats import spearmanr
 
 from autoquant.arrays import Floats
 from autoquant.data.tokens import Split, TokenPlan
+from autoquant.search.explore import Effort
+from autoquant.search.history import History
+from autoquant.search.predictor import Predictor
 from autoquant.search.problem import Problem
-from autoquant.search.refine import Effort, measured
 from autoquant.search.relaxation import Selection
 from autoquant.search.surrogate import Surrogate
-from autoquant.search.trials import Ledger
 from experiments.common import record
 from experiments.common.bench import Bench
 from experiments.common.enumerate import TooMany, is_maximal, maximal, random_filled
@@ -67,13 +68,14 @@ def cell(
     bench: Bench, problem: Problem, split: Split, fresh: Split, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """One budget under one set of scale rules."""
-    ledger, _ = bench.explore(problem, Effort.of(arguments.trials))
-    best = ledger.best()
+    history, _ = bench.explore(problem, Effort.of(arguments.trials))
+    best = history.best()
+    assert best is not None
     return {
-        "searched": {"kl": best.kl, "stage": str(best.stage), "trials": len(ledger.trials)},
+        "searched": {"kl": best.kl, "stage": str(best.stage), "trials": len(history.trials)},
         "is_filled": is_maximal(problem, problem.selection(best.assignment)),
         "optimum": enumerated(bench, problem, split, fresh, arguments),
-        "prediction": predicted(bench, problem, split, ledger, arguments),
+        "prediction": predicted(bench, problem, split, history, arguments),
     }
 
 
@@ -96,13 +98,13 @@ def enumerated(
 
 
 def predicted(
-    bench: Bench, problem: Problem, split: Split, ledger: Ledger, arguments: argparse.Namespace
+    bench: Bench, problem: Problem, split: Split, history: History, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Predictors against the measured KL of random assignments.
 
     What is fitted is fitted on the candidates of the search, none of which is drawn.
     """
-    known = {problem.selection(t.assignment) for t in ledger.trials}
+    known = {problem.selection(t.assignment) for t in history.trials}
     drawn = random_filled(problem, arguments.random, arguments.seed)
     selections = [s for s in drawn if s not in known]
     if len(selections) < 10:
@@ -113,20 +115,23 @@ def predicted(
             "relative_error": float(np.mean(np.abs(values - kl) / kl)),
             "spearman": float(spearmanr(values, kl).statistic),
         }
-        for name, values in predictions(problem, ledger, selections).items()
+        for name, values in predictions(problem, history, selections).items()
     }
 
 
-def predictions(problem: Problem, ledger: Ledger, selections: list[Selection]) -> dict[str, Floats]:
+def predictions(
+    problem: Problem, history: History, selections: list[Selection]
+) -> dict[str, Floats]:
     """Predicted KL, nats per token, [S], by each predictor."""
     alone = Surrogate.of(problem, with_pairs=False)
-    joint = Surrogate.of(problem)
-    seen = measured(problem, ledger)
+    predictor = Predictor(problem)
+    observed = predictor.observed(history)
+    seen = observed.selections, observed.kl
     return {
         "sum": alone.quadratic(selections),
         "sum_mapped": alone.fitted(*seen).predict(selections),
-        "interactions": joint.fitted(*seen).predict(selections),
-        "refitted": joint.refitted(*seen).predict(selections),
+        "interactions": predictor.fitted(history).predict(selections),
+        "refitted": predictor.refitted(history).predict(selections),
     }
 
 

@@ -5,7 +5,8 @@ leave a sampler without a single feasible trial.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,38 +14,79 @@ import numpy as np
 from autoquant.formats import BF16, Choice
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.linears import LayerGroup
-from autoquant.search.limits import Bounds
+from autoquant.search.history import History
 from autoquant.search.problem import Problem
-from autoquant.search.trials import Ledger, Stage
+from autoquant.search.propose.proposal import Proposal
+from autoquant.search.trials import Stage
 
 ASKS_PER_TRIAL = 8
 """Reweightings that decode to a known assignment cost nothing, but must end some time."""
 
 
-def reweight(problem: Problem, ledger: Ledger, count: int, seed: int, bounds: Bounds) -> None:
-    """Ask Optuna for reweightings until `count` new assignments are measured.
+class Reweightings:
+    """Proposes what Optuna's sampler asks for.
 
     The sampler of ask n is seeded from (seed, n) alone, so that a resumed search asks the same.
-    """
-    import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(direction="minimize")
-    measured = 0
-    for ask in range(count * ASKS_PER_TRIAL):
-        if measured >= count:
-            return
-        entropy = np.random.SeedSequence([seed, ask]).generate_state(1)[0]
-        study.sampler = optuna.samplers.TPESampler(seed=int(entropy))
-        trial = study.ask()
-        params = _suggest(trial, problem)
-        assignment = _decode(problem, params)
-        if not bounds.allow(ledger, assignment):
-            return
-        measured += not ledger.has(assignment)
-        name = f"ask {ask}"
-        result = ledger.measure(assignment, Stage.REWEIGHT, name, params, rival=ledger.best())
-        study.tell(trial, result.kl)
+    Args:
+        problem: what is searched.
+        trials: how many will be measured at most.
+        seed: of the sampler.
+    """
+
+    def __init__(self, problem: Problem, *, trials: int, seed: int) -> None:
+        self._problem, self._seed = problem, seed
+        self._asks = iter(range(trials * ASKS_PER_TRIAL))
+        self._untold: list[tuple[Any, Assignment]] = []
+        """Optuna's trials whose assignments are proposed and not measured."""
+
+    @cached_property
+    def _study(self) -> Any:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        return optuna.create_study(direction="minimize")
+
+    def propose(self, history: History, count: int) -> Sequence[Proposal]:
+        self._tell(history)
+        found: dict[str, Proposal] = {}
+        while len(found) < count and (ask := next(self._asks, None)) is not None:
+            trial = self._ask(ask)
+            params = _suggest(trial, self._problem)
+            assignment = _decode(self._problem, params)
+            self._untold.append((trial, assignment))
+            if assignment in history:
+                self._tell(history)
+                continue
+            proposal = Proposal(
+                assignment=assignment,
+                stage=Stage.REWEIGHT,
+                name=f"ask {ask}",
+                params=params,
+                rival=history.best(),
+            )
+            found.setdefault(assignment.digest, proposal)
+        return list(found.values())
+
+    def _ask(self, number: int) -> Any:
+        import optuna
+
+        entropy = np.random.SeedSequence([self._seed, number]).generate_state(1)[0]
+        self._study.sampler = optuna.samplers.TPESampler(seed=int(entropy))
+        return self._study.ask()
+
+    def _tell(self, history: History) -> None:
+        """Tell the study what is measured of what it asked for."""
+        from optuna.trial import TrialState
+
+        for trial, assignment in self._untold:
+            if assignment in history:
+                kl = history[assignment].kl
+                if math.isfinite(kl):
+                    self._study.tell(trial, kl)
+                else:
+                    self._study.tell(trial, state=TrialState.FAIL)
+        self._untold = [(t, a) for t, a in self._untold if a not in history]
 
 
 def _suggest(trial: Any, problem: Problem) -> dict[str, float]:

@@ -1,29 +1,59 @@
 """Assignments that differ from one in a group or two, refilled to the budget."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from autoquant.arrays import Floats
-from autoquant.plan.assignment import Assignment
+from autoquant.search.history import History
 from autoquant.search.knapsack import Knapsack
+from autoquant.search.predictor import Predictor
 from autoquant.search.problem import Problem
+from autoquant.search.propose.proposal import Named, Proposal, take
 from autoquant.search.relaxation import Selection
 from autoquant.search.surrogate import Surrogate
+from autoquant.search.trials import Stage, Trial
 
 PAIRS = 200
 """Changes of two groups that are looked at, in order of predicted KL."""
 
 
-def neighbours(
-    problem: Problem, surrogate: Surrogate, centre: Assignment
-) -> Iterator[tuple[str, Assignment]]:
+class Swaps:
+    """Proposes the neighbours of the best, and those of a better one as soon as there is one.
+
+    The best of all may use a scale rule that the joint check has closed since; the walk begins at
+    the best that does not. What stays is worse than it: so neighbours race against it.
+
+    Args:
+        predictor: of the problem.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self._centre: Trial | None = None
+        self._neighbours: Iterator[Named] = iter(())
+
+    def propose(self, history: History, count: int) -> Sequence[Proposal]:
+        allowed = [t for t in history.eligible() if self._predictor.selection(t) is not None]
+        centre = min(allowed, key=lambda trial: trial.order, default=None)
+        if centre is None:
+            return ()
+        if centre is not self._centre:
+            fitted = self._predictor.refitted(history)
+            selection = self._predictor.selection(centre)
+            assert selection is not None
+            self._centre = centre
+            self._neighbours = neighbours(self._predictor.problem, fitted, selection)
+        return take(self._neighbours, history, count, Stage.SWAP, centre)
+
+
+def neighbours(problem: Problem, surrogate: Surrogate, selection: Selection) -> Iterator[Named]:
     """Yield what was changed and the assignment, least predicted KL first.
 
     A change of one group lets others give way until the budget holds; a change of two is taken as
     it is where it fits. Either way what is left is spent on upgrades.
     """
-    knapsack, selection = problem.knapsack, problem.selection(centre)
+    knapsack = problem.knapsack
     found: dict[Selection, str] = {}
     for g, sizes in enumerate(knapsack.costs):
         for option in range(len(sizes)):

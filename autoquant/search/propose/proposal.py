@@ -1,0 +1,77 @@
+"""What proposers propose, and what a proposer is."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from autoquant.plan.assignment import Assignment
+from autoquant.search.history import History
+from autoquant.search.trials import Stage, Trial
+
+Named = tuple[str, Assignment]
+"""An assignment, and what it is in words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """An assignment that is worth a joint measurement."""
+
+    assignment: Assignment
+    stage: Stage
+    name: str
+    """What it is in words: a baseline's name, the rank of a runner-up, the groups of a swap."""
+    params: Mapping[str, float] = field(default_factory=dict)
+    """Of a reweighting."""
+    rival: Trial | None = None
+    """A trial measured to the end to race against; None measures to the end."""
+
+
+class Proposer(Protocol):
+    """Says what to measure next, from what is known; it measures nothing.
+
+    The same calls with the same histories propose the same, which is what a resumed search rests
+    on. What one call proposes is in the history by the next.
+    """
+
+    def propose(self, history: History, count: int) -> Sequence[Proposal]:
+        """Up to `count` distinct assignments that the history does not hold; none at the end."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Proposes what a list holds, in its order."""
+
+    stage: Stage
+    candidates: Iterator[Named]
+
+    def propose(self, history: History, count: int) -> Sequence[Proposal]:
+        return take(self.candidates, history, count, self.stage)
+
+
+def take(
+    candidates: Iterable[Named],
+    history: History,
+    count: int,
+    stage: Stage,
+    rival: Trial | None = None,
+) -> list[Proposal]:
+    """Propose the first of the candidates that the history does not hold.
+
+    Args:
+        candidates: of an iterator no more is taken than what is looked at.
+        history: what is measured.
+        count: how many at most.
+        stage: whose proposals they are.
+        rival: what they race against.
+    """
+    found: dict[str, Proposal] = {}
+    if count > 0:
+        for name, assignment in candidates:
+            if assignment in history or assignment.digest in found:
+                continue
+            found[assignment.digest] = Proposal(
+                assignment=assignment, stage=stage, name=name, rival=rival
+            )
+            if len(found) == count:
+                break
+    return list(found.values())
