@@ -72,7 +72,7 @@ class Knapsack:
     """A second limit that holds too."""
     finer: tuple[tuple[tuple[bool, ...], ...], ...] | None = None
     """Of each group, whether the option of a column is known to be no worse than that of a row,
-    whatever the scores say; whatever costs more of the first limit unless named."""
+    whatever the scores say; whatever costs more unless named."""
 
     @cached_property
     def constraints(self) -> tuple[Constraint, ...]:
@@ -262,7 +262,7 @@ class Knapsack:
             rows, extra = open_rows[places], extra[:, places, groups, options]
             now = chosen[rows, groups]
             gains = scores[groups, now] - scores[groups, options]
-            is_sound = self._finer[groups, now, options] & (extra >= 0).all(axis=0) & (extra[0] > 0)
+            is_sound = self._finer[groups, now, options] & (extra >= 0).all(axis=0)
             takes = np.flatnonzero(is_sound | (gains > 0))
             rows, groups, options = rows[takes], groups[takes], options[takes]
             extra, gains = extra[:, takes], gains[takes]

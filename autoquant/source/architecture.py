@@ -53,7 +53,7 @@ def ties_embeddings(config: Mapping[str, Any], text_config: Mapping[str, Any]) -
     if said is not None:
         return bool(said)
     kind = config.get("model_type")
-    if not knows(kind):
+    if not isinstance(kind, str) or not knows(kind):
         return False
     from transformers import CONFIG_MAPPING
 
