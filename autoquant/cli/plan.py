@@ -59,7 +59,7 @@ def command(
     for warning in plan.warnings:
         warn(warning)
     if budget is not None:
-        plan.require_feasible(budget)
+        plan.limit(budget).require_feasible(plan.options.choices)
     if format == "json":
         print_json(plan.to_dict() | {"budget": _budget(plan, budget)})
     else:
@@ -69,7 +69,7 @@ def command(
 def _budget(plan: "Plan", budget: "Budget | None") -> dict[str, object] | None:
     if budget is None:
         return None
-    limit = budget.max_bytes(plan.accounting)
+    limit = plan.limit(budget).at_most
     return {"bpe": budget.bpe, "scope": str(budget.scope), "max_checkpoint_bytes": limit}
 
 
@@ -85,7 +85,7 @@ def _print(plan: "Plan", budget: "Budget | None") -> None:
     }
     if budget is not None:
         fields["budget"] = (
-            f"{_size(budget.max_bytes(accounting))}, {budget.bpe:g} bits per element "
+            f"{_size(plan.limit(budget).at_most)}, {budget.bpe:g} bits per element "
             f"(scope {budget.scope})"
         )
     fields["probes"] = f"{plan.probes:,} (one group in one choice each)"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from autoquant.errors import ConfigError, SourceError
 from autoquant.plan.linears import LayerGroup, Linear
 from autoquant.source import names as table
+from autoquant.source.architecture import ties_embeddings
 from autoquant.source.headers import TensorHeader
 from autoquant.source.names import Fixed
 from autoquant.source.source import FLOAT_DTYPES, Source
@@ -167,8 +168,7 @@ def _why_fixed(
     if config.get("model_type") in table.TRANSPOSED_MODELS:
         return Fixed.TRANSPOSED
     if last in table.HEADS:
-        tied = config.get("tie_word_embeddings", text_config.get("tie_word_embeddings"))
-        return Fixed.TIED_HEAD if tied else None
+        return Fixed.TIED_HEAD if ties_embeddings(config, text_config) else None
     if layer is None or not table.LINEAR.fullmatch(last):
         return Fixed.UNKNOWN
     return None

@@ -6,12 +6,15 @@ from functools import cached_property
 from typing import Any
 
 from autoquant.formats import BF16, all_formats
+from autoquant.plan.accounting import Accounting
 from autoquant.plan.assignment import Assignment
-from autoquant.plan.budget import Accounting, Budget, Scope, require_feasible
-from autoquant.plan.cost import Cost, charged
+from autoquant.plan.budget import Budget, Scope
+from autoquant.plan.cost import Cost
 from autoquant.plan.grouping import Groups, find_groups
 from autoquant.plan.kv_cache import KvCache
+from autoquant.plan.limit import Limit
 from autoquant.plan.linears import LayerGroup
+from autoquant.plan.model_costs import ActiveBytes, Bf16Products, CostKind, StoredBytes
 from autoquant.plan.space import Options, SearchSpace
 from autoquant.source.architecture import knows
 from autoquant.source.source import Source
@@ -50,13 +53,18 @@ class Plan:
         """What the user should know before trusting the plan."""
         return (*source_warnings(self.source), *self.options.warnings)
 
-    def charged(self, cost: Cost) -> Accounting:
-        """The accounting of what `cost` counts."""
-        return charged(self.accounting, cost, self.source.text_config)
+    def cost(self, kind: CostKind, scope: Scope = Scope.CHECKPOINT) -> Cost:
+        """A cost that follows from the model alone; multiply-adds are those of what is searched."""
+        if kind is CostKind.BITS:
+            return StoredBytes(accounting=self.accounting, scope=scope)
+        text_config = self.source.text_config
+        if kind is CostKind.ACTIVE_BYTES:
+            return ActiveBytes(accounting=self.accounting, scope=scope, text_config=text_config)
+        return Bf16Products(accounting=self.accounting, text_config=text_config)
 
-    def require_feasible(self, budget: Budget, cost: Cost = Cost.BITS) -> None:
-        """Raise `InfeasibleBudget` if no legal assignment keeps the budget."""
-        require_feasible(self.charged(cost), budget)
+    def limit(self, budget: Budget, kind: CostKind = CostKind.BITS) -> Limit:
+        """The budget of a cost, resolved for this model."""
+        return Limit.of(self.cost(kind, budget.scope), budget.bpe)
 
     @cached_property
     def fixed_bytes(self) -> Mapping[str, int]:

@@ -228,7 +228,7 @@ def _draw_budget(axes: "Axes", record: RunRecord) -> None:
     """The budget, where it counts what the axis does: stored bits of the whole checkpoint."""
     settings = record.identity["signature"]
     budget = settings.get("budget_bpe")
-    if budget and settings.get("budget_scope") == "checkpoint" and counts_stored_bits(settings):
+    if budget and counts_stored_bits(settings):
         axes.axvline(budget, color=LIGHT["ink"], lw=1, ls="--", label=f"budget {budget:g}")
 
 

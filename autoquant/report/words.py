@@ -63,30 +63,33 @@ def finding(result: Mapping[str, Any]) -> str:
 
 
 def budgeted(result: Mapping[str, Any]) -> float:
-    """Bits per element of the chosen mix as its budget counts them, by cost and scope."""
-    by_scope = result["active"]["bpe"] if _is_active(result) else result["bpe"]
-    return float(by_scope[result.get("budget_scope", "checkpoint")])
+    """What the chosen mix takes, in the unit of its budget."""
+    return float(_budget(result)["taken"])
 
 
 def unit_of_budget(result: Mapping[str, Any]) -> str:
     """What the budget counts: bits per element of a kind, of all or of a part of the layers."""
-    kind = "active bits" if _is_active(result) else "bits"
-    return f"{kind} per element{' of the searched layers' if _is_of_searched(result) else ''}"
+    return str(_budget(result)["unit"])
 
 
 def counts_stored_bits(result: Mapping[str, Any]) -> bool:
-    """Whether the budget counts what the whole checkpoint stores, as columns named BPE do."""
-    return not _is_active(result) and not _is_of_searched(result)
+    """Whether the budget counts what the whole checkpoint stores, as columns named BPE do.
+
+    Args:
+        result: or the signature of a search that has no result yet.
+    """
+    return bool(_budget(result)["is_bpe"])
 
 
 def budget_note(result: Mapping[str, Any]) -> str:
     """Why BPE of a table and its column "in budget" do not go together; empty where they do."""
     if counts_stored_bits(result):
         return ""
-    meaning = ", those that one token reads" if _is_active(result) else ""
+    budget = _budget(result)
+    meaning = f", {budget['meaning']}" if budget["meaning"] else ""
     return (
         f"BPE is of the whole checkpoint as stored; the budget of {result['budget_bpe']:g} counts "
-        f"{unit_of_budget(result)}{meaning}."
+        f"{budget['unit']}{meaning}."
     )
 
 
@@ -151,12 +154,23 @@ def _ranks(values: Sequence[float]) -> Any:
     return (ends - (counts - 1) / 2)[inverse]
 
 
-def _is_active(result: Mapping[str, Any]) -> bool:
-    return bool(result.get("cost", "bits") == "active-bytes")
-
-
-def _is_of_searched(result: Mapping[str, Any]) -> bool:
-    return bool(result.get("budget_scope", "checkpoint") == "searched")
+def _budget(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first limit as `Limit.to_dict` describes it; signatures and old results tell it by words
+    of their settings.
+    """
+    if "limits" in result:
+        limit: Mapping[str, Any] = result["limits"][0]
+        return limit
+    is_active = result.get("cost", "bits") == "active-bytes"
+    scope = result.get("budget_scope", "checkpoint")
+    sizes = result.get("active", {}) if is_active else result
+    kind = "active bits" if is_active else "bits"
+    return {
+        "unit": f"{kind} per element{' of the searched layers' if scope == 'searched' else ''}",
+        "meaning": "those that one token reads" if is_active else "",
+        "is_bpe": not is_active and scope == "checkpoint",
+        "taken": sizes.get("bpe", {}).get(scope),
+    }
 
 
 def _size_and_budget(result: Mapping[str, Any]) -> str:

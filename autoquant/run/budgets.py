@@ -13,6 +13,7 @@ from autoquant.run.config import SearchConfig
 from autoquant.run.observer import Observer
 from autoquant.run.shared import Shared, finished_probes
 from autoquant.run.stages import Search
+from autoquant.search.problem import require_feasible
 from autoquant.search.trials import Stage
 from autoquant.store.run_directory import (
     CONFIG,
@@ -101,7 +102,8 @@ def run_searches(
         SourceError: model or text missing, damaged or not understood.
     """
     for config in configs:
-        _require_a_choice(config).require_feasible(config.budget, config.cost)
+        plan = _require_a_choice(config)
+        require_feasible(plan.accounting, config.limits(plan))
     paths = _paths(configs, out)
     for path in paths:
         _refuse_probes_alone(path)

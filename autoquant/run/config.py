@@ -11,8 +11,10 @@ from autoquant.export.layouts.base import Layout
 from autoquant.measure.method import ProbeMethod
 from autoquant.model.inputs import ActivationMode
 from autoquant.plan.budget import Budget
-from autoquant.plan.cost import Cost
 from autoquant.plan.kv_cache import KvCache
+from autoquant.plan.limit import Limit
+from autoquant.plan.model_costs import CostKind
+from autoquant.plan.plan import Plan
 from autoquant.plan.space import SearchSpace
 from autoquant.source.source import Source
 
@@ -40,7 +42,7 @@ class SearchConfig:
     source: Source
     space: SearchSpace
     budget: Budget
-    cost: Cost = Cost.BITS
+    cost: CostKind = CostKind.BITS
     """What the budget limits."""
     calibration: str = STDLIB
     """Text source, as `load_corpus` takes it."""
@@ -68,6 +70,10 @@ class SearchConfig:
     kv_cache: KvCache = KvCache.BF16
     """What mixes are measured and exported with."""
 
+    def limits(self, plan: Plan) -> tuple[Limit, ...]:
+        """What every assignment of the search keeps."""
+        return (plan.limit(self.budget, self.cost),)
+
     def signature(self) -> dict[str, Any]:
         """What makes a search the same as another, as JSON values.
 
@@ -83,7 +89,7 @@ class SearchConfig:
             ],
             "budget_bpe": self.budget.bpe,
             "budget_scope": str(self.budget.scope),
-            **({"cost": str(self.cost)} if self.cost is not Cost.BITS else {}),
+            **({"cost": str(self.cost)} if self.cost is not CostKind.BITS else {}),
             "calibration": self.calibration,
             "tokens": {
                 "calibration": self.tokens.calibration,

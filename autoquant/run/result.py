@@ -11,7 +11,7 @@ from autoquant.measure.kl import TokenScores
 from autoquant.measure.session import Session
 from autoquant.measure.worst import describe_tokens
 from autoquant.plan.budget import Scope
-from autoquant.plan.cost import Cost
+from autoquant.plan.model_costs import CostKind
 from autoquant.plan.plan import Plan
 from autoquant.run.config import SearchConfig
 from autoquant.run.confirmation import Confirmed
@@ -36,7 +36,8 @@ def make_result(
 ) -> dict[str, Any]:
     """The contents of `result.json`, without times; KL in nats per token on the report split."""
     trial, scores = confirmed.trial, confirmed.scores[confirmed.winner]
-    accounting, active = plan.accounting, plan.charged(Cost.ACTIVE_BYTES)
+    accounting = plan.accounting
+    active = {scope: plan.cost(CostKind.ACTIVE_BYTES, scope) for scope in Scope}
     return {
         "model": config.source.model,
         "source": {"digest": config.source.digest, "revision": config.source.revision},
@@ -46,9 +47,10 @@ def make_result(
         "bpe": {str(scope): accounting.bpe(trial.assignment, scope) for scope in Scope},
         "checkpoint_bytes": accounting.checkpoint_bytes(trial.assignment),
         "cost": str(config.cost),
+        "limits": [limit.to_dict(trial.assignment) for limit in problem.limits],
         "active": {
-            "bytes_per_token": active.checkpoint_bytes(trial.assignment),
-            "bpe": {str(scope): active.bpe(trial.assignment, scope) for scope in Scope},
+            "bytes_per_token": active[Scope.CHECKPOINT].total(trial.assignment),
+            "bpe": {str(scope): active[scope].number(trial.assignment) for scope in Scope},
         },
         "activation_mode": str(config.mode),
         "kv_cache": str(config.kv_cache),
@@ -78,7 +80,8 @@ def make_result(
         "counts": trial.assignment.counts(),
         "trials": len(history.trials),
         "stages": stage_table(history.trials),
-        "predictions": describe_predictions(problem, history, accounting),
+        "solver": _solver(problem),
+        "predictions": describe_predictions(problem, history),
         "tokens": {
             name: {
                 "tokens": s.tokens,
@@ -98,6 +101,14 @@ def make_result(
         "python": sys.version.split()[0],
         "machine": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _solver(problem: Problem) -> dict[str, float]:
+    """The optimum's summed KL of single groups, nats per token, and what it may be above the least;
+    zero unless the solver gave up on an exact answer.
+    """
+    solution = problem.knapsack.solution
+    return {"predicted_kl": solution.score, "bound": solution.bound, "gap": solution.gap}
 
 
 def _experts(calibration: Calibration) -> dict[str, Any] | None:

@@ -9,8 +9,8 @@ from autoquant.export.layouts.base import Layout
 from autoquant.measure.method import ProbeMethod
 from autoquant.model.inputs import ActivationMode
 from autoquant.plan.budget import Budget, Scope
-from autoquant.plan.cost import Cost
 from autoquant.plan.kv_cache import KvCache
+from autoquant.plan.model_costs import CostKind
 from autoquant.plan.space_file import load_space
 from autoquant.run.config import SearchConfig
 from autoquant.source.source import REFERENCE_MODEL, open_source
@@ -37,7 +37,7 @@ def make_config(settings: Mapping[str, Any]) -> SearchConfig:
     return SearchConfig(
         space=load_space(settings["space"]),
         budget=Budget(settings["budget_bpe"], Scope(settings["budget_scope"])),
-        cost=Cost(settings["cost"]),
+        cost=CostKind(settings["cost"]),
         source=open_source(settings["model"] or REFERENCE_MODEL, revision=settings["revision"]),
         calibration=settings["calibration"],
         tokens=token_plan(settings),

@@ -17,8 +17,9 @@ from autoquant.measure.session import Session, open_session
 from autoquant.model.inputs import ActivationMode
 from autoquant.model.install import groups_of, install, is_quantized
 from autoquant.model.memory import keep_freed_memory
+from autoquant.plan.accounting import Accounting
 from autoquant.plan.assignment import Assignment, require_legal
-from autoquant.plan.budget import Accounting, Scope
+from autoquant.plan.budget import Scope
 from autoquant.plan.grouping import Groups, find_groups
 from autoquant.plan.kv_cache import KvCache
 from autoquant.progress import Unit

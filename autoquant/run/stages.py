@@ -33,7 +33,7 @@ from autoquant.run.trials import Trials
 from autoquant.search.confirm import FEWEST_SEQUENCES
 from autoquant.search.explore import Explored
 from autoquant.search.history import History
-from autoquant.search.problem import Problem
+from autoquant.search.problem import Problem, require_feasible
 from autoquant.store.run_directory import (
     ASSIGNMENT,
     CALIBRATION,
@@ -84,7 +84,8 @@ class Search:
             SourceError: model or text missing, damaged or not understood.
         """
         plan = self._plan()
-        plan.require_feasible(self.config.budget, self.config.cost)
+        limits = self.config.limits(plan)
+        require_feasible(plan.accounting, limits)
         finished = self.run.read_json(RESULT)
         if finished is not None:
             self.observer.note(f"{self.run.path} already holds this search's result.")
@@ -95,9 +96,7 @@ class Search:
         calibration = self._calibrate(session)
         sensitivity = self._probe(session, plan)
         problem = Problem(
-            accounting=plan.charged(self.config.cost),
-            budget=self.config.budget,
-            sensitivity=sensitivity.bounded(),
+            accounting=plan.accounting, limits=limits, sensitivity=sensitivity.bounded()
         )
         history, explored = self._measure(session, plan, problem)
         confirmed = self._confirm(session, history, explored)

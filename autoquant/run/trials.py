@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from autoquant.measure.evaluator import Evaluator
-from autoquant.plan.budget import Accounting
+from autoquant.plan.accounting import Accounting
 from autoquant.run.config import SearchConfig
 from autoquant.run.observer import Observer
 from autoquant.search.driver import Driver

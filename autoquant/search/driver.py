@@ -6,8 +6,9 @@ from itertools import takewhile
 
 from autoquant.measure.evaluator import Evaluator, Measurement, Request
 from autoquant.measure.race import Race
+from autoquant.plan.accounting import Accounting
 from autoquant.plan.assignment import Assignment
-from autoquant.plan.budget import Accounting, Scope
+from autoquant.plan.budget import Scope
 from autoquant.search.history import History
 from autoquant.search.limits import Bounds
 from autoquant.search.propose.proposal import Proposal, Proposer

@@ -1,75 +1,126 @@
-"""Multiple-choice knapsack: one choice per group, least summed score within a byte budget.
+"""Multiple-choice knapsack: one choice per group, least summed score within one limit or two.
 
 Exact for scores of any unit: nothing rests on an absolute tolerance, where mixed-integer solvers
-are known to return wrong optima for scores near 1e-9.
+are known to return wrong optima for scores near 1e-9. Where scores follow the costs so closely that
+the search for the optimum outgrows memory, a beam takes its place, and the gap to a bound is told.
+
+Shapes: L limits, G groups, F options of the group that has most, P selections.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from autoquant.arrays import Integers
+from autoquant.arrays import Booleans, Floats, Integers
 from autoquant.errors import InfeasibleBudget
-from autoquant.search.relaxation import Priced, Selection, Tables, beam, optimum
+from autoquant.search.partial import beam, optimum
+from autoquant.search.relaxation import Priced, Selection, Tables
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A selection that keeps the limits, and how far it may be from the optimum."""
+
+    selection: Selection
+    score: float
+    bound: float
+    """What no selection within the limits scores less than."""
+
+    @property
+    def gap(self) -> float:
+        """What the score is above the bound; zero where the selection is known to be optimal."""
+        return max(0.0, self.score - self.bound)
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What options cost of one limit."""
+
+    costs: tuple[tuple[int, ...], ...]
+    """Of each option of each group."""
+    budget: int
+    """What the chosen options may cost together."""
+
+    @property
+    def floor(self) -> int:
+        """Cost of the cheapest selection."""
+        return sum(min(costs) for costs in self.costs)
+
+    def cost(self, selection: Selection) -> int:
+        """What the selection takes."""
+        return sum(costs[option] for costs, option in zip(self.costs, selection, strict=True))
 
 
 @dataclass(frozen=True)
 class Knapsack:
-    """Options of each group, with what each one costs and how much it hurts."""
+    """Options of each group, with what each one costs and how much it hurts.
+
+    `solve` is the optimum only for scores that never rise with cost. It goes on from the optimum
+    and takes whatever upgrade fits, so that scores which rise with cost by noise end above it; the
+    gap of `solution` counts that too.
+    """
 
     scores: tuple[tuple[float, ...], ...]
     """Score of each option of each group, any unit, lower is better."""
     costs: tuple[tuple[int, ...], ...]
-    """Bytes of each option of each group."""
+    """What each option of each group takes of the first limit."""
     budget: int
-    """Bytes that the chosen options may cost together."""
+    """What the chosen options may cost together."""
+    second: Constraint | None = None
+    """A second limit that holds too."""
+    finer: tuple[tuple[tuple[bool, ...], ...], ...] | None = None
+    """Of each group, whether the option of a column is known to be no worse than that of a row,
+    whatever the scores say; whatever costs more unless named."""
 
     @cached_property
+    def constraints(self) -> tuple[Constraint, ...]:
+        first = Constraint(self.costs, self.budget)
+        return (first,) if self.second is None else (first, self.second)
+
+    @property
     def floor(self) -> int:
-        """Bytes of the cheapest selection."""
-        return sum(min(costs) for costs in self.costs)
+        """What the cheapest selection takes of the first limit."""
+        return self.constraints[0].floor
 
     def cost(self, selection: Selection) -> int:
-        return int(self._tables.costs[self._rows, selection].sum())
+        """What the selection takes of the first limit."""
+        return self.constraints[0].cost(selection)
+
+    def fits(self, selection: Selection) -> bool:
+        """Whether the selection keeps every limit."""
+        return all(one.cost(selection) <= one.budget for one in self.constraints)
 
     def score(self, selection: Selection) -> float:
         return float(self._tables.scores[self._rows, selection].sum())
 
     def with_scores(self, scores: Sequence[Sequence[float]]) -> "Knapsack":
-        return Knapsack(tuple(map(tuple, scores)), self.costs, self.budget)
-
-    @cached_property
-    def _tables(self) -> Tables:
-        return Tables.of(self.scores, self.costs)
-
-    @cached_property
-    def _rows(self) -> Integers:
-        return np.arange(len(self.costs))
-
-    @cached_property
-    def _priced(self) -> Priced:
-        """Raises InfeasibleBudget: the cheapest selection exceeds the budget."""
-        if self.floor > self.budget:
-            raise InfeasibleBudget(
-                f"the open layers take at least {self.floor} bytes and {self.budget} are left.",
-                fix="raise the budget or open more layers.",
-            )
-        return Priced.best(self._tables, self.budget)
-
-    @cached_property
-    def _optimum(self) -> Selection:
-        incumbent = self.fill(tuple(self._priced.options.tolist()))
-        return self.fill(optimum(self._priced, incumbent))
+        return replace(self, scores=tuple(map(tuple, scores)))
 
     def solve(self) -> Selection:
         """The optimum, upgraded until nothing more fits.
 
         Raises:
-            InfeasibleBudget: the cheapest selection exceeds the budget.
+            InfeasibleBudget: no selection keeps the limits.
         """
-        return self._optimum
+        return self.solution.selection
+
+    @cached_property
+    def solution(self) -> Solution:
+        """The optimum, upgraded until nothing more fits, and its distance to the bound.
+
+        Raises:
+            InfeasibleBudget: no selection keeps the limits.
+        """
+        incumbent = self._incumbent
+        found = optimum(self._priced, incumbent)
+        if found is not None:
+            filled = self.fill(found)
+            return Solution(filled, self.score(filled), self.score(found))
+        best = min([incumbent, *self._runners_up], key=self.score)
+        bound = (self._priced.bound - self._priced.rounding) * self._tables.largest
+        return Solution(best, self.score(best), bound)
 
     def best(self, count: int) -> list[Selection]:
         """Up to `count` distinct filled selections, best score first; the first is the optimum.
@@ -78,63 +129,157 @@ class Knapsack:
         fewer partial selections than the beam's width are in play, and close to it beyond.
 
         Raises:
-            InfeasibleBudget: the cheapest selection exceeds the budget.
+            InfeasibleBudget: no selection keeps the limits.
         """
-        runners_up = self._filled(beam(self._priced))
-        found = {self._optimum, *map(tuple, runners_up.tolist())}
+        found = {self.solve(), *self._runners_up}
         return sorted(found, key=lambda selection: (self.score(selection), selection))[:count]
 
     def around(self, selection: Selection, group: int, option: int) -> Selection | None:
         """The selection with one group changed, at the least further change that fits and fills.
 
-        Other groups give way, least loss per byte first, until the budget holds; what is then left
-        is spent on upgrades. None if the others cannot give enough.
+        Other groups give way, least loss per cost first, until the limits hold; what is then left
+        is spent on upgrades. None if the others cannot give enough, one group at a time.
         """
-        chosen = [*selection]
+        scores, costs = self._tables.scores, self._tables.costs
+        chosen = np.array(selection)
         chosen[group] = option
-        while (excess := self.cost(tuple(chosen)) - self.budget) > 0:
-            downgrades = [
-                ((self.scores[g][i] - self.scores[g][chosen[g]]) / min(saved, excess), g, i)
-                for g, costs in enumerate(self.costs)
-                for i, cost in enumerate(costs)
-                if g != group and (saved := costs[chosen[g]] - cost) > 0
-            ]
-            if not downgrades:
+        while True:
+            taken = costs[:, self._rows, chosen]
+            excess = (taken.sum(axis=1) - self._budgets)[:, None, None]
+            if (excess <= 0).all():
+                return self.fill(tuple(chosen.tolist()), keep=group)
+            left = np.maximum(excess + costs - taken[:, :, None], 0)
+            saved = np.tensordot(self._weights, np.maximum(excess, 0) - left, axes=1)
+            helps = (saved > 0) & self._tables.is_option
+            helps[group] = False
+            if not helps.any():
                 return None
-            _, g, i = min(downgrades)
+            rates = np.full(scores.shape, np.inf)
+            loss = scores - scores[self._rows, chosen][:, None]
+            rates[helps] = loss[helps] / saved[helps]
+            g, i = np.unravel_index(rates.argmin(), rates.shape)
             chosen[g] = i
-        return self.fill(tuple(chosen), keep=group)
 
     def fill(self, selection: Selection, *, keep: int | None = None) -> Selection:
-        """Spend what the budget leaves: upgrades that fit, best gain per byte first.
+        """Spend what the limits leave: upgrades that fit, best gain per cost first.
 
-        Among options that cost more, the one with the lowest score is an upgrade even where
-        noise makes its score no lower: more bits never carry less information.
+        An upgrade costs more of the first limit, or as much and more of the second. Where it is
+        finer and takes no less of any limit its score does not matter: more bits never carry less
+        information, and a score that says so is noise. Any other upgrade has to score less.
 
         Args:
-            selection: within the budget.
+            selection: within the limits.
             keep: a group whose option stays, unless nothing else is left to upgrade.
         """
-        return tuple(self._filled(np.array([selection]), keep=keep)[0].tolist())
+        return self._filled([selection], keep=keep)[0]
 
-    def _filled(self, selections: Integers, *, keep: int | None = None) -> Integers:
-        """`fill` for many selections at once, [P, G]."""
-        scores, costs = self._tables.scores, self._tables.costs
-        chosen = selections.copy()
-        taken = costs[self._rows, chosen]
-        left = self.budget - taken.sum(axis=1)
+    @cached_property
+    def least_of_second(self) -> Selection:
+        """The selection that takes the least of the second limit within the first.
+
+        Known to be the least unless costs follow each other so closely that lists outgrow memory.
+        """
+        assert self.second is not None
+        scores = tuple(tuple(map(float, costs)) for costs in self.second.costs)
+        never = tuple(tuple((False,) * len(own) for _ in own) for own in self.costs)
+        return Knapsack(scores, self.costs, self.budget, finer=never).solve()
+
+    @cached_property
+    def _tables(self) -> Tables:
+        return Tables.of(self.scores, *(one.costs for one in self.constraints))
+
+    @cached_property
+    def _budgets(self) -> Integers:
+        """[L]."""
+        return np.array([one.budget for one in self.constraints], dtype=np.int64)
+
+    @cached_property
+    def _rows(self) -> Integers:
+        return np.arange(len(self.costs))
+
+    @cached_property
+    def _finer(self) -> Booleans:
+        """[G, F, F], from a row's option to a column's."""
+        options = self._tables.scores.shape[1]
+        if self.finer is None:
+            return np.ones((len(self.costs), options, options), dtype=np.bool_)
+        padded = np.zeros((len(self.costs), options, options), dtype=np.bool_)
+        for g, own in enumerate(self.finer):
+            padded[g, : len(own), : len(own)] = own
+        return padded
+
+    @cached_property
+    def _weights(self) -> Floats:
+        """What a step of each cost counts beside one of the first, [L]: their ranges are alike."""
+        costs = self._tables.costs
+        ranges = (costs.max(axis=2) - self._tables.cheapest).sum(axis=1)
+        return np.asarray(ranges[0] / np.maximum(ranges, 1))
+
+    @cached_property
+    def _priced(self) -> Priced:
+        """Raises InfeasibleBudget: the cheapest selection exceeds a budget."""
+        for one in self.constraints:
+            if one.floor > one.budget:
+                raise InfeasibleBudget(
+                    f"the open layers take at least {one.floor} and {one.budget} are left.",
+                    fix="raise the limit or open more layers.",
+                )
+        return Priced.best(self._tables, self._budgets)
+
+    @cached_property
+    def _incumbent(self) -> Selection:
+        """A good selection to begin with."""
+        priced = tuple(self._priced.options.tolist())
+        if self.second is None:
+            return self.fill(priced)
+        found = [*self._filled([priced] if self.fits(priced) else []), *self._runners_up]
+        if not found:
+            if not self.fits(self.least_of_second):
+                raise InfeasibleBudget(
+                    "the open layers cannot keep both limits at once.",
+                    fix="raise one of them or open more layers.",
+                )
+            found = [self.fill(self.least_of_second)]
+        return min(found, key=self.score)
+
+    @cached_property
+    def _runners_up(self) -> list[Selection]:
+        return self._filled(beam(self._priced).tolist())
+
+    def _filled(
+        self, selections: Sequence[Sequence[int]], *, keep: int | None = None
+    ) -> list[Selection]:
+        """`fill` for many selections at once."""
+        scores, costs, weights = self._tables.scores, self._tables.costs, self._weights
+        chosen = np.array(selections, dtype=np.int64).reshape(-1, len(self.costs))
+        taken = costs[:, self._rows, chosen]
+        left = self._budgets[:, None] - taken.sum(axis=2)
         open_rows = np.arange(len(chosen))
         while len(open_rows):
-            extra = costs - taken[open_rows, :, None]
-            fits = (extra > 0) & (extra <= left[open_rows, None, None])
-            places, groups, options = np.nonzero(fits)
-            cost, rows = extra[fits], open_rows[places]
-            gains = (scores[groups, chosen[rows, groups]] - scores[groups, options]) / cost
-            order = np.lexsort((-cost, gains, groups != keep, rows))
+            extra = costs[:, None] - taken[:, open_rows, :, None]
+            fits = (extra <= left[:, open_rows, None, None]).all(axis=0)
+            places, groups, options = np.nonzero(fits & _is_more(extra))
+            rows, extra = open_rows[places], extra[:, places, groups, options]
+            now = chosen[rows, groups]
+            gains = scores[groups, now] - scores[groups, options]
+            is_sound = self._finer[groups, now, options] & (extra >= 0).all(axis=0)
+            takes = np.flatnonzero(is_sound | (gains > 0))
+            rows, groups, options = rows[takes], groups[takes], options[takes]
+            extra, gains = extra[:, takes], gains[takes]
+            spent = weights @ np.maximum(extra, 0)
+            order = np.lexsort((-spent, gains / spent, groups != keep, rows))
             is_last = np.diff(rows[order], append=-1) != 0
             best = order[is_last]  # the last of equals, as lexsort is stable
             open_rows, groups, options = rows[best], groups[best], options[best]
             chosen[open_rows, groups] = options
-            taken[open_rows, groups] = costs[groups, options]
-            left[open_rows] -= cost[best]
-        return chosen
+            taken[:, open_rows, groups] = costs[:, groups, options]
+            left[:, open_rows] -= extra[:, best]
+        return [tuple(row) for row in chosen.tolist()]
+
+
+def _is_more(extra: Integers) -> Booleans:
+    """Whether an option costs more of the first limit, or as much and more of the second."""
+    more: Booleans = extra[0] > 0
+    for second in extra[1:]:
+        more = more | ((extra[0] == 0) & (second > 0))
+    return more

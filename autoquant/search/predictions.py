@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from autoquant.arrays import Floats
-from autoquant.plan.budget import Accounting, Budget
+from autoquant.errors import InfeasibleBudget
 from autoquant.search.history import History
 from autoquant.search.predictor import Predictor
 from autoquant.search.problem import Problem
@@ -17,7 +17,7 @@ FOLDS = 5
 FRONTIER_POINTS = 25
 
 
-def describe_predictions(problem: Problem, history: History, stored: Accounting) -> dict[str, Any]:
+def describe_predictions(problem: Problem, history: History) -> dict[str, Any]:
     """The entry `predictions` of `result.json`; KL in nats per token on the search split.
 
     Every candidate is predicted by fits that have not seen it: each of five takes its turn to be
@@ -26,7 +26,6 @@ def describe_predictions(problem: Problem, history: History, stored: Accounting)
     Args:
         problem: what was searched.
         history: what was measured.
-        stored: accounting of the whole checkpoint, for the frontier's BPE.
     """
     predictor = Predictor(problem)
     surrogate, observed = predictor.surrogate, predictor.observed(history)
@@ -48,24 +47,26 @@ def describe_predictions(problem: Problem, history: History, stored: Accounting)
             {"trial": trial.number, "kl": float(predicted)}
             for trial, predicted in zip(observed.trials, joint, strict=True)
         ],
-        "frontier": predicted_frontier(problem, fitted, stored),
+        "frontier": predicted_frontier(problem, fitted),
     }
 
 
-def predicted_frontier(
-    problem: Problem, fitted: Surrogate, stored: Accounting
-) -> list[dict[str, float]]:
-    """Predicted KL of the solver's optimum from the smallest checkpoint to the largest.
+def predicted_frontier(problem: Problem, fitted: Surrogate) -> list[dict[str, float]]:
+    """Predicted KL of the solver's optimum from the least of the first limit to the most.
 
-    All budgets from one set of probes; a row has `bpe` (of the checkpoint) and `kl`.
+    All from one set of probes; a row has `bpe` (of the checkpoint) and `kl`. Where a second limit
+    cannot be kept, there is no row.
     """
-    accounting, scope = problem.accounting, problem.budget.scope
-    low, high = accounting.bpe(accounting.floor, scope), accounting.bpe(accounting.ceiling, scope)
+    choices, limit = problem.accounting.choices, problem.limits[0]
+    low, high = limit.taken(limit.cost.cheapest(choices)), limit.taken(limit.cost.dearest(choices))
     rows = []
-    for bpe in np.linspace(low, high, FRONTIER_POINTS):
-        other = problem.with_budget(Budget(float(bpe), scope))
-        selection = other.knapsack.solve()
-        size = stored.bpe(other.decode(selection))
+    for number in np.linspace(low, high, FRONTIER_POINTS):
+        other = problem.at(float(number))
+        try:
+            selection = other.knapsack.solve()
+        except InfeasibleBudget:
+            continue
+        size = problem.accounting.bpe(other.decode(selection))
         rows.append({"bpe": size, "kl": float(fitted.predict([selection])[0])})
     return rows
 

@@ -1,15 +1,17 @@
-"""The budget as a knapsack over the open groups, and its solutions as assignments."""
+"""One or two limits as a knapsack over the open groups, and its solutions as assignments."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from autoquant.errors import InfeasibleBudget
 from autoquant.formats import Choice
-from autoquant.measure.sensitivity import Sensitivity
+from autoquant.measure.sensitivity import Sensitivity, keys_of
+from autoquant.plan.accounting import Accounting
 from autoquant.plan.assignment import Assignment
-from autoquant.plan.budget import Accounting, Budget
+from autoquant.plan.limit import Limit
 from autoquant.plan.linears import LayerGroup
-from autoquant.search.knapsack import Knapsack
+from autoquant.search.knapsack import Constraint, Knapsack
 from autoquant.search.relaxation import Selection
 
 ScoreOf = Callable[[LayerGroup, Choice], float]
@@ -17,10 +19,12 @@ ScoreOf = Callable[[LayerGroup, Choice], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One model, one space, one budget, one set of sensitivities."""
+    """One model, one space, one limit or two, one set of sensitivities."""
 
     accounting: Accounting
-    budget: Budget
+    """Of the choices that are open; a search may close some."""
+    limits: tuple[Limit, ...]
+    """As the plan resolved them: closing choices does not change them."""
     sensitivity: Sensitivity
 
     @cached_property
@@ -37,13 +41,19 @@ class Problem:
     @cached_property
     def knapsack(self) -> Knapsack:
         """Open groups with their probed KL, nats per token, as scores."""
+        first, *others = map(self._constraint, self.limits)
         return Knapsack(
             scores=self.scores(lambda group, choice: self.sensitivity[group.name, choice]),
-            costs=tuple(
-                tuple(self.accounting.group_bytes(g.name, c) for c in self._choices(g))
-                for g in self.groups
+            costs=first.costs,
+            budget=first.budget,
+            second=others[0] if others else None,
+            finer=tuple(
+                tuple(
+                    tuple(choice.is_finer_than(than) for choice in self._choices(group))
+                    for than in self._choices(group)
+                )
+                for group in self.groups
             ),
-            budget=self.budget.max_bytes(self.accounting) - self._closed_bytes(),
         )
 
     @property
@@ -52,9 +62,9 @@ class Problem:
         return tuple((g.name, choice) for g in self.groups for choice in self._choices(g))
 
     def scores(self, score_of: ScoreOf) -> tuple[tuple[float, ...], ...]:
-        """Scores of every option; within a group, more bits never score worse.
+        """Scores of every option; within a group, a finer choice never scores worse.
 
-        A costlier format that measured worse than a cheaper one did so by noise.
+        One that measured worse than a coarser one did so by noise.
         """
         table = []
         for group in self.groups:
@@ -71,10 +81,10 @@ class Problem:
         return tuple(table)
 
     def restricted(self, rule: str) -> Knapsack | None:
-        """The knapsack with block scales limited to one rule; options keep their indices.
+        """The knapsack with one scale rule wherever there are any; options keep their indices.
 
         All rules cost the same, so it is enough that every other one scores worse. None where some
-        group may take a format with block scales, but not under `rule`.
+        group has scale rules, but not `rule`.
         """
         for group in self.groups:
             rules = {choice.scale_rule for choice in self._choices(group)} - {None}
@@ -110,7 +120,7 @@ class Problem:
         return all(assignment[name] in c for name, c in self.accounting.choices.items())
 
     def optimum(self) -> Assignment:
-        """The solver's optimum: least summed KL of single groups within the budget."""
+        """The solver's optimum: least summed KL of single groups within the limits."""
         return self.decode(self.knapsack.solve())
 
     def by_gradients(self) -> "Problem | None":
@@ -120,9 +130,10 @@ class Problem:
             replace(self, sensitivity=replace(self.sensitivity, kl=estimate)) if estimate else None
         )
 
-    def with_budget(self, budget: Budget) -> "Problem":
-        """The same under another budget."""
-        return replace(self, budget=budget)
+    def at(self, number: float) -> "Problem":
+        """The same with another number, in its unit, for the first limit."""
+        first, *others = self.limits
+        return replace(self, limits=(Limit.of(first.cost, number), *others))
 
     def without(self, rule: str) -> "Problem":
         """The problem with a scale rule closed wherever it is not a group's only choice."""
@@ -141,12 +152,20 @@ class Problem:
         return self.complete({g.name: self._nearest(g, wish(g)) for g in self.groups})
 
     def fits(self, assignment: Assignment) -> bool:
-        """Whether the assignment keeps the budget."""
-        size = self.accounting.checkpoint_bytes(assignment)
-        return size <= self.budget.max_bytes(self.accounting)
+        """Whether the assignment keeps every limit."""
+        return all(limit.fits(assignment) for limit in self.limits)
 
     def _choices(self, group: LayerGroup) -> tuple[Choice, ...]:
         return self.accounting.choices[group.name]
+
+    def _constraint(self, limit: Limit) -> Constraint:
+        """What the limit leaves to the open groups, and what their options take of it."""
+        cost = limit.cost
+        closed = cost.fixed + sum(cost.of(name, choice) for name, choice in self.fixed.items())
+        return Constraint(
+            costs=tuple(tuple(cost.of(g.name, c) for c in self._choices(g)) for g in self.groups),
+            budget=limit.at_most - closed,
+        )
 
     def _nearest(self, group: LayerGroup, wish: Choice) -> Choice:
         legal = self._choices(group)
@@ -155,6 +174,28 @@ class Problem:
         upward = [c for c in legal if c.format.weight_bits >= wish.format.weight_bits]
         return upward[0] if upward else legal[-1]
 
-    def _closed_bytes(self) -> int:
-        fixed = (self.accounting.group_bytes(name, c) for name, c in self.fixed.items())
-        return self.accounting.fixed_bytes + sum(fixed)
+
+def require_feasible(accounting: Accounting, limits: tuple[Limit, ...]) -> None:
+    """Return if some legal assignment keeps every limit.
+
+    Raises:
+        InfeasibleBudget: none does; says the floor and what holds it up.
+    """
+    for limit in limits:
+        limit.require_feasible(accounting.choices)
+    if len(limits) < 2:
+        return
+    unmeasured = dict.fromkeys(keys_of(accounting.choices), 0.0)
+    problem = Problem(
+        accounting=accounting, limits=limits, sensitivity=Sensitivity(unmeasured, unmeasured)
+    )
+    least = problem.decode(problem.knapsack.least_of_second)
+    first, second = limits
+    if not second.fits(least):
+        lowest, unit = second.taken(least), second.cost.unit.name
+        raise InfeasibleBudget(
+            f"no assignment was found that keeps both limits: within {first.asked:.15g} "
+            f"{first.cost.unit.name} the least is {lowest:.3f} {unit}, and {second.asked:.15g} "
+            "are allowed.",
+            fix="raise one of the limits, or open more in the search space.",
+        )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _CONFIG_FILE = "config.json"
 _FILE = "model.safetensors"
+_TIES = "tie_word_embeddings"
 _DTYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
 
 
@@ -36,6 +37,27 @@ def knows(model_type: object) -> bool:
     from transformers import CONFIG_MAPPING
 
     return model_type in CONFIG_MAPPING
+
+
+def ties_embeddings(config: Mapping[str, Any], text_config: Mapping[str, Any]) -> bool:
+    """Whether the output head is the embeddings' matrix in memory, whatever is stored beside them.
+
+    A config that does not say so means the default of its class; transformers is imported for that
+    alone.
+
+    Args:
+        config: config.json.
+        text_config: the language model's part of it.
+    """
+    said = config.get(_TIES, text_config.get(_TIES))
+    if said is not None:
+        return bool(said)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not knows(kind):
+        return False
+    from transformers import CONFIG_MAPPING
+
+    return bool(getattr(CONFIG_MAPPING[kind], _TIES, False))
 
 
 def auto_class(config: Any) -> Any:

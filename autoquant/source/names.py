@@ -98,6 +98,8 @@ layout, which packed codes do not survive."""
 
 
 HEADS = frozenset({"lm_head", "embed_out", "output"})
+WORD_EMBEDDINGS = re.compile(r"embed_tokens|embed_in|wte|tokens_embed|(word_|tok_)?embeddings")
+"""Last name of the embeddings that an output head may be tied to."""
 TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types whose matrices are stored [in, out]."""
 

@@ -141,7 +141,7 @@ class Bench:
     def problem(self, bpe: float, sensitivity: Sensitivity) -> Problem:
         return Problem(
             accounting=self.plan.accounting,
-            budget=self.subject.budget(bpe),
+            limits=(self.plan.limit(self.subject.budget(bpe)),),
             sensitivity=sensitivity,
         )
 

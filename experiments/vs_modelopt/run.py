@@ -155,14 +155,13 @@ def winner(
 
 def contender(problem: Problem, assignment: Assignment, score: TokenKl) -> dict[str, Any]:
     """Size and KL of one assignment, and what it leaves of the budget."""
-    accounting = problem.accounting
-    left = problem.budget.max_bytes(accounting) - accounting.checkpoint_bytes(assignment)
+    (limit,) = problem.limits
     return {
         "digest": assignment.digest,
         "kl": score.mean,
         "stderr": score.stderr(),
-        "bpe": accounting.bpe(assignment, problem.budget.scope),
-        "bytes_left": left,
+        "bpe": limit.taken(assignment),
+        "bytes_left": limit.at_most - limit.cost.total(assignment),
         "cheapest_upgrade": cheapest_upgrade(problem, assignment),
         "groups": {name: str(choice) for name, choice in assignment if choice != BF16},
     }

@@ -1,6 +1,7 @@
 """The knapsack of a model, its baselines, and which candidates are proposed."""
 
 import pytest
+from autoquant.search.refine import Effort
 from tiny_models import save_model
 
 from autoquant.formats import BF16, FP8, NVFP4, Choice, ScaleRule
@@ -11,7 +12,6 @@ from autoquant.plan.plan import make_plan
 from autoquant.plan.space_file import load_space, parse_space
 from autoquant.search.problem import Problem
 from autoquant.search.propose.baselines import baselines
-from autoquant.search.refine import Effort
 from autoquant.source.source import open_source
 
 MSE = Choice(NVFP4.format, ScaleRule.MSE)
@@ -35,7 +35,9 @@ def problem_of(source):
         kl |= changes.get("kl", {})
         sensitivity = Sensitivity(kl, dict.fromkeys(kl, 0.0))
         return Problem(
-            accounting=plan.accounting, budget=Budget(bpe, scope), sensitivity=sensitivity
+            accounting=plan.accounting,
+            limits=(plan.limit(Budget(bpe, scope)),),
+            sensitivity=sensitivity,
         )
 
     return call

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from autoquant.search.refine import Effort, refine
 from tiny_models import save_model
 
 from autoquant.data.tokens import Split
@@ -14,7 +15,6 @@ from autoquant.plan.plan import make_plan
 from autoquant.plan.space_file import load_space
 from autoquant.search.limits import Bounds
 from autoquant.search.problem import Problem
-from autoquant.search.refine import Effort, refine
 from autoquant.search.trials import Ledger, Stage
 from autoquant.source.source import open_source
 
@@ -40,7 +40,9 @@ def problem(tmp_path):
     kl = {(group, c): HARM[str(c)] * 1e-3 for group, c in keys_of(plan.options.choices)}
     sensitivity = Sensitivity(kl, dict.fromkeys(kl, 0.0))
     return Problem(
-        accounting=plan.accounting, budget=Budget(6.0, Scope.SEARCHED), sensitivity=sensitivity
+        accounting=plan.accounting,
+        limits=(plan.limit(Budget(6.0, Scope.SEARCHED)),),
+        sensitivity=sensitivity,
     )
 
 

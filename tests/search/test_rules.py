@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from autoquant.search.scale_check import with_sound_rules
 from tiny_models import save_model
 
 from autoquant.measure.sensitivity import Sensitivity, keys_of
@@ -10,7 +11,6 @@ from autoquant.plan.budget import Budget, Scope
 from autoquant.plan.plan import make_plan
 from autoquant.plan.space_file import load_space
 from autoquant.search.problem import Problem
-from autoquant.search.scale_check import with_sound_rules
 from autoquant.source.source import open_source
 
 ALONE = {"nvfp4/max": 8.0, "nvfp4/mse": 6.0, "nvfp4/four_over_six": 7.0, "fp8": 1.0}
@@ -24,7 +24,9 @@ def problem(tmp_path_factory):
     kl = {(group, c): ALONE[str(c)] * 1e-3 for group, c in keys_of(plan.options.choices)}
     sensitivity = Sensitivity(kl, dict.fromkeys(kl, 0.0))
     return Problem(
-        accounting=plan.accounting, budget=Budget(6.0, Scope.SEARCHED), sensitivity=sensitivity
+        accounting=plan.accounting,
+        limits=(plan.limit(Budget(6.0, Scope.SEARCHED)),),
+        sensitivity=sensitivity,
     )
 
 

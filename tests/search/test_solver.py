@@ -140,7 +140,7 @@ def test_a_change_of_one_group_keeps_the_budget_and_fills_it(knapsack, data):
 
 @given(knapsacks())
 def test_a_budget_under_the_floor_is_refused(knapsack):
-    with pytest.raises(InfeasibleBudget, match=f"at least {knapsack.floor} bytes"):
+    with pytest.raises(InfeasibleBudget, match=f"at least {knapsack.floor} and"):
         Knapsack(knapsack.scores, knapsack.costs, knapsack.floor - 1).solve()
 
 

@@ -88,11 +88,12 @@ def _pairs(
     ]
     marginal = surrogate.marginal(selection)
     score = np.array([marginal[g][o] - marginal[g][selection[g]] for g, o in changes])
-    cost = np.array([knapsack.costs[g][o] - knapsack.costs[g][selection[g]] for g, o in changes])
     group = np.array([g for g, _ in changes])
-    left = knapsack.budget - knapsack.cost(selection)
     total: Floats = score[:, None] + score[None, :]
-    is_legal = (group[:, None] < group[None, :]) & (cost[:, None] + cost[None, :] <= left)
+    is_legal = group[:, None] < group[None, :]
+    for one in knapsack.constraints:
+        extra = np.array([one.costs[g][o] - one.costs[g][selection[g]] for g, o in changes])
+        is_legal &= extra[:, None] + extra[None, :] <= one.budget - one.cost(selection)
     total[~is_legal] = np.inf
     count = min(PAIRS, int(is_legal.sum()))
     for place in np.argsort(total, axis=None, kind="stable")[:count]:
