@@ -5,6 +5,7 @@ plain JSON values both ways. So a measurement is the same whoever makes it: this
 or the ranks of a distributed program.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Measurement:
     kl: float
     """Mean over the tokens, nats per token; not finite where the model's output overflows."""
     stderr: float
-    """Of `kl`, nats per token; NaN where a single sequence was measured."""
+    """Of `kl`, nats per token; NaN where that is not finite, or of a single sequence."""
     sequence_kl: tuple[float, ...]
     """Mean of each sequence, nats per token."""
     sequence_tokens: tuple[int, ...]
@@ -121,7 +122,7 @@ class LocalEvaluator:
         scores = TokenKl.joined(parts)
         return Measurement(
             kl=scores.mean,
-            stderr=scores.stderr(),
+            stderr=scores.stderr() if math.isfinite(scores.mean) else math.nan,
             sequence_kl=tuple(map(float, scores.by_sequence())),
             sequence_tokens=tuple(map(int, scores.tokens_by_sequence())),
             gap=gap,

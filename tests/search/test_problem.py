@@ -100,13 +100,3 @@ def test_predictions_add_up(problem_of):
     assert problem.predicted(both) == pytest.approx(
         problem.predicted(one) + problem.predicted(other)
     )
-
-
-@pytest.mark.parametrize("reweight", [0, 5])
-@pytest.mark.parametrize("trials", [0, 1, 2, 7, 60, 61, 500])
-def test_trials_are_shared_out_without_rest(trials, reweight):
-    effort = Effort.of(trials, reweight=reweight)
-    assert effort.reweight == min(trials, reweight)
-    assert effort.runners_up + effort.reweight + effort.refit + effort.swaps == trials
-    assert min(effort.runners_up, effort.refit, effort.swaps) >= 0
-    assert effort.runners_up <= 30

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from autoquant.search.knapsack import Knapsack
-from autoquant.search.surrogate import PowerLaw, Surrogate, ranked
+from autoquant.search.predictor import ranked
+from autoquant.search.surrogate import PowerLaw, Surrogate
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_candidates_come_in_predicted_order_and_the_first_is_the_best_of_all(see
     surrogate = Surrogate(*_parts(surrogate), strength=0.4)
     scores = tuple(tuple(map(float, row)) for row in surrogate.main.reshape(6, 3))
     knapsack = Knapsack(scores, (((9, 16, 32),) * 6), budget=100)
-    found = ranked(surrogate, _Problem(knapsack), 20)
+    found = ranked(surrogate, _Problem(knapsack))[:20]
     predicted = surrogate.predict(found)
     assert len(set(found)) == len(found) == 20
     assert (np.diff(predicted) >= 0.0).all()

@@ -1,0 +1,118 @@
+"""Problems of a small real model, and measurements that say what whole candidates cost."""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from tiny_models import save_model
+
+from autoquant.data.tokens import Split
+from autoquant.measure.evaluator import Evaluator, LocalEvaluator
+from autoquant.measure.kl import TokenKl
+from autoquant.measure.sensitivity import Sensitivity, keys_of
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.budget import Budget, Scope
+from autoquant.plan.plan import make_plan
+from autoquant.plan.space_file import load_space
+from autoquant.search.driver import Driver
+from autoquant.search.explore import Effort, Explored, explore
+from autoquant.search.history import History
+from autoquant.search.limits import Bounds
+from autoquant.search.problem import Problem
+from autoquant.search.trials import Trial
+from autoquant.source.source import open_source
+
+HARM = {"nvfp4/max": 8.0, "nvfp4/mse": 6.0, "nvfp4/four_over_six": 7.0, "fp8": 1.0, "bf16": 0.0}
+"""Milli-nats of a group by its choice."""
+
+SPLIT = Split(
+    name="search", batches=tuple(torch.zeros(4, 8, 32, dtype=torch.int64)), digest="four of eight"
+)
+
+Joint = Callable[[Assignment], float]
+"""Mean KL of a whole assignment, nats per token."""
+
+
+def small_problem(folder: Path, *, uneven: float = 0.0, bpe: float = 6.0) -> Problem:
+    """The problem of a model of four layers.
+
+    Args:
+        folder: for the model; made where absent.
+        uneven: deviation of the logarithms of the groups' weights; 0 makes them all alike.
+        bpe: budget of the open groups.
+    """
+    if not folder.exists():
+        save_model("llama", folder, num_hidden_layers=4)
+    plan = make_plan(open_source(folder), load_space("default"))
+    generator = np.random.default_rng(0)
+    weights = {g.name: math.exp(uneven * generator.normal()) for g in plan.groups}
+    kl = {
+        (group, choice): HARM[str(choice)] * 1e-3 * weights[group]
+        for group, choice in keys_of(plan.options.choices)
+    }
+    return Problem(
+        accounting=plan.accounting,
+        budget=Budget(bpe, Scope.SEARCHED),
+        sensitivity=Sensitivity(kl, dict.fromkeys(kl, 0.0)),
+    )
+
+
+def summed(problem: Problem, *, noise: float = 0.05) -> Joint:
+    """The sum of the groups' own KL, off by a share that follows from the assignment."""
+
+    def kl(assignment: Assignment) -> float:
+        own = np.random.default_rng(int(assignment.digest, 16))
+        return problem.predicted(assignment) * math.exp(noise * own.normal())
+
+    return kl
+
+
+class Scored:
+    """Scores batches as `Scorer` does, from the joint KL alone.
+
+    Sequences are hard or easy for all candidates alike, as those of a text are.
+    """
+
+    def __init__(self, joint: Joint) -> None:
+        self.joint = joint
+        self.batches: list[tuple[str, int]] = []
+        """Digest and batch of every call."""
+
+    def score_batch(self, assignment: Assignment, split: Split, index: int) -> TokenKl:
+        self.batches.append((assignment.digest, index))
+        rows, length = split.batches[index].shape
+        hard = np.random.default_rng(index).uniform(0.5, 1.5, rows)
+        hard *= rows / hard.sum()
+        return TokenKl(
+            kl=np.repeat(hard * self.joint(assignment), length),
+            sequence=np.repeat(np.arange(rows), length),
+        )
+
+
+def driver_of(
+    problem: Problem,
+    joint: Joint,
+    *,
+    history: History | None = None,
+    keep: Callable[[Trial], None] = lambda _: None,
+    evaluator: Evaluator | None = None,
+    width: int = 1,
+) -> Driver:
+    return Driver(
+        history=history if history is not None else History(),
+        evaluator=evaluator or LocalEvaluator(Scored(joint), SPLIT),
+        accounting=problem.accounting,
+        fits=problem.fits,
+        keep=keep,
+        width=width,
+    )
+
+
+FREE = Bounds(lambda: True)
+
+
+def explored(problem: Problem, driver: Driver, effort: Effort, bounds: Bounds = FREE) -> Explored:
+    return explore(problem, driver, effort, seed=0, bounds=bounds, timed=lambda _: nullcontext())

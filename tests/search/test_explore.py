@@ -1,0 +1,181 @@
+"""A search's measurements as a whole: their order, the check of scale rules, and who may win."""
+
+import dataclasses
+import math
+
+import pytest
+from joint import FREE, driver_of, explored, summed
+
+from autoquant.errors import SourceError
+from autoquant.search.explore import MOST_RUNNERS_UP, Effort, most_trials
+from autoquant.search.limits import Bounds
+from autoquant.search.propose.scale_rules import ScaleRules
+from autoquant.search.trials import Stage
+
+NOTHING = Effort.of(0)
+
+
+@pytest.fixture
+def problem(small):
+    return small(uneven=1.0)
+
+
+@pytest.fixture
+def even(small):
+    """Alone, every group is best off with `mse`."""
+    return small()
+
+
+def rules_of(assignment):
+    return {str(c.scale_rule) for _, c in assignment if c.scale_rule is not None}
+
+
+def by_rules(**kl):
+    """Joint KL by the scale rules that an assignment uses."""
+    return lambda assignment: kl.get("_".join(sorted(rules_of(assignment))), 1.0)
+
+
+def checked(problem, **kl):
+    driver = driver_of(problem, by_rules(**kl))
+    found = explored(problem, driver, NOTHING)
+    return driver.history[problem.optimum()], found
+
+
+def test_a_rule_that_helps_all_groups_together_stays(even):
+    optimum, found = checked(even, mse=0.5, max=0.6)
+    assert found.problem is even
+    assert found.incumbent is optimum
+
+
+def test_a_rule_that_harms_all_groups_together_is_closed(even):
+    optimum, found = checked(even, mse=0.5, max=0.4, four_over_six=0.45)
+    assert "mse" in rules_of(optimum.assignment)
+    assert rules_of(found.incumbent.assignment) == {"four_over_six"}
+    assert found.problem.allows(found.incumbent.assignment)
+    assert not found.problem.allows(optimum.assignment)
+    assert (found.incumbent.kl, found.incumbent.name) == (
+        pytest.approx(0.45),
+        "optimum, sound rules only",
+    )
+
+
+def test_no_rule_is_closed_where_the_next_best_mix_is_worse_still(even):
+    optimum, found = checked(even, mse=0.5, max=0.4, four_over_six=0.55)
+    assert found.problem is even
+    assert found.incumbent is optimum
+
+
+def test_a_rule_under_which_the_model_overflows_is_closed(even):
+    optimum, found = checked(even, mse=math.nan, max=0.4, four_over_six=0.45)
+    assert rules_of(found.incumbent.assignment) == {"four_over_six"}
+    assert optimum not in found.challengers
+
+
+def test_a_rule_is_not_closed_for_a_replacement_that_overflows(even):
+    optimum, found = checked(even, mse=0.5, max=-math.inf)
+    assert found.incumbent is optimum
+
+
+def test_the_check_of_rules_proposes_nothing_else(even):
+    driver = driver_of(even, by_rules(mse=0.5, max=0.4, four_over_six=0.45))
+    explored(even, driver, NOTHING)
+    assert ScaleRules(even).propose(driver.history, 5) == []
+
+
+def test_stages_come_in_their_order_and_as_many_as_asked(problem):
+    driver = driver_of(problem, summed(problem))
+    effort = Effort(runners_up=4, reweight=2, refit=3, swaps=5)
+    found = explored(problem, driver, effort)
+    trials = driver.history.trials
+    assert [t.number for t in trials] == list(range(len(trials)))
+    stages = [t.stage for t in trials]
+    assert stages == sorted(stages, key=list(Stage).index)
+    counts = {stage: stages.count(stage) for stage in Stage}
+    assert counts[Stage.BASELINE] == 4
+    assert [counts[s] for s in (Stage.RUNNER_UP, Stage.REWEIGHT, Stage.REFIT, Stage.SWAP)] == [
+        4,
+        2,
+        3,
+        5,
+    ]
+    assert len(trials) <= most_trials(problem, 14)
+    assert found.incumbent is driver.history[problem.optimum()]
+    whole = {t.number for t in trials if t.fits and not t.is_stopped}
+    assert {t.number for t in (found.incumbent, *found.challengers)} == whole
+
+
+def test_baselines_and_optima_do_not_race_and_all_others_do(problem):
+    driver = driver_of(problem, summed(problem, noise=1.0))
+    explored(problem, driver, Effort.of(24))
+    stopped = {t.stage for t in driver.history.trials if t.is_stopped}
+    assert stopped
+    assert stopped <= {Stage.RUNNER_UP, Stage.REFIT, Stage.SWAP}
+
+
+def test_bounds_end_the_refinement_alone(problem):
+    driver = driver_of(problem, summed(problem))
+    explored(problem, driver, Effort.of(24, reweight=4), Bounds(lambda: False))
+    assert {t.stage for t in driver.history.trials} <= {Stage.BASELINE, Stage.SOLVER, Stage.RULES}
+    assert len(driver.history.trials) >= 6
+
+
+def overflowing(problem, overflows):
+    """Joint KL, not a number where an assignment is named by `overflows`."""
+    kl = summed(problem)
+    return lambda assignment: math.nan if overflows(assignment) else kl(assignment)
+
+
+def test_where_the_optimum_overflows_the_most_promising_takes_its_place(problem):
+    optimum = problem.optimum()
+    driver = driver_of(problem, overflowing(problem, lambda a: a == optimum))
+    found = explored(problem, driver, Effort.of(8))
+    assert math.isnan(driver.history[optimum].kl)
+    assert math.isfinite(found.incumbent.kl)
+    assert found.incumbent not in found.challengers
+    assert all(math.isfinite(t.kl) for t in found.challengers)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_overflows_never_wins_and_teaches_the_fit_nothing(problem, seed):
+    """A third of all assignments overflow."""
+    driver = driver_of(problem, overflowing(problem, lambda a: int(a.digest, 16) % 3 == seed))
+    found = explored(problem, driver, Effort.of(24, reweight=4))
+    assert sum(math.isnan(t.kl) for t in driver.history.trials) >= 5
+    assert all(math.isfinite(t.kl) for t in (found.incumbent, *found.challengers))
+    assert len(driver.history.trials) >= 24
+
+
+def test_nothing_that_may_win_is_an_error_that_says_so(problem):
+    driver = driver_of(problem, lambda assignment: math.inf)
+    with pytest.raises(SourceError, match=r"none of .* is finite") as error:
+        explored(problem, driver, Effort.of(8, reweight=2))
+    assert "close the formats that overflow" in error.value.fix
+
+
+def test_a_probe_that_overflows_is_avoided_where_the_budget_allows(problem):
+    """Solver and fits see a KL above all others together in its place."""
+    name = problem.groups[0].name
+    kl = {
+        key: (math.inf if key[0] == name and key[1].scale_rule is not None else value)
+        for key, value in problem.sensitivity.kl.items()
+    }
+    sensitivity = dataclasses.replace(problem.sensitivity, kl=kl)
+    assert {key[0] for key in sensitivity.overflowing()} == {name}
+    bounded = dataclasses.replace(problem, sensitivity=sensitivity.bounded())
+    assert bounded.optimum()[name].scale_rule is None
+    driver = driver_of(bounded, overflowing(bounded, lambda a: a[name].scale_rule is not None))
+    found = explored(bounded, driver, Effort.of(12), FREE)
+    assert found.incumbent is driver.history[bounded.optimum()]
+    refined = [t for t in driver.history.trials if t.stage in (Stage.RUNNER_UP, Stage.REFIT)]
+    assert refined
+    assert all(math.isfinite(t.kl) for t in refined)
+
+
+@pytest.mark.parametrize("reweight", [0, 5])
+@pytest.mark.parametrize("trials", [0, 1, 2, 7, 60, 61, 500])
+def test_trials_are_shared_out_without_rest(trials, reweight):
+    effort = Effort.of(trials, reweight=reweight)
+    assert effort.reweight == min(trials, reweight)
+    assert effort.runners_up + effort.reweight + effort.refit + effort.swaps == trials
+    assert min(effort.runners_up, effort.refit, effort.swaps) >= 0
+    assert effort.runners_up <= MOST_RUNNERS_UP
