@@ -204,6 +204,8 @@ def _measure(
     observer: Observer,
 ) -> dict[str, Any]:
     split = session.splits[name]
+    if (caution := split.caution()) is not None:
+        observer.warn(caution)
     observer.stage("score", 1)
     scores = session.scorer.score_fully(assignment, split)
     observer.step()
@@ -222,5 +224,11 @@ def _measure(
         "perplexity": scores.perplexity(),
         "bpe": accounting.bpe(Assignment.of(complete), Scope.CHECKPOINT),
         "counts": Assignment.of(complete).counts(),
-        "split": {"name": name, "tokens": split.tokens, "digest": split.digest},
+        "split": {
+            "name": name,
+            "tokens": split.tokens,
+            "unit": str(split.unit),
+            "units": split.unit_count,
+            "digest": split.digest,
+        },
     }

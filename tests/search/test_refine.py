@@ -19,7 +19,7 @@ from autoquant.search.trials import Ledger, Stage
 from autoquant.source.source import open_source
 
 HARM = {"nvfp4/max": 8.0, "nvfp4/mse": 6.0, "nvfp4/four_over_six": 7.0, "fp8": 1.0, "bf16": 0.0}
-TOKENS = Split(name="search", batches=(torch.zeros(2, 32, dtype=torch.int64),), digest="0")
+TOKENS = Split.unrelated("search", (torch.zeros(2, 32, dtype=torch.int64),), digest="0")
 
 
 class Summing:
@@ -29,7 +29,9 @@ class Summing:
         kl = sum(HARM[str(choice)] for _, choice in assignment) * 1e-3
         tokens = split.batches[index]
         return TokenKl(
-            kl=np.full(tokens.numel(), kl), sequence=np.repeat(np.arange(2), tokens.shape[1])
+            kl=np.full(tokens.numel(), kl),
+            sequence=np.repeat(np.arange(2), tokens.shape[1]),
+            unit=split.units[index],
         )
 
 
