@@ -135,6 +135,7 @@ def export_assignment(
         found, book = _calibrate(session, tokens, observer), session.quantized.book
     for warning in reader_warnings(layout, groups, assignment):
         observer.warn(warning)
+    source.contents.digests(observer)
     observer.stage("export", source.headers.bytes, Unit.BYTES)
     return export(
         source,

@@ -8,6 +8,7 @@ import yaml
 from safetensors import safe_open
 from searchable import TOKEN_FLAGS, save_searchable, save_text, save_tokenizer
 
+from autoquant.source.source import open_source
 from autoquant.store.run_directory import Status
 
 FILES = {
@@ -280,6 +281,20 @@ def test_a_run_directory_of_another_search_is_left_alone(search, finished):
     search("--no-export", "--trials", 0, "--seed", 7, "--fresh")
     aside = [path for path in run.parent.iterdir() if path.name.startswith("run.")]
     assert [outcome(path) for path in aside] == [before]
+
+
+def test_a_model_that_was_trained_on_in_place_is_another_search(search, finished, model, tmp_path):
+    """One tensor of the weights differs; the result that is there is not served for it."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    trained = shutil.copytree(model, tmp_path / "model")
+    tensor = open_source(trained).headers["model.layers.0.self_attn.q_proj.weight"]
+    with tensor.file.open("r+b") as stream:
+        stream.seek(tensor.begin)
+        stream.write(bytes(2))
+    result, _ = search("--trials", 8, model=trained, code=5)
+    assert "belongs to another search: the content digest of the model is 'sha256:" in result.stderr
+    same, _ = search("--trials", 8)
+    assert "already holds this search's result" in same.stderr
 
 
 def test_a_run_directory_under_a_file_is_refused(search, tmp_path):
