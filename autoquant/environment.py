@@ -40,6 +40,7 @@ VARIABLES = {
     "OMP_WAIT_POLICY": "ACTIVE: threads wait for each other without giving their core away",
     "ONEDNN_MAX_CPU_ISA": "instruction set that PyTorch's products on the CPU may use",
     "AUTOQUANT_CPU_PRODUCTS": "bf16, or float32 copies, instead of what suits the processor",
+    "AUTOQUANT_CACHE": "where digests of weight files are kept, instead of ~/.cache/autoquant",
     "AUTOQUANT_KERNELS": "the kernel backend, instead of the fastest that runs",
     "TRITON_INTERPRET": "1: run the Triton kernels on the CPU",
     "NO_COLOR": "plain output",

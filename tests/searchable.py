@@ -62,11 +62,11 @@ def save_tokenizer(folder: Path, *, bos: bool = False) -> None:
     ).save_pretrained(folder)
 
 
-def save_text(folder: Path, *, documents: int = 30, seed: int = 0) -> Path:
-    """A folder of text files of about a thousand bytes each."""
+def save_text(folder: Path, *, documents: int = 30, words: int = 180, seed: int = 0) -> Path:
+    """A folder of text files, of about a thousand bytes each unless told how many words."""
     folder.mkdir(parents=True)
     generator = random.Random(seed)
     for number in range(documents):
-        text = " ".join(generator.choice(WORDS) for _ in range(180))
+        text = " ".join(generator.choice(WORDS) for _ in range(words))
         (folder / f"{number:03d}.txt").write_text(text)
     return folder

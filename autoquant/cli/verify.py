@@ -63,3 +63,5 @@ def _print(result: "Verification") -> None:
     print_fields(fields)
     for problem in result.problems:
         click.echo(f"- {problem}")
+    for note in result.notes:
+        click.echo(f"note: {note}")

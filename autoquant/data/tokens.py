@@ -4,31 +4,28 @@ Nothing is padded: sequences of one batch have one length, so no statistic ever 
 token. Shapes: B sequences, L tokens.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from enum import StrEnum
+from typing import Self
 
+import numpy as np
 import torch
 
+from autoquant.arrays import Integers
+from autoquant.data.passages import SPLIT_SHARES, Row, Tokenizer, cut, deal, hash_of
 from autoquant.data.text import Corpus
 from autoquant.errors import SourceError
 
-PASSAGE_SEQUENCES = 8
-"""Consecutive sequences of a document that stay on one side of a split."""
-
-LENGTH_STEP = 32
-"""Tails of documents are cut to a multiple of this, so that few lengths exist to batch."""
-
-SPLIT_SHARES = {"calibration": 0.10, "search": 0.30, "report": 0.60}
+FEWEST_UNITS = 8
+"""Documents, or passages, that a standard error or an interval needs to rest on."""
 
 
-class Tokenizer(Protocol):
-    """What this module needs of a Hugging Face tokenizer."""
+class Unit(StrEnum):
+    """Stretches of text that count as independent of each other."""
 
-    bos_token_id: int | None
-
-    def __call__(self, text: str, **kwargs: Any) -> Any: ...
+    DOCUMENT = "document"
+    PASSAGE = "passage"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +35,19 @@ class Split:
     name: str
     batches: tuple[torch.Tensor, ...]
     """Each [B, L] int64, without padding."""
+    documents: tuple[Integers, ...]
+    """Number in the corpus of each sequence's document, [B] for each batch."""
+    passages: tuple[Integers, ...]
+    """Number in the corpus of each sequence's passage, [B] for each batch."""
     digest: str
     """First 16 hex digits of the SHA-256 over every sequence in order."""
+
+    @classmethod
+    def unrelated(cls, name: str, batches: Sequence[torch.Tensor], digest: str) -> Self:
+        """Sequences that are each a document of their own, such as random tokens."""
+        numbers = np.arange(sum(map(len, batches)), dtype=np.int64)
+        own = tuple(np.split(numbers, np.cumsum([len(batch) for batch in batches])[:-1]))
+        return cls(name=name, batches=tuple(batches), documents=own, passages=own, digest=digest)
 
     @property
     def tokens(self) -> int:
@@ -48,6 +56,38 @@ class Split:
     @property
     def sequences(self) -> int:
         return sum(len(batch) for batch in self.batches)
+
+    @property
+    def unit(self) -> Unit:
+        """What standard errors and intervals take as independent.
+
+        Documents, since sequences of one document resemble each other; its passages where there
+        are fewer than `FEWEST_UNITS` documents.
+        """
+        documents, passages = _distinct(self.documents), _distinct(self.passages)
+        is_enough = documents >= FEWEST_UNITS or documents == passages
+        return Unit.DOCUMENT if is_enough else Unit.PASSAGE
+
+    @property
+    def units(self) -> tuple[Integers, ...]:
+        """Number of each sequence's unit, [B] for each batch."""
+        return self.documents if self.unit is Unit.DOCUMENT else self.passages
+
+    @property
+    def unit_count(self) -> int:
+        """How many units there are."""
+        return _distinct(self.units)
+
+    def caution(self) -> str | None:
+        """What to tell the user of errors and intervals on these tokens, or None."""
+        if self.unit is Unit.DOCUMENT:
+            return None
+        return (
+            f"the {self.name} tokens are from fewer than {FEWEST_UNITS} documents "
+            f"({_distinct(self.documents)}): errors and intervals take their {self.unit_count} "
+            "passages as independent, and are too narrow as far as passages of a document are "
+            "alike. Text of more documents (a folder, or one JSONL record each) mends that."
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,18 +113,18 @@ def make_splits(corpus: Corpus, tokenizer: Tokenizer, plan: TokenPlan) -> dict[s
     Raises:
         SourceError: too little text to give each split one sequence.
     """
-    passages = _deal(_passages(corpus, tokenizer, plan.sequence_length))
+    passages = deal(cut(corpus, tokenizer, plan.sequence_length))
     splits = {}
     for name in SPLIT_SHARES:
         wanted = getattr(plan, name)
-        ordered = sorted(passages[name], key=lambda p: _hash(p, salt=str(plan.seed)))
-        sequences = _take((s for p in ordered for s in p), wanted)
-        if not sequences:
+        ordered = sorted(passages[name], key=lambda p: hash_of(p.sequences, salt=str(plan.seed)))
+        rows = _take((row for passage in ordered for row in passage.rows()), wanted)
+        if not rows:
             raise SourceError(
                 f"calibration text {corpus.name!r} leaves no sequence for the {name} split.",
                 fix=f"pass more text: the three splits want {_wanted(plan)} tokens in all.",
             )
-        splits[name] = _split(name, sequences, plan.batch_tokens)
+        splits[name] = batched(name, rows, plan.batch_tokens)
     return splits
 
 
@@ -101,84 +141,39 @@ def _wanted(plan: TokenPlan) -> int:
     return plan.calibration + plan.search + plan.report
 
 
-def _passages(
-    corpus: Corpus, tokenizer: Tokenizer, length: int
-) -> Iterator[tuple[tuple[int, ...], ...]]:
-    """Yield passages: up to eight consecutive sequences of one document."""
-    prefix = _sequence_prefix(tokenizer)
-    body = length - len(prefix)
-    for document in corpus.documents:
-        text = document if isinstance(document, str) else document.render(tokenizer)
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if prefix and tuple(ids[:1]) == prefix:  # the chat template has begun the text
-            ids = ids[1:]
-        sequences = []
-        for start in range(0, len(ids), body):
-            sequence = (*prefix, *ids[start : start + body])
-            kept = len(sequence) if len(sequence) == length else _cut(len(sequence))
-            if kept:
-                sequences.append(sequence[:kept])
-        for start in range(0, len(sequences), PASSAGE_SEQUENCES):
-            yield tuple(sequences[start : start + PASSAGE_SEQUENCES])
-
-
-def _cut(length: int) -> int:
-    return length // LENGTH_STEP * LENGTH_STEP
-
-
-def _sequence_prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The beginning-of-sequence token, where the tokenizer puts one before a text."""
-    bos = tokenizer.bos_token_id
-    ids = tokenizer("a")["input_ids"]
-    return (bos,) if bos is not None and len(ids) > 1 and ids[0] == bos else ()
-
-
-def _hash(passage: Sequence[Sequence[int]], salt: str = "") -> bytes:
-    digest = hashlib.sha256(salt.encode())
-    for sequence in passage:
-        digest.update(torch.tensor(sequence, dtype=torch.int64).numpy().tobytes())
-    return digest.digest()
-
-
-def _deal(
-    passages: Iterable[tuple[tuple[int, ...], ...]],
-) -> dict[str, list[tuple[tuple[int, ...], ...]]]:
-    """Put each distinct passage on its side."""
-    sides: dict[str, list[tuple[tuple[int, ...], ...]]] = {name: [] for name in SPLIT_SHARES}
-    seen: set[tuple[int, ...]] = set()
-    for passage in passages:
-        fresh = tuple(s for s in passage if s not in seen)
-        seen.update(fresh)
-        if fresh:
-            sides[_side(fresh)].append(fresh)
-    return sides
-
-
-def _side(passage: tuple[tuple[int, ...], ...]) -> str:
-    position = int.from_bytes(_hash(passage)[:8], "big") / 2**64
-    for name, share in SPLIT_SHARES.items():
-        position -= share
-        if position < 0:
-            return name
-    return name
-
-
-def _take(sequences: Iterator[tuple[int, ...]], tokens: int) -> list[tuple[int, ...]]:
+def _take(rows: Iterator[Row], tokens: int) -> list[Row]:
     taken, count = [], 0
-    for sequence in sequences:
+    for row in rows:
         if count >= tokens:
             break
-        taken.append(sequence)
-        count += len(sequence)
+        taken.append(row)
+        count += len(row.tokens)
     return taken
 
 
-def _split(name: str, sequences: list[tuple[int, ...]], batch_tokens: int) -> Split:
-    by_length: dict[int, list[tuple[int, ...]]] = {}
-    for sequence in sequences:
-        by_length.setdefault(len(sequence), []).append(sequence)
-    batches = []
-    for length in sorted(by_length, reverse=True):
-        rows = torch.tensor(by_length[length], dtype=torch.int64)
-        batches += rows.split(max(1, batch_tokens // length))
-    return Split(name=name, batches=tuple(batches), digest=_hash(sequences).hex()[:16])
+def batched(name: str, rows: Sequence[Row], batch_tokens: int) -> Split:
+    """Sequences of one length together, the longest first, `batch_tokens` or one row a batch."""
+    by_length: dict[int, list[Row]] = {}
+    for row in rows:
+        by_length.setdefault(len(row.tokens), []).append(row)
+    batches = [
+        batch
+        for length in sorted(by_length, reverse=True)
+        for batch in _batches(by_length[length], max(1, batch_tokens // length))
+    ]
+    return Split(
+        name=name,
+        batches=tuple(torch.tensor([row.tokens for row in batch]) for batch in batches),
+        documents=tuple(np.array([row.document for row in batch]) for batch in batches),
+        passages=tuple(np.array([row.passage for row in batch]) for batch in batches),
+        digest=hash_of(row.tokens for row in rows).hex()[:16],
+    )
+
+
+def _batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _distinct(numbers: Iterable[Integers]) -> int:
+    return len(np.unique(np.concatenate(tuple(numbers))))

@@ -22,11 +22,15 @@ from autoquant.plan.kv_cache import KvCache, attention_modules
 from autoquant.plan.linears import LayerGroup
 from autoquant.source.json_file import read_json_object
 from autoquant.source.shards import INDEX_FILE
-from autoquant.source.source import Source
+from autoquant.source.source import DIGEST_KIND, Source
 from autoquant.source.tensors import read_tensor
 
 SCHEMA_VERSION = 1
 _WEIGHT = ".weight"
+_OLDER_DIGEST = (
+    f"{AUTOQUANT_FILE} names its source by a digest of an earlier version, which covers samples of "
+    "the weights and cannot be compared; the tensors themselves were."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +43,8 @@ class Verification:
     """What engines are told to keep keys and values in."""
     problems: tuple[str, ...]
     """One line each; none if the checkpoint is sound."""
+    notes: tuple[str, ...]
+    """What could not be told, one line each; none of it is a problem."""
     is_foreign: bool
     """Whether the source that was given is not the one that the checkpoint says it was made from;
     its problems then say little of damage."""
@@ -64,6 +70,7 @@ class Verification:
             "kv_cache": str(self.kv_cache),
             "ok": self.ok,
             "problems": list(self.problems),
+            "notes": list(self.notes),
             "is_foreign": self.is_foreign,
             "tensors": self.tensors,
             "linears": self.linears,
@@ -100,7 +107,8 @@ def verify(
         *_size_problems(checkpoint),
         *_digest_problems(checkpoint),
     ]
-    is_foreign = source is not None and _is_foreign(checkpoint, source)
+    is_foreign = False if source is None else _is_foreign(checkpoint, source)
+    notes = [_OLDER_DIGEST] if is_foreign is None else []
     if source is not None:
         if is_foreign:
             problems.append(f"{AUTOQUANT_FILE} names another source than {source.path}.")
@@ -112,7 +120,8 @@ def verify(
         layout=checkpoint.layout,
         kv_cache=KvCache.of(quantized=bool(checkpoint.attention)),
         problems=tuple(problems),
-        is_foreign=is_foreign,
+        notes=tuple(notes),
+        is_foreign=bool(is_foreign),
         tensors=len(checkpoint.headers),
         linears=dict.fromkeys(map(str, all_formats()), 0) | counts,
         checkpoint_bytes=checkpoint.headers.bytes,
@@ -232,10 +241,18 @@ def _digest_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
             yield f"{name} has changed since it was exported: its SHA-256 is {digest[:16]}..."
 
 
-def _is_foreign(checkpoint: QuantizedCheckpoint, source: Source) -> bool:
-    """Whether the checkpoint says that it was exported from another model than `source`."""
+def _is_foreign(checkpoint: QuantizedCheckpoint, source: Source) -> bool | None:
+    """Whether the checkpoint says that it was exported from another model than `source`.
+
+    None where it names its source by a digest that cannot be compared.
+    """
     file = checkpoint.path / AUTOQUANT_FILE
-    return file.exists() and read_json_object(file).get("source_digest") != source.digest
+    if not file.exists():
+        return False
+    said = read_json_object(file).get("source_digest")
+    if isinstance(said, str) and not said.startswith(DIGEST_KIND):
+        return None
+    return bool(said != source.digest)
 
 
 def _name_problems(checkpoint: QuantizedCheckpoint, source: Source) -> Iterator[str]:

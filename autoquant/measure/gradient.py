@@ -92,9 +92,11 @@ def gradient_probe(
     return list(results.values())
 
 
-def mean_estimate(keys: Sequence[Key], estimates: Iterable[BatchEstimate]) -> Sensitivity:
-    """The estimates of all keys over the tokens of some batches."""
-    return Sensitivity(*summarize(keys, (p for e in estimates for p in e.probes)))
+def mean_estimate(
+    keys: Sequence[Key], split: Split, estimates: Iterable[BatchEstimate]
+) -> Sensitivity:
+    """The estimates of all keys over the tokens of some batches of `split`."""
+    return Sensitivity(*summarize(keys, split, (p for e in estimates for p in e.probes)))
 
 
 def _probe_batch(

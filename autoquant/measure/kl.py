@@ -1,6 +1,6 @@
 """Per-token KL(BF16 || quantized) and the statistics that readers of KL reports expect.
 
-Shapes: T tokens, V vocabulary.
+Shapes: T tokens, S sequences, V vocabulary.
 """
 
 from collections.abc import Iterable
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from autoquant.arrays import Booleans, Floats, Integers
+from autoquant.measure.uncertainty import UnitTotals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,9 @@ class TokenKl:
     """KL(BF16 || quantized), nats, [T]."""
     sequence: Integers
     """Index of the sequence that each token belongs to, [T]."""
+    unit: Integers
+    """Number of the document, or passage, that each sequence is from, [S]: the independent units of
+    every standard error and interval (`Split.units`)."""
 
     @classmethod
     def joined(cls, batches: Iterable[Self]) -> Self:
@@ -36,7 +40,7 @@ class TokenKl:
         return cls(**columns, sequence=np.concatenate(sequence))
 
     def by_sequence(self) -> Floats:
-        """Mean KL of each sequence, nats per token: the independent unit of every interval."""
+        """Mean KL of each sequence, nats per token, [S]."""
         return np.asarray(np.bincount(self.sequence, self.kl) / self.tokens_by_sequence())
 
     def tokens_by_sequence(self) -> Floats:
@@ -47,14 +51,18 @@ class TokenKl:
         """Mean KL, nats per token."""
         return float(self.kl.mean())
 
+    def by_unit(self, *, minus: "TokenKl | None" = None) -> UnitTotals:
+        """KL summed over the tokens of each unit, nats.
+
+        Args:
+            minus: another candidate on the same tokens, whose KL is taken off token by token.
+        """
+        kl = self.kl if minus is None else self.kl - minus.kl
+        return UnitTotals.of(kl, self.unit[self.sequence])
+
     def stderr(self) -> float:
-        """Standard error of the mean, sequences taken as the independent units."""
-        sizes, means = self.tokens_by_sequence(), self.by_sequence()
-        if len(sizes) < 2:
-            return float("nan")
-        shares = sizes / sizes.sum()
-        variance = float(np.sum(shares**2 * (means - self.mean) ** 2))
-        return float(np.sqrt(variance * len(sizes) / (len(sizes) - 1)))
+        """Standard error of the mean, nats per token; NaN of a single unit."""
+        return self.by_unit().standard_error()
 
     def summary(self) -> dict[str, float]:
         """mean, stderr, median, p99, p999 and max of the KL in nats per token."""

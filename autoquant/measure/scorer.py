@@ -44,6 +44,8 @@ class _Batch:
     tokens: torch.Tensor
     reference: torch.Tensor
     """Final hidden states of the BF16 model, [B, L, H]."""
+    units: Integers
+    """Number of each sequence's independent unit, [B]."""
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
     """Reference logit tiles by first token, as far as memory allows."""
     previous: tuple[Assignment, Trace] | None = None
@@ -179,7 +181,7 @@ class Scorer:
             tokens = split.batches[index].to(self.device)
             with self._applied(_BF16):
                 hidden = self.trunk.stored(self.trunk.hidden(tokens), len(split.batches))
-            self._batches[key] = _Batch(tokens, hidden)
+            self._batches[key] = _Batch(tokens, hidden, split.units[index])
         return self._batches[key]
 
     def _applied(self, assignment: Assignment) -> "_Applied":
@@ -220,7 +222,7 @@ class Scorer:
                 for name, values in tile.items():
                     columns.setdefault(name, []).append(values)
         joined = {name: torch.cat(values).cpu().numpy() for name, values in columns.items()}
-        return TokenScores(sequence=_sequence(batch), **joined)
+        return TokenScores(sequence=_sequence(batch), unit=batch.units, **joined)
 
     def _compare(self, batch: _Batch, hidden: torch.Tensor) -> TokenKl:
         """Compare hidden states [B, L, H]; the head is quantized if the current choices say so."""
@@ -236,7 +238,7 @@ class Scorer:
             if sketch is not None:
                 sketches.append(sketch.of(reference, logits, first=span.start))
         kl = torch.cat(tiles).double().cpu().numpy()
-        return TokenKl(kl=kl, sequence=_sequence(batch)), torch.cat(sketches)
+        return TokenKl(kl=kl, sequence=_sequence(batch), unit=batch.units), torch.cat(sketches)
 
     def _tiles(
         self, batch: _Batch, hidden: torch.Tensor

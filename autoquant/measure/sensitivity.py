@@ -5,12 +5,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+import numpy as np
+
+from autoquant.arrays import Integers
 from autoquant.data.tokens import Split
 from autoquant.files import json_number, read_number
 from autoquant.formats import BF16, Choice
 from autoquant.measure.interactions import Interactions, Key, SketchBook
 from autoquant.measure.kl import TokenKl
 from autoquant.measure.scorer import Scorer
+from autoquant.measure.uncertainty import UnitTotals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +59,7 @@ class Sensitivity:
     kl: Mapping[Key, float]
     """Not finite where the model's output overflows."""
     stderr: Mapping[Key, float] = field(repr=False)
-    """Standard error over sequences."""
+    """Standard error, documents (or passages) taken as independent."""
     interactions: Interactions | None = field(default=None, repr=False)
     """How probes add up, where it was measured."""
     estimate: Mapping[Key, float] | None = field(default=None, repr=False)
@@ -125,7 +129,7 @@ def probe(
             results[batch, group, choice] = result
         if sketches:
             sketches.finish(batch)
-    kl, stderr = summarize(keys, (p for p in results.values() if p.batch in batches))
+    kl, stderr = summarize(keys, split, (p for p in results.values() if p.batch in batches))
     found = sketches.interactions(len(split.batches)) if sketches else None
     return Sensitivity(kl, stderr, found)
 
@@ -143,18 +147,22 @@ def batch_probe(batch: int, group: str, choice: Choice, score: TokenKl) -> Batch
 
 
 def summarize(
-    keys: Sequence[Key], probes: Iterable[BatchProbe]
+    keys: Sequence[Key], split: Split, probes: Iterable[BatchProbe]
 ) -> tuple[dict[Key, float], dict[Key, float]]:
-    """Mean KL and its standard error of each key, nats per token."""
+    """Mean KL and its standard error of each key, nats per token.
+
+    Args:
+        keys: (group, choice) pairs.
+        split: the tokens of the probes, whose documents say which sequences belong together.
+        probes: on some batches of the split, the same for every key.
+    """
     by_key: dict[Key, list[BatchProbe]] = {key: [] for key in keys}
     for p in sorted(probes, key=lambda p: p.batch):
         if (p.group, p.choice) in by_key:
             by_key[p.group, p.choice].append(p)
     kl = {k: sum(p.kl_sum for p in ps) / sum(p.tokens for p in ps) for k, ps in by_key.items()}
-    stderr = {
-        k: _standard_error([s for p in ps for s in p.sequence_kl]) for k, ps in by_key.items()
-    }
-    return kl, stderr
+    units = split.units
+    return kl, {key: _standard_error(ps, units) for key, ps in by_key.items()}
 
 
 def _bounded(kl: Mapping[Key, float]) -> dict[Key, float]:
@@ -163,11 +171,13 @@ def _bounded(kl: Mapping[Key, float]) -> dict[Key, float]:
     return {key: finite.get(key, worst) for key in kl}
 
 
-def _standard_error(values: Sequence[float]) -> float:
-    if len(values) < 2:
-        return math.nan
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+def _standard_error(probes: Sequence[BatchProbe], units: Sequence[Integers]) -> float:
+    """Of the mean KL of one key over its batches, sequences weighted by their tokens."""
+    sizes = [np.full(len(p.sequence_kl), p.tokens / len(p.sequence_kl)) for p in probes]
+    sums = [np.array(p.sequence_kl) * size for p, size in zip(probes, sizes, strict=True)]
+    unit = np.concatenate([units[p.batch] for p in probes])
+    totals = UnitTotals.of(np.concatenate(sums), unit, np.concatenate(sizes))
+    return totals.standard_error()
 
 
 def keys_of(choices: Mapping[str, tuple[Choice, ...]]) -> Iterator[Key]:

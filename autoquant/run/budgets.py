@@ -104,6 +104,8 @@ def run_searches(
     for config in configs:
         plan = _require_a_choice(config)
         require_feasible(plan.accounting, config.limits(plan))
+    for config in configs:
+        config.source.contents.digests(observer)
     paths = _paths(configs, out)
     for path in paths:
         _refuse_probes_alone(path)
@@ -156,6 +158,7 @@ def run_probes(
         SourceError: model or text missing, damaged or not understood.
     """
     _require_a_choice(config)
+    config.source.contents.digests(observer)
     path = out if out is not None else RUNS / config.probe_name()
     with RunDirectory.open(path, config.probe_signature(), resume=resume) as run:
         observer.note(f"run directory: {path}")

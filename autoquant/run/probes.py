@@ -51,7 +51,7 @@ class Probes:
         except NoGradient as reason:
             self.observer.warn(f"every probe is measured exactly, without gradients: {reason}.")
             return self._exact(self.keys, everywhere), ProbeMethod.EXACT
-        estimate = mean_estimate(self.keys, estimates)
+        estimate = mean_estimate(self.keys, self.split, estimates)
         if method is ProbeMethod.GRADIENT:
             return estimate, method
         return self._screened(estimates, estimate), method
@@ -62,7 +62,8 @@ class Probes:
         probed = self._worth_measuring(tuple(anchor_of.values()), estimate)
         batches = measured_batches(len(self.split.batches))
         exact = self._exact(probed, batches)
-        beside = mean_estimate(self.keys, [e for e in estimates if e.batch in batches])
+        measured = [e for e in estimates if e.batch in batches]
+        beside = mean_estimate(self.keys, self.split, measured)
         return carried_over(scaled(self.keys, anchor_of, beside, exact), beside, estimate)
 
     def _worth_measuring(self, probes: tuple[Key, ...], estimate: Sensitivity) -> tuple[Key, ...]:

@@ -87,6 +87,8 @@ def make_result(
                 "tokens": s.tokens,
                 "asked": getattr(config.tokens, name),
                 "sequences": s.sequences,
+                "unit": str(s.unit),
+                "units": s.unit_count,
                 "digest": s.digest,
             }
             for name, s in session.splits.items()

@@ -20,6 +20,7 @@ from autoquant.store.run_directory import (
     SPLITS,
     TRIALS,
     RunDirectory,
+    differences,
     read_identity,
     read_json,
     read_records,
@@ -81,12 +82,7 @@ def finished_probes(path: Path, config: SearchConfig) -> Path:
         raise ConfigError(
             f"the probes of {path} are not finished.", fix="go on with the command that began them."
         )
-    found, wanted = probe_part(identity["signature"]), config.probe_signature()
-    differing = [
-        f"{name} is {found.get(name)!r} there and {wanted.get(name)!r} here"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
-    ]
+    differing = differences(probe_part(identity["signature"]), config.probe_signature())
     if differing:
         raise RunConflict(
             f"the probes of {path} rest on other settings: {'; '.join(differing)}.",

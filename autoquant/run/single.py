@@ -135,6 +135,7 @@ def export_assignment(
         found, book = _calibrate(session, tokens, observer), session.quantized.book
     for warning in reader_warnings(layout, groups, assignment):
         observer.warn(warning)
+    source.contents.digests(observer)
     observer.stage("export", source.headers.bytes, Unit.BYTES)
     return export(
         source,
@@ -204,6 +205,8 @@ def _measure(
     observer: Observer,
 ) -> dict[str, Any]:
     split = session.splits[name]
+    if (caution := split.caution()) is not None:
+        observer.warn(caution)
     observer.stage("score", 1)
     scores = session.scorer.score_fully(assignment, split)
     observer.step()
@@ -222,5 +225,11 @@ def _measure(
         "perplexity": scores.perplexity(),
         "bpe": accounting.bpe(Assignment.of(complete), Scope.CHECKPOINT),
         "counts": Assignment.of(complete).counts(),
-        "split": {"name": name, "tokens": split.tokens, "digest": split.digest},
+        "split": {
+            "name": name,
+            "tokens": split.tokens,
+            "unit": str(split.unit),
+            "units": split.unit_count,
+            "digest": split.digest,
+        },
     }

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from autoquant.codes.book import CodeBook
+from autoquant.data.tokens import FEWEST_UNITS
 from autoquant.errors import RunConflict, SourceError
 from autoquant.files import set_aside
 from autoquant.formats import BF16
@@ -30,7 +31,6 @@ from autoquant.run.probes import Probes
 from autoquant.run.result import make_result, make_tokens
 from autoquant.run.shared import Shared
 from autoquant.run.trials import Trials
-from autoquant.search.confirm import FEWEST_SEQUENCES
 from autoquant.search.explore import Explored
 from autoquant.search.history import History
 from autoquant.search.problem import Problem, require_feasible
@@ -223,11 +223,13 @@ class Search:
         """Finalists and baselines on the report split."""
         session.scorer.forget(session.splits["search"])
         split = session.splits["report"]
-        if split.sequences < FEWEST_SEQUENCES:
+        if split.unit_count < FEWEST_UNITS:
             self.observer.warn(
-                f"too few report sequences to tell mixes apart: {split.sequences}. From "
-                f"{FEWEST_SEQUENCES} on (--report-tokens) a mix may replace the solver's."
+                f"too few report {split.unit}s to tell assignments apart: {split.unit_count}. From "
+                f"{FEWEST_UNITS} on (more text, --report-tokens) one may replace the solver's."
             )
+        elif (caution := split.caution()) is not None:
+            self.observer.warn(caution)
         with self._timed("confirm"):
             return confirm(
                 explored,

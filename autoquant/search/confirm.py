@@ -4,15 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from autoquant.arrays import Floats
+from autoquant.data.tokens import FEWEST_UNITS
 from autoquant.measure.kl import TokenKl
+from autoquant.measure.uncertainty import RESAMPLES
 
-RESAMPLES = 10_000
 CONFIDENCE = 0.95
-FEWEST_SEQUENCES = 8
-"""A bootstrap over fewer has hardly any spread, so that luck would pass for a gain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +18,8 @@ class Difference:
     mean: float
     low: float
     high: float
-    """Paired bootstrap interval over sequences; NaN where they are too few for one."""
+    """Paired bootstrap-t interval over documents (or passages); NaN where they are fewer than
+    `FEWEST_UNITS`, whose spread says too little of luck."""
 
     @property
     def is_gain(self) -> bool:
@@ -31,9 +28,9 @@ class Difference:
 
 
 def paired_difference(
-    one: TokenKl, other: TokenKl, *, seed: int, comparisons: int = 1
+    one: TokenKl, other: TokenKl, *, seed: int, comparisons: int = 1, resamples: int = RESAMPLES
 ) -> Difference:
-    """Bootstrap the difference of two means over sequences, which both have scored.
+    """The difference of two means over the same tokens, resampling documents (or passages).
 
     Args:
         one: scores whose gain is in question.
@@ -41,16 +38,14 @@ def paired_difference(
         seed: of the resampling.
         comparisons: how many such questions are asked; the interval widens accordingly
             (Bonferroni).
+        resamples: of the bootstrap.
     """
-    sums = np.asarray(np.bincount(one.sequence, one.kl - other.kl), dtype=np.float64)
-    sizes = one.tokens_by_sequence()
-    mean = float(sums.sum() / sizes.sum())
-    if len(sums) < FEWEST_SEQUENCES:
-        return Difference(mean=mean, low=math.nan, high=math.nan)
-    means = _resampled_means(sums, sizes, seed)
+    totals = one.by_unit(minus=other)
+    if len(totals.sums) < FEWEST_UNITS:
+        return Difference(mean=totals.mean, low=math.nan, high=math.nan)
     tail = (1.0 - CONFIDENCE) / comparisons / 2
-    low, high = np.quantile(means, [tail, 1.0 - tail])
-    return Difference(mean=mean, low=float(low), high=float(high))
+    low, high = totals.interval(tail, seed=seed, resamples=resamples)
+    return Difference(mean=totals.mean, low=low, high=high)
 
 
 def choose(
@@ -82,12 +77,3 @@ def choose(
         if gain.is_gain:
             winner = index
     return winner, [paired_difference(score, scores[0], seed=seed) for score in scores]
-
-
-def _resampled_means(sums: Floats, sizes: Floats, seed: int) -> Floats:
-    generator = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    for start in range(0, RESAMPLES, 500):
-        picks = generator.integers(len(sums), size=(min(500, RESAMPLES - start), len(sums)))
-        means[start : start + len(picks)] = sums[picks].sum(axis=1) / sizes[picks].sum(axis=1)
-    return means

@@ -11,6 +11,7 @@ from typing import Any
 from autoquant.errors import ConfigError, SourceError
 from autoquant.source import hub, stored_forms
 from autoquant.source.architecture import architecture_headers
+from autoquant.source.contents import Contents
 from autoquant.source.headers import Headers
 from autoquant.source.json_file import read_json_object
 from autoquant.source.shards import (
@@ -30,9 +31,10 @@ REFERENCE_NAME = "autoquant-reference"
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 """Dtypes of the weights that can be quantized."""
 
+DIGEST_KIND = "sha256:"
+"""How a digest begins that covers every byte; those of earlier versions covered samples."""
+
 _CACHE_ENTRY = "models--"
-_SAMPLES_PER_FILE = 16
-_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +53,26 @@ class Source:
     """False if the headers were derived from config.json."""
 
     @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the config, the headers and sixteen 4-KiB samples of each weight file.
+    def contents(self) -> Contents:
+        """Of the weight files; `contents.digests(progress)` tells how `digest` gets on."""
+        return Contents(self.headers.files)
 
-        The samples tell models of one architecture apart at the cost of a few reads.
+    @cached_property
+    def digest(self) -> str:
+        """The identity of the model: `sha256:` and the hash of config, headers and all contents.
+
+        Every byte counts. Weight files that are not known to `contents` are read for it.
+
+        Raises:
+            SourceError: a weight file cannot be read, or is not there.
         """
-        content = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, tensor in sorted(self.headers.tensors.items()):
-            content.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-        for file in self.headers.files:
-            content.update(_sample(file))
-        return content.hexdigest()
+        identity = {
+            "config": self.config,
+            "tensors": {name: [t.dtype, t.shape] for name, t in self.headers.tensors.items()},
+            "files": self.contents.digests(),
+        }
+        text = json.dumps(identity, sort_keys=True)
+        return DIGEST_KIND + hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def hub_id(self) -> str | None:
@@ -178,14 +189,3 @@ def _require_unquantized(path: Path, config: Mapping[str, Any], headers: Headers
 def _revision(path: Path) -> str | None:
     snapshot = path.absolute()
     return snapshot.name if snapshot.parent.name == "snapshots" else None
-
-
-def _sample(file: Path) -> bytes:
-    size = file.stat().st_size
-    step = max(1, (size - _SAMPLE_BYTES) // (_SAMPLES_PER_FILE - 1))
-    content = hashlib.sha256()
-    with file.open("rb", buffering=0) as stream:
-        for index in range(_SAMPLES_PER_FILE):
-            stream.seek(min(index * step, size))
-            content.update(stream.read(_SAMPLE_BYTES))
-    return content.digest()

@@ -46,6 +46,9 @@ _LOCK = ".lock"
 _PRELIMINARY = frozenset({IDENTITY, _LOCK, CONFIG, GROUPS, SPLITS, SECONDS, TRACKING})
 """What a search writes before it measures anything."""
 
+_WORDS = {"model": "the content digest of the model"}
+"""What a part of a signature is called where its key says too little."""
+
 
 class OtherSchema(SourceError):
     """A file of a run directory that another version of AutoQuant wrote.
@@ -284,17 +287,22 @@ def _refuse_foreign(path: Path) -> None:
         )
 
 
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """How a stored signature differs from the one that is wanted, in words."""
+    return [
+        f"{_WORDS.get(key, key)} is {found.get(key)!r} there and {wanted.get(key)!r} here"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+
+
 def _is_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether the directory is another search's that ended before it measured anything.
 
     Raises:
         RunConflict: it is another search's, and holds what that one has measured.
     """
-    differing = [
-        f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here"
-        for key in sorted(found.keys() | wanted.keys())
-        if found.get(key) != wanted.get(key)
-    ]
+    differing = differences(found, wanted)
     if differing and any(entry.name not in _PRELIMINARY for entry in path.iterdir()):
         raise RunConflict(
             f"run directory {path} belongs to another search: {'; '.join(differing)}.",

@@ -1,17 +1,16 @@
 """A subject opened for measurement, beside what the search itself opens."""
 
 import dataclasses
-import hashlib
 import tempfile
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
+from autoquant.data.passages import Row
 from autoquant.data.text import load_corpus
-from autoquant.data.tokens import Split, TokenPlan, make_splits
+from autoquant.data.tokens import Split, TokenPlan, batched, make_splits
 from autoquant.formats import BF16
 from autoquant.measure.calibration import calibrate
 from autoquant.measure.evaluator import LocalEvaluator
@@ -90,8 +89,9 @@ class Bench:
         )
         corpus = load_corpus(str(self.subject.text))
         more = make_splits(corpus, self.session.loaded.tokenizer, longer)["report"]
-        seen = {row for split in self.splits.values() for row in _rows(split)}
-        return split_of("fresh", [row for row in _rows(more) if row not in seen])
+        seen = {row.tokens for split in self.splits.values() for row in _rows(split)}
+        rows = [row for row in _rows(more) if row.tokens not in seen]
+        return batched("fresh", rows, BATCH_TOKENS)
 
     def score(self, assignment: Assignment, split: Split) -> TokenKl:
         """KL of every token; measured once per assignment and split."""
@@ -151,18 +151,9 @@ class Bench:
         return self.problem(bpe, Sensitivity(dict.fromkeys(keys, 0.0), dict.fromkeys(keys, 0.0)))
 
 
-def split_of(name: str, rows: list[tuple[int, ...]]) -> Split:
-    """Token sequences batched by length."""
-    by_length: dict[int, list[tuple[int, ...]]] = {}
-    for row in rows:
-        by_length.setdefault(len(row), []).append(row)
-    batches = []
-    for length in sorted(by_length, reverse=True):
-        stacked = torch.tensor(by_length[length], dtype=torch.int64)
-        batches += stacked.split(max(1, BATCH_TOKENS // length))
-    digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
-    return Split(name=name, batches=tuple(batches), digest=digest)
-
-
-def _rows(split: Split) -> list[tuple[int, ...]]:
-    return [tuple(row) for batch in split.batches for row in batch.tolist()]
+def _rows(split: Split) -> Iterator[Row]:
+    for batch, documents, passages in zip(
+        split.batches, split.documents, split.passages, strict=True
+    ):
+        for tokens, *place in zip(batch.tolist(), documents, passages, strict=True):
+            yield Row(tuple(tokens), *map(int, place))

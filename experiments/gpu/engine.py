@@ -137,7 +137,7 @@ def measure(name: str, tokens: int, length: int) -> dict[str, Any]:
     config = model.config.to_dict()
     groups = [g for g in group_tensors(headers, config, config) if g.role != "head"]
     ids = torch.randint(0, config["vocab_size"], (tokens // length, length), device=DEVICE)
-    split = Split(name="search", batches=(ids,), digest="synthetic")
+    split = Split.unrelated("search", (ids,), digest="synthetic")
 
     baseline, fastest = plain_forward(model, ids)
     quantized = QuantizedModel(model, groups, mode=ActivationMode.W4A4, decoded_bytes=0)

@@ -8,6 +8,7 @@ import yaml
 from safetensors import safe_open
 from searchable import TOKEN_FLAGS, save_searchable, save_text, save_tokenizer
 
+from autoquant.source.source import open_source
 from autoquant.store.run_directory import Status
 
 FILES = {
@@ -39,7 +40,8 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def text(folder):
-    return save_text(folder / "text")
+    """So many documents that the report tokens are from eight or more."""
+    return save_text(folder / "text", documents=270, words=20)
 
 
 @pytest.fixture
@@ -156,6 +158,10 @@ def test_the_result_is_complete(finished):
         "search": True,
         "report": True,
     }
+    units = {name: split["units"] for name, split in result["tokens"].items()}
+    assert {split["unit"] for split in result["tokens"].values()} == {"document"}
+    assert 2 <= units["calibration"] <= units["search"] <= units["report"]
+    assert 8 <= units["report"] < result["tokens"]["report"]["sequences"]
     stages = ("load", "calibrate", "probe", "confirm", "export")
     assert all(result["seconds"][stage] > 0 for stage in stages)
 
@@ -277,6 +283,20 @@ def test_a_run_directory_of_another_search_is_left_alone(search, finished):
     assert [outcome(path) for path in aside] == [before]
 
 
+def test_a_model_that_was_trained_on_in_place_is_another_search(search, finished, model, tmp_path):
+    """One tensor of the weights differs; the result that is there is not served for it."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    trained = shutil.copytree(model, tmp_path / "model")
+    tensor = open_source(trained).headers["model.layers.0.self_attn.q_proj.weight"]
+    with tensor.file.open("r+b") as stream:
+        stream.seek(tensor.begin)
+        stream.write(bytes(2))
+    result, _ = search("--trials", 8, model=trained, code=5)
+    assert "belongs to another search: the content digest of the model is 'sha256:" in result.stderr
+    same, _ = search("--trials", 8)
+    assert "already holds this search's result" in same.stderr
+
+
 def test_a_run_directory_under_a_file_is_refused(search, tmp_path):
     (tmp_path / "file").write_text("mine")
     result, _ = search("--no-export", out="file/run", code=2)
@@ -307,9 +327,51 @@ def test_a_single_sequence_has_no_standard_error(search):
         *("--trials", 4, "--no-export"),
     )
     assert " +- - nats per token" in result.stdout
-    assert "too few report sequences to tell mixes apart: 1." in result.stderr
+    assert "too few report documents to tell assignments apart: 1." in result.stderr
     assert outcome(run)[0]["winner"]["stage"] == "solver"
     assert outcome(run)[0]["resolution"] is None
+
+
+@pytest.fixture(scope="module")
+def one_document(folder):
+    file = folder / "one.txt"
+    file.write_text(" ".join(f"{number} is a number." for number in range(3000)))
+    return file
+
+
+def test_passages_stand_in_for_documents_that_are_few_and_it_is_said(
+    autoquant, model, finished, one_document
+):
+    result = autoquant(
+        *("score", model, "--calibration", one_document, *TOKEN_FLAGS, "--report-tokens", 2048),
+        *("--assignment", finished[0] / "assignment.yaml", "--format", "json"),
+    )
+    assert result.exit_code == 0, result.stderr
+    split, kl = json.loads(result.stdout)["split"], json.loads(result.stdout)["kl"]
+    assert (split["unit"], split["units"]) == ("passage", 8)
+    assert 0 < kl["stderr"] < kl["mean"]
+    assert "the report tokens are from fewer than 8 documents (1)" in result.stderr
+    assert "take their 8 passages as independent" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tokens", "warning"),
+    [
+        (2048, "take their 8 passages as independent"),
+        (1024, "too few report passages to tell assignments apart: 4."),
+    ],
+)
+def test_a_search_on_one_document_says_what_it_resamples(search, one_document, tokens, warning):
+    result, run = search(
+        *("--calibration", one_document, "--report-tokens", tokens, "--trials", 1, "--no-export")
+    )
+    assert warning in result.stderr
+    assert result.stderr.count("passages") == 1 + (tokens == 2048)
+    found, *_ = outcome(run)
+    assert found["tokens"]["report"]["unit"] == "passage"
+    has_interval = found["finalists"][1]["to_solver"]["low"] is not None
+    assert has_interval is (tokens == 2048)
 
 
 @pytest.mark.slow

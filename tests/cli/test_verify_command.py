@@ -1,6 +1,7 @@
 """`autoquant verify`."""
 
 import json
+import shutil
 
 import pytest
 from tiny_models import save_model
@@ -72,6 +73,16 @@ def test_export_whose_layers_all_stay_in_bf16_exits_0(autoquant, folders, tmp_pa
     result = autoquant("verify", tmp_path / "bf16", "--source", folders[1])
     assert result.exit_code == 0, result.stderr
     assert "0 NVFP4, 0 FP8, 15 BF16" in result.stdout
+
+
+def test_what_cannot_be_told_is_a_note_and_no_damage(autoquant, folders, tmp_path):
+    checkpoint = shutil.copytree(folders[0], tmp_path / "older")
+    said = json.loads((checkpoint / "autoquant.json").read_text())
+    said["source_digest"] = "ab" * 32
+    (checkpoint / "autoquant.json").write_text(json.dumps(said))
+    result = autoquant("verify", checkpoint, "--source", folders[1])
+    assert result.exit_code == 0, result.stderr
+    assert "note: autoquant.json names its source by a digest of an earlier" in result.stdout
 
 
 def test_another_model_is_not_taken_for_damage(autoquant, folders, tmp_path):

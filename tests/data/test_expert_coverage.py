@@ -17,7 +17,7 @@ from autoquant.source.source import open_source
 
 CPU = torch.device("cpu")
 BATCH = torch.randint(3, 200, (4, 16), generator=torch.Generator().manual_seed(0))
-SPLIT = Split(name="calibration", batches=(BATCH,), digest="")
+SPLIT = Split.unrelated("calibration", (BATCH,), digest="")
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,20 @@
 """Token splits: disjoint, unpadded, the same for everyone."""
 
+import random
 from collections.abc import Sequence
+from string import ascii_letters
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from searchable import save_text, save_tokenizer
 from transformers import AutoTokenizer
 
 from autoquant.data.text import Corpus, load_corpus
-from autoquant.data.tokens import Split, TokenPlan, make_splits, shortfalls
+from autoquant.data.tokens import Split, TokenPlan, Unit, make_splits, shortfalls
 from autoquant.errors import SourceError
 
 PLAN = TokenPlan(calibration=512, search=1024, report=2048, sequence_length=64, batch_tokens=256)
@@ -82,23 +85,88 @@ def test_batches_keep_to_their_size_and_are_never_padded(corpus):
             assert (batch > 0).all()
 
 
+@settings(max_examples=40)
 @given(
-    documents=st.lists(st.text("abc", min_size=1, max_size=400), min_size=40, max_size=60),
+    seed=st.integers(0, 2**32 - 1),
+    longest=st.integers(200, 2000),
     length=st.integers(32, 80),
-    seed=st.integers(0, 3),
+    order=st.integers(0, 3),
 )
-def test_every_sequence_is_a_stretch_of_one_document(documents, length, seed):
-    corpus = Corpus(name="letters", documents=tuple(documents))
-    plan = TokenPlan(
-        calibration=64, search=64, report=64, sequence_length=length, batch_tokens=128, seed=seed
+def test_every_sequence_is_a_stretch_of_the_document_that_it_names(seed, longest, length, order):
+    generator = random.Random(seed)
+    documents = tuple(
+        "".join(generator.choices(ascii_letters, k=generator.randint(1, longest)))
+        for _ in range(250)
     )
-    try:
-        splits = make_splits(corpus, Letters(), plan)
-    except SourceError:
-        return
+    plan = TokenPlan(
+        calibration=64,
+        search=640,
+        report=1280,
+        sequence_length=length,
+        batch_tokens=128,
+        seed=order,
+    )
+    splits = make_splits(Corpus(name="letters", documents=documents), Letters(), plan)
     for split in splits.values():
-        for sequence in sequences(split):
-            assert any("".join(map(chr, sequence)) in document for document in documents)
+        numbers = np.concatenate(split.documents).tolist()
+        for sequence, number in zip(sequences(split), numbers, strict=True):
+            assert "".join(map(chr, sequence)) in documents[number]
+
+
+def test_a_passage_is_eight_sequences_of_one_document_in_a_row():
+    """Token n of document d is 1000 d + n, and every split takes all there is."""
+
+    class Numbers(Letters):
+        def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
+            begin, count = (0, 1) if text == "a" else map(int, text.split())
+            return {"input_ids": list(range(begin, begin + count))}
+
+    texts = tuple(f"{1000 * (d + 1)} {320 + 32 * d}" for d in range(20))
+    plan = TokenPlan(calibration=10**6, search=10**6, report=10**6, sequence_length=32)
+    splits = make_splits(Corpus(name="numbers", documents=texts), Numbers(), plan)
+    passage_of: dict[tuple[int, int], int] = {}
+    for split in splits.values():
+        places = zip(*map(np.concatenate, (split.documents, split.passages)), strict=True)
+        for sequence, (document, passage) in zip(sequences(split), places, strict=True):
+            assert sequence[0] // 1000 == document + 1
+            stretch = document, sequence[0] % 1000 // (8 * 32)
+            assert passage_of.setdefault(stretch, passage) == passage
+    assert sum(split.sequences for split in splits.values()) == sum(10 + d for d in range(20))
+    numbers = list(passage_of.values())
+    assert len(numbers) == len(set(numbers)) == sum(-(-(10 + d) // 8) for d in range(20))
+
+
+def split_from(documents: Sequence[int], passages: Sequence[int]) -> Split:
+    """Two batches of sequences from these places."""
+    cut = len(documents) // 2
+    return Split(
+        name="report",
+        batches=(torch.zeros(cut, 32), torch.zeros(len(documents) - cut, 32)),
+        documents=(np.array(documents[:cut]), np.array(documents[cut:])),
+        passages=(np.array(passages[:cut]), np.array(passages[cut:])),
+        digest="0",
+    )
+
+
+def test_documents_are_what_is_independent_from_eight_on():
+    eight, seven = (split_from(np.arange(18) % n, np.arange(18) // 2) for n in (8, 7))
+    assert (eight.unit, eight.unit_count, eight.caution()) == (Unit.DOCUMENT, 8, None)
+    assert [list(part) for part in eight.units] == [list(part) for part in eight.documents]
+    assert (seven.unit, seven.unit_count) == (Unit.PASSAGE, 9)
+    assert [list(part) for part in seven.units] == [list(part) for part in seven.passages]
+    assert "the report tokens are from fewer than 8 documents (7)" in str(seven.caution())
+    assert "their 9 passages as independent" in str(seven.caution())
+
+
+def test_few_documents_of_one_passage_each_are_documents():
+    few = split_from([4, 4, 6, 9], [10, 10, 20, 30])
+    assert (few.unit, few.unit_count, few.caution()) == (Unit.DOCUMENT, 3, None)
+
+
+def test_unrelated_sequences_are_documents_of_their_own():
+    split = Split.unrelated("search", (torch.zeros(3, 8), torch.zeros(2, 4)), digest="0")
+    assert [list(part) for part in split.documents] == [[0, 1, 2], [3, 4]]
+    assert (split.unit, split.unit_count) == (Unit.DOCUMENT, 5)
 
 
 def test_digests_are_the_same_on_every_machine():

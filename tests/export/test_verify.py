@@ -67,9 +67,25 @@ def test_what_is_foreign_is_a_field_and_not_a_wording(checkpoint, source, tmp_pa
         require_sound(replace(own, problems=("autoquant.json names another source.",)))
 
 
+def test_a_digest_of_an_earlier_version_is_no_reason_to_call_a_source_foreign(
+    checkpoint, source, tmp_path
+):
+    edit(checkpoint / "autoquant.json", lambda data: data.update(source_digest="ab" * 32))
+    own = verify(checkpoint, source)
+    assert own.ok
+    assert not own.is_foreign
+    (note,) = own.notes
+    assert "a digest of an earlier version" in note
+    assert own.to_dict()["notes"] == [note]
+    other = open_source(save_model("llama", tmp_path / "other", seed=1))
+    assert not verify(checkpoint, other).is_foreign
+    assert "codes are not the nearest" in problems(checkpoint, other)
+
+
 def test_sound_checkpoint_passes_with_and_without_its_source(checkpoint, source):
     for verification in (verify(checkpoint), verify(checkpoint, source)):
         assert verification.ok
+        assert verification.notes == ()
         require_sound(verification)
         assert verification.bpe == 8 * verification.checkpoint_bytes / source.headers.elements
         assert sum(verification.linears.values()) == len(find_groups(source).linears)

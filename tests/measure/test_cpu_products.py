@@ -22,7 +22,7 @@ from autoquant.source.source import open_source
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 200, (2, 4, 16), generator=torch.Generator().manual_seed(0))
-SPLIT = Split(name="search", batches=tuple(TOKENS), digest="search")
+SPLIT = Split.unrelated("search", tuple(TOKENS), digest="search")
 PRODUCTS = ("mm", "bmm", "linear", "matmul", "einsum", "baddbmm", "attention")
 
 

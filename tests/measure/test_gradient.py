@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def split_of(batches, rows, *, length=20, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, 200, (batches * rows, length), generator=generator)
-    return Split(name="search", batches=tuple(tokens.split(rows)), digest=f"{batches}x{rows}")
+    return Split.unrelated("search", tokens.split(rows), digest=f"{batches}x{rows}")
 
 
 SPLIT = split_of(3, 8)
@@ -53,7 +53,7 @@ def keys(scorer):
 def estimate(scorer, keys, split=SPLIT, *, done=(), seed=0):
     kept = []
     estimates = gradient_probe(scorer, split, keys, done, kept.append, seed=seed)
-    return mean_estimate(keys, estimates), kept
+    return mean_estimate(keys, split, estimates), kept
 
 
 def test_the_factor_has_the_covariance_of_sampled_labels():

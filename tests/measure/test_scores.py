@@ -1,6 +1,7 @@
 """KL: the right number, the same number however much of the forward is reused."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 def split_of(name="search", *, batches=2, rows=4, length=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, 200, (batches, rows, length), generator=generator)
-    return Split(name=name, batches=tuple(tokens), digest=f"{name}-{seed}")
+    return Split.unrelated(name, tuple(tokens), digest=f"{name}-{seed}")
 
 
 SPLIT = split_of()
@@ -275,18 +276,22 @@ def load_model_without_tokenizer(folder):
     return AutoModelForCausalLM.from_pretrained(folder / "source", dtype=torch.bfloat16).eval()
 
 
-def scores_of(kl, sequence):
-    return TokenKl(kl=np.array(kl, dtype=np.float64), sequence=np.array(sequence))
+def scores_of(kl, sequence, unit=None):
+    """KL of tokens; each sequence is a unit of its own unless told."""
+    own = np.arange(max(sequence) + 1) if unit is None else np.array(unit)
+    return TokenKl(kl=np.array(kl, dtype=np.float64), sequence=np.array(sequence), unit=own)
 
 
-def test_the_standard_error_takes_sequences_as_units():
-    generator = np.random.default_rng(0)
-    means = generator.normal(1.0, 0.5, 400)
-    kl = np.repeat(means, 8)
-    scores = scores_of(kl, np.repeat(np.arange(400), 8))
+def test_the_standard_error_takes_documents_as_units():
+    """Eight sequences a document that differ in nothing are worth one."""
+    means = np.random.default_rng(0).normal(1.0, 0.5, 50)
+    kl, sequence = np.repeat(means, 8 * 4), np.repeat(np.arange(400), 4)
+    scores = scores_of(kl, sequence, np.repeat(np.arange(50), 8))
     assert scores.mean == pytest.approx(means.mean())
-    assert scores.stderr() == pytest.approx(means.std(ddof=1) / 20)
-    assert math.isnan(scores_of([1.0, 2.0], [0, 0]).stderr())
+    assert scores.stderr() == pytest.approx(means.std(ddof=1) / math.sqrt(50))
+    apart = scores_of(kl, sequence)
+    assert scores.stderr() / apart.stderr() == pytest.approx(math.sqrt(8), rel=0.01)
+    assert math.isnan(scores_of([1.0, 2.0], [0, 1], [3, 3]).stderr())
 
 
 def test_long_sequences_weigh_more():
@@ -296,9 +301,20 @@ def test_long_sequences_weigh_more():
 
 
 def test_batches_join_in_order():
-    joined = TokenKl.joined([scores_of([1, 2], [0, 1]), scores_of([3, 4, 5], [0, 0, 1])])
+    joined = TokenKl.joined(
+        [scores_of([1, 2], [0, 1], [7, 4]), scores_of([3, 4, 5], [0, 0, 1], [4, 9])]
+    )
     assert list(joined.kl) == [1, 2, 3, 4, 5]
     assert list(joined.sequence) == [0, 1, 2, 2, 3]
+    assert list(joined.unit) == [7, 4, 4, 9]
+
+
+def test_scores_know_the_units_of_their_split(scorer):
+    units = (np.array([3, 3, 0, 0]), np.array([1, 4, 4, 4]))
+    split = replace(SPLIT, documents=units, passages=units, digest="four documents")
+    assignment = Assignment.of({"lm_head": FP8})
+    for scores in (scorer.score(assignment, split), scorer.score_fully(assignment, split)):
+        assert list(scores.unit) == [3, 3, 0, 0, 1, 4, 4, 4]
 
 
 def test_the_summary_names_the_tail():

@@ -14,7 +14,7 @@ ROWS, LENGTH = 3, 40
 @pytest.fixture
 def split() -> Split:
     tokens = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH)
-    return Split(name="report", batches=(tokens[:2], tokens[2:]), digest="d" * 16)
+    return Split.unrelated("report", (tokens[:2], tokens[2:]), digest="d" * 16)
 
 
 def scores_of(kl: np.ndarray) -> TokenScores:
@@ -23,6 +23,7 @@ def scores_of(kl: np.ndarray) -> TokenScores:
     return TokenScores(
         kl=kl,
         sequence=np.repeat(np.arange(ROWS), LENGTH),
+        unit=np.arange(ROWS),
         agrees=np.ones(kl.shape, dtype=bool),
         nll_reference=nll,
         nll=2 * nll,

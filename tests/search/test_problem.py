@@ -1,7 +1,6 @@
 """The knapsack of a model, its baselines, and which candidates are proposed."""
 
 import pytest
-from autoquant.search.refine import Effort
 from tiny_models import save_model
 
 from autoquant.formats import BF16, FP8, NVFP4, Choice, ScaleRule

@@ -108,6 +108,14 @@ def test_a_difference_in_the_signature_names_keys_and_both_values(path):
     assert caught.value.exit_code == 5
 
 
+def test_another_model_is_named_by_its_content(path):
+    make(path)
+    with pytest.raises(RunConflict) as caught:
+        RunDirectory.open(path, {**SIGNATURE, "model": "sha256:cd"})
+    said = "the content digest of the model is 'sha256:ab' there and 'sha256:cd' here"
+    assert said in caught.value.message
+
+
 def test_a_refused_directory_is_left_as_it_was_and_unlocked(path):
     make(path)
     before = {p.name: p.read_bytes() for p in path.iterdir()}
