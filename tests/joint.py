@@ -28,9 +28,7 @@ from autoquant.source.source import open_source
 HARM = {"nvfp4/max": 8.0, "nvfp4/mse": 6.0, "nvfp4/four_over_six": 7.0, "fp8": 1.0, "bf16": 0.0}
 """Milli-nats of a group by its choice."""
 
-SPLIT = Split(
-    name="search", batches=tuple(torch.zeros(4, 8, 32, dtype=torch.int64)), digest="four of eight"
-)
+SPLIT = Split.unrelated("search", tuple(torch.zeros(4, 8, 32, dtype=torch.int64)), "four of eight")
 
 Joint = Callable[[Assignment], float]
 """Mean KL of a whole assignment, nats per token."""
