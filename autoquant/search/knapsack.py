@@ -163,9 +163,9 @@ class Knapsack:
     def fill(self, selection: Selection, *, keep: int | None = None) -> Selection:
         """Spend what the limits leave: upgrades that fit, best gain per cost first.
 
-        An upgrade costs more of the first limit, or as much and more of the second. Where it is
-        finer and takes no less of any limit its score does not matter: more bits never carry less
-        information, and a score that says so is noise. Any other upgrade has to score less.
+        An upgrade takes more of some limit and scores less. Where it is finer and takes no less of
+        any its score does not matter: more bits never carry less information, and a score that says
+        so is noise.
 
         Args:
             selection: within the limits.
@@ -213,7 +213,8 @@ class Knapsack:
         """What a step of each cost counts beside one of the first, [L]: their ranges are alike."""
         costs = self._tables.costs
         ranges = (costs.max(axis=2) - self._tables.cheapest).sum(axis=1)
-        return np.asarray(ranges[0] / np.maximum(ranges, 1))
+        ranges = np.maximum(ranges, 1)
+        return np.asarray(ranges[0] / ranges)
 
     @cached_property
     def _priced(self) -> Priced:
@@ -254,16 +255,17 @@ class Knapsack:
         chosen = np.array(selections, dtype=np.int64).reshape(-1, len(self.costs))
         taken = costs[:, self._rows, chosen]
         left = self._budgets[:, None] - taken.sum(axis=2)
-        open_rows = np.arange(len(chosen))
+        open_rows, may_trade = np.arange(len(chosen)), np.ones(len(chosen), dtype=np.bool_)
         while len(open_rows):
             extra = costs[:, None] - taken[:, open_rows, :, None]
             fits = (extra <= left[:, open_rows, None, None]).all(axis=0)
-            places, groups, options = np.nonzero(fits & _is_more(extra))
+            places, groups, options = np.nonzero(fits & (extra > 0).any(axis=0))
             rows, extra = open_rows[places], extra[:, places, groups, options]
             now = chosen[rows, groups]
             gains = scores[groups, now] - scores[groups, options]
-            is_sound = self._finer[groups, now, options] & (extra >= 0).all(axis=0)
-            takes = np.flatnonzero(is_sound | (gains > 0))
+            no_less = (extra >= 0).all(axis=0)
+            is_sound = self._finer[groups, now, options] & no_less
+            takes = np.flatnonzero(is_sound | (gains > 0) & (may_trade[rows] | no_less))
             rows, groups, options = rows[takes], groups[takes], options[takes]
             extra, gains = extra[:, takes], gains[takes]
             spent = weights @ np.maximum(extra, 0)
@@ -274,12 +276,6 @@ class Knapsack:
             chosen[open_rows, groups] = options
             taken[:, open_rows, groups] = costs[:, groups, options]
             left[:, open_rows] -= extra[:, best]
+            # Trading one limit for another ends where scores rise: nothing is taken twice.
+            may_trade[open_rows] &= gains[best] > 0
         return [tuple(row) for row in chosen.tolist()]
-
-
-def _is_more(extra: Integers) -> Booleans:
-    """Whether an option costs more of the first limit, or as much and more of the second."""
-    more: Booleans = extra[0] > 0
-    for second in extra[1:]:
-        more = more | ((extra[0] == 0) & (second > 0))
-    return more

@@ -1,10 +1,11 @@
 """Which linears share a format, in real architectures and by names that only large models have."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
-from tiny_models import MODELS, save_model
+from tiny_models import MODELS, change_tensors, save_model
 
 from autoquant.errors import ConfigError, SourceError
 from autoquant.formats import FP8, NVFP4
@@ -220,6 +221,38 @@ def test_tied_head_on_disk_is_fixed_and_an_untied_one_is_a_group():
     shapes = {"lm_head.weight": (32, 16)}
     assert reasons(grouped(shapes, tie_word_embeddings=True)) == {"lm_head.weight": Fixed.TIED_HEAD}
     assert [group.role for group in grouped(shapes, tie_word_embeddings=False)] == ["head"]
+
+
+@pytest.mark.parametrize(
+    ("config", "is_tied"),
+    [
+        ({"model_type": "gemma"}, True),
+        ({"model_type": "llama"}, False),
+        ({"model_type": "gemma", "tie_word_embeddings": False}, False),
+        ({"model_type": "unheard_of"}, False),
+        ({}, False),
+    ],
+)
+def test_a_config_that_does_not_say_so_has_the_default_of_its_class(config, is_tied):
+    groups = grouped({"lm_head.weight": (32, 16)}, **config)
+    assert [group.role for group in groups] == ([] if is_tied else ["head"])
+    assert reasons(groups) == ({"lm_head.weight": Fixed.TIED_HEAD} if is_tied else {})
+
+
+def test_a_redundant_head_of_an_old_model_is_not_quantized(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "gemma", ("Gemma", MODELS["llama"][1]))
+    folder = save_model("gemma", tmp_path / "gemma")
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("tie_word_embeddings")
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def store_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    change_tensors(folder, store_head)
+    groups = find_groups(open_source(folder))
+    assert "head" not in {group.role for group in groups}
+    assert reasons(groups)["lm_head.weight"] is Fixed.TIED_HEAD
 
 
 def test_integer_weights_are_fixed():

@@ -1,15 +1,15 @@
-"""Sizes to the byte, and budgets that can or cannot be met."""
+"""Sizes of assignments, to the byte."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import save_model
 
-from autoquant.errors import ConfigError, InfeasibleBudget
 from autoquant.export.export import export
 from autoquant.formats import BF16, FP8, NVFP4, Choice, ScaleRule
+from autoquant.plan.accounting import Accounting
 from autoquant.plan.assignment import Assignment
-from autoquant.plan.budget import Accounting, Budget, Scope, require_feasible
+from autoquant.plan.budget import Scope
 from autoquant.plan.grouping import find_groups
 from autoquant.plan.space_file import load_space, parse_space
 from autoquant.source.shards import read_checkpoint_headers
@@ -70,19 +70,6 @@ def test_floor_and_ceiling_hold_every_legal_assignment(sources, data):
         assert low <= own <= high
 
 
-@given(st.decimals(min_value="0.01", max_value="33", places=3), st.sampled_from(Scope))
-def test_a_budget_is_the_most_bytes_whose_bits_do_not_exceed_it(sources, bits, scope):
-    accounting = accounting_of(sources["llama"])
-    limit = Budget(float(bits), scope).max_bytes(accounting)
-    floor = accounting.floor
-    elements = accounting.elements
-    size = limit
-    if scope is Scope.SEARCHED:
-        elements = accounting.searched_elements
-        size -= accounting.checkpoint_bytes(floor) - accounting.searched_bytes(floor)
-    assert 8 * size / elements <= float(bits) < 8 * (size + 1) / elements
-
-
 def test_untouched_bf16_source_has_16_bits_and_searched_scope_counts_what_is_open(sources):
     accounting = accounting_of(sources["llama"])
     assert accounting.bpe(Assignment.of({})) == 16.0
@@ -103,30 +90,6 @@ def test_a_space_that_opens_nothing_has_no_searched_bits(sources):
     accounting = accounting_of(sources["llama"], "experts-only")
     assert accounting.bpe(accounting.floor, Scope.SEARCHED) == 0.0
     assert accounting.bpe(accounting.floor) == 16.0
-
-
-def test_feasible_budgets_pass(sources):
-    accounting = accounting_of(sources["llama"])
-    require_feasible(accounting, Budget(accounting.bpe(accounting.floor)))
-    require_feasible(accounting, Budget(16.0))
-
-
-@pytest.mark.parametrize("scope", Scope)
-def test_infeasible_budget_names_the_floor_and_what_holds_it_up(sources, scope):
-    accounting = accounting_of(sources["llama"])
-    lowest = accounting.bpe(accounting.floor, scope)
-    with pytest.raises(InfeasibleBudget, match=f"below the floor of {lowest:.3f}") as caught:
-        require_feasible(accounting, Budget(4.0, scope))
-    assert caught.value.exit_code == 3
-    assert ("embeddings fixed at BF16 take" in caught.value.message) == (scope is Scope.CHECKPOINT)
-    advised = float(caught.value.fix.split("at least ")[1].split()[0])
-    require_feasible(accounting, Budget(advised, scope))
-
-
-@pytest.mark.parametrize("bits", [0.0, -1.0, 64.1, 1e30, float("nan"), float("inf")])
-def test_a_budget_that_no_checkpoint_can_mean(bits):
-    with pytest.raises(ConfigError, match="not between 0 and 64"):
-        Budget(bits)
 
 
 def test_illegal_nvfp4_leaves_fp8_as_the_floor(tmp_path):
