@@ -1,4 +1,4 @@
-"""Files that are whole or absent, what a kill leaves of them, and JSON that every reader accepts."""
+"""Files that are whole or absent, what a kill leaves of them, and JSON that readers accept."""
 
 import json
 import math

@@ -49,12 +49,12 @@ def read_text(path: Path, *, most: int = LARGEST_TEXT) -> str:
             UTF-8.
     """
     with open(path, "rb", opener=_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
             raise Unreadable("is no regular file")
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise Unreadable(f"is larger than {most:,} bytes")
-    return decode(content)
+        if found.st_size > most:
+            raise Unreadable(f"is larger than {most:,} bytes")
+        return decode(file.read())
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -91,7 +91,8 @@ def parse_json(text: str, **hooks: Any) -> Any:
     except RecursionError:
         raise _too_deep() from None
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}"
+        line = f"line {error.lineno} " if "\n" in text else ""
+        place = f"{line}column {error.colno}"
         raise Unreadable(f"is not JSON: {error.msg} at {place}") from None
     except ValueError:  # an integer beyond sys.get_int_max_str_digits()
         raise Unreadable("holds an integer of thousands of digits") from None
