@@ -1,20 +1,38 @@
 """Errors that say what was given, which rule it broke, and what to do; each has an exit code."""
 
+LONGEST_LINE = 2000
+"""Characters; more lose their middle."""
+
+
+def one_line(text: str) -> str:
+    r"""`text` with line ends, control characters and lone surrogates written as `\n`, `\x1b`, ...
+
+    Names of tensors and files come from strangers: they may be long and hold any character.
+    """
+    if len(text) > LONGEST_LINE:
+        half = LONGEST_LINE // 2
+        text = f"{text[:half]} [...] {text[-half:]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
 
 class AutoQuantError(Exception):
     """Base of every error that is the user's to mend.
 
     Args:
-        message: one line: what was given, its value, the rule.
-        fix: one line: the way out.
+        message: what was given, its value, the rule; becomes one line.
+        fix: the way out; becomes one line.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, *, fix: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.fix = fix
+        self.message = one_line(message)
+        self.fix = one_line(fix)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} {self.fix}"

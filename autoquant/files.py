@@ -1,18 +1,31 @@
-"""Files that are whole or absent, and JSON that every reader accepts."""
+"""Files that are whole or absent, what a kill leaves of them, and JSON that readers accept."""
 
 import json
 import math
 import os
+import re
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+MARK = ".autoquant-export"
+"""Marks an unfinished folder as ours; the lock of who writes it."""
+
+_TEMPORARY = re.compile(r"\..+\.(?P<process>\d+)\.tmp(-journal|-wal|-shm)?", re.DOTALL)
+"""The endings are SQLite's."""
+_UNFINISHED = re.compile(r"\..+\.unfinished", re.DOTALL)
+
 
 def to_json(data: Any, *, indent: int | None = None) -> str:
-    """JSON text of `data`; numbers that JSON lacks (NaN, infinities) become null."""
-    return json.dumps(_finite(data), indent=indent, ensure_ascii=False, allow_nan=False)
+    """JSON text of `data`; numbers that JSON lacks (NaN, infinities) become null.
+
+    Half of a surrogate pair, as a file name that is not UTF-8 has it, is written as its escape.
+    """
+    text = json.dumps(_finite(data), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace").decode()
 
 
 def json_number(value: float) -> float | str:
@@ -43,17 +56,73 @@ def write_atomic(path: Path, text: str) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path`, whole and on the disk, when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = temporary(path)
     try:
-        with temporary.open("wb") as file:
+        with unfinished.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        unfinished.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong first is what counts
+            unfinished.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def temporary(path: Path) -> Path:
+    """Name beside `path` for what this process has not finished."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def unfinished_folder(path: Path) -> Path:
+    """Name beside the folder `path` for what it is made in; who makes it holds the lock `MARK`."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def is_litter(entry: Path) -> bool:
+    """Whether `entry` is unfinished work of ours: a living process's, or what a kill has left."""
+    if _TEMPORARY.fullmatch(entry.name):
+        return True
+    if not _UNFINISHED.fullmatch(entry.name) or not entry.is_dir():
+        return False
+    return (entry / MARK).exists() or not any(entry.iterdir())
+
+
+def clear_litter(folder: Path) -> None:
+    """Remove unfinished work of ours from `folder` as far as nobody is at it."""
+    for entry in filter(is_litter, list(folder.iterdir())):
+        with suppress(OSError):  # it blocks nobody; the next one removes it
+            _clear(entry)
+
+
+def _clear(entry: Path) -> None:
+    from filelock import FileLock, Timeout
+
+    named = _TEMPORARY.fullmatch(entry.name)
+    if named is not None:
+        if _has_ended(int(named["process"])):
+            entry.rmdir() if entry.is_dir() else entry.unlink()
+    elif (entry / MARK).exists():
+        with suppress(Timeout), FileLock(entry / MARK, timeout=0):
+            shutil.rmtree(entry)
+    else:
+        entry.rmdir()
+
+
+def _has_ended(process: int) -> bool:
+    """Whether no other process has this id. That of a container's first process returns."""
+    if process == os.getpid():
+        return True
+    if os.name != "posix":
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # somebody else's
+        return False
+    return False
 
 
 def set_aside(path: Path) -> Path:

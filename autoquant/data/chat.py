@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
+from autoquant.data.templates import apply_template
+
 SYSTEM_SHARE = 0.5
 """Of the conversations without a system prompt that are given one."""
 
@@ -140,13 +142,8 @@ def _mentions(template: Any, name: str) -> bool:
 def _rendered(
     tokenizer: ChatTokenizer, turns: Sequence[tuple[str, str]], options: Mapping[str, Any]
 ) -> str | None:
-    from jinja2 import TemplateError
-
     messages = [{"role": role, "content": text} for role, text in turns]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except (TemplateError, ValueError):
-        return None
+    return apply_template(tokenizer, messages, options)
 
 
 def _is_text(value: Any) -> bool:

@@ -1,6 +1,5 @@
 """Where calibration text comes from: the standard library, a file, a folder, or a `datasets` id."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -10,12 +9,16 @@ from typing import Any
 from autoquant.data import stdlib
 from autoquant.data.chat import Conversation, content_text
 from autoquant.errors import SourceError
+from autoquant.parsing import Unreadable, parse_json, read_text, why
 
 STDLIB = "stdlib"
 """Name of the default source: held-out modules of the running interpreter's standard library."""
 
 MAX_DOCUMENTS = 100_000
 """Documents taken from a streamed hub data set: far more than any search reads."""
+
+LARGEST_FILE = 2**32
+"""Bytes of a file of text: it is read into memory whole."""
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".raw", ".utf8", ".text")
 RECORD_SUFFIXES = (".jsonl", ".json")
@@ -73,10 +76,10 @@ def _files(folder: Path) -> list[Path]:
 
 def _read_file(path: Path) -> Iterator[str | Conversation]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, most=LARGEST_FILE).removeprefix("\ufeff")
+    except (OSError, Unreadable) as error:
         raise SourceError(
-            f"calibration file {path} cannot be read as UTF-8 text: {error}",
+            f"calibration file {path} {why(error)}.",
             fix="convert it to UTF-8 or pass another file.",
         ) from error
     if path.suffix not in RECORD_SUFFIXES:
@@ -90,11 +93,10 @@ def _read_file(path: Path) -> Iterator[str | Conversation]:
 
 def _parse_line(path: Path, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
+        return parse_json(line)
+    except Unreadable as error:
         raise SourceError(
-            f"{path}:{number} is not a JSON record: {error}",
-            fix="write one JSON object per line (JSONL).",
+            f"{path}:{number} {error}.", fix="write one JSON object per line (JSONL)."
         ) from error
 
 

@@ -11,6 +11,7 @@ import yaml
 from autoquant.export.declaration import caveat
 from autoquant.export.layouts.base import Layout
 from autoquant.formats import BF16, Choice
+from autoquant.parsing import Unreadable, parse_yaml, read_text
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import Groups
 from autoquant.plan.kv_cache import KvCache
@@ -136,11 +137,11 @@ def _front_matter(source: Source, assignment: Assignment, base: str | None) -> d
 def _source_front_matter(source: Source) -> Mapping[str, Any]:
     """The front matter of the source's own card; empty where there is none to read."""
     try:
-        text = (source.path / "README.md").read_text(encoding="utf-8")
+        text = read_text(source.path / "README.md")
         if not text.startswith("---\n"):
             return {}
-        matter = yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---\n"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        matter = parse_yaml(text.split("\n---", 1)[0].removeprefix("---\n"))
+    except (OSError, Unreadable):
         return {}
     return matter if isinstance(matter, dict) else {}
 

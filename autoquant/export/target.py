@@ -9,10 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from autoquant.errors import ConfigError, RunConflict
-from autoquant.files import sync_folder
-
-_LOCK = ".autoquant-export"
-"""Marks an unfinished folder as ours, and is held while one is being written."""
+from autoquant.files import MARK, is_litter, sync_folder, temporary, unfinished_folder
 
 
 @contextmanager
@@ -28,10 +25,10 @@ def new_folder(target: Path, *, source: Path) -> Iterator[Path]:
     """
     target = target.absolute()
     require_free(target, source=source)
-    workplace = target.parent / f".{target.name}.unfinished"
+    workplace = unfinished_folder(target)
     _require_ours(workplace)
     workplace.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(workplace / _LOCK)
+    lock = FileLock(workplace / MARK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -52,7 +49,7 @@ def new_folder(target: Path, *, source: Path) -> Iterator[Path]:
         sync_folder(target.parent)
     finally:
         _clear(workplace)
-        (workplace / _LOCK).unlink(missing_ok=True)
+        (workplace / MARK).unlink(missing_ok=True)
         lock.release()
         with suppress(OSError):  # another export has come in between
             workplace.rmdir()
@@ -83,10 +80,10 @@ def _require_writable(target: Path) -> None:
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    probe = parent / f".{target.name}.writable"
+    probe = temporary(parent / target.name)
     try:
         probe.mkdir(exist_ok=True)
-        with suppress(FileNotFoundError):  # another export looks at the same time
+        with suppress(FileNotFoundError):  # another thread looks at the same time
             probe.rmdir()
     except OSError as error:
         raise ConfigError(
@@ -114,9 +111,7 @@ def _require_apart(target: Path, source: Path) -> None:
 
 
 def _require_ours(workplace: Path) -> None:
-    if not workplace.exists() or (workplace.is_dir() and not any(workplace.iterdir())):
-        return
-    if not (workplace / _LOCK).exists():
+    if workplace.exists() and not is_litter(workplace):
         raise RunConflict(
             f"{workplace} exists and is not from AutoQuant.",
             fix="move it away, or export elsewhere.",
@@ -127,5 +122,5 @@ def _clear(folder: Path) -> None:
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
-        elif entry.name != _LOCK:
+        elif entry.name != MARK:
             entry.unlink()

@@ -3,15 +3,17 @@
 Shapes: P probes, S numbers in a probe's sketch of one batch.
 """
 
+import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from autoquant.arrays import Floats
+from autoquant.errors import SourceError
 from autoquant.files import replacing
 from autoquant.formats import Choice
 from autoquant.measure.sketch import LogitSketch
@@ -65,39 +67,71 @@ class SketchBook:
         return self._products(batch).exists()
 
     def put(self, batch: int, key: Key, values: torch.Tensor) -> None:
-        """Keep a probe's sketch, float32 [S]."""
-        sketches = self._open(batch, values.numel())
-        sketches[self._row[key]] = values.cpu().numpy()
-        sketches.flush()
+        """Keep a probe's sketch, float32 [S]; it is on the disk when this returns.
+
+        It is written, not mapped: a full disk is an error of a write, and the end of a process that
+        touches a mapped file's hole.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        path, row = self._sketches(batch), values.cpu().numpy().tobytes()
+        path.touch()
+        with path.open("r+b") as file:
+            file.seek(self._row[key] * len(row))
+            file.write(row)
+            file.flush()
+            os.fsync(file.fileno())
 
     def finish(self, batch: int) -> None:
-        """Replace the sketches of a batch, all of them there, by their inner products."""
+        """Replace the sketches of a batch, all of them there, by their inner products.
+
+        Raises:
+            SourceError: the file is damaged.
+        """
         path = self._sketches(batch)
         if not path.exists():
             return
-        sketches = np.load(path)
+        numbers = np.fromfile(path, dtype=np.float32)
+        if numbers.size % len(self._keys):
+            raise _damaged(path)
+        sketches = numbers.reshape(len(self._keys), -1)
+        stored = io.BytesIO()  # into a file, NumPy's own writing hides why it failed
+        np.save(stored, np.asarray(sketches @ sketches.T, dtype=np.float64))
         with replacing(self._products(batch)) as file:
-            np.save(file, np.asarray(sketches @ sketches.T, dtype=np.float64))
+            file.write(stored.getbuffer())
         path.unlink()
 
     def interactions(self, batches: int) -> Interactions:
-        """Of the batches that have inner products."""
+        """Of the batches that have inner products.
+
+        Raises:
+            SourceError: a file of them is damaged.
+        """
         total = np.zeros((len(self._keys), len(self._keys)))
         for batch in filter(self.is_finished, range(batches)):
-            total += np.load(self._products(batch))
+            total += self._read_products(batch)
         return Interactions.of_products(self._keys, total)
 
-    def _open(self, batch: int, size: int) -> Any:
-        path = self._sketches(batch)
-        if path.exists():
-            return np.lib.format.open_memmap(path, mode="r+")
-        shape, new = (len(self._keys), size), path.with_suffix(".new")
-        np.lib.format.open_memmap(new, mode="w+", dtype=np.float32, shape=shape).flush()
-        new.replace(path)
-        return np.lib.format.open_memmap(path, mode="r+")
+    def _read_products(self, batch: int) -> Floats:
+        path = self._products(batch)
+        try:
+            products: Floats = np.load(path)
+        except (ValueError, EOFError) as error:
+            raise _damaged(path) from error
+        if products.shape != (len(self._keys), len(self._keys)):
+            raise _damaged(path)
+        return products
 
     def _sketches(self, batch: int) -> Path:
-        return self._folder / f"sketches-{batch}.npy"
+        return self._folder / f"sketches-{batch}.f32"
 
     def _products(self, batch: int) -> Path:
         return self._folder / f"products-{batch}.npy"
+
+
+def _damaged(path: Path) -> SourceError:
+    return SourceError(
+        f"{path} is damaged.",
+        fix="start anew with --fresh (the earlier run is set aside), or restore the file.",
+    )

@@ -1,5 +1,7 @@
 """Open a causal language model in BF16 for measurement."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,12 @@ import torch
 
 from autoquant.errors import ConfigError, OutOfMemory, SourceError
 from autoquant.model import experts
+from autoquant.model.tokenizer import load_tokenizer
 from autoquant.source import stored_forms
 from autoquant.source.architecture import auto_class
+from autoquant.source.extent import Extent
 from autoquant.source.headers import TensorHeader
-from autoquant.source.json_file import read_json_object
-from autoquant.source.source import open_source
+from autoquant.source.source import Source, open_source
 from autoquant.source.tensors import read_tensor
 
 
@@ -54,15 +57,37 @@ def load_model(path: Path, device: torch.device, *, trust_remote_code: bool = Fa
             weight that is NaN or infinite.
         OutOfMemory: the weights do not fit the device.
     """
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     experts.register()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        model, report = _from_pretrained(path, trust_remote_code)
+    source = open_source(path)
+    extent = Extent.of(source.headers)
+    extent.require_layers(source.config)
+    with _loading_errors(path, device):
+        config = _read_config(path, trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    with _loading_errors(path, device):
+        model, report = _filled(_empty(config, extent, trust_remote_code), source)
         model = model.to(device).eval().requires_grad_(False)
+    _check_complete(path, report)
+    _check_finite(model)
+    if hasattr(model.config, "_experts_implementation"):
+        model.set_experts_implementation(experts.IMPLEMENTATION)
+    model.config.use_cache = False
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        max_length=_max_length(model.config.get_text_config()),
+    )
+
+
+@contextmanager
+def _loading_errors(path: Path, device: torch.device) -> Iterator[None]:
+    try:
+        yield
     except SourceError:
         raise
     except Exception as error:  # model code and remote code raise anything
@@ -76,35 +101,41 @@ def load_model(path: Path, device: torch.device, *, trust_remote_code: bool = Fa
             fix="check that config.json names an architecture of this transformers version; "
             "pass --trust-remote-code if its code comes with the model.",
         ) from error
-    _check_complete(path, report)
-    _check_finite(model)
-    if hasattr(model.config, "_experts_implementation"):
-        model.set_experts_implementation(experts.IMPLEMENTATION)
-    model.config.use_cache = False
-    return LoadedModel(
-        model=model,
-        tokenizer=_load_tokenizer(AutoTokenizer, path, trust_remote_code),
-        device=device,
-        max_length=_max_length(model.config.get_text_config()),
-    )
 
 
-def _from_pretrained(path: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
-    """The model in BF16, and what transformers says of the weights it found."""
+def _read_config(path: Path, trust_remote_code: bool) -> Any:
+    """transformers' object of config.json, which asks for plain weights."""
     from transformers import AutoConfig
 
-    settings: dict[str, Any] = {"dtype": torch.bfloat16, "output_loading_info": True}
-    local = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    config: Any = AutoConfig.from_pretrained(path, **local)
-    auto = auto_class(config)
-    if stored_forms.block_size(read_json_object(path / "config.json")) is None:
-        loaded: tuple[Any, dict[str, Any]] = auto.from_pretrained(path, **local, **settings)
-    else:
+    config: Any = AutoConfig.from_pretrained(
+        path, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    if hasattr(config, stored_forms.QUANTIZATION):
         del config.quantization_config
-        with torch.device("meta"):
-            kind: Any = type(auto.from_config(config))
-        weights = {header.name: _Unread(header) for header in open_source(path).headers}
-        loaded = kind.from_pretrained(None, config=config, state_dict=weights, **settings)
+    return config
+
+
+def _empty(config: Any, extent: Extent, trust_remote_code: bool) -> Any:
+    """The model on the meta device, no larger than its weights can fill."""
+    with torch.device("meta"), extent.building():
+        empty: Any = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    extent.require_elements(empty)
+    return empty
+
+
+def _filled(empty: Any, source: Source) -> tuple[Any, dict[str, Any]]:
+    """The model in BF16, and what transformers says of the weights it found.
+
+    The weights are those of the headers, which export and verify read too, and are read rather than
+    mapped: a file that is cut off under a mapping ends the process without a word.
+    """
+    loaded: tuple[Any, dict[str, Any]] = type(empty).from_pretrained(
+        None,
+        config=empty.config,
+        state_dict={header.name: _Unread(header) for header in source.headers.to_write(())},
+        dtype=torch.bfloat16,
+        output_loading_info=True,
+    )
     return loaded
 
 
@@ -131,22 +162,6 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _one_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def _load_tokenizer(auto: Any, path: Path, trust_remote_code: bool) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        return auto.from_pretrained(
-            path, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
-        if (path / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
-        raise SourceError(
-            f"{path} has no tokenizer that transformers can load: {_one_line(error)}",
-            fix="put tokenizer.json and tokenizer_config.json beside the weights.",
-        ) from error
 
 
 def _check_complete(path: Path, report: dict[str, Any]) -> None:

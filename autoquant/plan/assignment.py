@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from autoquant.errors import ConfigError
 from autoquant.formats import BF16, Choice, all_formats
+from autoquant.parsing import Unreadable, parse_yaml, read_text, why
 from autoquant.plan.grouping import Groups
 
 SCHEMA_VERSION = 1
@@ -87,13 +88,11 @@ class Assignment:
         Raises:
             ConfigError: unreadable, not YAML, or not an assignment.
         """
-        import yaml
-
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            data = parse_yaml(read_text(path))
+        except (OSError, Unreadable) as error:
             raise ConfigError(
-                f"assignment {path} cannot be read: {error}",
+                f"assignment {path} {why(error)}.",
                 fix="pass the assignment.yaml of a run directory.",
             ) from error
         return cls.from_dict(data, str(path))

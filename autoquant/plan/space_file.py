@@ -6,11 +6,11 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from autoquant.errors import ConfigError
 from autoquant.formats import Choice, ScaleRule, all_formats, choices_of
+from autoquant.parsing import Unreadable, parse_yaml, read_text, why
 from autoquant.plan.space import ROLE, Rule, SearchSpace
 from autoquant.source.names import ROLES
 
@@ -108,11 +108,12 @@ def load_space(name_or_path: str | Path) -> SearchSpace:
     path = Path(name_or_path)
     if path.suffix in {".yaml", ".yml"}:
         try:
-            return parse_space(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path)
+        except (OSError, Unreadable) as error:
             raise ConfigError(
-                f"search space {path} cannot be read: {error}.", fix="check the path."
+                f"search space {path} {why(error)}.", fix="check the path."
             ) from error
+        return parse_space(text, str(path))
     return parse_space(shipped_text(str(name_or_path)), f"{name_or_path}.yaml")
 
 
@@ -123,10 +124,10 @@ def parse_space(text: str, origin: str) -> SearchSpace:
         ConfigError: not YAML, or a value that the schema does not allow.
     """
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        data = parse_yaml(text)
+    except Unreadable as error:
         raise ConfigError(
-            f"{origin} is not YAML: {' '.join(str(error).split())}.",
+            f"{origin} {error}.",
             fix="`autoquant spaces show default` prints an example.",
         ) from error
     if not isinstance(data, dict):
@@ -180,7 +181,7 @@ def _explain(origin: str, error: ValidationError) -> ConfigError:
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
     name = str(location[-1]) if location else ""
     if first["type"] == "extra_forbidden":
-        known = RuleFile.model_fields if location[0] == "rules" else SpaceFile.model_fields
+        known = RuleFile.model_fields if "rules" in location else SpaceFile.model_fields
         what = "is not a setting"
         fix = _did_you_mean(name, known) or f"settings here are {', '.join(known)}."
     elif first["type"] == "missing":

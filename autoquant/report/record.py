@@ -16,6 +16,7 @@ from typing import Any, Self
 from autoquant.errors import ConfigError, SourceError
 from autoquant.files import read_number
 from autoquant.formats import all_formats
+from autoquant.parsing import Unreadable, parse_yaml, read_text, why
 from autoquant.search.stage_table import stage_table
 from autoquant.store.run_directory import (
     CALIBRATION,
@@ -283,15 +284,13 @@ class _Files:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = parse_yaml(read_text(path))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, Unreadable) as error:
         raise SourceError(
-            f"{path} is damaged: {' '.join(str(error).split())}",
+            f"{path} {why(error)}.",
             fix="restore the file, or start anew with --fresh.",
         ) from error
     return settings if isinstance(settings, dict) else {}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from autoquant.errors import SourceError
 from autoquant.source import names as table
 from autoquant.source import stored_forms
+from autoquant.source.extent import LARGEST
 from autoquant.source.headers import DTYPE_BYTES, Headers, TensorHeader
 from autoquant.source.json_file import read_json_object
 
@@ -94,10 +95,14 @@ def architecture_headers(folder: Path) -> Headers:
             f"{config.get('model_type')!r} to derive their shapes from.",
             fix="download the weights' safetensors index and files too.",
         )
+    LARGEST.require_layers(config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), LARGEST.building():
             model = _build(folder)
+        LARGEST.require_elements(model)
         stored = _stored(model)
+    except SourceError:
+        raise
     except Exception as error:  # model code raises anything on a config that it does not understand
         raise SourceError(
             f"{folder} holds no weights, and transformers cannot build the model that its "

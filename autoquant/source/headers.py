@@ -4,8 +4,9 @@ Format: https://huggingface.co/docs/safetensors. Eight bytes hold the header's l
 endian), N bytes hold a JSON object, and the tensors follow without gaps.
 """
 
-import json
+import itertools
 import math
+import operator
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from autoquant.errors import SourceError
+from autoquant.parsing import Unreadable, decode, parse_json
 
 DTYPE_BYTES: Mapping[str, int] = {
     "BOOL": 1,
@@ -38,6 +40,7 @@ LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself."""
 
 _LENGTH_BYTES = 8
+_TOO_LARGE = 2**64
 _METADATA = "__metadata__"
 _DOWNLOAD_AGAIN = "download or save the file again."
 
@@ -216,7 +219,9 @@ def read_file_header(file: Path) -> tuple[list[TensorHeader], dict[str, str]]:
             fix="check the path, its permissions and the disk.",
         ) from error
     header = _parse(file, text)
-    metadata = header.pop(_METADATA, None) or {}
+    metadata = header.pop(_METADATA, None)
+    if metadata is None:
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(file, f"has a {_METADATA} that is not a mapping of text to text")
     base = _LENGTH_BYTES + length
@@ -226,7 +231,12 @@ def read_file_header(file: Path) -> tuple[list[TensorHeader], dict[str, str]]:
     return entries, metadata
 
 
-def _parse(file: Path, text: bytes) -> dict[str, Any]:
+def _parse(file: Path, content: bytes) -> dict[str, Any]:
+    """The header's object, by the rules of serde_json, which the safetensors library reads with.
+
+    It takes no byte order mark, no `NaN`, and no `-0` for an integer, all of which Python's takes.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, value in pairs:
@@ -235,10 +245,18 @@ def _parse(file: Path, text: bytes) -> dict[str, Any]:
             found[name] = value
         return found
 
+    def refused(word: str) -> Any:
+        raise Unreadable(f"is not JSON: {word}")
+
     try:
-        header = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(file, f"has a header that is not JSON: {error}") from error
+        header = parse_json(
+            decode(content),
+            object_pairs_hook=unique,
+            parse_int=lambda text: -0.0 if text == "-0" else int(text),
+            parse_constant=refused,
+        )
+    except Unreadable as error:
+        raise _damaged(file, f"has a header that {error}") from error
     if not isinstance(header, dict):
         raise _damaged(file, "has a header that is not a JSON object")
     return header
@@ -248,29 +266,35 @@ def tensor_header(file: Path, name: str, value: Any, base: int) -> TensorHeader:
     """One entry of a header's JSON, whose offsets count from byte `base` of the file.
 
     Raises:
-        SourceError: something is missing, or the numbers do not fit each other.
+        SourceError: something is missing or too much, or the numbers do not fit each other.
     """
-    try:
-        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-    except (KeyError, TypeError, ValueError):
-        raise _damaged(file, f"describes {name} without dtype, shape or data_offsets") from None
-    if dtype not in DTYPE_BYTES:
+    match value:
+        case {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]} if (
+            len(value) == 3
+        ):
+            pass
+        case _:
+            raise _damaged(file, f"describes {name} by other than dtype, shape and data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise SourceError(
             f"{file}: tensor {name} has dtype {dtype!r}, which is not one of "
             f"{', '.join(DTYPE_BYTES)}.",
             fix="save the model in bfloat16.",
         )
     numbers = (*shape, begin, end)
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise _damaged(file, f"gives {name} shape {list(shape)} and offsets {begin}, {end}")
+    if not all(type(number) is int and 0 <= number < _TOO_LARGE for number in numbers):
+        raise _damaged(file, f"gives {name} shape {shape} and offsets {begin}, {end}")
+    products = itertools.accumulate((*shape, DTYPE_BYTES[dtype]), operator.mul)
+    if any(product >= _TOO_LARGE for product in products):  # also on the way to a zero
+        raise _damaged(file, f"gives {name} a shape of more than 2^64 bytes, {shape}")
     needed = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != needed:
         raise _damaged(
             file,
-            f"gives {name} {end - begin:,} bytes; {dtype} {list(shape)} takes {needed:,}",
+            f"gives {name} {end - begin:,} bytes; {dtype} {shape} takes {needed:,}",
         )
     return TensorHeader(
-        name=name, dtype=dtype, shape=shape, file=file, begin=base + begin, end=base + end
+        name=name, dtype=dtype, shape=tuple(shape), file=file, begin=base + begin, end=base + end
     )
 
 

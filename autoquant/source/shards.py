@@ -1,15 +1,20 @@
 """Which safetensors files make up a checkpoint folder, and whether its index agrees with them."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from autoquant.errors import SourceError
+from autoquant.source.folder import require_own, stays_inside
 from autoquant.source.headers import Headers
 from autoquant.source.json_file import read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+
+_FILE_OF_WEIGHTS = "transformers_weights"
 
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.safetensors")
 
@@ -26,7 +31,7 @@ def read_checkpoint_headers(folder: Path) -> Headers:
         if not single.exists():
             raise _no_weights(folder)
         return Headers.read((inside(folder, SINGLE_FILE),))
-    weight_map = _weight_map(index)
+    weight_map = _weight_map(inside(folder, INDEX_FILE))
     names = sorted(set(weight_map.values()))
     if single.exists() and names != [SINGLE_FILE]:
         raise SourceError(
@@ -43,7 +48,7 @@ def read_checkpoint_headers(folder: Path) -> Headers:
 
 def holds_weights(folder: Path) -> bool:
     """Whether `folder` has a weight file of any kind, readable or not, or an index of some."""
-    endings = (".safetensors", ".bin", ".pt", ".pth", ".index.json", "adapter_config.json")
+    endings = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ADAPTER)
     return any(file.name.endswith(endings) for file in folder.iterdir())
 
 
@@ -62,21 +67,38 @@ def inside(folder: Path, name: str) -> Path:
             f"{folder} names the file {name!r}, which lies outside of the folder.",
             fix="copy the file into the folder; a checkpoint may not reach elsewhere.",
         )
-    if not path.is_file():
+    if not path.exists():
         raise SourceError(
             f"{path} is missing.",
             fix="download the model again; an interrupted download leaves such gaps.",
         )
+    require_own(folder, path)
     return path
 
 
-def stays_inside(folder: Path, path: Path) -> bool:
-    """Whether `path`, links resolved, is in `folder` or in the blobs of its cache entry."""
-    roots = [folder.resolve()]
-    if folder.absolute().parent.name == "snapshots":
-        roots.append(folder.absolute().parent.parent.resolve() / "blobs")
-    resolved = path.resolve()
-    return any(resolved.is_relative_to(root) for root in roots)
+def require_no_redirection(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise if transformers or an engine would read other weights than `read_checkpoint_headers`.
+
+    Args:
+        folder: of the checkpoint.
+        config: its config.json.
+
+    Raises:
+        SourceError: a key of the config names a file of weights, or an adapter lies beside them.
+    """
+    for part in (config, config.get("text_config")):
+        named = part.get(_FILE_OF_WEIGHTS) if isinstance(part, dict) else None
+        if named is not None:
+            raise SourceError(
+                f"{folder}/config.json names its weights in {_FILE_OF_WEIGHTS}, {named!r}: "
+                f"transformers reads that file, and engines read {SINGLE_FILE} or {INDEX_FILE}.",
+                fix=f"remove the key from a copy of the model whose {SINGLE_FILE} is that file.",
+            )
+    if (folder / ADAPTER).exists():
+        raise SourceError(
+            f"{folder} holds {ADAPTER} beside its weights: transformers changes them by it.",
+            fix="merge the adapter into the weights, or move it out of the folder.",
+        )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -132,7 +154,7 @@ def _no_weights(folder: Path) -> SourceError:
             f"{folder} holds {pickled[0]} and no safetensors; pickled weights are not read.",
             fix="save the model again with save_pretrained, which writes safetensors.",
         )
-    if "adapter_config.json" in present:
+    if ADAPTER in present:
         return SourceError(
             f"{folder} holds an adapter and no model.", fix="merge the adapter into its base model."
         )

@@ -12,6 +12,7 @@ from autoquant.errors import ConfigError, SourceError
 from autoquant.source import hub, stored_forms
 from autoquant.source.architecture import architecture_headers
 from autoquant.source.contents import Contents
+from autoquant.source.folder import require_own_files
 from autoquant.source.headers import Headers
 from autoquant.source.json_file import read_json_object
 from autoquant.source.shards import (
@@ -19,6 +20,7 @@ from autoquant.source.shards import (
     holds_weights,
     inside,
     read_checkpoint_headers,
+    require_no_redirection,
 )
 
 CONFIG_FILE = "config.json"
@@ -126,6 +128,9 @@ def open_source(model: str | Path, *, revision: str | None = None, weights: bool
         _require_config(path)
         headers, has_weights = architecture_headers(path), False
     config = dict(read_json_object(inside(path, CONFIG_FILE)))
+    require_no_redirection(path, config)
+    if weights:
+        require_own_files(path)
     block = stored_forms.block_size(config)
     if block is not None:
         headers = stored_forms.dequantized(headers, block)

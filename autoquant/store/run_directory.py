@@ -17,7 +17,14 @@ from filelock import FileLock, Timeout
 
 import autoquant
 from autoquant.errors import ConfigError, RunConflict, SourceError
-from autoquant.files import set_aside, sync_folder, to_json, write_atomic
+from autoquant.files import (
+    clear_litter,
+    is_litter,
+    set_aside,
+    sync_folder,
+    to_json,
+    write_atomic,
+)
 
 SCHEMA_VERSION = 1
 
@@ -106,6 +113,7 @@ class RunDirectory:
         _refuse_foreign(path)
         lock = _hold(path)
         try:
+            clear_litter(path)
             identity = read_identity(path)
             if identity is not None and not resume:
                 lock = _set_aside(path, lock)
@@ -279,7 +287,7 @@ def _set_aside(path: Path, lock: FileLock) -> FileLock:
 def _refuse_foreign(path: Path) -> None:
     if not path.is_dir() or (path / IDENTITY).exists():
         return
-    foreign = sorted(entry.name for entry in path.iterdir() if entry.name != _LOCK)
+    foreign = sorted(e.name for e in path.iterdir() if e.name != _LOCK and not is_litter(e))
     if foreign:
         raise RunConflict(
             f"{path} is not empty and is no run directory (it holds {foreign[0]!r}).",
@@ -303,7 +311,7 @@ def _is_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -
         RunConflict: it is another search's, and holds what that one has measured.
     """
     differing = differences(found, wanted)
-    if differing and any(entry.name not in _PRELIMINARY for entry in path.iterdir()):
+    if differing and not all(e.name in _PRELIMINARY or is_litter(e) for e in path.iterdir()):
         raise RunConflict(
             f"run directory {path} belongs to another search: {'; '.join(differing)}.",
             fix="give another --out, or start anew with --fresh (the earlier run is set aside).",
@@ -319,7 +327,7 @@ def _clear(path: Path) -> None:
 def _parse(text: str | bytes, origin: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
         raise SourceError(

@@ -11,6 +11,7 @@ from filelock import FileLock
 
 import autoquant
 from autoquant.environment import git_commit, redact
+from autoquant.files import clear_litter, temporary
 from autoquant.store.run_directory import TRACKING, RunDirectory
 from autoquant.tracking.recorder import Recorder, one_line
 from autoquant.tracking.tracker import ChildRuns, NullTracker, Tracker
@@ -153,8 +154,8 @@ def _make_store(path: Path) -> None:
     """Make all tables, then show the file: MLflow cannot go on from half of them."""
     from mlflow.tracking import MlflowClient
 
-    unfinished = path.with_name(f".{path.name}.new")
-    unfinished.unlink(missing_ok=True)
+    clear_litter(path.parent)
+    unfinished = temporary(path)
     MlflowClient(tracking_uri=f"sqlite:///{unfinished}")
     unfinished.rename(path)
 

@@ -105,7 +105,8 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
 
 def test_a_broken_record_is_named_with_its_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    assert f"{tmp_path / 'a.jsonl'}:2 is not a JSON record" in refused(tmp_path).message
+    message = refused(tmp_path).message
+    assert f"{tmp_path / 'a.jsonl'}:2 is not JSON: Expecting value at column 10" in message
 
 
 @pytest.mark.parametrize("record", ['{"score": 1}', "[1, 2]", "7"])

@@ -151,7 +151,7 @@ def name_a_file_above(folder):
         (double_a_shard, 4, "a tensor is stored once"),
         (swap_files_in_the_index, 4, "and it is in"),
         (promise_an_absurd_header, 4, "promises a header of 1,152,921,504,606,846,976 bytes"),
-        (promise_an_absurd_tensor, 4, "[1099511627776, 1099511627776] takes"),
+        (promise_an_absurd_tensor, 4, "more than 2^64 bytes, [1099511627776, 1099511627776]"),
         (poison(float("nan")), 4, f"{Q_PROJ} in "),
         (poison(float("inf")), 4, "holds NaN or Inf"),
         (change_a_width, 4, "share an input"),

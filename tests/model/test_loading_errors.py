@@ -101,12 +101,12 @@ def test_the_longest_sequence_is_that_of_the_positions(folder):
     ids=["python", "gpu", "cpu"],
 )
 def test_a_model_that_does_not_fit_is_out_of_memory(folder, monkeypatch, error):
-    from transformers import AutoModelForCausalLM
+    from transformers import LlamaForCausalLM
 
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", fail)
     with pytest.raises(OutOfMemory, match="does not fit the memory of cpu"):
         load_model(folder, CPU)
 

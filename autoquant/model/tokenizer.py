@@ -1,0 +1,61 @@
+"""The tokenizer of a model folder, or what is wrong with its files."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from autoquant.errors import AutoQuantError, SourceError
+from autoquant.source.json_file import read_json_object
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "vocab.json",
+)
+"""JSON objects that make a tokenizer, as far as they are there."""
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
+    """The tokenizer that transformers makes of the files in `path`.
+
+    Raises:
+        SourceError: none there, or files that are damaged or do not make one.
+    """
+    from transformers import AutoTokenizer
+
+    for name in _FILES:
+        if (path / name).exists():
+            read_json_object(path / name)
+    with tokenizer_errors(path):
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        tokenizer("a")
+    return tokenizer
+
+
+@contextmanager
+def tokenizer_errors(path: Path) -> Iterator[None]:
+    """Turn what a tokenizer raises into an error of its files.
+
+    Raises:
+        SourceError: anything was raised that is no error of AutoQuant's own and no interruption.
+    """
+    try:
+        yield
+    except AutoQuantError:
+        raise
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"  # of Rust, and no Exception to Python
+        if isinstance(error, MemoryError) or not (isinstance(error, Exception) or is_panic):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SourceError(
+            f"{path} has no tokenizer that transformers can use: {reason}",
+            fix="put the model's own tokenizer.json and tokenizer_config.json beside its weights; "
+            "pass --trust-remote-code if it comes as code.",
+        ) from error
