@@ -335,7 +335,7 @@ def _parse(words: list[str]) -> "click.Context":
     """
     import click
 
-    from autoquant.cli.search import command
+    from autoquant.cli.commands.search import command
 
     try:
         return command.make_context("search", [*words])

@@ -88,7 +88,7 @@ def command(ctx: click.Context, /, **settings: Any) -> None:
 
 def _as_of_search(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a search with these probes; on the others probes do not depend."""
-    from autoquant.cli.search import command as search
+    from autoquant.cli.commands.search import command as search
 
     defaults = search.make_context("search", ["--budget-bpe=16"]).params
     return {**defaults, **settings, "budget_bpe": 16.0, "report_tokens": 1}

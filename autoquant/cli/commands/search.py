@@ -131,7 +131,7 @@ def command(ctx: click.Context, /, **settings: Any) -> None:
 
     Without MODEL, on the reference model that comes with AutoQuant.
     """
-    from autoquant.cli.search_output import print_frontier, print_result
+    from autoquant.cli.commands.search_output import print_frontier, print_result
     from autoquant.cli.terminal import Terminal
     from autoquant.run.budgets import Tracking, run_searches
     from autoquant.run.settings import make_configs
