@@ -99,7 +99,7 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
     ]
     budget_scope: BudgetScope = Scope.CHECKPOINT
     cost: Annotated[
-        CostKind,
+        Literal[CostKind.BITS, CostKind.ACTIVE_BYTES],
         Setting(
             "Budget",
             "What the budget limits: stored bits, or what one token reads (top-k of the experts).",

@@ -75,17 +75,22 @@ class SettingField:
     @property
     def kind(self) -> Any:
         """The type of a value that is given: bool, int, float, str, Path, tuple or an enum."""
-        bare = next(part for part in _parts(self.info.annotation) if _is_type(part))
+        bare = self._bare
         return str if get_origin(bare) is Literal else get_origin(bare) or bare
 
     @property
     def choices(self) -> tuple[str, ...]:
         """The values that it may take, where they can be listed."""
-        bare = next(part for part in _parts(self.info.annotation) if _is_type(part))
+        bare = self._bare
         if get_origin(bare) is Literal:
-            return get_args(bare)
+            return tuple(map(str, get_args(bare)))
         is_enum = isinstance(bare, type) and issubclass(bare, Enum)
-        return tuple(member.value for member in bare) if is_enum else ()
+        return tuple(map(str, bare)) if is_enum else ()
+
+    @property
+    def _bare(self) -> Any:
+        """Its type without `None` and without metadata."""
+        return next(part for part in _parts(self.info.annotation) if _is_type(part))
 
     @property
     def bounds(self) -> str:
