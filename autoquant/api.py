@@ -12,20 +12,16 @@ figures, the same as in `report.html`. Everywhere KL is KL(BF16 || quantized) in
 bits per element of the checkpoint, and sizes bytes.
 """
 
-import inspect
-import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from autoquant.errors import ConfigError
 from autoquant.report import html
 from autoquant.report.record import RunRecord, TrialRow
 from autoquant.store.run_directory import Status
 
 if TYPE_CHECKING:
-    import click
     import pandas as pd
     from matplotlib.figure import Figure
 
@@ -258,8 +254,8 @@ def search(
         SourceError: model or text missing, damaged or not understood.
         RunConflict: `out` holds another search, or another process holds it.
     """
-    arguments = {name: value for name, value in locals().items() if name != "observer"}
-    return _search(arguments, observer)[0]
+    settings = {name: value for name, value in locals().items() if name != "observer"}
+    return _search(settings | {"budget_bpe": [budget_bpe]}, observer)[0]
 
 
 def search_budgets(
@@ -278,69 +274,19 @@ def search_budgets(
         TypeError: `search` has no such argument.
         ConfigError, InfeasibleBudget, SourceError, RunConflict: as `search` does.
     """
-    bound = inspect.signature(search).bind(
-        model,
-        budget_bpe=",".join(f"{bpe:g}" for bpe in budgets_bpe),
-        **{"export": False} | settings,
-    )
-    bound.apply_defaults()
-    return _search(bound.arguments, bound.arguments.pop("observer"))
+    if "budget_bpe" in settings:
+        raise TypeError("search_budgets() takes budgets_bpe, not budget_bpe")
+    observer = settings.pop("observer", None)
+    return _search(settings | {"model": model, "budget_bpe": [*budgets_bpe]}, observer)
 
 
-def _search(arguments: dict[str, Any], observer: "Observer | None") -> list[Run]:
-    from autoquant.cli.options import resolved_settings
-    from autoquant.run.budgets import Tracking, run_searches
+def _search(settings: Mapping[str, Any], observer: "Observer | None") -> list[Run]:
+    from autoquant.run.budgets import run_searches
+    from autoquant.run.config import SearchConfig
     from autoquant.run.observer import Silent
-    from autoquant.run.settings import make_configs
 
-    words = _command_line(arguments)
-    parsed = _parse(words)
-    outcomes = run_searches(
-        make_configs(parsed.params),
-        out=parsed.params["out"],
-        resume=arguments["resume"],
-        settings=resolved_settings(parsed),
-        command=shlex.join(["autoquant", "search", *words]),
-        tracking=Tracking.of(parsed.params),
-        observer=observer or Silent(),
-        sensitivity=parsed.params["sensitivity"],
-    )
+    outcomes = run_searches(SearchConfig.of(settings), observer or Silent())
     return [load_run(outcome.path) for outcome in outcomes]
-
-
-def _command_line(arguments: dict[str, Any]) -> list[str]:
-    """The same search as words of a command line, defaults left out."""
-    defaults = {name: p.default for name, p in inspect.signature(search).parameters.items()}
-    if "," in str(arguments["budget_bpe"]):
-        defaults["export"] = False
-    words = []
-    for name, value in arguments.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value == defaults[name]:
-            continue
-        if name == "resume":
-            words.append("--fresh")
-        elif isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        elif name != "model":
-            words.append(f"{flag}={value}")
-    return [*words, "--", str(arguments["model"])] if arguments["model"] is not None else words
-
-
-def _parse(words: list[str]) -> "click.Context":
-    """The arguments after the checks that flags pass.
-
-    Raises:
-        ConfigError: one of them fails.
-    """
-    import click
-
-    from autoquant.cli.search import command
-
-    try:
-        return command.make_context("search", [*words])
-    except click.UsageError as error:
-        raise ConfigError(error.format_message(), fix="see help(autoquant.api.search).") from error
 
 
 def _frame(rows: Iterable[dict[str, Any]], columns: Iterable[str]) -> "pd.DataFrame":

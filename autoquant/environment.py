@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import autoquant
 from autoquant.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "torch",
@@ -162,6 +165,23 @@ def cpu_policy(environment: Mapping[str, str]) -> tuple[CpuPolicy, str]:
 def _cpu_products() -> dict[str, str]:
     policy, reason = cpu_policy(os.environ)
     return {"policy": str(policy), "reason": reason}
+
+
+def measuring_on(device: "torch.device") -> dict[str, str]:
+    """What decides the last digits of a measurement on `device`: versions, machine, products."""
+    import torch
+    from autoquant_kernels import active_backend
+
+    is_cuda = device.type == "cuda"
+    processor = torch.cuda.get_device_name(device) if is_cuda else machine()["cpu"]
+    return {
+        "autoquant": autoquant.__version__,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "kernels": active_backend(device),
+        "device": f"{device.type} ({processor})" if processor else device.type,
+        **({} if is_cuda else {"products": str(cpu_policy(os.environ)[0])}),
+    }
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str | None]:

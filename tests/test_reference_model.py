@@ -8,9 +8,9 @@ import torch
 from autoquant.data.stdlib import held_out_documents
 from autoquant.data.text import load_corpus
 from autoquant.data.tokens import Split, TokenPlan, make_splits
-from autoquant.model.inputs import ActivationMode
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import LoadedModel, load_model
+from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.plan import make_plan
 from autoquant.plan.space_file import load_space
 from autoquant.source.source import REFERENCE_MODEL, open_source

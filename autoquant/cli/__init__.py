@@ -8,16 +8,16 @@ import autoquant
 from autoquant.cli.group import LazyGroup
 
 MODULES = {
-    "search": "autoquant.cli.search",
-    "plan": "autoquant.cli.plan",
-    "probe": "autoquant.cli.probe",
-    "score": "autoquant.cli.score",
-    "export": "autoquant.cli.export",
-    "verify": "autoquant.cli.verify",
-    "report": "autoquant.cli.report",
-    "compare": "autoquant.cli.compare",
-    "spaces": "autoquant.cli.spaces",
-    "env": "autoquant.cli.environment",
+    "search": "autoquant.cli.commands.search",
+    "plan": "autoquant.cli.commands.plan",
+    "probe": "autoquant.cli.commands.probe",
+    "score": "autoquant.cli.commands.score",
+    "export": "autoquant.cli.commands.export",
+    "verify": "autoquant.cli.commands.verify",
+    "report": "autoquant.cli.commands.report",
+    "compare": "autoquant.cli.commands.compare",
+    "spaces": "autoquant.cli.commands.spaces",
+    "env": "autoquant.cli.commands.environment",
 }
 """Command to module, in the order of `--help`; each module defines the click command `command`."""
 

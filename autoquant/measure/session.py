@@ -10,11 +10,11 @@ from autoquant.data.text import load_corpus
 from autoquant.data.tokens import Split, TokenPlan, make_splits, shortfalls
 from autoquant.errors import SourceError
 from autoquant.measure.scorer import Scorer
-from autoquant.model.inputs import ActivationMode
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import LoadedModel, choose_device, load_model
 from autoquant.model.memory import keep_freed_memory
 from autoquant.model.shared_inputs import input_disagreements
+from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.linears import LayerGroup
 from autoquant.progress import Progress
 from autoquant.source.source import Source

@@ -6,31 +6,12 @@ products of all experts): one static scale, and one fake quantization per forwar
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 import torch
 
 from autoquant.errors import SourceError
-from autoquant.formats import Choice, Format
+from autoquant.formats import Format
 from autoquant.source import names as table
-
-
-class ActivationMode(StrEnum):
-    """Which inputs are quantized besides the weights."""
-
-    W4A4 = "w4a4"
-    """Every quantized linear's input, as Blackwell serves."""
-    W4A16 = "w4a16"
-    """Inputs of eight bits only: four-bit weights meet BF16 inputs, as Hopper serves."""
-
-    @property
-    def fewest_bits(self) -> int:
-        """Bits of the narrowest input that the machine multiplies."""
-        return 4 if self is ActivationMode.W4A4 else 8
-
-    def quantizes_input(self, choice: Choice) -> bool:
-        """Whether a linear under `choice` sees a quantized input."""
-        return not choice.keeps_input and choice.format.input_bits >= self.fewest_bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

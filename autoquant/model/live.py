@@ -18,9 +18,10 @@ from autoquant.formats import BF16, Choice
 from autoquant.model.attention import QuantizedCache
 from autoquant.model.binding import DenseSlot, ExpertsSlot, Names, Slot, bind
 from autoquant.model.experts import WIDE, ExpertsHook
-from autoquant.model.inputs import ActivationMode, InputScale, InputSet
+from autoquant.model.inputs import InputScale, InputSet
 from autoquant.model.products import CpuProducts
 from autoquant.model.resident import ResidentWeights
+from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.linears import LayerGroup
 

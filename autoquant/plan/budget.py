@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from autoquant.decimals import shortest
 from autoquant.errors import ConfigError
 from autoquant.formats import all_formats
 
@@ -33,7 +34,8 @@ class Budget:
     def __post_init__(self) -> None:
         if not 0 < self.bpe <= MOST_BPE:
             raise ConfigError(
-                f"a budget of {self.bpe:g} bits per element is not between 0 and {MOST_BPE}.",
+                f"a budget of {shortest(self.bpe)} bits per element is not between 0 and "
+                f"{MOST_BPE}.",
                 fix=f"{_bits_of_formats()}.",
             )
 

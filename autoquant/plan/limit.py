@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from autoquant.decimals import shortest
 from autoquant.errors import ConfigError, InfeasibleBudget
 from autoquant.formats import Choice
 from autoquant.plan.assignment import Assignment
@@ -30,7 +31,7 @@ class Limit:
         """
         if not 0 <= asked < math.inf:
             raise ConfigError(
-                f"a limit of {asked:g} {cost.unit.name} is not a number from 0 up.",
+                f"a limit of {shortest(asked)} {cost.unit.name} is not a number from 0 up.",
                 fix="give the most that an assignment may take.",
             )
         return cls(cost=cost, asked=asked, at_most=cost.unit.most(asked))
@@ -59,7 +60,7 @@ class Limit:
             for what, steps in parts
         )
         raise InfeasibleBudget(
-            f"a budget of {self.asked:.15g} {unit.name} is below the floor of {lowest:.3f}: "
+            f"a budget of {shortest(self.asked)} {unit.name} is below the floor of {lowest:.3f}: "
             f"{held_up}.",
             fix=f"allow at least {math.ceil(lowest * 100) / 100:.2f} {unit.name}, or open more "
             "in the search space.",

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+from autoquant.decimals import shortest
 from autoquant.report.record import RunRecord, TrialRow
 from autoquant.report.style import LIGHT, new_figure, plain_log, powers_of_ten
 from autoquant.report.words import counts_stored_bits, rank_correlation
@@ -229,7 +230,7 @@ def _draw_budget(axes: "Axes", record: RunRecord) -> None:
     settings = record.identity["signature"]
     budget = settings.get("budget_bpe")
     if budget and counts_stored_bits(settings):
-        axes.axvline(budget, color=LIGHT["ink"], lw=1, ls="--", label=f"budget {budget:g}")
+        axes.axvline(budget, color=LIGHT["ink"], lw=1, ls="--", label=f"budget {shortest(budget)}")
 
 
 def _scatter(axes: "Axes", trials: Sequence[TrialRow], x: Any) -> None:

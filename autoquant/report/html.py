@@ -134,6 +134,7 @@ def template(name: str) -> "Template":
     )
     environment.filters |= {
         "size": words.size,
+        "exact": words.exact,
         "number": words.number,
         "fixed": words.fixed,
         "percent": words.percent,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from autoquant.decimals import shortest
 from autoquant.report.record import RunRecord
 from autoquant.store.run_directory import IDENTITY, RESULT, Status
 
@@ -18,6 +19,11 @@ def size(count: float) -> str:
 def number(value: float | None, digits: int = 3) -> str:
     """`value` to significant digits, or a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}g}"
+
+
+def exact(value: float | None) -> str:
+    """`value` with every digit that it has, or a dash where there is none."""
+    return "-" if value is None else shortest(value)
 
 
 def fixed(value: float | None, digits: int, sign: str = "") -> str:
@@ -88,8 +94,8 @@ def budget_note(result: Mapping[str, Any]) -> str:
     budget = _budget(result)
     meaning = f", {budget['meaning']}" if budget["meaning"] else ""
     return (
-        f"BPE is of the whole checkpoint as stored; the budget of {result['budget_bpe']:g} counts "
-        f"{budget['unit']}{meaning}."
+        f"BPE is of the whole checkpoint as stored; the budget of {exact(result['budget_bpe'])} "
+        f"counts {budget['unit']}{meaning}."
     )
 
 
@@ -175,7 +181,7 @@ def _budget(result: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _size_and_budget(result: Mapping[str, Any]) -> str:
     """What the mix takes as the budget counts it, and beside it what the checkpoint stores."""
-    stored, budget = size(result["checkpoint_bytes"]), f"budget {result['budget_bpe']:g}"
+    stored, budget = size(result["checkpoint_bytes"]), f"budget {exact(result['budget_bpe'])}"
     taken = f"At {budgeted(result):.3f} {unit_of_budget(result)}"
     if counts_stored_bits(result):
         return f"{taken} ({stored}, {budget})"

@@ -5,13 +5,24 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+from autoquant.decimals import shortest
 from autoquant.errors import ConfigError, RunConflict
-from autoquant.plan.plan import Plan, make_plan
-from autoquant.run.config import SearchConfig
+from autoquant.plan.plan import Plan
+from autoquant.run.config import ProbeConfig, SearchConfig
+from autoquant.run.config.file import settings_text
 from autoquant.run.observer import Observer
+from autoquant.run.opening import limits_of, open_plan
+from autoquant.run.probing import Probing
 from autoquant.run.shared import Shared, finished_probes
+from autoquant.run.signature import (
+    budget_name,
+    probe_name,
+    probe_signature,
+    search_name,
+    search_signature,
+)
 from autoquant.run.stages import Search
 from autoquant.search.problem import require_feasible
 from autoquant.search.trials import Stage
@@ -23,7 +34,7 @@ from autoquant.store.run_directory import (
     read_identity,
     read_json,
 )
-from autoquant.tracking import ChildRuns, NullTracker, Tracker, track
+from autoquant.tracking import NullTracker, Tracker, track
 
 RUNS = Path("runs")
 """Where runs go that are not told a folder."""
@@ -47,52 +58,17 @@ class Outcome:
     """The contents of `result.json`, or of `sensitivity.json`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tracking:
-    """How searches are recorded in MLflow."""
-
-    is_on: bool
-    experiment: str
-    child_runs: ChildRuns
-    """Trials that get a run of their own."""
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Self:
-        """As the settings of a search name it."""
-        return cls(
-            is_on=settings["mlflow"],
-            experiment=settings["mlflow_experiment"],
-            child_runs=settings["mlflow_trials"],
-        )
-
-
-def run_searches(
-    configs: Sequence[SearchConfig],
-    *,
-    out: Path | None,
-    resume: bool,
-    settings: Mapping[str, Any],
-    command: str,
-    tracking: Tracking,
-    observer: Observer,
-    sensitivity: Path | None = None,
-) -> list[Outcome]:
+def run_searches(config: SearchConfig, observer: Observer) -> list[Outcome]:
     """Run a search for each budget, or go on with them.
 
     Several budgets share calibration, probes and what is measured of the same assignment; each
     has a run directory of its own in `out`, the same as a search of that budget alone would write.
 
     Args:
-        configs: the same search under each budget.
-        out: run directory, or with several budgets the folder of the run directories; a folder of
-            `runs/` named after the search by default.
-        resume: False sets earlier runs aside.
-        settings: resolved settings, written to the run directories and to MLflow.
-        command: the command line, for the model card.
-        tracking: whether and how to record.
+        config: `out` is the run directory, or with several budgets the folder of the run
+            directories; without `sensitivity`, finished probes of the same settings are taken over
+            from where `run_probes` leaves them.
         observer: watches.
-        sensitivity: run directory whose probes are taken over; by default the one that
-            `run_probes` chose for the same settings, if it is there.
 
     Raises:
         ConfigError: the space leaves nothing to choose, or `sensitivity` holds no probes.
@@ -101,55 +77,29 @@ def run_searches(
             of `sensitivity` rest on other settings.
         SourceError: model or text missing, damaged or not understood.
     """
-    for config in configs:
-        plan = _require_a_choice(config)
-        require_feasible(plan.accounting, config.limits(plan))
-    for config in configs:
-        config.source.contents.digests(observer)
-    paths = _paths(configs, out)
+    plan = _open_plan(config)
+    searches = config.of_each_budget()
+    for search in searches:
+        require_feasible(plan.accounting, limits_of(search, plan))
+    plan.source.contents.digests(observer)
+    paths = _paths(searches, plan, config.out)
     for path in paths:
         _refuse_probes_alone(path)
-    probes = _probes_of(configs[0], sensitivity) if resume or sensitivity else None
+    probes = _probes_of(config, plan) if config.resume or config.sensitivity else None
     if probes is not None:
         observer.note(f"probes: {probes}")
-    shared, outcomes = Shared(probes=probes), []
-    for config, path in zip(configs, paths, strict=True):
-        outcome = _run(
-            config,
-            path,
-            resume=resume,
-            settings={**settings, "budget_bpe": config.budget.bpe},
-            command=command,
-            tracking=tracking,
-            observer=observer,
-            shared=shared,
-            runs=path.parent if len(paths) == 1 else path.parent.parent,
-        )
-        shared.runs.append(path)
-        outcomes.append(outcome)
+    batch = _Batch(config=config, plan=plan, observer=observer, shared=Shared(probes=probes))
+    outcomes = [batch.run(search, path) for search, path in zip(searches, paths, strict=True)]
     if len(outcomes) > 1:
         _write_comparison(paths, observer)
     return outcomes
 
 
-def run_probes(
-    config: SearchConfig,
-    *,
-    out: Path | None,
-    resume: bool,
-    settings: Mapping[str, Any],
-    command: str,
-    observer: Observer,
-) -> Outcome:
+def run_probes(config: ProbeConfig, observer: Observer) -> Outcome:
     """Calibrate and probe, or go on with it; the result is what `sensitivity.json` holds.
 
     Args:
-        config: the budget and what comes after the probes do not matter.
-        out: run directory; by default a folder of `runs/` where a search with the same settings
-            finds it.
-        resume: False sets an earlier run aside.
-        settings: resolved settings, written to the run directory.
-        command: the command line.
+        config: without `out`, the run directory is where a search with the same settings finds it.
         observer: watches.
 
     Raises:
@@ -157,15 +107,76 @@ def run_probes(
         RunConflict: the directory holds something else, or another process holds it.
         SourceError: model or text missing, damaged or not understood.
     """
-    _require_a_choice(config)
-    config.source.contents.digests(observer)
-    path = out if out is not None else RUNS / config.probe_name()
-    with RunDirectory.open(path, config.probe_signature(), resume=resume) as run:
+    plan = _open_plan(config)
+    plan.source.contents.digests(observer)
+    path = config.out if config.out is not None else RUNS / probe_name(config, plan)
+    with RunDirectory.open(path, probe_signature(config, plan), resume=config.resume) as run:
         observer.note(f"run directory: {path}")
         if run.read_json(SENSITIVITY) is None:
-            _write_settings(run, settings)
-        search = Search(config, run, NullTracker(), observer, command)
-        return Outcome(path=path, result=search.probe())
+            run.write_text(CONFIG, settings_text(config))
+        probing = Probing(config=config, plan=plan, run=run, observer=observer)
+        return Outcome(path=path, result=probing.probe())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Searches of one model under one budget or several, in their order."""
+
+    config: SearchConfig
+    """Of all of them."""
+    plan: Plan
+    observer: Observer
+    shared: Shared
+
+    def run(self, search: SearchConfig, path: Path) -> Outcome:
+        """One of the searches, in its run directory."""
+        signature = search_signature(search, self.plan)
+        with RunDirectory.open(path, signature, resume=search.resume) as run:
+            self.observer.note(f"run directory: {path}")
+            is_finished = run.read_json(RESULT) is not None
+            settings = (_stored_settings(run) if is_finished else None) or search.saved()
+            if not is_finished:
+                run.write_text(CONFIG, settings_text(search))
+            with self._recording(run, settings) as tracker:
+                result = Search(
+                    config=search,
+                    plan=self.plan,
+                    limits=limits_of(search, self.plan),
+                    run=run,
+                    tracker=tracker,
+                    observer=self.observer,
+                    shared=self.shared,
+                    command=self._command(),
+                ).execute()
+        self.shared.runs.append(path)
+        limit = _limit_reached(search, settings, result)
+        if limit is not None:
+            self.observer.note(f"{path}: {limit}")
+        if is_finished or limit is not None:
+            self.observer.note(f"{path}: this result stays; --fresh sets it aside and begins anew.")
+        return Outcome(path=path, result=result)
+
+    def _command(self) -> str:
+        """The command that goes on with these searches, or shows their results again."""
+        return self.config.model_copy(update={"resume": True}).command_line()
+
+    def _recording(
+        self, run: RunDirectory, settings: Mapping[str, Any]
+    ) -> AbstractContextManager[Tracker]:
+        """MLflow's run of the search while it lasts, or nothing."""
+        if not self.config.mlflow:
+            return nullcontext(NullTracker())
+        is_alone = len(self.config.budget_bpe) == 1
+        return track(
+            run,
+            settings,
+            model=self.plan.source.model,
+            source_digest=self.plan.source.digest,
+            experiment=self.config.mlflow_experiment,
+            child_runs=self.config.mlflow_trials,
+            warn=self.observer.warn,
+            runs=run.path.parent if is_alone else run.path.parent.parent,
+        )
 
 
 def _refuse_probes_alone(path: Path) -> None:
@@ -177,93 +188,37 @@ def _refuse_probes_alone(path: Path) -> None:
         )
 
 
-def _probes_of(config: SearchConfig, given: Path | None) -> Path | None:
-    if given is not None:
-        return finished_probes(given, config)
-    path = RUNS / config.probe_name()
+def _probes_of(config: SearchConfig, plan: Plan) -> Path | None:
+    wanted = probe_signature(config, plan)
+    if config.sensitivity is not None:
+        return finished_probes(config.sensitivity, wanted)
+    path = RUNS / probe_name(config, plan)
     if not path.is_dir() or read_json(path, SENSITIVITY) is None:
         return None
-    return finished_probes(path, config)
+    return finished_probes(path, wanted)
 
 
-def _require_a_choice(config: SearchConfig) -> Plan:
-    plan = make_plan(config.source, config.space, config.kv_cache)
+def _open_plan(config: ProbeConfig) -> Plan:
+    plan = open_plan(config)
     if not plan.options.open:
         raise ConfigError(
-            f"the search space {config.space.name} leaves no layer of {config.source.model} open.",
+            f"the search space {plan.space.name} leaves no layer of {plan.source.model} open.",
             fix="`autoquant plan` says why; open some layers, or export an assignment.",
         )
     return plan
 
 
-def _paths(configs: Sequence[SearchConfig], out: Path | None) -> list[Path]:
-    if len(configs) == 1:
-        return [out if out is not None else RUNS / configs[0].run_name()]
-    folder = out if out is not None else RUNS / f"{configs[0].run_name()}-{len(configs)}-budgets"
+def _paths(searches: Sequence[SearchConfig], plan: Plan, out: Path | None) -> list[Path]:
+    name = search_name(searches[0], plan)
+    if len(searches) == 1:
+        return [out if out is not None else RUNS / name]
+    folder = out if out is not None else RUNS / f"{name}-{len(searches)}-budgets"
     if read_identity(folder) is not None:
         raise RunConflict(
             f"{folder} is the run directory of a single budget.",
             fix="give several budgets another folder with --out.",
         )
-    return [folder / f"{config.budget.bpe:g}bpe" for config in configs]
-
-
-def _run(
-    config: SearchConfig,
-    path: Path,
-    *,
-    resume: bool,
-    settings: Mapping[str, Any],
-    command: str,
-    tracking: Tracking,
-    observer: Observer,
-    shared: Shared,
-    runs: Path,
-) -> Outcome:
-    with RunDirectory.open(path, config.signature(), resume=resume) as run:
-        observer.note(f"run directory: {path}")
-        is_finished = run.read_json(RESULT) is not None
-        if is_finished:
-            settings = _stored_settings(run) or settings
-        else:
-            _write_settings(run, settings)
-        with _recording(config, run, settings, tracking, observer, runs) as tracker:
-            result = Search(config, run, tracker, observer, command, shared).execute()
-    limit = _limit_reached(config, settings, result)
-    if limit is not None:
-        observer.note(f"{path}: {limit}")
-    if is_finished or limit is not None:
-        observer.note(f"{path}: this result stays; --fresh sets it aside and begins anew.")
-    return Outcome(path=path, result=result)
-
-
-def _recording(
-    config: SearchConfig,
-    run: RunDirectory,
-    settings: Mapping[str, Any],
-    tracking: Tracking,
-    observer: Observer,
-    runs: Path,
-) -> AbstractContextManager[Tracker]:
-    """MLflow's run of the search while it lasts, or nothing."""
-    if not tracking.is_on:
-        return nullcontext(NullTracker())
-    return track(
-        run,
-        settings,
-        model=config.source.model,
-        source_digest=config.source.digest,
-        experiment=tracking.experiment,
-        child_runs=tracking.child_runs,
-        warn=observer.warn,
-        runs=runs,
-    )
-
-
-def _write_settings(run: RunDirectory, settings: Mapping[str, Any]) -> None:
-    import yaml
-
-    run.write_text(CONFIG, yaml.safe_dump(dict(settings), sort_keys=False))
+    return [folder / budget_name(search) for search in searches]
 
 
 def _stored_settings(run: RunDirectory) -> dict[str, Any] | None:
@@ -290,7 +245,7 @@ def _limit_reached(
     if most_tokens is not None and sum(row["tokens"] for row in stages) >= most_tokens:
         limit = f"--max-tokens {most_tokens}"
     elif isinstance(most_seconds, (int, float)) and seconds >= most_seconds:
-        limit = f"--max-seconds {most_seconds:g}"
+        limit = f"--max-seconds {shortest(most_seconds)}"
     else:
         return None
     return f"{limit} ended the trials early, {trials} of {config.trials} were measured."

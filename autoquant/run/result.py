@@ -27,8 +27,8 @@ PACKAGES = ("torch", "transformers", "optuna", "numpy")
 
 def make_result(
     config: SearchConfig,
-    session: Session,
     plan: Plan,
+    session: Session,
     problem: Problem,
     history: History,
     calibration: Calibration,
@@ -39,9 +39,9 @@ def make_result(
     accounting = plan.accounting
     active = {scope: plan.cost(CostKind.ACTIVE_BYTES, scope) for scope in Scope}
     return {
-        "model": config.source.model,
-        "source": {"digest": config.source.digest, "revision": config.source.revision},
-        "space": config.space.name,
+        "model": plan.source.model,
+        "source": {"digest": plan.source.digest, "revision": plan.source.revision},
+        "space": plan.space.name,
         "budget_bpe": config.budget.bpe,
         "budget_scope": str(config.budget.scope),
         "bpe": {str(scope): accounting.bpe(trial.assignment, scope) for scope in Scope},
@@ -52,7 +52,7 @@ def make_result(
             "bytes_per_token": active[Scope.CHECKPOINT].total(trial.assignment),
             "bpe": {str(scope): active[scope].number(trial.assignment) for scope in Scope},
         },
-        "activation_mode": str(config.mode),
+        "activation_mode": str(config.activation_mode),
         "kv_cache": str(config.kv_cache),
         "kl": scores.summary(),
         "noise_floor": confirmed.noise_floor,

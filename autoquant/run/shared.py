@@ -1,14 +1,15 @@
 """What searches of one model under different budgets have in common."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from autoquant.errors import ConfigError, RunConflict
 from autoquant.measure.kl import TokenScores
 from autoquant.measure.session import Session
-from autoquant.run.config import SearchConfig, probe_part
+from autoquant.run.signature import probe_part
 from autoquant.search.trials import Trial
 from autoquant.store.run_directory import (
     CALIBRATION,
@@ -21,6 +22,7 @@ from autoquant.store.run_directory import (
     TRIALS,
     RunDirectory,
     differences,
+    environments_of,
     read_identity,
     read_json,
     read_records,
@@ -52,6 +54,8 @@ class Shared:
             shutil.copytree(donor / INTERACTIONS, run.path / INTERACTIONS, dirs_exist_ok=True)
         splits = read_json(donor, SPLITS) or {}
         run.write_json(SPLITS, {name: splits[name] for name in PROBED_SPLITS})
+        for environment in environments_of(read_identity(donor) or {}):
+            run.add_environment(environment)
         for name in PROBES:
             if (donor / name).exists():
                 run.write_text(name, (donor / name).read_text(encoding="utf-8"))
@@ -65,8 +69,8 @@ class Shared:
                     yield trial
 
 
-def finished_probes(path: Path, config: SearchConfig) -> Path:
-    """The run directory `path`, if `config` can take over its probes.
+def finished_probes(path: Path, wanted: Mapping[str, Any]) -> Path:
+    """The run directory `path`, if its probes have the signature `wanted`.
 
     Raises:
         ConfigError: it is no run directory, or its probes are not finished.
@@ -82,7 +86,7 @@ def finished_probes(path: Path, config: SearchConfig) -> Path:
         raise ConfigError(
             f"the probes of {path} are not finished.", fix="go on with the command that began them."
         )
-    differing = differences(probe_part(identity["signature"]), config.probe_signature())
+    differing = differences(probe_part(identity["signature"]), wanted)
     if differing:
         raise RunConflict(
             f"the probes of {path} rest on other settings: {'; '.join(differing)}.",

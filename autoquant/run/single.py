@@ -3,18 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from autoquant.data.tokens import TokenPlan
 from autoquant.export.declaration import quantized_linears, reader_warnings
 from autoquant.export.export import ExportResult, export
-from autoquant.export.layouts.base import Layout
 from autoquant.export.layouts.recipe import modelopt_recipe
 from autoquant.export.read_back import open_quantized
 from autoquant.export.target import require_free
 from autoquant.files import write_atomic
 from autoquant.formats import BF16
-from autoquant.measure.calibration import Calibration, calibrate, read_calibration
-from autoquant.measure.session import Session, open_session
-from autoquant.model.inputs import ActivationMode
+from autoquant.measure.calibration import Calibration, read_calibration
+from autoquant.measure.session import Session
 from autoquant.model.install import groups_of, install, is_quantized
 from autoquant.model.memory import keep_freed_memory
 from autoquant.plan.accounting import Accounting
@@ -23,29 +20,19 @@ from autoquant.plan.budget import Scope
 from autoquant.plan.grouping import Groups, find_groups
 from autoquant.plan.kv_cache import KvCache
 from autoquant.progress import Unit
+from autoquant.run.config import ExportConfig, ScoreConfig
+from autoquant.run.config.parts import LoadedConfig
+from autoquant.run.measuring import calibrate_session, open_measuring, use_calibration
 from autoquant.run.observer import Observer
+from autoquant.run.opening import open_model
 from autoquant.source.source import Source
 
 
-def score(
-    source: Source,
-    *,
-    assignment: Assignment | None,
-    checkpoint: Path | None,
-    split: str,
-    calibration: str,
-    tokens: TokenPlan,
-    mode: ActivationMode,
-    kv_cache: KvCache = KvCache.BF16,
-    device: str | None,
-    trust_remote_code: bool,
-    observer: Observer,
-) -> dict[str, Any]:
-    """Measure an assignment of `source`, or a checkpoint exported from it.
+def score(config: ScoreConfig, observer: Observer) -> dict[str, Any]:
+    """Measure an assignment of the model, or a checkpoint exported from it.
 
-    Exactly one of `assignment` and `checkpoint` is given. A checkpoint is measured with its own
-    dequantized weights, its own input scales and the cache that it has scales for; an assignment is
-    calibrated first.
+    A checkpoint is measured with its own dequantized weights, its own input scales and the cache
+    that it has scales for; an assignment is calibrated first.
 
     Returns:
         KL statistics in nats per token, agreement, perplexities, BPE and tokens.
@@ -54,86 +41,69 @@ def score(
         SourceError: model, text or checkpoint missing, damaged or not matching.
         ConfigError: the assignment names a group or format that the model does not allow.
     """
-    exported = open_quantized(checkpoint) if checkpoint is not None else None
-    if exported is not None:
+    source, mode = open_model(config), config.activation_mode
+    if config.checkpoint is not None:
+        exported = open_quantized(config.checkpoint)
         groups = groups_of(exported, source)
         quantized = [g for g in groups if is_quantized(exported, g)]
-        attention = exported.attention
-    else:
-        assert assignment is not None
-        groups = _groups_of(source, assignment)
-        quantized = [g for g in groups if assignment[g.name] != BF16]
-        attention = kv_cache.attention(groups)
-    session = open_session(
-        source,
-        quantized,
-        attention=attention,
-        calibration=calibration,
-        tokens=tokens,
-        mode=mode,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        observer=observer,
-    )
-    if exported is not None:
+        session = open_measuring(config, source, quantized, exported.attention, observer, mode=mode)
         assignment = install(exported, source, session.quantized)
     else:
-        _calibrate(session, tokens, observer)
-    assert assignment is not None
-    return _measure(session, groups, source, assignment, split, observer) | {
+        assert config.assignment is not None
+        assignment = Assignment.read(config.assignment)
+        groups = _groups_of(source, assignment)
+        quantized = [g for g in groups if assignment[g.name] != BF16]
+        attention = config.kv_cache.attention(groups)
+        session = open_measuring(config, source, quantized, attention, observer, mode=mode)
+        _calibrate(config, session, observer)
+    cache = KvCache.of(quantized=session.quantized.kv_cache is not None)
+    return _measure(session, groups, source, assignment, cache, config.split, observer) | {
         "model": source.model,
-        "checkpoint": str(checkpoint) if checkpoint is not None else None,
+        "checkpoint": str(config.checkpoint) if config.checkpoint is not None else None,
         "activation_mode": str(mode),
-        "kv_cache": str(KvCache.of(quantized=bool(attention))),
+        "kv_cache": str(cache),
     }
 
 
-def export_assignment(
-    source: Source,
-    assignment: Assignment,
-    target: Path,
-    *,
-    layout: Layout = Layout.MODELOPT,
-    kv_cache: KvCache = KvCache.BF16,
-    calibration: str,
-    tokens: TokenPlan,
-    device: str | None,
-    trust_remote_code: bool,
-    calibrated: Path | None = None,
-    observer: Observer,
-) -> ExportResult:
-    """Calibrate the input scales of `source` and write it under `assignment` to `target`.
+def export_single(config: ExportConfig, observer: Observer) -> ExportResult | None:
+    """Write the model under an assignment: a checkpoint, a ModelOpt recipe, or both.
 
-    Args:
-        calibrated: `calibration.json` of a search; its ranges are taken then, no text is read and
-            the model is not loaded.
+    Returns:
+        The checkpoint, if one was asked for.
 
     Raises:
         SourceError: model, text or `calibrated` missing, damaged or not understood.
-        ConfigError: the assignment names a group or format that the model does not allow.
-        RunConflict: `target` holds something.
+        ConfigError: the assignment names a group or format that the model does not allow, the model
+            has no such cache, or a file cannot be written.
+        RunConflict: `out` holds something.
     """
+    source = open_model(config, weights=config.out is not None)
+    assignment = Assignment.read(config.assignment)
+    if config.modelopt_recipe is not None:
+        _write_recipe(source, assignment, config.kv_cache, config.modelopt_recipe)
+    if config.out is None:
+        return None
+    return _export(config, source, assignment, config.out, observer)
+
+
+def _export(
+    config: ExportConfig,
+    source: Source,
+    assignment: Assignment,
+    target: Path,
+    observer: Observer,
+) -> ExportResult:
     require_free(target, source=source.path)
     groups = _groups_of(source, assignment)
     quantized = [g for g in groups if assignment[g.name] != BF16]
-    attention = kv_cache.attention(groups)
-    if calibrated is not None:
+    attention = config.kv_cache.attention(groups)
+    if config.calibrated is not None:
         keep_freed_memory()
-        found, book = read_calibration(calibrated, quantized, attention), None
+        found, book = read_calibration(config.calibrated, quantized, attention), None
     else:
-        session = open_session(
-            source,
-            quantized,
-            attention=attention,
-            calibration=calibration,
-            tokens=tokens,
-            mode=ActivationMode.W4A4,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            observer=observer,
-        )
-        found, book = _calibrate(session, tokens, observer), session.quantized.book
-    for warning in reader_warnings(layout, groups, assignment):
+        session = open_measuring(config, source, quantized, attention, observer)
+        found, book = _calibrate(config, session, observer), session.quantized.book
+    for warning in reader_warnings(config.layout, groups, assignment):
         observer.warn(warning)
     source.contents.digests(observer)
     observer.stage("export", source.headers.bytes, Unit.BYTES)
@@ -143,7 +113,7 @@ def export_assignment(
         assignment,
         found.input_amax,
         target,
-        layout=layout,
+        layout=config.layout,
         kv_ranges=found.kv_ranges,
         uncalibrated=found.unseen,
         book=book,
@@ -151,13 +121,7 @@ def export_assignment(
     )
 
 
-def write_recipe(source: Source, assignment: Assignment, kv_cache: KvCache, file: Path) -> None:
-    """Write the formats of `assignment` as a ModelOpt recipe, YAML.
-
-    Raises:
-        ConfigError: the assignment names a group or format that the model does not allow, the model
-            has no such cache, or the file cannot be written.
-    """
+def _write_recipe(source: Source, assignment: Assignment, kv_cache: KvCache, file: Path) -> None:
     import yaml
 
     from autoquant.report.html import writing
@@ -184,16 +148,10 @@ def _groups_of(source: Source, assignment: Assignment) -> Groups:
     return groups
 
 
-def _calibrate(session: Session, tokens: TokenPlan, observer: Observer) -> Calibration:
-    split = session.splits["calibration"]
-    observer.stage("calibrate", len(split.batches))
-    calibration = calibrate(session.scorer, split, observer.step, all_experts=tokens.all_experts)
-    if (warning := calibration.warning()) is not None:
-        observer.warn(warning)
-    session.quantized.set_input_scales(calibration.scales())
-    if session.quantized.kv_cache is not None:
-        session.quantized.kv_cache.set_ranges(calibration.kv_ranges)
-    return calibration
+def _calibrate(config: LoadedConfig, session: Session, observer: Observer) -> Calibration:
+    found = calibrate_session(session, all_experts=config.calibrate_all_experts, observer=observer)
+    use_calibration(session, found, observer)
+    return found
 
 
 def _measure(
@@ -201,6 +159,7 @@ def _measure(
     groups: Groups,
     source: Source,
     assignment: Assignment,
+    cache: KvCache,
     name: str,
     observer: Observer,
 ) -> dict[str, Any]:
@@ -215,9 +174,7 @@ def _measure(
         headers=source.headers,
         groups=groups,
         choices={n: (c, BF16) for n, c in complete.items()},
-        added_bytes=KvCache.of(quantized=session.quantized.kv_cache is not None).stored_bytes(
-            groups
-        ),
+        added_bytes=cache.stored_bytes(groups),
     )
     return {
         "kl": scores.summary(),

@@ -7,210 +7,84 @@ stages below are pure given the scorer.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autoquant.codes.book import CodeBook
 from autoquant.data.tokens import FEWEST_UNITS
-from autoquant.errors import RunConflict, SourceError
+from autoquant.errors import SourceError
 from autoquant.files import set_aside
-from autoquant.formats import BF16
-from autoquant.measure.calibration import Calibration, calibrate
+from autoquant.measure.calibration import Calibration
 from autoquant.measure.evaluator import LocalEvaluator
 from autoquant.measure.kl import TokenScores
-from autoquant.measure.sensitivity import Sensitivity, keys_of
-from autoquant.measure.session import Session, open_session
+from autoquant.measure.session import Session
 from autoquant.plan.assignment import Assignment
-from autoquant.plan.grouping import Groups
-from autoquant.plan.plan import Plan, make_plan
+from autoquant.plan.limit import Limit
 from autoquant.progress import Unit
 from autoquant.run.config import SearchConfig
 from autoquant.run.confirmation import Confirmed, confirm
-from autoquant.run.observer import Observer
-from autoquant.run.probes import Probes
+from autoquant.run.probing import Probing
 from autoquant.run.result import make_result, make_tokens
-from autoquant.run.shared import Shared
+from autoquant.run.signature import FINALISTS
 from autoquant.run.trials import Trials
 from autoquant.search.explore import Explored
 from autoquant.search.history import History
-from autoquant.search.problem import Problem, require_feasible
+from autoquant.search.problem import Problem
 from autoquant.store.run_directory import (
     ASSIGNMENT,
     CALIBRATION,
     CHECKPOINT,
-    GROUPS,
     REPORT,
     RESULT,
-    SECONDS,
-    SENSITIVITY,
-    SPLITS,
     TOKENS,
-    RunDirectory,
-    read_seconds,
 )
-from autoquant.tracking import Tracker
 
 if TYPE_CHECKING:
     from autoquant.export.verify import Verification
 
 
-@dataclass
-class Search:
+@dataclass(kw_only=True)
+class Search(Probing):
     """One search in one run directory."""
 
     config: SearchConfig
-    run: RunDirectory
-    tracker: Tracker
-    observer: Observer
+    """Of one budget."""
+    limits: tuple[Limit, ...]
+    """What every assignment of the search keeps."""
     command: str
     """The command line, for the model card."""
-    shared: Shared = field(default_factory=Shared)
-    """With searches of other budgets."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Spent on each stage, by earlier processes too."""
-
-    def __post_init__(self) -> None:
-        try:
-            self.seconds |= read_seconds(self.run.path)
-        except SourceError as error:
-            self.observer.warn(f"{error.message} Times count from here on.")
 
     def execute(self) -> dict[str, Any]:
         """Run every stage that is not done; the contents of `result.json`.
 
         Raises:
-            InfeasibleBudget: before anything is loaded.
             RunConflict: the text or the tokenizer changed since the run began.
             SourceError: model or text missing, damaged or not understood.
         """
-        plan = self._plan()
-        limits = self.config.limits(plan)
-        require_feasible(plan.accounting, limits)
+        self._keep_plan()
         finished = self.run.read_json(RESULT)
         if finished is not None:
             self.observer.note(f"{self.run.path} already holds this search's result.")
             self._track_again(finished)
-            return self._with_checkpoint(plan, finished)
+            return self._with_checkpoint(finished)
         self.shared.adopt_probes(self.run)
-        session = self._open(plan)
+        session = self._open()
         calibration = self._calibrate(session)
-        sensitivity = self._probe(session, plan)
+        sensitivity = self._probe(session)
         problem = Problem(
-            accounting=plan.accounting, limits=limits, sensitivity=sensitivity.bounded()
+            accounting=self.plan.accounting, limits=self.limits, sensitivity=sensitivity.bounded()
         )
-        history, explored = self._measure(session, plan, problem)
+        history, explored = self._measure(session, problem)
         confirmed = self._confirm(session, history, explored)
-        return self._finish(session, plan, explored.problem, history, calibration, confirmed)
+        return self._finish(session, explored.problem, history, calibration, confirmed)
 
-    def probe(self) -> dict[str, Any]:
-        """Run the stages up to the probes, whatever the budget; what `sensitivity.json` holds.
-
-        Raises:
-            RunConflict: the text or the tokenizer changed since the run began.
-            SourceError: model or text missing, damaged or not understood.
-        """
-        stored = self.run.read_json(SENSITIVITY)
-        if stored is not None:
-            self.observer.note(f"{self.run.path} already holds these probes.")
-            return stored
-        plan = self._plan()
-        session = self._open(plan)
-        self._calibrate(session)
-        self._probe(session, plan)
-        return self.run.read_json(SENSITIVITY) or {}
-
-    def _plan(self) -> Plan:
-        plan = make_plan(self.config.source, self.config.space, self.config.kv_cache)
-        for warning in plan.options.warnings:
-            self.observer.warn(warning)
-        self.run.write_json(GROUPS, plan.to_dict())
-        return plan
-
-    def _open(self, plan: Plan) -> Session:
-        if self.shared.session is None:
-            self.shared.session = self._load(plan)
-        session = self.shared.session
-        self._require_same_tokens(session)
-        for name, split in session.splits.items():
-            self.tracker.dataset(
-                self.config.calibration, digest=split.digest, context=name, tokens=split.tokens
-            )
-        return session
-
-    def _load(self, plan: Plan) -> Session:
-        with self._timed("load"):
-            return open_session(
-                self.config.source,
-                [g for g in plan.groups if plan.options.choices[g.name] != (BF16,)],
-                attention=self.config.kv_cache.attention(plan.groups),
-                calibration=self.config.calibration,
-                tokens=self.config.tokens,
-                mode=self.config.mode,
-                device=self.config.device,
-                trust_remote_code=self.config.trust_remote_code,
-                observer=self.observer,
-            )
-
-    def _require_same_tokens(self, session: Session) -> None:
-        digests = {name: split.digest for name, split in session.splits.items()}
-        stored = self.run.read_json(SPLITS) or {}
-        if digests | stored == digests:
-            self.run.write_json(SPLITS, digests)
-        else:
-            raise RunConflict(
-                f"{self.run.path} was begun on other tokens: the text {self.config.calibration!r} "
-                "or the tokenizer has changed since.",
-                fix="restore them, or start anew with --fresh (the earlier run is set aside).",
-            )
-
-    def _calibrate(self, session: Session) -> Calibration:
-        stored = self.run.read_json(CALIBRATION)
-        if stored is not None:
-            calibration = Calibration.from_dict(stored)
-        else:
-            split = session.splits["calibration"]
-            self.observer.stage("calibrate", len(split.batches))
-            with self._timed("calibrate"):
-                calibration = calibrate(
-                    session.scorer,
-                    split,
-                    self.observer.step,
-                    all_experts=self.config.tokens.all_experts,
-                )
-            self.run.write_json(CALIBRATION, calibration.to_dict())
-        if (warning := calibration.warning()) is not None:
-            self.observer.warn(warning)
-        session.quantized.set_input_scales(calibration.scales())
-        if session.quantized.kv_cache is not None:
-            session.quantized.kv_cache.set_ranges(calibration.kv_ranges)
-        return calibration
-
-    def _probe(self, session: Session, plan: Plan) -> Sensitivity:
-        probes = Probes(
-            run=self.run,
-            scorer=session.scorer,
-            split=session.splits["search"],
-            keys=tuple(keys_of(plan.options.choices)),
-            seed=self.config.seed,
-            observer=self.observer,
-        )
-        with self._timed("probe"):
-            sensitivity, method = probes.measure(self.config.probe)
-        self.run.write_json(SENSITIVITY, {"method": str(method), **sensitivity.to_dict()})
-        for group, choice in sensitivity.overflowing():
-            self.observer.warn(
-                f"{group} in {choice} overflows: its KL is not finite, and it is taken only where "
-                "the budget leaves nothing else."
-            )
-        return sensitivity
-
-    def _measure(self, session: Session, plan: Plan, problem: Problem) -> tuple[History, Explored]:
+    def _measure(self, session: Session, problem: Problem) -> tuple[History, Explored]:
         """Everything that is measured jointly on the search split."""
         return self._trials().measure(
             self.config,
             problem,
             LocalEvaluator(session.scorer, session.splits["search"]),
-            accounting=plan.accounting,
+            accounting=self.plan.accounting,
             elsewhere=self.shared.trials(),
             in_time=self._in_time(),
             timed=self._timed,
@@ -234,7 +108,7 @@ class Search:
             return confirm(
                 explored,
                 history,
-                finalists=self.config.finalists,
+                finalists=FINALISTS,
                 score=lambda assignment: self._score_fully(session, assignment),
                 noise=lambda: session.scorer.noise_batch(split, 0).mean,
                 seed=self.config.seed,
@@ -252,7 +126,6 @@ class Search:
     def _finish(
         self,
         session: Session,
-        plan: Plan,
         problem: Problem,
         history: History,
         calibration: Calibration,
@@ -264,11 +137,13 @@ class Search:
         self.run.write_text(ASSIGNMENT, yaml.safe_dump(assignment.to_dict(), sort_keys=False))
         with self._or_warn(TOKENS):
             self.run.write_json(TOKENS, make_tokens(session, confirmed))
-        result = make_result(self.config, session, plan, problem, history, calibration, confirmed)
+        result = make_result(
+            self.config, self.plan, session, problem, history, calibration, confirmed
+        )
         result["command"] = self.command
         if self.config.export:
             book = session.quantized.book
-            result["checkpoint"] = self._export(plan.groups, calibration, assignment, result, book)
+            result["checkpoint"] = self._export(calibration, assignment, result, book)
         return self._keep_result(result)
 
     def _keep_result(self, result: dict[str, Any]) -> dict[str, Any]:
@@ -295,7 +170,7 @@ class Search:
         except Exception as error:
             self.observer.warn(f"{name} could not be written: {type(error).__name__}: {error}")
 
-    def _with_checkpoint(self, plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
+    def _with_checkpoint(self, result: dict[str, Any]) -> dict[str, Any]:
         """The result of a finished search, exported now if it was not and shall be."""
         if not self.config.export or self._has_checkpoint():
             return result
@@ -306,9 +181,7 @@ class Search:
                 fix="restore the file, or start anew with --fresh (the earlier run is set aside).",
             )
         assignment = Assignment.read(self.run.path / ASSIGNMENT)
-        result["checkpoint"] = self._export(
-            plan.groups, Calibration.from_dict(calibration), assignment, result
-        )
+        result["checkpoint"] = self._export(Calibration.from_dict(calibration), assignment, result)
         return self._keep_result(result)
 
     def _has_checkpoint(self) -> bool:
@@ -325,7 +198,6 @@ class Search:
 
     def _export(
         self,
-        groups: Groups,
         calibration: Calibration,
         assignment: Assignment,
         result: dict[str, Any],
@@ -338,14 +210,15 @@ class Search:
         from autoquant.report.words import budgeted, counts_stored_bits, unit_of_budget
 
         target = self.run.path / CHECKPOINT
-        size = self.config.source.headers.bytes
+        source, groups = self.plan.source, self.plan.groups
+        size = source.headers.bytes
         card = CardFacts(
             command=self.command,
             budget_bpe=self.config.budget.bpe,
             budget_scope=str(self.config.budget.scope),
             budget_unit=unit_of_budget(result),
             budgeted_bpe=None if counts_stored_bits(result) else budgeted(result),
-            activation_mode=str(self.config.mode),
+            activation_mode=str(self.config.activation_mode),
             kv_cache=str(self.config.kv_cache),
             text=self.config.calibration,
             tokens=result["tokens"]["report"]["tokens"],
@@ -360,7 +233,7 @@ class Search:
             if not self._has_checkpoint():
                 self.observer.stage("export", size, Unit.BYTES)
                 export(
-                    self.config.source,
+                    source,
                     groups,
                     assignment,
                     calibration.input_amax,
@@ -373,7 +246,7 @@ class Search:
                     on_bytes=self.observer.step,
                 )
             self.observer.stage("verify", size, Unit.BYTES)
-            _require_sound(verify(target, self.config.source, on_bytes=self.observer.step))
+            _require_sound(verify(target, source, on_bytes=self.observer.step))
         return str(target)
 
     def _track_again(self, finished: dict[str, Any]) -> None:
@@ -385,15 +258,6 @@ class Search:
         limit = self.config.max_seconds
         started = time.monotonic() - sum(self.seconds.values())
         return lambda: limit is None or time.monotonic() - started < limit
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
-            self.run.write_json(SECONDS, self.seconds)
 
 
 def _require_sound(verification: "Verification") -> None:

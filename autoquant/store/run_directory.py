@@ -164,6 +164,17 @@ class RunDirectory:
         signature: dict[str, Any] = self._identity["signature"]
         return signature
 
+    @property
+    def environments(self) -> list[dict[str, str]]:
+        """What the measurements of this directory were made with, each once, the first first."""
+        return environments_of(self._identity)
+
+    def add_environment(self, environment: Mapping[str, str]) -> None:
+        """Write down what measurements that follow, or were taken over, are made with."""
+        if environment not in self.environments:
+            self._identity["environments"] = [*self.environments, dict(environment)]
+            self._record(Status(self._identity["status"]))
+
     def write_text(self, name: str, text: str) -> None:
         """Write a text file whole."""
         write_atomic(self.path / name, text)
@@ -275,6 +286,11 @@ def read_identity(path: Path) -> dict[str, Any] | None:
             fix="restore the file, or give another --out.",
         )
     return identity
+
+
+def environments_of(identity: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What the measurements of a run directory were made with; empty where it was not recorded."""
+    return list(identity.get("environments", []))
 
 
 def _set_aside(path: Path, lock: FileLock) -> FileLock:

@@ -18,8 +18,8 @@ from autoquant.measure.kl import TokenKl
 from autoquant.measure.method import ProbeMethod
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.measure.session import Session, open_session
-from autoquant.model.inputs import ActivationMode
 from autoquant.model.memory import keep_freed_memory
+from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.plan import Plan, make_plan
 from autoquant.plan.space_file import load_space

@@ -25,8 +25,9 @@ from autoquant.formats import FP8, NVFP4
 from autoquant.measure.gradient import gradient_probe
 from autoquant.measure.scorer import Scorer
 from autoquant.model import experts
-from autoquant.model.inputs import ActivationMode, InputScale, fill_unseen
+from autoquant.model.inputs import InputScale, fill_unseen
 from autoquant.model.live import QuantizedModel
+from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import group_tensors
 from autoquant.source.headers import TensorHeader

@@ -108,7 +108,7 @@ def test_budgets_of_the_bundled_model_in_examples_can_be_met(autoquant):
 @pytest.fixture
 def workspace(made, monkeypatch) -> Path:
     monkeypatch.chdir(made)
-    for module in ("autoquant.source.source", "autoquant.run.settings"):
+    for module in ("autoquant.source.source", "autoquant.run.opening"):
         monkeypatch.setattr(f"{module}.REFERENCE_MODEL", made / "MODEL")
     return made
 

@@ -1,48 +1,51 @@
 """Settings: flags, then the configuration file, then defaults; and help under headings."""
 
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import click
 import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from autoquant.cli.options import (
-    GroupedCommand,
-    budget_options,
-    config_option,
-    format_option,
-    model_argument,
-    option,
-    resolved_settings,
-    token_options,
-    tracking_options,
-)
+from autoquant.cli.configured import ConfiguredCommand
+from autoquant.cli.options import format_option
 from autoquant.errors import ConfigError
+from autoquant.plan.budget import Scope
+from autoquant.run.config import SearchConfig
+from autoquant.run.config.commands import BudgetScope
+from autoquant.run.config.file import settings_text
+from autoquant.run.config.parts import ModelConfig, TrackingConfig
+from autoquant.run.config.setting import Setting
+from autoquant.run.config.types import Bits
 
 
-@click.command("tune", cls=GroupedCommand, examples=[("autoquant tune --seed 1", "Again:")])
-@model_argument(required=False)
-@budget_options(required=True)
-@option("--seed", heading="Search", type=int, default=0, help="Seed.")
-@option("--token", heading="Data", multiple=True, help="Any number of them.")
-@tracking_options()
-@config_option
+class TuneConfig(TrackingConfig, ModelConfig):
+    """A few settings of every kind."""
+
+    command: ClassVar[str] = "tune"
+
+    budget_bpe: Annotated[Bits, Setting("Budget", "Most bits.", "BITS")]
+    budget_scope: BudgetScope = Scope.CHECKPOINT
+    seed: Annotated[int, Setting("Search", "Seed.", "N")] = 0
+
+
+@click.command(
+    "tune",
+    cls=ConfiguredCommand,
+    config=TuneConfig,
+    examples=[("autoquant tune --seed 1", "Again:")],
+)
 @format_option
-@click.pass_context
-def tune(context: click.Context, **_: object) -> None:
-    """Print the resolved settings."""
-    click.echo(yaml.safe_dump(resolved_settings(context)))
+def tune(config: TuneConfig, format: str) -> None:
+    """Print the settings in force."""
+    click.echo(settings_text(config))
 
 
-@click.command("sweep", cls=GroupedCommand)
-@budget_options(required=True, several=True)
-@token_options()
-@config_option
-@click.pass_context
-def sweep(context: click.Context, **_: object) -> None:
+@click.command("search", cls=ConfiguredCommand, config=SearchConfig)
+def sweep(config: SearchConfig) -> None:
     """Print the budgets as a search gets them."""
-    click.echo(context.params["budget_bpe"])
+    click.echo(config.budget_bpe)
 
 
 def run(*arguments: object, command: click.Command = tune) -> Result:
@@ -74,7 +77,6 @@ def test_defaults():
         "budget_bpe": 5.0,
         "budget_scope": "checkpoint",
         "seed": 0,
-        "token": [],
         "mlflow": True,
         "mlflow_experiment": "autoquant",
         "mlflow_trials": "all",
@@ -82,13 +84,18 @@ def test_defaults():
 
 
 def test_the_file_wins_over_defaults_and_flags_win_over_the_file(config):
-    config.write_text("model: ./m\nbudget_bpe: 4.9\nseed: 3\ntoken: [a, b]\nmlflow: false\n")
+    config.write_text("model: ./m\nbudget_bpe: 4.9\nseed: 3\nmlflow: false\n")
     got = settings("--config", config, "--seed", 4)
     assert got["model"] == "./m"
     assert got["budget_bpe"] == 4.9
     assert got["seed"] == 4
-    assert got["token"] == ["a", "b"]
     assert got["mlflow"] is False
+    assert settings("--config", config, "--mlflow")["mlflow"] is True
+
+
+def test_a_flag_wins_over_the_file_also_where_it_gives_the_default(config):
+    config.write_text("budget_bpe: 5\nseed: 3\n")
+    assert settings("--config", config, "--seed", 0)["seed"] == 0
 
 
 def test_the_order_of_flag_and_file_does_not_matter(config):
@@ -96,15 +103,10 @@ def test_the_order_of_flag_and_file_does_not_matter(config):
     assert settings("--config", config, "--seed", 4) == settings("--seed", 4, "--config", config)
 
 
-def test_resolved_settings_are_a_configuration_file_that_gives_the_same_again(config):
-    first = settings("m", "--budget-bpe", 5.25, "--token", "x", "--no-mlflow", "--seed", 7)
+def test_the_settings_in_force_are_a_configuration_file_that_gives_the_same_again(config):
+    first = settings("m", "--budget-bpe", 5.25, "--no-mlflow", "--seed", 7)
     config.write_text(yaml.safe_dump(first))
     assert settings("--config", config) == first
-
-
-def test_one_value_does_for_a_setting_that_takes_many(config):
-    config.write_text("budget_bpe: 5\ntoken: abc\n")
-    assert settings("--config", config)["token"] == ["abc"]
 
 
 def test_an_empty_file_changes_nothing(config):
@@ -137,31 +139,37 @@ def test_an_unknown_key_far_from_any_setting_lists_them(config):
     assert error_of("--config", config).fix.startswith("settings are: budget_bpe, ")
 
 
-@pytest.mark.parametrize("key", ["format", "config", "help"])
+@pytest.mark.parametrize("key", ["format", "config", "help", "out", "resume", "export"])
 def test_what_concerns_one_call_is_no_setting(config, key):
-    config.write_text(f"{key}: json\n")
-    assert f"{key!r} is not a setting" in error_of("--config", config).message
+    config.write_text(f"budget_bpe: 5\n{key}: json\n")
+    assert f"{key!r} is not a setting" in error_of("--config", config, command=sweep).message
 
 
 @pytest.mark.parametrize(
     ("line", "rule"),
     [
-        ("seed: 1.5", "'1.5' is not a valid integer"),
+        ("seed: 1.5", "1.5 is not a valid integer"),
+        ("seed: yes", "True is not a valid integer"),
+        ("seed: x", "'x' is not a valid integer"),
+        ("mlflow: 7", "7 is not a valid yes or no"),
+        ("mlflow_experiment: 2024", "2024 is no text; put it in quotes"),
+        ("mlflow_trials: some", "'some' is not one of 'all', 'best', 'none'"),
         ("budget_bpe: five", "'five' is not a valid budget"),
         ("budget_bpe: 5,5", "'5,5' has a comma: this command takes one budget"),
-        ("budget_bpe: -1", "not in the range"),
-        ("budget_scope: all", "is not one of"),
+        ("budget_bpe: -1", "-1 is not in the range x>0"),
+        ("budget_bpe: .nan", "nan is not a finite number"),
+        ("budget_scope: all", "'all' is not one of 'checkpoint', 'searched'"),
         ("budget_bpe: {a: 1}", "it takes a single value"),
         ("budget_bpe: [1, 2]", "it takes a single value"),
-        ("token: [a, [b]]", "it takes a list of single values"),
     ],
 )
 def test_a_bad_value_names_the_file_the_key_and_the_rule(config, line, rule):
     config.write_text(line if line.startswith("budget_bpe") else f"budget_bpe: 5\n{line}")
     error = error_of("--config", config)
-    assert str(config) in error.message
-    assert line.partition(":")[0] in error.message
+    name = line.partition(":")[0]
+    assert error.message.startswith(f"{config}: {name}: ")
     assert rule in error.message
+    assert error.fix == f"correct `{name}` in the file."
 
 
 @pytest.mark.parametrize("written", ["[5, 6.5]", '"5,6.5"', "5,6.5", "['5', 6.5]"])
@@ -174,10 +182,12 @@ def test_several_budgets_are_a_list_or_a_text_with_commas(config, written):
 @pytest.mark.parametrize(
     ("line", "rule"),
     [
-        ("budget_bpe: [5, [6]]", "it takes a list of single values"),
+        ("budget_bpe: [5, [6]]", "a list of single values"),
+        ("budget_bpe: [5, true]", "a list of single values"),
         ("budget_bpe: []", "is not a valid budget"),
         ("budget_bpe: [5, 5.0]", "names a budget twice"),
         ("seed: -1", "-1 is not in the range x>=0"),
+        ("search_tokens: 31", "31 is not in the range x>=32"),
     ],
 )
 def test_a_bad_value_of_a_search_names_the_file_and_the_rule(config, line, rule):
@@ -188,7 +198,7 @@ def test_a_bad_value_of_a_search_names_the_file_and_the_rule(config, line, rule)
 
 
 def test_a_bad_flag_is_not_blamed_on_the_file(config):
-    config.write_text("budget_bpe: 5\n")
+    config.write_text("budget_bpe: 5\nseed: 3\n")
     result = run("--config", config, "--seed", "x")
     assert result.exit_code == 2
     assert "--seed" in result.stderr
@@ -221,9 +231,9 @@ def test_help_lists_options_under_headings_in_order():
     lines = run("--help").stdout.splitlines()
     headings = [line for line in lines if line and not line.startswith(" ") and line.endswith(":")]
     assert headings == [
+        "Model:",
         "Budget:",
         "Search:",
-        "Data:",
         "Tracking:",
         "Output:",
         "Other:",
@@ -232,6 +242,19 @@ def test_help_lists_options_under_headings_in_order():
     assert "    autoquant tune --seed 1" in lines
 
 
+def test_help_says_default_range_and_what_must_be_given():
+    words = " ".join(run("--help", command=sweep).stdout.split())
+    assert "--trials N Joint measurements" in words
+    assert "scale rules. [default: 30; x>=0]" in words
+    assert "one set of probes. [required]" in words
+    assert "--resume / --fresh" in words
+    assert "begin anew. [default: resume]" in words
+    assert "--max-tokens N" in words
+    assert "stays: --fresh begins anew. [x>=1]" in words
+    assert "[default: checkpoint]" in words
+    assert "[default: the first GPU, else the CPU]" in words
+
+
 def test_a_heading_that_does_not_exist_is_a_mistake_of_ours():
     with pytest.raises(ValueError, match="heading 'Misc'"):
-        option("--x", heading="Misc", help="X.")(lambda x: None)
+        Setting("Misc", "X.")

@@ -90,7 +90,24 @@ def test_checkpoints_of_several_budgets_on_request(folder, tmp_path):
     assert len(runs) == 2
     assert sizes[0] < sizes[1]
     assert all((run.path / "checkpoint" / "config.json").exists() for run in runs)
-    assert runs[0].result["command"].endswith(f"--export -- {folder / 'model'}")
+    assert f"{folder / 'model'} --budget-bpe 8.5,10 " in runs[0].result["command"]
+    assert runs[0].result["command"].endswith(" --export")
+
+
+def test_budgets_that_agree_in_six_digits_are_two_searches(search, tmp_path):
+    flags = ("--trials", 0, "--probe", "gradient")
+    search("9.0000001,9.0000002", tmp_path / "many", *flags)
+    runs = [tmp_path / "many" / f"{budget}bpe" for budget in ("9.0000001", "9.0000002")]
+    assert [outcome(run)["budget_bpe"] for run in runs] == [9.0000001, 9.0000002]
+
+
+def test_the_settings_of_a_run_are_those_of_its_search(autoquant, search, tmp_path):
+    search("8.7654321,9", tmp_path / "many", "--trials", 0, "--probe", "gradient")
+    run = tmp_path / "many" / "8.7654321bpe"
+    settings = ("--config", run / "config.resolved.yaml")
+    again = autoquant("search", *settings, "--out", run, "--no-export")
+    assert again.exit_code == 0, again.stderr
+    assert "already holds this search's result" in again.stderr
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from searchable import TOKEN_FLAGS, save_searchable, save_text
 from autoquant.data.tokens import Split
 from autoquant.measure.calibration import Calibration, calibrate
 from autoquant.measure.scorer import Scorer
-from autoquant.model.inputs import ActivationMode
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
+from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.grouping import find_groups
 from autoquant.source.source import open_source
 

@@ -15,7 +15,7 @@ from autoquant.export.layouts.base import Layout
 from autoquant.export.read_back import open_quantized
 from autoquant.export.verify import verify
 from autoquant.formats import A16, BF16, FP8, NVFP4, Choice, all_formats, choices_of
-from autoquant.model.inputs import ActivationMode
+from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
 from autoquant.source.source import open_source

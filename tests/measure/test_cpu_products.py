@@ -12,10 +12,10 @@ from autoquant.measure.calibration import calibrate
 from autoquant.measure.gradient import gradient_probe
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.sensitivity import probe
-from autoquant.model.inputs import ActivationMode
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
 from autoquant.model.shared_inputs import input_disagreements
+from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
 from autoquant.source.source import open_source

@@ -15,9 +15,9 @@ from autoquant.measure.scorer import Scorer
 from autoquant.measure.sensitivity import probe
 from autoquant.measure.taps import Taps
 from autoquant.model.experts import grouped_linear
-from autoquant.model.inputs import ActivationMode
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
+from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.grouping import find_groups
 from autoquant.source.source import open_source
 

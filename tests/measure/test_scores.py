@@ -15,9 +15,9 @@ from autoquant.formats import BF16, FP8, NVFP4
 from autoquant.measure.calibration import calibrate
 from autoquant.measure.kl import TokenKl, TokenScores
 from autoquant.measure.scorer import Scorer
-from autoquant.model.inputs import ActivationMode
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
+from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
 from autoquant.source.source import open_source

@@ -11,9 +11,10 @@ from searchable import WITH_EXPERTS, save_searchable
 from autoquant.errors import SourceError
 from autoquant.formats import FP8, NVFP4
 from autoquant.model import experts
-from autoquant.model.inputs import ActivationMode, InputScale
+from autoquant.model.inputs import InputScale
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
+from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
 from autoquant.source.source import open_source

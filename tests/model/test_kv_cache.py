@@ -16,9 +16,9 @@ from autoquant.export.layouts.base import Layout
 from autoquant.export.read_back import open_quantized
 from autoquant.export.verify import verify
 from autoquant.formats import FP8, NVFP4
-from autoquant.model.inputs import ActivationMode
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
+from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
 from autoquant.plan.kv_cache import KvCache, KvRange, attention_modules

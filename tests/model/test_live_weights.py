@@ -11,10 +11,11 @@ from autoquant.export.export import export
 from autoquant.export.read_back import open_quantized
 from autoquant.formats import BF16, FP8, NVFP4, Choice, ScaleRule
 from autoquant.model.binding import DenseSlot
-from autoquant.model.inputs import ActivationMode, InputScale
+from autoquant.model.inputs import InputScale
 from autoquant.model.install import install
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
+from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
 from autoquant.source.source import open_source

@@ -6,10 +6,10 @@ import pytest
 import torch
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
-from autoquant.model.inputs import ActivationMode
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
 from autoquant.model.shared_inputs import input_disagreements
+from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.grouping import find_groups
 from autoquant.source import names as table
 from autoquant.source.source import open_source

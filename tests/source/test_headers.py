@@ -97,7 +97,11 @@ def test_a_flipped_header_byte_never_crashes_nor_reads_outside_of_the_file(tmp_p
         ({"a": tensor(0, 4, shape=[-4])}, b"1234", r"shape \[-4\]"),
         ({"a": tensor(0, 4, shape=[True])}, b"1234", r"shape \[True\]"),
         ({"a": tensor(4, 0, shape=[4])}, b"1234", "-4 bytes; U8"),
-        ({"a": {"dtype": "U8", "shape": [4]}}, b"1234", "by other than dtype, shape and data_offsets"),
+        (
+            {"a": {"dtype": "U8", "shape": [4]}},
+            b"1234",
+            "by other than dtype, shape and data_offsets",
+        ),
         ({"a": tensor(0, 4, "F4")}, b"1234", "dtype 'F4', which is not one of"),
         ([1], b"", "not a JSON object"),
         (b"{", b"", "not JSON"),

@@ -6,13 +6,16 @@ their parts (`LayoutForm`).
 
 from dataclasses import dataclass
 from enum import StrEnum
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from autoquant.errors import ConfigError
 from autoquant.formats import INPUT_SCALE, Choice, Format, LayoutForm
-from autoquant.formats.packed import Packed
 from autoquant.plan.linears import Linear
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autoquant.formats.packed import Packed
 
 
 class Layout(StrEnum):
@@ -63,8 +66,8 @@ def stored_tensors(linear: Linear, choice: Choice, layout: Layout) -> dict[str, 
 
 
 def to_store(
-    linear: Linear, packed: Packed, choice: Choice, input_amax: float, layout: Layout
-) -> dict[str, Tensor]:
+    linear: Linear, packed: "Packed", choice: Choice, input_amax: float, layout: Layout
+) -> "dict[str, Tensor]":
     """The tensors that a quantized linear stores, by their names.
 
     Args:
@@ -85,7 +88,7 @@ def to_store(
     }
 
 
-def _as_stored(part: Tensor, name: str, form: LayoutForm) -> Tensor:
+def _as_stored(part: "Tensor", name: str, form: LayoutForm) -> "Tensor":
     if part.ndim:
         return part.cpu()
     return (1 / part if name in form.reciprocals else part).reshape(form.scalar_shape).cpu()

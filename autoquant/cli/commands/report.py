@@ -4,13 +4,13 @@ from pathlib import Path
 
 import click
 
-from autoquant.cli.options import GroupedCommand, format_option, option, out_option
+from autoquant.cli.options import HeadedCommand, format_option, option, out_option
 from autoquant.cli.output import print_fields, print_json
 
 
 @click.command(
     "report",
-    cls=GroupedCommand,
+    cls=HeadedCommand,
     examples=[
         ("autoquant report runs/demo", "Write runs/demo/report.html, also of an unfinished run:"),
         ("autoquant report runs/demo --png pictures", "Each picture as a PNG, for a model card:"),
@@ -21,7 +21,6 @@ from autoquant.cli.output import print_fields, print_json
 @option(
     "--png",
     heading="Output",
-    setting=False,
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
     help="Folder for each picture as a PNG.",

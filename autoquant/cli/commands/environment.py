@@ -4,13 +4,13 @@ from typing import Any
 
 import click
 
-from autoquant.cli.options import GroupedCommand, format_option
+from autoquant.cli.options import HeadedCommand, format_option
 from autoquant.cli.output import print_fields, print_json
 
 
 @click.command(
     "env",
-    cls=GroupedCommand,
+    cls=HeadedCommand,
     examples=[("autoquant env --format json", "For a bug report:")],
 )
 @format_option

@@ -13,6 +13,7 @@ from autoquant.report.words import (
     budgeted,
     counts_stored_bits,
     duration,
+    exact,
     finding,
     unit_of_budget,
 )
@@ -28,7 +29,7 @@ def print_result(result: dict[str, Any], run: Path) -> None:
             "winner": f"{result['winner']['stage']}: {result['winner']['name']}",
             "BPE": f"{result['bpe']['checkpoint']:.4f} of the checkpoint "
             f"({result['bpe']['searched']:.4f} of the searched layers)",
-            "budget": f"{result['budget_bpe']:g} {unit_of_budget(result)}, "
+            "budget": f"{exact(result['budget_bpe'])} {unit_of_budget(result)}, "
             f"of which it takes {budgeted(result):.4f}",
             "size": f"{result['checkpoint_bytes']:,} bytes",
             "groups": ", ".join(f"{n} {name}" for name, n in counts.items() if n),
@@ -74,7 +75,7 @@ def print_frontier(found: list[tuple[dict[str, Any], Path]]) -> None:
         ("budget", *taken, "BPE", "KL", "+-", "best recipe in budget", "its KL", "size", "run"),
         [
             (
-                f"{result['budget_bpe']:g}",
+                exact(result["budget_bpe"]),
                 *(f"{budgeted(result):.4f}" for _ in taken),
                 f"{result['bpe']['checkpoint']:.4f}",
                 f"{result['kl']['mean']:.5f}",

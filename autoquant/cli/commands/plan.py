@@ -5,16 +5,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from autoquant.cli.options import (
-    GroupedCommand,
-    budget_options,
-    config_option,
-    format_option,
-    model_argument,
-    revision_option,
-    space_option,
-)
+from autoquant.cli.configured import ConfiguredCommand
+from autoquant.cli.options import format_option
 from autoquant.cli.output import print_fields, print_json, print_table, warn
+from autoquant.decimals import shortest
+from autoquant.run.config import PlanConfig
 
 if TYPE_CHECKING:
     from autoquant.formats import Format
@@ -25,37 +20,20 @@ if TYPE_CHECKING:
 
 @click.command(
     "plan",
-    cls=GroupedCommand,
+    cls=ConfiguredCommand,
+    config=PlanConfig,
     examples=[
         ("autoquant plan", "The bundled reference model:"),
         ("autoquant plan ./my-model --budget-bpe 5.0", "Can this budget be met?"),
         ("autoquant plan Qwen/Qwen3-30B-A3B --space experts-only", "Under another search space:"),
     ],
 )
-@model_argument(required=False)
-@revision_option
-@budget_options(required=False)
-@space_option
 @format_option
-@config_option
-def command(
-    model: str | None,
-    revision: str | None,
-    budget_bpe: float | None,
-    budget_scope: str,
-    space: str,
-    format: str,
-) -> None:
+def command(config: PlanConfig, format: str) -> None:
     """Print layer groups, sizes and limits, without loading a weight."""
-    from autoquant.plan.budget import Budget, Scope
-    from autoquant.plan.plan import make_plan
-    from autoquant.plan.space_file import load_space
-    from autoquant.source.source import REFERENCE_MODEL, open_source
+    from autoquant.run.opening import open_plan
 
-    search_space = load_space(space)
-    budget = Budget(budget_bpe, Scope(budget_scope)) if budget_bpe is not None else None
-    source = open_source(model or REFERENCE_MODEL, revision=revision, weights=False)
-    plan = make_plan(source, search_space)
+    plan, budget = open_plan(config), config.budget
     for warning in plan.warnings:
         warn(warning)
     if budget is not None:
@@ -85,7 +63,7 @@ def _print(plan: "Plan", budget: "Budget | None") -> None:
     }
     if budget is not None:
         fields["budget"] = (
-            f"{_size(plan.limit(budget).at_most)}, {budget.bpe:g} bits per element "
+            f"{_size(plan.limit(budget).at_most)}, {shortest(budget.bpe)} bits per element "
             f"(scope {budget.scope})"
         )
     fields["probes"] = f"{plan.probes:,} (one group in one choice each)"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from autoquant.cli.options import GroupedCommand, format_option, option, revision_option
+from autoquant.cli.options import HeadedCommand, format_option, option
 from autoquant.cli.output import print_fields, print_json
 from autoquant.errors import ConfigError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.command(
     "verify",
-    cls=GroupedCommand,
+    cls=HeadedCommand,
     examples=[
         ("autoquant verify run/checkpoint", "Names, shapes, scales, declarations, sizes:"),
         ("autoquant verify run/checkpoint --source Qwen/Qwen3-8B", "Every code and byte as well:"),
@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     metavar="MODEL",
     help="The model that the checkpoint was made from: a folder or a hub id.",
 )
-@revision_option
+@option(
+    "--revision",
+    heading="Model",
+    metavar="NAME",
+    help="Branch, tag or commit of a source on the hub.  [default: its main branch]",
+)
 @format_option
 def command(checkpoint: Path, source: str | None, revision: str | None, format: str) -> None:
     """Read every tensor of an exported checkpoint back."""

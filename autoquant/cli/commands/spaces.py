@@ -2,7 +2,7 @@
 
 import click
 
-from autoquant.cli.options import GroupedCommand, format_option
+from autoquant.cli.options import HeadedCommand, format_option
 from autoquant.cli.output import print_json, print_table
 
 
@@ -17,7 +17,7 @@ def command() -> None:
 
 @command.command(
     "list",
-    cls=GroupedCommand,
+    cls=HeadedCommand,
     examples=[("autoquant spaces list", "The spaces that --space knows by name:")],
 )
 @format_option
@@ -35,7 +35,7 @@ def list_spaces(format: str) -> None:
 
 @command.command(
     "show",
-    cls=GroupedCommand,
+    cls=HeadedCommand,
     examples=[("autoquant spaces show default > mine.yaml", "Begin a space of your own:")],
 )
 @click.argument("name")
@@ -48,7 +48,7 @@ def show_space(name: str) -> None:
 
 @command.command(
     "schema",
-    cls=GroupedCommand,
+    cls=HeadedCommand,
     examples=[
         ("autoquant spaces schema > space.schema.json", "Completion and checks in an editor:")
     ],

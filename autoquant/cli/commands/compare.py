@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from autoquant.cli.options import GroupedCommand, format_option, out_option
+from autoquant.cli.options import HeadedCommand, format_option, out_option
 from autoquant.cli.output import print_json, print_table, warn
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @click.command(
     "compare",
-    cls=GroupedCommand,
+    cls=HeadedCommand,
     examples=[
         ("autoquant compare runs/a runs/b", "A table of budgets, seeds or models:"),
         ("autoquant compare runs/a runs/b --out compared.html", "And a page with a picture:"),
@@ -51,7 +51,7 @@ def command(runs: tuple[Path, ...], out: Path | None, format: str) -> None:
 
 
 def _print(rows: "list[RunRow]") -> None:
-    from autoquant.report.words import duration, fixed, number, percent, size
+    from autoquant.report.words import duration, exact, fixed, number, percent, size
 
     header = (
         *("run", "model", "budget", "mode", "seed", "BPE", "KL", "+-"),
@@ -63,7 +63,7 @@ def _print(rows: "list[RunRow]") -> None:
             (
                 row.run if row.status == "finished" else f"{row.run} ({row.status})",
                 Path(row.model).name,
-                number(row.budget_bpe, 4),
+                exact(row.budget_bpe),
                 row.activation_mode or "-",
                 "-" if row.seed is None else row.seed,
                 fixed(row.bpe, 3),

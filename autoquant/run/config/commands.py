@@ -1,0 +1,297 @@
+"""The settings of each command that reads a model.
+
+Pydantic lists the fields of the last base first, so bases stand in the reverse order of `--help`.
+"""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, field_serializer, model_validator
+
+from autoquant.errors import ConfigError
+from autoquant.measure.method import ProbeMethod
+from autoquant.plan.budget import Budget, Scope
+from autoquant.plan.model_costs import CostKind
+from autoquant.run.config.parts import (
+    CacheConfig,
+    InputsConfig,
+    LayoutConfig,
+    LoadedConfig,
+    ReportConfig,
+    SpaceConfig,
+    TrackingConfig,
+)
+from autoquant.run.config.setting import Setting
+from autoquant.run.config.types import (
+    Bits,
+    Budgets,
+    ExistingFile,
+    Folder,
+    Natural,
+    NewFile,
+    Positive,
+    Seconds,
+)
+
+_BUDGET = "Most stored bits per element of the source model, scales included"
+
+BudgetScope = Annotated[
+    Scope,
+    Setting("Budget", "What the budget counts: the whole checkpoint, or the layers left open."),
+]
+
+
+class PlanConfig(SpaceConfig):
+    """The settings of `autoquant plan`."""
+
+    command: ClassVar[str] = "plan"
+
+    budget_bpe: Annotated[Bits | None, Setting("Budget", f"{_BUDGET}.", "BITS")] = None
+    budget_scope: BudgetScope = Scope.CHECKPOINT
+
+    @property
+    def budget(self) -> Budget | None:
+        """The budget, if one is given."""
+        return None if self.budget_bpe is None else Budget(self.budget_bpe, self.budget_scope)
+
+
+class ProbeConfig(CacheConfig, InputsConfig, SpaceConfig, LoadedConfig):
+    """The settings of `autoquant probe`."""
+
+    command: ClassVar[str] = "probe"
+
+    probe: Annotated[
+        ProbeMethod,
+        Setting(
+            "Search",
+            "How each layer's part is found out: its KL in every format (exact); in one format, "
+            "the others scaled by gradients (screened); or gradients alone.",
+        ),
+    ] = ProbeMethod.SCREENED
+    out: Annotated[
+        Folder | None,
+        Setting(
+            "Output",
+            "Run directory; the same probes go on in it.",
+            "DIR",
+            unset="runs/NAME",
+            is_saved=False,
+        ),
+    ] = None
+    resume: Annotated[
+        bool,
+        Setting(
+            "Output",
+            "Go on with earlier probes of the same settings, or set them aside and begin anew.",
+            opposite="fresh",
+            is_saved=False,
+        ),
+    ] = True
+
+
+class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
+    """The settings of `autoquant search`."""
+
+    command: ClassVar[str] = "search"
+
+    budget_bpe: Annotated[
+        Budgets, Setting("Budget", f"{_BUDGET}; several share one set of probes.", "BITS[,BITS...]")
+    ]
+    budget_scope: BudgetScope = Scope.CHECKPOINT
+    cost: Annotated[
+        Literal[CostKind.BITS, CostKind.ACTIVE_BYTES],
+        Setting(
+            "Budget",
+            "What the budget limits: stored bits, or what one token reads (top-k of the experts).",
+        ),
+    ] = CostKind.BITS
+    sensitivity: Annotated[
+        Path | None,
+        Setting(
+            "Search",
+            "Run directory whose probes to take over, of `autoquant probe` or of another search "
+            "with the same settings.",
+            "RUN",
+            unset="what `autoquant probe` wrote to runs/",
+            is_saved=False,
+        ),
+    ] = None
+    trials: Annotated[
+        Natural,
+        Setting(
+            "Search",
+            "Joint measurements beyond the baselines, the solver's optima and the check of their "
+            "scale rules.",
+            "N",
+        ),
+    ] = 30
+    reweight_trials: Annotated[
+        Natural,
+        Setting(
+            "Search",
+            "How many of the trials, at most all, Optuna proposes, over weights of the "
+            "sensitivities by role and depth; the others come from predictions and swaps.",
+            "N",
+        ),
+    ] = 0
+    max_seconds: Annotated[
+        Seconds | None,
+        Setting(
+            "Search",
+            "Begin no further trial once loading, calibration, probes and trials have taken S "
+            "seconds, those of an interrupted call included. A finished result stays: --fresh "
+            "begins anew.",
+            "S",
+        ),
+    ] = None
+    max_tokens: Annotated[
+        Positive | None,
+        Setting(
+            "Search",
+            "Begin no further trial once all trials together have seen N tokens. A finished result "
+            "stays: --fresh begins anew.",
+            "N",
+        ),
+    ] = None
+    out: Annotated[
+        Folder | None,
+        Setting(
+            "Output",
+            "Run directory; the same search goes on in it.",
+            "DIR",
+            unset="runs/NAME",
+            is_saved=False,
+        ),
+    ] = None
+    resume: Annotated[
+        bool,
+        Setting(
+            "Output",
+            "Go on with an earlier run of the same search, or set it aside and begin anew.",
+            opposite="fresh",
+            is_saved=False,
+        ),
+    ] = True
+    export: Annotated[
+        bool,
+        Setting(
+            "Output",
+            "Write the winner as a checkpoint.",
+            unset="for a single budget",
+            opposite="no-export",
+            is_saved=False,
+        ),
+    ] = Field(default_factory=lambda given: len(given["budget_bpe"]) == 1)
+
+    @property
+    def budget(self) -> Budget:
+        """The budget of a search that has one."""
+        (bpe,) = self.budget_bpe
+        return Budget(bpe, self.budget_scope)
+
+    def of_each_budget(self) -> list[Self]:
+        """The same search under each of its budgets."""
+        return [self.model_copy(update={"budget_bpe": (bpe,)}) for bpe in self.budget_bpe]
+
+    @model_validator(mode="after")
+    def _require_possible(self) -> Self:
+        for search in self.of_each_budget():
+            _ = search.budget
+        if self.reweight_trials > self.trials:
+            raise ConfigError(
+                f"--reweight-trials is {self.reweight_trials} and --trials {self.trials}: what "
+                "Optuna proposes is a part of the trials.",
+                fix=f"write --reweight-trials {self.trials} or less, or --trials "
+                f"{self.reweight_trials} or more.",
+            )
+        return self
+
+    @field_serializer("budget_bpe")
+    def _one_or_list(self, budgets: tuple[float, ...]) -> float | list[float]:
+        return budgets[0] if len(budgets) == 1 else list(budgets)
+
+
+class ScoreConfig(CacheConfig, InputsConfig, ReportConfig):
+    """The settings of `autoquant score`."""
+
+    command: ClassVar[str] = "score"
+
+    assignment: Annotated[
+        ExistingFile | None,
+        Setting(
+            "Model",
+            "Which group has which format, YAML or JSON, such as a search's assignment.yaml.",
+            "FILE",
+            is_saved=False,
+        ),
+    ] = None
+    checkpoint: Annotated[
+        Path | None,
+        Setting("Model", "Exported checkpoint to measure against MODEL.", "DIR", is_saved=False),
+    ] = None
+    split: Annotated[Literal["search", "report"], Setting("Data", "Tokens to measure on.")] = (
+        "report"
+    )
+
+    @model_validator(mode="after")
+    def _require_one_of_both(self) -> Self:
+        if (self.assignment is None) == (self.checkpoint is None):
+            given = (
+                "neither --assignment nor --checkpoint is"
+                if self.assignment is None
+                else "both --assignment and --checkpoint are"
+            )
+            raise ConfigError(
+                f"{given} given: `score` measures one of them.",
+                fix="give either --assignment FILE or --checkpoint DIR.",
+            )
+        return self
+
+
+class ExportConfig(LayoutConfig, CacheConfig, ReportConfig):
+    """The settings of `autoquant export`."""
+
+    command: ClassVar[str] = "export"
+
+    assignment: Annotated[
+        ExistingFile,
+        Setting(
+            "Model",
+            "Which group has which format, YAML or JSON, such as a search's assignment.yaml.",
+            "FILE",
+            is_saved=False,
+        ),
+    ]
+    calibrated: Annotated[
+        ExistingFile | None,
+        Setting(
+            "Data",
+            "calibration.json of a search: its input ranges are taken, no text is read and the "
+            "model is not loaded.",
+            "FILE",
+            is_saved=False,
+        ),
+    ] = None
+    out: Annotated[
+        Folder | None,
+        Setting("Output", "New folder for the checkpoint.", "DIR", is_saved=False),
+    ] = None
+    modelopt_recipe: Annotated[
+        NewFile | None,
+        Setting(
+            "Output",
+            "YAML file for a recipe of NVIDIA ModelOpt with the same formats, to train from; "
+            "without --out it is all that is written.",
+            "FILE",
+            is_saved=False,
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _require_something_to_write(self) -> Self:
+        if self.out is None and self.modelopt_recipe is None:
+            raise ConfigError(
+                "neither --out nor --modelopt-recipe: `export` has nothing to write.",
+                fix="give --out DIR for a checkpoint, --modelopt-recipe FILE for its formats.",
+            )
+        return self

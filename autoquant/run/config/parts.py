@@ -1,0 +1,184 @@
+"""Settings that commands share, one field a setting.
+
+A field gives the type, bounds, default, heading and help of its setting. The option of the command
+line and the key of a settings file follow from it; `autoquant.search` names it once more, for its
+signature.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+from autoquant.export.layouts.base import Layout
+from autoquant.plan.activation_mode import ActivationMode
+from autoquant.plan.kv_cache import KvCache
+from autoquant.run.config.base import Config
+from autoquant.run.config.setting import Setting
+from autoquant.run.config.types import Natural, Tokens
+from autoquant.tracking import ChildRuns
+
+if TYPE_CHECKING:
+    from autoquant.data.tokens import TokenPlan
+
+
+class ModelConfig(Config):
+    """Which model."""
+
+    model: Annotated[
+        str | None,
+        Setting(
+            "Model",
+            "Folder or hub id; the bundled reference model by default.",
+            "[MODEL]",
+            is_argument=True,
+        ),
+    ] = None
+    revision: Annotated[
+        str | None,
+        Setting(
+            "Model",
+            "Branch, tag or commit of a model on the hub.",
+            "NAME",
+            unset="its main branch",
+        ),
+    ] = None
+
+
+class LoadedConfig(ModelConfig):
+    """How the model is loaded, and the tokens that it is measured on."""
+
+    device: Annotated[
+        str | None,
+        Setting("Model", "cpu, cuda, cuda:1 ...", "NAME", unset="the first GPU, else the CPU"),
+    ] = None
+    trust_remote_code: Annotated[bool, Setting("Model", "Run code that comes with the model.")] = (
+        False
+    )
+    calibration: Annotated[
+        str,
+        Setting(
+            "Data",
+            "Text or JSONL file, folder, or datasets id (org/name:split); stdlib is the source of "
+            "Python's standard library.",
+            "TEXT",
+        ),
+    ] = "stdlib"
+    seed: Annotated[Natural, Setting("Data", "Same seed, same tokens and same result.", "N")] = 0
+    sequence_length: Annotated[Tokens, Setting("Data", "Longest sequence.", "N")] = 256
+    batch_tokens: Annotated[Tokens, Setting("Data", "Tokens of one forward.", "N")] = 4_096
+    calibration_tokens: Annotated[
+        Tokens, Setting("Data", "Tokens that input ranges are taken from.", "N")
+    ] = 8_192
+    calibrate_all_experts: Annotated[
+        bool,
+        Setting(
+            "Data",
+            "Take input ranges from every expert on every token, not only on those routed to it; "
+            "KL is measured with the model's own routing either way.",
+        ),
+    ] = False
+    search_tokens: Annotated[
+        Tokens, Setting("Data", "Tokens that probes and trials are measured on.", "N")
+    ] = 16_384
+
+    @property
+    def tokens(self) -> "TokenPlan":
+        """The tokens of each split; one sequence to report on where nothing is reported."""
+        from autoquant.data.tokens import TokenPlan
+
+        return TokenPlan(
+            calibration=self.calibration_tokens,
+            search=self.search_tokens,
+            report=1,
+            sequence_length=self.sequence_length,
+            batch_tokens=self.batch_tokens,
+            seed=self.seed,
+            all_experts=self.calibrate_all_experts,
+        )
+
+
+class ReportConfig(LoadedConfig):
+    """The tokens of the last word."""
+
+    report_tokens: Annotated[
+        Tokens, Setting("Data", "Tokens that the finalists are confirmed on.", "N")
+    ] = 65_536
+
+    @property
+    def tokens(self) -> "TokenPlan":
+        """The tokens of each split."""
+        return replace(super().tokens, report=self.report_tokens)
+
+
+class SpaceConfig(ModelConfig):
+    """What may be chosen."""
+
+    space: Annotated[
+        str,
+        Setting(
+            "Search",
+            "Which layers may take which formats: a shipped space, or a YAML file.",
+            "NAME|FILE",
+        ),
+    ] = "default"
+
+
+class InputsConfig(Config):
+    """What quantized layers multiply with."""
+
+    activation_mode: Annotated[
+        ActivationMode,
+        Setting(
+            "Search",
+            "Whether NVFP4 layers see NVFP4 inputs (Blackwell) or BF16 inputs (Hopper).",
+        ),
+    ] = ActivationMode.W4A4
+
+
+class CacheConfig(Config):
+    """What the model's cache holds."""
+
+    kv_cache: Annotated[
+        KvCache,
+        Setting(
+            "Search",
+            "How engines are to keep keys and values: fp8 calibrates and stores scales for them, "
+            "and counts what it costs in KL.",
+        ),
+    ] = KvCache.BF16
+
+
+class LayoutConfig(Config):
+    """How a checkpoint is written."""
+
+    layout: Annotated[
+        Layout,
+        Setting(
+            "Output",
+            "Who reads the checkpoint: vLLM, SGLang and TensorRT-LLM, or vLLM, SGLang and "
+            "transformers. The same codes and scales.",
+        ),
+    ] = Layout.MODELOPT
+
+
+class TrackingConfig(Config):
+    """How a search is recorded."""
+
+    mlflow: Annotated[
+        bool,
+        Setting(
+            "Tracking",
+            "Record the search in MLflow: MLFLOW_TRACKING_URI, else mlflow.db in the folder of "
+            "runs.",
+            opposite="no-mlflow",
+        ),
+    ] = True
+    mlflow_experiment: Annotated[
+        str, Setting("Tracking", "Experiment to record under.", "NAME")
+    ] = "autoquant"
+    mlflow_trials: Annotated[
+        ChildRuns,
+        Setting(
+            "Tracking",
+            "Trials that get a child run of their own: each one, or only those that improve.",
+        ),
+    ] = "all"

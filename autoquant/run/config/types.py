@@ -1,0 +1,78 @@
+"""Types of settings that check more than a type: budgets and paths."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from autoquant.decimals import shortest
+
+
+def _existing_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"File {str(path)!r} does not exist")
+    return path
+
+
+def _no_folder(path: Path) -> Path:
+    if path.is_dir():
+        raise ValueError(f"File {str(path)!r} is a directory")
+    return path
+
+
+def _no_file(path: Path) -> Path:
+    if path.is_file():
+        raise ValueError(f"Directory {str(path)!r} is a file")
+    return path
+
+
+def _bits(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        given = value.strip() if isinstance(value, str) else value
+        raise ValueError(f"{given!r} is not a valid budget") from None
+
+
+def _one_budget(value: Any) -> Any:
+    if isinstance(value, str) and "," in value:
+        raise ValueError(f"{value!r} has a comma: this command takes one budget, such as 5.5")
+    return _bits(value) if isinstance(value, str) else value
+
+
+def _budgets(value: Any) -> tuple[float, ...]:
+    if isinstance(value, str):
+        return tuple(map(_bits, value.split(",")))
+    values = value if isinstance(value, Sequence) else [value]
+    if any(isinstance(part, (list, tuple, dict, bool)) for part in values):
+        raise ValueError(f"{value!r}: it takes a budget or a list of single values")
+    if not values:
+        raise ValueError(f"{value!r} is not a valid budget")
+    return tuple(map(_bits, values))
+
+
+def _distinct(budgets: tuple[float, ...]) -> tuple[float, ...]:
+    if len(set(budgets)) < len(budgets):
+        raise ValueError(f"'{','.join(map(shortest, budgets))}' names a budget twice")
+    return budgets
+
+
+ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
+NewFile = Annotated[Path, AfterValidator(_no_folder)]
+Folder = Annotated[Path, AfterValidator(_no_file)]
+
+Bits = Annotated[float, BeforeValidator(_one_budget), Field(gt=0)]
+"""A budget, bits per element."""
+
+Budgets = Annotated[
+    tuple[Annotated[float, Field(gt=0)], ...],
+    BeforeValidator(_budgets),
+    AfterValidator(_distinct),
+]
+"""Budgets, bits per element: one, a list, or a text with commas."""
+
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Tokens = Annotated[int, Field(ge=32)]
+Seconds = Annotated[float, Field(gt=0)]

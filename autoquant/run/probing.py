@@ -1,0 +1,168 @@
+"""The stages up to the probes: load, calibrate, probe."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoquant.environment import measuring_on
+from autoquant.errors import RunConflict, SourceError
+from autoquant.formats import BF16
+from autoquant.measure.calibration import Calibration
+from autoquant.measure.sensitivity import Sensitivity, keys_of
+from autoquant.measure.session import Session
+from autoquant.plan.plan import Plan
+from autoquant.run.config import ProbeConfig
+from autoquant.run.measuring import calibrate_session, open_measuring, use_calibration
+from autoquant.run.observer import Observer
+from autoquant.run.probes import Probes
+from autoquant.run.shared import Shared
+from autoquant.run.signature import NUMERICS_VERSION
+from autoquant.store.run_directory import (
+    CALIBRATION,
+    GROUPS,
+    SECONDS,
+    SENSITIVITY,
+    SPLITS,
+    RunDirectory,
+    read_seconds,
+)
+from autoquant.tracking import NullTracker, Tracker
+
+
+@dataclass(kw_only=True)
+class Probing:
+    """Probes in one run directory, of their own or of a search."""
+
+    config: ProbeConfig
+    plan: Plan
+    """What the configuration names, opened."""
+    run: RunDirectory
+    observer: Observer
+    tracker: Tracker = field(default_factory=NullTracker)
+    shared: Shared = field(default_factory=Shared)
+    """With searches of other budgets."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Spent on each stage, by earlier processes too."""
+
+    def __post_init__(self) -> None:
+        try:
+            self.seconds |= read_seconds(self.run.path)
+        except SourceError as error:
+            self.observer.warn(f"{error.message} Times count from here on.")
+
+    def probe(self) -> dict[str, Any]:
+        """Run the stages up to the probes; what `sensitivity.json` holds.
+
+        Raises:
+            RunConflict: the text or the tokenizer changed since the run began.
+            SourceError: model or text missing, damaged or not understood.
+        """
+        stored = self.run.read_json(SENSITIVITY)
+        if stored is not None:
+            self.observer.note(f"{self.run.path} already holds these probes.")
+            return stored
+        self._keep_plan()
+        session = self._open()
+        self._calibrate(session)
+        self._probe(session)
+        return self.run.read_json(SENSITIVITY) or {}
+
+    def _keep_plan(self) -> None:
+        for warning in self.plan.options.warnings:
+            self.observer.warn(warning)
+        self.run.write_json(GROUPS, self.plan.to_dict())
+
+    def _open(self) -> Session:
+        if self.shared.session is None:
+            self.shared.session = self._load()
+        session = self.shared.session
+        self._require_same_tokens(session)
+        self._record_environment(session)
+        for name, split in session.splits.items():
+            self.tracker.dataset(
+                self.config.calibration, digest=split.digest, context=name, tokens=split.tokens
+            )
+        return session
+
+    def _load(self) -> Session:
+        choices = self.plan.options.choices
+        with self._timed("load"):
+            return open_measuring(
+                self.config,
+                self.plan.source,
+                [group for group in self.plan.groups if choices[group.name] != (BF16,)],
+                self.config.kv_cache.attention(self.plan.groups),
+                self.observer,
+                mode=self.config.activation_mode,
+            )
+
+    def _require_same_tokens(self, session: Session) -> None:
+        digests = {name: split.digest for name, split in session.splits.items()}
+        stored = self.run.read_json(SPLITS) or {}
+        if digests | stored == digests:
+            self.run.write_json(SPLITS, digests)
+        else:
+            raise RunConflict(
+                f"{self.run.path} was begun on other tokens: the text {self.config.calibration!r} "
+                "or the tokenizer has changed since.",
+                fix="restore them, or start anew with --fresh (the earlier run is set aside).",
+            )
+
+    def _record_environment(self, session: Session) -> None:
+        """Write down what this process measures with; warn where earlier measurements differ."""
+        ours = measuring_on(session.loaded.device) | {"numerics": str(NUMERICS_VERSION)}
+        differing = {
+            f"{name} {earlier.get(name)} then, {ours[name]} now"
+            for earlier in self.run.environments
+            for name in ours
+            if earlier.get(name) != ours[name]
+        }
+        if differing:
+            self.observer.warn(
+                f"{self.run.path} holds measurements of another environment, whose last digits may "
+                f"differ: {'; '.join(sorted(differing))}. --fresh measures everything anew."
+            )
+        self.run.add_environment(ours)
+
+    def _calibrate(self, session: Session) -> Calibration:
+        stored = self.run.read_json(CALIBRATION)
+        if stored is not None:
+            calibration = Calibration.from_dict(stored)
+        else:
+            with self._timed("calibrate"):
+                calibration = calibrate_session(
+                    session, all_experts=self.config.calibrate_all_experts, observer=self.observer
+                )
+            self.run.write_json(CALIBRATION, calibration.to_dict())
+        use_calibration(session, calibration, self.observer)
+        return calibration
+
+    def _probe(self, session: Session) -> Sensitivity:
+        probes = Probes(
+            run=self.run,
+            scorer=session.scorer,
+            split=session.splits["search"],
+            keys=tuple(keys_of(self.plan.options.choices)),
+            seed=self.config.seed,
+            observer=self.observer,
+        )
+        with self._timed("probe"):
+            sensitivity, method = probes.measure(self.config.probe)
+        self.run.write_json(SENSITIVITY, {"method": str(method), **sensitivity.to_dict()})
+        for group, choice in sensitivity.overflowing():
+            self.observer.warn(
+                f"{group} in {choice} overflows: its KL is not finite, and it is taken only where "
+                "the budget leaves nothing else."
+            )
+        return sensitivity
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
+            self.run.write_json(SECONDS, self.seconds)
