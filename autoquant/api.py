@@ -17,6 +17,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from autoquant.formats.kv_cache import KvCacheName
 from autoquant.report import html
 from autoquant.report.record import RunRecord, TrialRow
 from autoquant.store.run_directory import Status
@@ -177,7 +178,7 @@ def search(
     activation_mode: Literal["w4a4", "w4a16"] = "w4a4",
     probe: Literal["exact", "screened", "gradient"] = "screened",
     sensitivity: Path | str | None = None,
-    kv_cache: Literal["bf16", "fp8"] = "bf16",
+    kv_cache: KvCacheName = "bf16",
     trials: int = 30,
     reweight_trials: int = 0,
     max_seconds: float | None = None,

@@ -53,7 +53,7 @@ def small_problem(folder: Path, *, uneven: float = 0.0, bpe: float = 6.0) -> Pro
     }
     return Problem(
         accounting=plan.accounting,
-        budget=Budget(bpe, Scope.SEARCHED),
+        limits=(plan.limit(Budget(bpe, Scope.SEARCHED)),),
         sensitivity=Sensitivity(kl, dict.fromkeys(kl, 0.0)),
     )
 
@@ -87,6 +87,7 @@ class Scored:
         return TokenKl(
             kl=np.repeat(hard * self.joint(assignment), length),
             sequence=np.repeat(np.arange(rows), length),
+            unit=split.units[index],
         )
 
 

@@ -41,7 +41,7 @@ def cli(debug: bool) -> None:
 
 
 def let_threads_sleep() -> None:
-    """Let CPU threads that wait for each other give their core away, unless the user says otherwise.
+    """Let CPU threads that wait for each other give their core away, unless told otherwise.
 
     OpenMP's threads spin for milliseconds by default. Where other work runs, a thread that spins
     takes the core that the thread it waits for needs: forwards took fifteen times as long. OpenMP

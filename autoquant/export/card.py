@@ -11,10 +11,10 @@ import yaml
 from autoquant.export.declaration import caveat
 from autoquant.export.layouts.base import Layout
 from autoquant.formats import BF16, Choice
+from autoquant.formats.kv_cache import KvCache
 from autoquant.parsing import Unreadable, parse_yaml, read_text
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import Groups
-from autoquant.plan.kv_cache import KvCache
 from autoquant.source.names import ROLES
 from autoquant.source.source import Source
 

@@ -9,9 +9,9 @@ from autoquant.export.layouts import compressed_tensors as layout_compressed_ten
 from autoquant.export.layouts import modelopt as layout_modelopt
 from autoquant.export.layouts.base import Layout
 from autoquant.formats import BF16, Choice
+from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import Groups
-from autoquant.plan.kv_cache import KvCache
 from autoquant.source.headers import Headers
 
 

@@ -24,9 +24,10 @@ from autoquant.export.target import copy_file, new_folder
 from autoquant.export.writer import ShardWriter
 from autoquant.files import to_json, write_atomic
 from autoquant.formats import BF16, Choice
+from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.assignment import Assignment, require_legal
 from autoquant.plan.grouping import Groups
-from autoquant.plan.kv_cache import KvCache, KvRange
+from autoquant.plan.kv_cache import KvRange
 from autoquant.plan.linears import LayerGroup, Linear
 from autoquant.source.headers import TensorHeader
 from autoquant.source.shards import INDEX_FILE, SINGLE_FILE

@@ -18,7 +18,8 @@ from autoquant.export.layouts.modelopt import QUANTIZATION_FILE
 from autoquant.export.nearest import distance_of
 from autoquant.export.read_back import QuantizedCheckpoint, open_quantized
 from autoquant.formats import BF16, GLOBAL_SCALE, INPUT_SCALE, SCALE, all_formats
-from autoquant.plan.kv_cache import KvCache, attention_modules
+from autoquant.formats.kv_cache import KvCache
+from autoquant.plan.kv_cache import attention_modules
 from autoquant.plan.linears import LayerGroup
 from autoquant.source.json_file import read_json_object
 from autoquant.source.shards import INDEX_FILE

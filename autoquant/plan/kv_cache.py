@@ -1,47 +1,31 @@
-"""The cache of keys and values: in BF16, or in FP8 with a scale per attention module and tensor."""
+"""Which attention modules have a cache of keys and values, and what its scales take."""
 
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Self
 
 from autoquant.errors import ConfigError
 from autoquant.formats import SCALAR_BYTES
+from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.grouping import Groups
 
 _KEYS, _VALUES = ".k_proj", ".v_proj"
 
 
-class KvCache(StrEnum):
-    """How engines keep the keys and values of earlier tokens."""
+def cached_attention(kv_cache: KvCache, groups: Groups) -> tuple[str, ...]:
+    """Names on disk of the attention modules that need scales for the cache.
 
-    BF16 = "bf16"
-    FP8 = "fp8"
+    Raises:
+        ConfigError: see `attention_modules`.
+    """
+    return attention_modules(groups) if kv_cache.is_quantized else ()
 
-    @property
-    def is_quantized(self) -> bool:
-        """Whether a checkpoint stores scales for it."""
-        return self is not KvCache.BF16
 
-    @classmethod
-    def of(cls, *, quantized: bool) -> Self:
-        """The cache with scales, or the one without."""
-        return cls.FP8 if quantized else cls.BF16
+def cache_bytes(kv_cache: KvCache, groups: Groups) -> int:
+    """Bytes of the scales that a checkpoint of these groups stores for its cache.
 
-    def attention(self, groups: Groups) -> tuple[str, ...]:
-        """Names on disk of the attention modules that need scales for the cache.
-
-        Raises:
-            ConfigError: see `attention_modules`.
-        """
-        return attention_modules(groups) if self.is_quantized else ()
-
-    def stored_bytes(self, groups: Groups) -> int:
-        """Bytes of the scales that a checkpoint of these groups stores for its cache.
-
-        Raises:
-            ConfigError: see `attention_modules`.
-        """
-        return 2 * SCALAR_BYTES * len(self.attention(groups))
+    Raises:
+        ConfigError: see `attention_modules`.
+    """
+    return 2 * SCALAR_BYTES * len(cached_attention(kv_cache, groups))
 
 
 @dataclass(frozen=True, slots=True)

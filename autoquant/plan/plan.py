@@ -6,12 +6,13 @@ from functools import cached_property
 from typing import Any
 
 from autoquant.formats import BF16, all_formats
+from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.accounting import Accounting
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.budget import Budget, Scope
 from autoquant.plan.cost import Cost
 from autoquant.plan.grouping import Groups, find_groups
-from autoquant.plan.kv_cache import KvCache
+from autoquant.plan.kv_cache import cache_bytes
 from autoquant.plan.limit import Limit
 from autoquant.plan.linears import LayerGroup
 from autoquant.plan.model_costs import ActiveBytes, Bf16Products, CostKind, StoredBytes
@@ -144,6 +145,6 @@ def make_plan(source: Source, space: SearchSpace, kv_cache: KvCache = KvCache.BF
         headers=source.headers,
         groups=groups,
         choices=options.choices,
-        added_bytes=kv_cache.stored_bytes(groups),
+        added_bytes=cache_bytes(kv_cache, groups),
     )
     return Plan(source=source, space=space, groups=groups, options=options, accounting=accounting)

@@ -12,6 +12,7 @@ from autoquant.formats import BF16
 from autoquant.measure.calibration import Calibration
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.measure.session import Session
+from autoquant.plan.kv_cache import cached_attention
 from autoquant.plan.plan import Plan
 from autoquant.run.config import ProbeConfig
 from autoquant.run.measuring import calibrate_session, open_measuring, use_calibration
@@ -93,7 +94,7 @@ class Probing:
                 self.config,
                 self.plan.source,
                 [group for group in self.plan.groups if choices[group.name] != (BF16,)],
-                self.config.kv_cache.attention(self.plan.groups),
+                cached_attention(self.config.kv_cache, self.plan.groups),
                 self.observer,
                 mode=self.config.activation_mode,
             )

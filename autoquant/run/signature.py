@@ -8,7 +8,7 @@ from typing import Any
 
 from autoquant.decimals import shortest
 from autoquant.export.layouts.base import Layout
-from autoquant.plan.kv_cache import KvCache
+from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.model_costs import CostKind
 from autoquant.plan.plan import Plan
 from autoquant.run.config import ProbeConfig, SearchConfig

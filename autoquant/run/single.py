@@ -10,6 +10,7 @@ from autoquant.export.read_back import open_quantized
 from autoquant.export.target import require_free
 from autoquant.files import write_atomic
 from autoquant.formats import BF16
+from autoquant.formats.kv_cache import KvCache
 from autoquant.measure.calibration import Calibration, read_calibration
 from autoquant.measure.session import Session
 from autoquant.model.install import groups_of, install, is_quantized
@@ -18,7 +19,7 @@ from autoquant.plan.accounting import Accounting
 from autoquant.plan.assignment import Assignment, require_legal
 from autoquant.plan.budget import Scope
 from autoquant.plan.grouping import Groups, find_groups
-from autoquant.plan.kv_cache import KvCache
+from autoquant.plan.kv_cache import cache_bytes, cached_attention
 from autoquant.progress import Unit
 from autoquant.run.config import ExportConfig, ScoreConfig
 from autoquant.run.config.parts import LoadedConfig
@@ -53,7 +54,7 @@ def score(config: ScoreConfig, observer: Observer) -> dict[str, Any]:
         assignment = Assignment.read(config.assignment)
         groups = _groups_of(source, assignment)
         quantized = [g for g in groups if assignment[g.name] != BF16]
-        attention = config.kv_cache.attention(groups)
+        attention = cached_attention(config.kv_cache, groups)
         session = open_measuring(config, source, quantized, attention, observer, mode=mode)
         _calibrate(config, session, observer)
     cache = KvCache.of(quantized=session.quantized.kv_cache is not None)
@@ -96,7 +97,7 @@ def _export(
     require_free(target, source=source.path)
     groups = _groups_of(source, assignment)
     quantized = [g for g in groups if assignment[g.name] != BF16]
-    attention = config.kv_cache.attention(groups)
+    attention = cached_attention(config.kv_cache, groups)
     if config.calibrated is not None:
         keep_freed_memory()
         found, book = read_calibration(config.calibrated, quantized, attention), None
@@ -127,7 +128,7 @@ def _write_recipe(source: Source, assignment: Assignment, kv_cache: KvCache, fil
     from autoquant.report.html import writing
 
     groups = _groups_of(source, assignment)
-    kv_cache.attention(groups)
+    cached_attention(kv_cache, groups)
     recipe = modelopt_recipe(quantized_linears(groups, assignment), kv_cache)
     with writing(file):
         write_atomic(file, yaml.safe_dump(recipe, sort_keys=False))
@@ -174,7 +175,7 @@ def _measure(
         headers=source.headers,
         groups=groups,
         choices={n: (c, BF16) for n, c in complete.items()},
-        added_bytes=cache.stored_bytes(groups),
+        added_bytes=cache_bytes(cache, groups),
     )
     return {
         "kl": scores.summary(),

@@ -31,12 +31,12 @@ from autoquant.export.layouts.engine_view import compressed_tensors_view
 from autoquant.export.read_back import open_quantized
 from autoquant.export.verify import verify
 from autoquant.formats import BF16, FP8, Choice, Format, ScaleRule
+from autoquant.formats.kv_cache import KvCache
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
-from autoquant.plan.kv_cache import KvCache
 from autoquant.source.source import Source, open_source
 
 CT = Layout.COMPRESSED_TENSORS

@@ -14,9 +14,9 @@ from tiny_models import save_model
 from autoquant.export.declaration import quantized_linears
 from autoquant.export.layouts.recipe import modelopt_recipe
 from autoquant.formats import FP8
+from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
-from autoquant.plan.kv_cache import KvCache
 from autoquant.source.source import open_source
 
 BITS = {"fp8": (4, 3), "nvfp4": (2, 1)}

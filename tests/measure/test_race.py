@@ -17,7 +17,8 @@ def scores(worse, sequences, lengths=(32,), spread=1e-3):
     """A candidate that is worse than the rival on the first sequences by `worse` on average."""
     means = np.array(RIVAL[:sequences]) + worse + spread * SPREAD[:sequences]
     sizes = np.resize(lengths, sequences)
-    return TokenKl(kl=np.repeat(means, sizes), sequence=np.repeat(np.arange(sequences), sizes))
+    own = np.arange(sequences)
+    return TokenKl(kl=np.repeat(means, sizes), sequence=np.repeat(own, sizes), unit=own)
 
 
 def standard_error(sequences, spread=1e-3):

@@ -16,12 +16,13 @@ from autoquant.export.layouts.base import Layout
 from autoquant.export.read_back import open_quantized
 from autoquant.export.verify import verify
 from autoquant.formats import FP8, NVFP4
+from autoquant.formats.kv_cache import KvCache
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
-from autoquant.plan.kv_cache import KvCache, KvRange, attention_modules
+from autoquant.plan.kv_cache import KvRange, attention_modules, cache_bytes
 from autoquant.source.source import Source, open_source
 
 ATTENTION = ("model.layers.0.self_attn", "model.layers.1.self_attn")
@@ -131,7 +132,7 @@ def test_model_without_keys_and_values_on_disk_is_refused(tmp_path):
     groups = find_groups(open_source(save_model("deepseek_v3", tmp_path)))
     with pytest.raises(ConfigError, match="needs attention with k_proj and v_proj"):
         attention_modules(groups)
-    assert KvCache.BF16.stored_bytes(groups) == 0
+    assert cache_bytes(KvCache.BF16, groups) == 0
 
 
 def test_cache_without_a_quantized_layer_is_refused(source, tmp_path):

@@ -125,7 +125,7 @@ def test_no_candidate_is_predicted_by_a_fit_that_has_seen_it(problem, index):
 
 def test_predictions_name_their_trials_and_miss_by_what_they_say(problem):
     history = measured(problem, summed(problem, noise=0.3))
-    found = predictions.describe_predictions(problem, history, problem.accounting)
+    found = predictions.describe_predictions(problem, history)
     assert [row["trial"] for row in found["trials"]] == [t.number for t in history.trials]
     predicted = np.array([row["kl"] for row in found["trials"]])
     kl = np.array([t.kl for t in history.trials])

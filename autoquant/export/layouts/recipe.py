@@ -15,7 +15,7 @@ from typing import Any
 from autoquant.export.layouts.base import Layout, form_of
 from autoquant.export.layouts.modules import experts_container, spellings
 from autoquant.formats import FP8, Choice, Format
-from autoquant.plan.kv_cache import KvCache
+from autoquant.formats.kv_cache import KvCache
 
 _IN_MEMORY = (
     ("backbone.", "model."),
@@ -35,7 +35,7 @@ def modelopt_recipe(choices: Mapping[str, Choice], kv_cache: KvCache) -> dict[st
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name, format in _patterns(choices).items():
         entries.append({"quantizer_name": name, "cfg": _quantizer(format)})
-    if kv_cache is KvCache.FP8:
+    if kv_cache.is_quantized:
         entries.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": _quantizer(FP8.format)})
     return {
         "metadata": {

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from autoquant.export.layouts.base import Layout
+from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.activation_mode import ActivationMode
-from autoquant.plan.kv_cache import KvCache
 from autoquant.run.config.base import Config
 from autoquant.run.config.setting import Setting
 from autoquant.run.config.types import Natural, Tokens
