@@ -84,12 +84,18 @@ def test_effects_are_the_first_order_change_of_a_scalar(scorer, keys):
     assert correlation > 0.9
 
 
-def test_estimates_are_close_to_exact_probes_and_rank_like_them(scorer, keys):
-    found, _ = estimate(scorer, keys)
+def test_estimates_are_near_exact_probes_and_rank_like_them(scorer, keys):
+    """The mean of 16 seeds, whose own error is 4 % of a group's KL; what is left are terms of
+    higher order, values that are rounded anew, and what windows cut.
+    """
+    found = [estimate(scorer, keys, seed=seed)[0] for seed in range(16)]
     exact = probe(scorer, SPLIT, keys, [], lambda _: None)
-    ratios = np.array([found[key] / exact[key] for key in keys])
-    assert spearmanr([found[k] for k in keys], [exact[k] for k in keys])[0] > 0.9
-    assert 0.5 < np.median(ratios) < 1.5
+    mean = {key: sum(each[key] for each in found) / len(found) for key in keys}
+    ratios = np.array([mean[key] / exact[key] for key in keys])
+    assert spearmanr([mean[k] for k in keys], [exact[k] for k in keys])[0] > 0.98
+    assert ratios.min() > 0.8
+    assert ratios.max() < 1.2
+    assert np.median(ratios) == pytest.approx(1.0, abs=0.06)
 
 
 def test_the_head_is_measured_exactly(scorer, keys):

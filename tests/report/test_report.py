@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import autoquant
+from autoquant.report.record import RunRecord
 from experiments.report_scale.grow import grow
 
 PICTURES = {
@@ -444,3 +445,9 @@ def test_a_stage_shows_its_own_best_and_not_an_earlier_stages(autoquant, run):
     text = page_of(autoquant, run).text
     assert re.search(r"solver 2 0 \S+ s 0\.37500 -", text)
     assert re.search(r"rules 1 0 \S+ s 0\.25000 50\.00%", text)
+
+
+def test_a_report_and_a_result_have_one_table_of_stages(finished):
+    result = json.loads((finished / "result.json").read_text())
+    assert RunRecord.read(finished).stages() == result["stages"]
+    assert sum(row["trials"] for row in result["stages"]) == result["trials"]

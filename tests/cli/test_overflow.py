@@ -1,0 +1,122 @@
+"""A search of a model whose output overflows in some assignments: stopped, resumed, reported."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from searchable import TOKEN_FLAGS, save_searchable, save_text
+
+from autoquant.cli.terminal import Terminal
+from autoquant.measure.scorer import Scorer
+from autoquant.report.record import RunRecord
+
+pytestmark = pytest.mark.slow
+
+BROKEN = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("overflow")
+    save_searchable("llama", folder / "model")
+    save_text(folder / "text")
+    return folder
+
+
+@pytest.fixture
+def search(autoquant, folder, tmp_path):
+    def call(*flags):
+        return autoquant(
+            *("search", folder / "model", "--budget-bpe", 9, "--calibration", folder / "text"),
+            *(*TOKEN_FLAGS, "--no-mlflow", "--no-export", "--trials", 8, "--probe", "exact"),
+            *("--out", tmp_path / "run", *flags),
+        )
+
+    return call
+
+
+def overflow(monkeypatch, breaks):
+    """Let tokens' KL be infinite under the assignments that `breaks` names, alone or jointly."""
+    score, probe, fully = Scorer.score_batch, Scorer.probe_batch, Scorer._score_batch_fully
+
+    def broken(scores):
+        kl = scores.kl.copy()
+        kl[3] = np.inf
+        return type(scores)(**{**vars(scores), "kl": kl})
+
+    def score_batch(self, assignment, split, index):
+        found = score(self, assignment, split, index)
+        return broken(found) if breaks(dict(assignment)) else found
+
+    def probe_batch(self, split, index, probes, sketch=None):
+        probes = list(probes)
+        for key, (scores, change) in zip(
+            probes, probe(self, split, index, probes, sketch), strict=True
+        ):
+            yield (broken(scores) if breaks(dict([key])) else scores), change
+
+    def score_fully(self, assignment, split, index):
+        found = fully(self, assignment, split, index)
+        return broken(found) if breaks(dict(assignment)) else found
+
+    monkeypatch.setattr(Scorer, "score_batch", score_batch)
+    monkeypatch.setattr(Scorer, "probe_batch", probe_batch)
+    monkeypatch.setattr(Scorer, "_score_batch_fully", score_fully)
+
+
+def in_nvfp4(choices):
+    return str(choices.get(BROKEN, "")).startswith("nvfp4")
+
+
+def test_a_search_goes_on_after_an_overflow_and_never_takes_it(search, tmp_path, monkeypatch):
+    overflow(monkeypatch, in_nvfp4)
+    run = tmp_path / "run"
+
+    def stop(terminal, trial, best):
+        if trial.number == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Terminal, "trial", stop)
+        assert search().exit_code == 130
+    lines = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    assert [line["kl"] for line in lines].count("Infinity") >= 1
+    probes = [json.loads(line) for line in (run / "sensitivity.jsonl").read_text().splitlines()]
+    assert {p["group"] for p in probes if p["kl_sum"] == "Infinity"} == {BROKEN}
+
+    done = search()
+    assert done.exit_code == 0, done.stderr
+    assert f"warning: {BROKEN} in nvfp4/max overflows" in done.stderr
+    assert "(baseline: uniform nvfp4) overflows: its KL is not finite" in done.stderr
+    result = json.loads((run / "result.json").read_text())
+    assert math.isfinite(result["kl"]["mean"])
+    assert not in_nvfp4(dict(RunRecord.read(run).best.groups))
+    assert "uniform nvfp4" not in {row["name"] for row in result["baselines"]}
+    record = RunRecord.read(run)
+    assert any(math.isinf(trial.kl) for trial in record.trials)
+    assert not any(trial.is_frontier for trial in record.trials if math.isinf(trial.kl))
+    assert "report.html could not be written" not in done.stderr
+    assert (run / "report.html").exists()
+
+
+def test_a_search_in_which_all_overflows_ends_with_an_error(search, monkeypatch):
+    overflow(monkeypatch, lambda choices: len(choices) > 1)
+    done = search()
+    assert done.exit_code == 4
+    assert "finite: the quantized model's output overflows" in done.stderr
+
+
+def test_a_report_is_made_of_a_search_that_stopped_after_an_overflow(
+    search, autoquant, tmp_path, monkeypatch
+):
+    overflow(monkeypatch, in_nvfp4)
+
+    def stop(terminal, trial, best):
+        if trial.number == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Terminal, "trial", stop)
+    assert search().exit_code == 130
+    done = autoquant("report", tmp_path / "run")
+    assert done.exit_code == 0, done.stderr
