@@ -1,8 +1,8 @@
 """Texts cut into passages of token sequences, and the side of the splits that each belongs to."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -43,11 +43,22 @@ class Passage:
     number: int
     """In the corpus."""
     sequences: tuple[tuple[int, ...], ...]
+    content: bytes
+    """SHA-256 of the sequences."""
 
-    def rows(self) -> Iterator[Row]:
-        """Each sequence with its place."""
-        for tokens in self.sequences:
-            yield Row(tokens, self.document, self.number)
+    @property
+    def side(self) -> str:
+        """The split that the passage belongs to, by its content alone."""
+        position = int.from_bytes(self.content[:8], "big") / 2**64
+        for name, share in SPLIT_SHARES.items():
+            position -= share
+            if position < 0:
+                return name
+        return name
+
+    def rank(self, seed: int) -> bytes:
+        """By which the passages of a side are ordered: content and seed decide, not the corpus."""
+        return hashlib.sha256(self.content + str(seed).encode()).digest()
 
 
 def cut(corpus: Corpus, tokenizer: Tokenizer, length: int) -> Iterator[Passage]:
@@ -68,7 +79,9 @@ def cut(corpus: Corpus, tokenizer: Tokenizer, length: int) -> Iterator[Passage]:
                 sequences.append(sequence[:kept])
         for start in range(0, len(sequences), PASSAGE_SEQUENCES):
             stretch = tuple(sequences[start : start + PASSAGE_SEQUENCES])
-            yield Passage(document=index, number=number, sequences=stretch)
+            yield Passage(
+                document=index, number=number, sequences=stretch, content=hash_of(stretch)
+            )
             number += 1
 
 
@@ -83,30 +96,40 @@ def _sequence_prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
     return (bos,) if bos is not None and len(ids) > 1 and ids[0] == bos else ()
 
 
-def hash_of(sequences: Iterable[Sequence[int]], salt: str = "") -> bytes:
-    """SHA-256 of token sequences."""
-    digest = hashlib.sha256(salt.encode())
+def hash_of(sequences: Iterable[Sequence[int]]) -> bytes:
+    """SHA-256 of token sequences and their lengths."""
+    digest = hashlib.sha256()
     for sequence in sequences:
+        digest.update(len(sequence).to_bytes(8, "little"))
         digest.update(torch.tensor(sequence, dtype=torch.int64).numpy().tobytes())
     return digest.digest()
 
 
-def deal(passages: Iterable[Passage]) -> dict[str, list[Passage]]:
-    """Put each distinct passage on its side."""
-    sides: dict[str, list[Passage]] = {name: [] for name in SPLIT_SHARES}
-    seen: set[tuple[int, ...]] = set()
+def deal(passages: Iterable[Passage], seed: int) -> dict[str, Iterator[Row]]:
+    """The sequences of each side, in the order in which a split takes them, each one once.
+
+    What is in passages of two sides is in none, so no text that is added or taken away moves a
+    sequence from one side to another.
+    """
+    sides: dict[str, dict[bytes, Passage]] = {name: {} for name in SPLIT_SHARES}
+    side_of: dict[tuple[int, ...], str | None] = {}
     for passage in passages:
-        fresh = tuple(s for s in passage.sequences if s not in seen)
-        seen.update(fresh)
-        if fresh:
-            sides[_side(fresh)].append(replace(passage, sequences=fresh))
-    return sides
+        sides[passage.side].setdefault(passage.content, passage)
+        for sequence in passage.sequences:
+            if side_of.setdefault(sequence, passage.side) != passage.side:
+                side_of[sequence] = None
+    return {
+        name: _rows(sorted(found.values(), key=lambda p: p.rank(seed)), side_of)
+        for name, found in sides.items()
+    }
 
 
-def _side(passage: tuple[tuple[int, ...], ...]) -> str:
-    position = int.from_bytes(hash_of(passage)[:8], "big") / 2**64
-    for name, share in SPLIT_SHARES.items():
-        position -= share
-        if position < 0:
-            return name
-    return name
+def _rows(
+    passages: Iterable[Passage], side_of: Mapping[tuple[int, ...], str | None]
+) -> Iterator[Row]:
+    taken: set[tuple[int, ...]] = set()
+    for passage in passages:
+        for tokens in passage.sequences:
+            if side_of[tokens] is not None and tokens not in taken:
+                taken.add(tokens)
+                yield Row(tokens, passage.document, passage.number)

@@ -108,17 +108,16 @@ def make_splits(corpus: Corpus, tokenizer: Tokenizer, plan: TokenPlan) -> dict[s
     """Cut, hash and deal the corpus into `calibration`, `search` and `report`.
 
     A passage's side depends on its content alone; the seed only decides which passages of a side
-    come first. So runs with different seeds never report on tokens that another one searched on.
+    come first. So runs with different seeds, or with more text or less, never report on tokens that
+    another one searched on, unless these are in a different passage there.
 
     Raises:
         SourceError: too little text to give each split one sequence.
     """
-    passages = deal(cut(corpus, tokenizer, plan.sequence_length))
+    sides = deal(cut(corpus, tokenizer, plan.sequence_length), plan.seed)
     splits = {}
     for name in SPLIT_SHARES:
-        wanted = getattr(plan, name)
-        ordered = sorted(passages[name], key=lambda p: hash_of(p.sequences, salt=str(plan.seed)))
-        rows = _take((row for passage in ordered for row in passage.rows()), wanted)
+        rows = _take(sides[name], getattr(plan, name))
         if not rows:
             raise SourceError(
                 f"calibration text {corpus.name!r} leaves no sequence for the {name} split.",

@@ -13,7 +13,7 @@ from autoquant.plan.model_costs import CostKind
 from autoquant.plan.plan import Plan
 from autoquant.run.config import ProbeConfig, SearchConfig
 
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 """Raised when a search would measure or predict something else than before under the same settings:
 its stored probes and trials then mean something else too."""
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from searchable import save_text, save_tokenizer
 from transformers import AutoTokenizer
 
+from autoquant.data.passages import hash_of
 from autoquant.data.text import Corpus, load_corpus
 from autoquant.data.tokens import Split, TokenPlan, Unit, make_splits, shortfalls
 from autoquant.errors import SourceError
@@ -20,9 +21,9 @@ from autoquant.errors import SourceError
 PLAN = TokenPlan(calibration=512, search=1024, report=2048, sequence_length=64, batch_tokens=256)
 
 DIGESTS = {
-    "calibration": "053b58ecf69e6b60",
-    "search": "d781c2e23e25f9b0",
-    "report": "74f3934338cf8ace",
+    "calibration": "d6f91076bf7c0256",
+    "search": "7dc57a39d8d25d83",
+    "report": "09f794ba5689e831",
 }
 
 
@@ -51,9 +52,53 @@ def everything(corpus: Corpus, seed: int) -> dict[str, frozenset[tuple[int, ...]
     return {name: frozenset(sequences(split)) for name, split in splits.items()}
 
 
-def test_no_sequence_is_on_two_sides_or_twice_on_one(corpus):
-    found = [s for split in make_splits(corpus, Letters(), PLAN).values() for s in sequences(split)]
-    assert len(found) == len(set(found))
+def repetitive(seed: int = 0, *, documents: int = 60) -> Corpus:
+    """Documents whose lines recur, half of them under a header that they share."""
+    generator = random.Random(seed)
+    lines = ["".join(generator.choices(ascii_letters, k=32)) for _ in range(3000)]
+    header = "".join(lines[:6])
+    texts = (
+        header * generator.randint(0, 1) + "".join(generator.choices(lines, k=40))
+        for _ in range(documents)
+    )
+    return Corpus(name="repetitive", documents=tuple(texts))
+
+
+def test_no_sequence_is_on_two_sides_or_twice_on_one():
+    plan = TokenPlan(calibration=10**9, search=10**9, report=10**9, sequence_length=32)
+    corpus = repetitive()
+    splits = make_splits(corpus, Letters(), plan)
+    found = [sequence for split in splits.values() for sequence in sequences(split)]
+    stored = [text[i : i + 32] for text in corpus.documents for i in range(0, len(text), 32)]
+    assert len(found) == len(set(found)) < len(set(stored)) < len(stored)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_text_in_front_moves_no_sequence_to_another_side(seed):
+    corpus, front = repetitive(seed), repetitive(seed, documents=70).documents[60:]
+    before = everything(corpus, 0)
+    after = everything(Corpus(name="more", documents=front + corpus.documents), 0)
+    assert all(sum(map(len, sides.values())) > 30 for sides in (before, after))
+    for name in before:
+        for other in after.keys() - {name}:
+            assert not before[name] & after[other]
+
+
+def test_splits_do_not_depend_on_the_order_of_the_documents():
+    corpus = repetitive()
+    order = random.Random(1).sample(range(60), 60)
+    shuffled = Corpus(name="shuffled", documents=tuple(corpus.documents[n] for n in order))
+    one, other = (make_splits(c, Letters(), PLAN) for c in (corpus, shuffled))
+    assert {n: s.digest for n, s in one.items()} == {n: s.digest for n, s in other.items()}
+    for split in other.values():
+        numbers = np.concatenate(split.documents).tolist()
+        for sequence, number in zip(sequences(split), numbers, strict=True):
+            assert "".join(map(chr, sequence)) in shuffled.documents[number]
+
+
+def test_hashes_know_where_a_sequence_ends():
+    assert hash_of([[1], [2, 3]]) != hash_of([[1, 2], [3]])
+    assert hash_of([[1], []]) != hash_of([[1]])
 
 
 def test_sides_do_not_depend_on_the_seed_but_their_order_does(corpus):
