@@ -21,6 +21,9 @@ from autoquant.formats.packed import Packed
 VERSION = 1
 """Raised when codes would be made otherwise from the same weights and statistics."""
 
+MOST_CODES_BYTES = 1 << 38
+"""Of a run directory: one choice of every weight of a model of 400 billion parameters."""
+
 _SUFFIX = ".safetensors"
 _CHECKSUM = "sha256"
 _EXPERTS = "experts"

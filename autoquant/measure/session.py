@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from autoquant.codes.cache import CodeCache
 from autoquant.data.text import load_corpus
 from autoquant.data.tokens import Split, TokenPlan, make_splits, shortfalls
 from autoquant.errors import SourceError
@@ -46,6 +47,7 @@ def open_session(
     mode: ActivationMode,
     device: str | None,
     trust_remote_code: bool,
+    codes: CodeCache | None = None,
     observer: Progress,
 ) -> Session:
     """Read the text, load the model, cut the tokens, and check that scoring is exact.
@@ -59,6 +61,7 @@ def open_session(
         mode: which inputs are quantized.
         device: where to load to; the first GPU, else the CPU, by default.
         trust_remote_code: run code that comes with the model.
+        codes: where codes are kept that cost more to make than to read.
         observer: told of progress and shortfalls.
 
     Raises:
@@ -81,6 +84,7 @@ def open_session(
         mode=mode,
         **_cache_bytes(loaded.model, chosen),
         attention=attention,
+        codes=codes,
     )
     first = splits["calibration"].batches[0][:1, :_TRACED_TOKENS]
     for disagreement in input_disagreements(quantized, first.to(chosen)):

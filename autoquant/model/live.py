@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from autoquant.codes.book import CodeBook
+from autoquant.codes.cache import CodeCache
 from autoquant.codes.kept import Kept
 from autoquant.formats import BF16, Choice
 from autoquant.model.attention import QuantizedCache
@@ -139,6 +140,7 @@ class QuantizedModel:
         decoded_bytes: memory for decoded weights beside the model.
         packed_bytes: memory for codes beside the model.
         attention: names on disk of the attention modules whose keys and values are cached in FP8.
+        codes: on disk, for codes that cost more to make than to read.
 
     Raises:
         SourceError: a group's linear cannot be found or cannot be quantized.
@@ -153,6 +155,7 @@ class QuantizedModel:
         decoded_bytes: int = 2**31,
         packed_bytes: int = 2**31,
         attention: Sequence[str] = (),
+        codes: CodeCache | None = None,
     ) -> None:
         self.model = model
         self.mode = mode
@@ -164,7 +167,7 @@ class QuantizedModel:
         self._slots: list[tuple[GroupState, Slot]] = [
             (self._states[name], slot) for name, own in slots.items() for slot in own
         ]
-        self.book = CodeBook(ResidentWeights(slots), memory_bytes=packed_bytes)
+        self.book = CodeBook(ResidentWeights(slots), memory_bytes=packed_bytes, cache=codes)
         """Codes of every group and choice."""
         self._context = _Context(
             mode=mode, book=self.book, decoded=Kept(decoded_bytes, self._largest_layer())

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from autoquant.codes.cache import CodeCache
 from autoquant.measure.calibration import Calibration, calibrate
 from autoquant.measure.session import Session, open_session
 from autoquant.plan.activation_mode import ActivationMode
@@ -19,6 +20,7 @@ def open_measuring(
     observer: Progress,
     *,
     mode: ActivationMode = ActivationMode.W4A4,
+    codes: CodeCache | None = None,
 ) -> Session:
     """The loaded model with its tokens.
 
@@ -29,6 +31,7 @@ def open_measuring(
         attention: attention modules whose keys and values are cached in FP8.
         observer: told of progress and shortfalls.
         mode: which inputs are quantized; calibration quantizes none.
+        codes: where codes are kept that cost more to make than to read.
 
     Raises:
         SourceError: text or model missing, damaged or not understood.
@@ -43,6 +46,7 @@ def open_measuring(
         mode=mode,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
+        codes=codes,
         observer=observer,
     )
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from autoquant.codes.cache import MOST_CODES_BYTES, CodeCache
 from autoquant.environment import measuring_on
 from autoquant.errors import RunConflict, SourceError
 from autoquant.formats import BF16
@@ -22,6 +23,7 @@ from autoquant.run.shared import Shared
 from autoquant.run.signature import NUMERICS_VERSION
 from autoquant.store.run_directory import (
     CALIBRATION,
+    CODES,
     GROUPS,
     SECONDS,
     SENSITIVITY,
@@ -97,6 +99,11 @@ class Probing:
                 cached_attention(self.config.kv_cache, self.plan.groups),
                 self.observer,
                 mode=self.config.activation_mode,
+                codes=CodeCache(
+                    self.run.path / CODES,
+                    made_from=self.plan.source.digest,
+                    most_bytes=MOST_CODES_BYTES,
+                ),
             )
 
     def _require_same_tokens(self, session: Session) -> None:

@@ -165,3 +165,31 @@ def test_plain_rounding_is_not_kept_on_disk(source, tmp_path):
     group = find_groups(source).groups[0]
     cached(source, tmp_path).linear(group, group.linears[0], dataclasses.replace(MSE))
     assert not (tmp_path / "codes").exists()
+
+
+SPACE = """
+schema_version: 1
+name: with-costly
+scale_rules: [max]
+rules: [{match: [qkv, o, experts], formats: [costly, bf16]}]
+"""
+
+
+def test_a_resumed_search_reads_costly_codes_from_its_run_directory(
+    autoquant, tmp_path, monkeypatch, costly
+):
+    model = save_searchable("qwen3_moe", tmp_path / "model")
+    space, run = tmp_path / "with-costly.yaml", tmp_path / "run"
+    space.write_text(SPACE)
+    flags = ("--calibration", save_text(tmp_path / "text"), *TOKEN_FLAGS, "--trials", 2)
+    call = ("search", model, "--space", space, "--budget-bpe", 12, "--out", run)
+    first = autoquant(*call, *flags, "--no-mlflow", "--no-export", "--format", "json")
+    assert first.exit_code == 0, first.stderr
+    assert list((run / "codes").iterdir())
+    for name in ("result.json", "trials.jsonl", "sensitivity.json", "sensitivity.jsonl"):
+        (run / name).unlink()
+    counting = Counting(monkeypatch)
+    again = autoquant(*call, *flags, "--no-mlflow", "--no-export", "--format", "json")
+    assert again.exit_code == 0, again.stderr
+    assert not counting.calls
+    assert json.loads(again.stdout)["kl"] == json.loads(first.stdout)["kl"]
