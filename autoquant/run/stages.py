@@ -75,6 +75,8 @@ class Search(Probing):
             accounting=self.plan.accounting, limits=self.limits, sensitivity=sensitivity.bounded()
         )
         history, explored = self._measure(session, problem)
+        if (caution := explored.problem.knapsack.solution.caution()) is not None:
+            self.observer.warn(caution)
         confirmed = self._confirm(session, history, explored)
         return self._finish(session, explored.problem, history, calibration, confirmed)
 

@@ -4,7 +4,7 @@ Exact for scores of any unit: nothing rests on an absolute tolerance, where mixe
 are known to return wrong optima for scores near 1e-9. Where scores follow the costs so closely that
 the search for the optimum outgrows memory, a beam takes its place, and the gap to a bound is told.
 
-Shapes: L limits, G groups, F options of the group that has most, P selections.
+Shapes: L limits.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,14 @@ from functools import cached_property
 
 import numpy as np
 
-from autoquant.arrays import Booleans, Floats, Integers
+from autoquant.arrays import Integers
 from autoquant.errors import InfeasibleBudget
+from autoquant.search.filling import Filling
 from autoquant.search.partial import beam, optimum
 from autoquant.search.relaxation import Priced, Selection, Tables
+
+_SMALL_GAP = 1e-3
+"""Of a solution's score; joint measurements do not tell assignments so alike apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,16 @@ class Solution:
     def gap(self) -> float:
         """What the score is above the bound; zero where the selection is known to be optimal."""
         return max(0.0, self.score - self.bound)
+
+    def caution(self) -> str | None:
+        """What a user should know of the gap, or None where it is too small to matter."""
+        if self.gap <= _SMALL_GAP * abs(self.score):
+            return None
+        return (
+            "the layers' sensitivities follow their sizes so closely that no exact optimum was "
+            f"found: the summed KL of the solver's is up to {self.gap / abs(self.score):.1%} above "
+            "the least."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +107,7 @@ class Knapsack:
         return all(one.cost(selection) <= one.budget for one in self.constraints)
 
     def score(self, selection: Selection) -> float:
-        return float(self._tables.scores[self._rows, selection].sum())
+        return float(self._tables.scores[np.arange(len(self.costs)), selection].sum())
 
     def with_scores(self, scores: Sequence[Sequence[float]]) -> "Knapsack":
         return replace(self, scores=tuple(map(tuple, scores)))
@@ -140,32 +154,13 @@ class Knapsack:
         Other groups give way, least loss per cost first, until the limits hold; what is then left
         is spent on upgrades. None if the others cannot give enough, one group at a time.
         """
-        scores, costs = self._tables.scores, self._tables.costs
-        chosen = np.array(selection)
-        chosen[group] = option
-        while True:
-            taken = costs[:, self._rows, chosen]
-            excess = (taken.sum(axis=1) - self._budgets)[:, None, None]
-            if (excess <= 0).all():
-                return self.fill(tuple(chosen.tolist()), keep=group)
-            left = np.maximum(excess + costs - taken[:, :, None], 0)
-            saved = np.tensordot(self._weights, np.maximum(excess, 0) - left, axes=1)
-            helps = (saved > 0) & self._tables.is_option
-            helps[group] = False
-            if not helps.any():
-                return None
-            rates = np.full(scores.shape, np.inf)
-            loss = scores - scores[self._rows, chosen][:, None]
-            rates[helps] = loss[helps] / saved[helps]
-            g, i = np.unravel_index(rates.argmin(), rates.shape)
-            chosen[g] = i
+        changed = np.array(selection)
+        changed[group] = option
+        found = self._filling.around(changed, group)
+        return None if found is None else self.fill(tuple(found.tolist()), keep=group)
 
     def fill(self, selection: Selection, *, keep: int | None = None) -> Selection:
-        """Spend what the limits leave: upgrades that fit, best gain per cost first.
-
-        An upgrade takes more of some limit and scores less. Where it is finer and takes no less of
-        any its score does not matter: more bits never carry less information, and a score that says
-        so is noise.
+        """Spend what the limits leave on upgrades, best gain per cost first.
 
         Args:
             selection: within the limits.
@@ -194,27 +189,12 @@ class Knapsack:
         return np.array([one.budget for one in self.constraints], dtype=np.int64)
 
     @cached_property
-    def _rows(self) -> Integers:
-        return np.arange(len(self.costs))
-
-    @cached_property
-    def _finer(self) -> Booleans:
-        """[G, F, F], from a row's option to a column's."""
+    def _filling(self) -> Filling:
         options = self._tables.scores.shape[1]
-        if self.finer is None:
-            return np.ones((len(self.costs), options, options), dtype=np.bool_)
-        padded = np.zeros((len(self.costs), options, options), dtype=np.bool_)
-        for g, own in enumerate(self.finer):
-            padded[g, : len(own), : len(own)] = own
-        return padded
-
-    @cached_property
-    def _weights(self) -> Floats:
-        """What a step of each cost counts beside one of the first, [L]: their ranges are alike."""
-        costs = self._tables.costs
-        ranges = (costs.max(axis=2) - self._tables.cheapest).sum(axis=1)
-        ranges = np.maximum(ranges, 1)
-        return np.asarray(ranges[0] / ranges)
+        finer = np.full((len(self.costs), options, options), self.finer is None)
+        for g, own in enumerate(self.finer or ()):
+            finer[g, : len(own), : len(own)] = own
+        return Filling(self._tables, self._budgets, finer)
 
     @cached_property
     def _priced(self) -> Priced:
@@ -251,31 +231,5 @@ class Knapsack:
         self, selections: Sequence[Sequence[int]], *, keep: int | None = None
     ) -> list[Selection]:
         """`fill` for many selections at once."""
-        scores, costs, weights = self._tables.scores, self._tables.costs, self._weights
         chosen = np.array(selections, dtype=np.int64).reshape(-1, len(self.costs))
-        taken = costs[:, self._rows, chosen]
-        left = self._budgets[:, None] - taken.sum(axis=2)
-        open_rows, may_trade = np.arange(len(chosen)), np.ones(len(chosen), dtype=np.bool_)
-        while len(open_rows):
-            extra = costs[:, None] - taken[:, open_rows, :, None]
-            fits = (extra <= left[:, open_rows, None, None]).all(axis=0)
-            places, groups, options = np.nonzero(fits & (extra > 0).any(axis=0))
-            rows, extra = open_rows[places], extra[:, places, groups, options]
-            now = chosen[rows, groups]
-            gains = scores[groups, now] - scores[groups, options]
-            no_less = (extra >= 0).all(axis=0)
-            is_sound = self._finer[groups, now, options] & no_less
-            takes = np.flatnonzero(is_sound | (gains > 0) & (may_trade[rows] | no_less))
-            rows, groups, options = rows[takes], groups[takes], options[takes]
-            extra, gains = extra[:, takes], gains[takes]
-            spent = weights @ np.maximum(extra, 0)
-            order = np.lexsort((-spent, gains / spent, groups != keep, rows))
-            is_last = np.diff(rows[order], append=-1) != 0
-            best = order[is_last]  # the last of equals, as lexsort is stable
-            open_rows, groups, options = rows[best], groups[best], options[best]
-            chosen[open_rows, groups] = options
-            taken[:, open_rows, groups] = costs[:, groups, options]
-            left[:, open_rows] -= extra[:, best]
-            # Trading one limit for another ends where scores rise: nothing is taken twice.
-            may_trade[open_rows] &= gains[best] > 0
-        return [tuple(row) for row in chosen.tolist()]
+        return [tuple(row) for row in self._filling.filled(chosen, keep=keep).tolist()]

@@ -13,7 +13,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from autoquant.errors import InfeasibleBudget
 from autoquant.search import partial
-from autoquant.search.knapsack import Knapsack
+from autoquant.search.knapsack import Knapsack, Solution
 
 SCALES = (1e-9, 1.0, 1e9)
 
@@ -179,6 +179,13 @@ def test_scores_that_follow_the_costs_take_no_more_lists_than_the_ceiling():
     least = ceiling - knapsack.budget
     assert solution.bound <= least <= solution.score
     assert 0 < solution.gap < 1e-5 * solution.score
+    assert solution.caution() is None
+
+
+def test_a_gap_that_matters_is_said():
+    assert Solution((0,), score=2.0, bound=1.999).caution() is None
+    assert "up to 25.0% above the least" in str(Solution((0,), score=2.0, bound=1.5).caution())
+    assert Solution((0,), score=1.0, bound=1.5).gap == 0.0
 
 
 def test_a_finer_option_is_taken_whatever_it_scores_and_another_only_if_it_scores_less():

@@ -1,0 +1,52 @@
+"""What a result says of its budget, by its limits and by the settings of results without them."""
+
+import pytest
+
+from autoquant.report.words import (
+    budget_note,
+    budgeted,
+    counts_stored_bits,
+    finding,
+    unit_of_budget,
+)
+
+RESULT = {
+    "kl": {"mean": 0.125, "stderr": None},
+    "baselines": [],
+    "bpe": {"checkpoint": 4.75, "searched": 4.5},
+    "active": {"bpe": {"checkpoint": 5.25, "searched": 5.5}},
+    "checkpoint_bytes": 4096,
+    "budget_bpe": 5.75,
+}
+
+
+@pytest.mark.parametrize(
+    ("cost", "scope", "taken", "unit"),
+    [
+        ("bits", "checkpoint", 4.75, "bits per element"),
+        ("bits", "searched", 4.5, "bits per element of the searched layers"),
+        ("active-bytes", "checkpoint", 5.25, "active bits per element"),
+        ("active-bytes", "searched", 5.5, "active bits per element of the searched layers"),
+    ],
+)
+def test_a_result_without_limits_is_read_by_its_settings(cost, scope, taken, unit):
+    result = RESULT | {"cost": cost, "budget_scope": scope}
+    assert (budgeted(result), unit_of_budget(result)) == (taken, unit)
+    is_stored = (cost, scope) == ("bits", "checkpoint")
+    assert counts_stored_bits(result) == is_stored
+    assert counts_stored_bits({"cost": cost, "budget_scope": scope}) == is_stored, "a signature"
+    assert (budget_note(result) == "") == is_stored
+    assert f"At {taken:.3f} {unit} (" in finding(result)
+
+
+def test_a_result_with_limits_says_what_its_first_one_counts():
+    limit = {"unit": "microseconds", "meaning": "", "is_bpe": False, "taken": 3.25}
+    result = RESULT | {"cost": "bits", "budget_scope": "checkpoint", "limits": [limit]}
+    assert (budgeted(result), unit_of_budget(result)) == (3.25, "microseconds")
+    assert not counts_stored_bits(result)
+    assert budget_note(result).endswith("the budget of 5.75 counts microseconds.")
+    assert "At 3.250 microseconds (budget 5.75; the checkpoint stores 4.750" in finding(result)
+    meant = [limit | {"meaning": "of one token"}]
+    assert budget_note(result | {"limits": meant}).endswith("counts microseconds, of one token.")
+    stored = [limit | {"is_bpe": True}]
+    assert counts_stored_bits(result | {"limits": stored})
