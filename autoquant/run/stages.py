@@ -183,6 +183,7 @@ class Search(Probing):
                 fix="restore the file, or start anew with --fresh (the earlier run is set aside).",
             )
         assignment = Assignment.read(self.run.path / ASSIGNMENT)
+        result["command"] = self.command
         result["checkpoint"] = self._export(Calibration.from_dict(calibration), assignment, result)
         return self._keep_result(result)
 

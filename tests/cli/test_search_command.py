@@ -89,9 +89,9 @@ def score(autoquant, model, text):
 
 
 def outcome(run):
-    """What the same search must find again: everything but times."""
+    """What the same search must find again: everything but times, and where it was told to go."""
     result = json.loads((run / "result.json").read_text())
-    for name in ("seconds", "checkpoint"):
+    for name in ("seconds", "checkpoint", "command"):
         result.pop(name, None)
     for row in result["stages"]:
         row.pop("seconds")
@@ -228,9 +228,11 @@ def test_a_search_without_export_can_export_later(search, finished):
     result, run = search("--no-export", "--trials", 8)
     assert not (run / "checkpoint").exists()
     assert "the same command with --export" in result.stdout
+    assert " --no-export" in json.loads((run / "result.json").read_text())["command"]
     before = outcome(run)
     result, _ = search("--trials", 8)
     assert outcome(run) == before == outcome(finished[0])
+    assert " --no-export" not in json.loads((run / "result.json").read_text())["command"]
     weights = "checkpoint/model.safetensors"
     assert (run / weights).read_bytes() == (finished[0] / weights).read_bytes()
     assert str(run / "checkpoint") in result.stdout
