@@ -26,14 +26,32 @@ class Backend(Protocol):
         """Dynamic NVFP4, `[..., K]` to `[..., K]`."""
 
     def fake_quant_nvfp4_weight(
-        self, x: Tensor, scales: Sequence[float], rule: str, out: Tensor
+        self, x: Tensor, scales: Sequence[float], rule: str, moments: Tensor | None, out: Tensor
     ) -> None:
-        """Exported-form NVFP4, `[..., K]` to `[..., K]`."""
+        """Exported-form NVFP4, `[..., K]` to `[..., K]`; moments `[P, K / 16, ...]`."""
 
     def quantize_nvfp4(
-        self, x: Tensor, scales: Sequence[float], rule: str, codes: Tensor, block_scale: Tensor
+        self,
+        x: Tensor,
+        scales: Sequence[float],
+        rule: str,
+        moments: Tensor | None,
+        codes: Tensor,
+        block_scale: Tensor,
     ) -> None:
-        """NVFP4 codes and block scales of `[..., K]`."""
+        """NVFP4 codes and block scales of `[..., K]`; moments `[P, K / 16, ...]`."""
+
+    def compensate_nvfp4(
+        self,
+        w: Tensor,
+        upper: Tensor,
+        scales: Sequence[float],
+        search: bool,
+        codes: Tensor,
+        block_scale: Tensor,
+        errors: Tensor,
+    ) -> None:
+        """NVFP4 codes, block scales and errors of a block of each row, `[P * N, 16]` float32."""
 
     def dequantize_nvfp4(
         self, codes: Tensor, block_scale: Tensor, scales: Sequence[float], out: Tensor

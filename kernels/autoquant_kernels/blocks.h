@@ -75,18 +75,78 @@ INLINE void largest(const typename T::type* x, PerBlock& amax) {
     for (int i = 0; i < PARTS; ++i) amax.vector[i] = number(folded[i]);
 }
 
+// w - RN(dequantized) with its sign turned: the error of part i of block b under a scale.
+template <class T>
+INLINE F difference(
+    const typename T::type* x, int b, int i, const PerBlock& scale, const PerBlock& safe) {
+    const F w = T::load(x + b * BLOCK + i * LANES);
+    return round_e2m1(w / all(safe.of[b])) * all(scale.of[b]) - w;
+}
+
+INLINE void divisors(const PerBlock& scale, PerBlock& safe) {
+    for (int i = 0; i < PARTS; ++i) safe.vector[i] = divisor(scale.vector[i]);
+}
+
 template <class T>
 INLINE void squared_error(const typename T::type* x, const PerBlock& scale, PerBlock& error) {
     PerBlock safe;
-    for (int i = 0; i < PARTS; ++i) safe.vector[i] = divisor(scale.vector[i]);
+    divisors(scale, safe);
     F folded[BLOCK];
     for (int b = 0; b < BLOCK; ++b) {
         F part[PARTS];
         for (int i = 0; i < PARTS; ++i) {
-            const F w = T::load(x + b * BLOCK + i * LANES);
-            const F d = round_e2m1(w / all(safe.of[b])) * all(scale.of[b]) - w;
+            const F d = difference<T>(x, b, i, scale, safe);
             part[i] = d * d;
         }
+        folded[b] = FOLD_PARTS(part, sum);
+    }
+    FOLD_BLOCKS(folded, sum)
+    for (int i = 0; i < PARTS; ++i) error.vector[i] = folded[i];
+}
+
+// The moments of block b of the tile, `size` floats.
+INLINE const float* moments_of(const Job& job, int b, int size) {
+    return job.moments + (job.first_block + b) % job.row_blocks * size;
+}
+
+// Sum of d_i^2 m_i.
+template <class T>
+static void diagonal_error(
+    const Job& job, const typename T::type* x, const PerBlock& scale, PerBlock& error) {
+    PerBlock safe;
+    divisors(scale, safe);
+    F folded[BLOCK];
+    for (int b = 0; b < BLOCK; ++b) {
+        const float* m = moments_of(job, b, BLOCK);
+        F part[PARTS];
+        for (int i = 0; i < PARTS; ++i) {
+            const F d = difference<T>(x, b, i, scale, safe);
+            part[i] = d * d * load_as<F>(m + i * LANES);
+        }
+        folded[b] = FOLD_PARTS(part, sum);
+    }
+    FOLD_BLOCKS(folded, sum)
+    for (int i = 0; i < PARTS; ++i) error.vector[i] = folded[i];
+}
+
+// Sum of d_i m_ij d_j, over j first.
+template <class T>
+static void hessian_error(
+    const Job& job, const typename T::type* x, const PerBlock& scale, PerBlock& error) {
+    PerBlock safe;
+    divisors(scale, safe);
+    F folded[BLOCK];
+    for (int b = 0; b < BLOCK; ++b) {
+        const float* m = moments_of(job, b, BLOCK * BLOCK);
+        F d[PARTS], part[PARTS], row[BLOCK];
+        for (int i = 0; i < PARTS; ++i) d[i] = difference<T>(x, b, i, scale, safe);
+        for (int r = 0; r < BLOCK; ++r) {
+            for (int i = 0; i < PARTS; ++i)
+                part[i] = load_as<F>(m + r * BLOCK + i * LANES) * d[i];
+            row[r] = FOLD_PARTS(part, sum);
+        }
+        FOLD_BLOCKS(row, sum)
+        for (int i = 0; i < PARTS; ++i) part[i] = row[i] * d[i];
         folded[b] = FOLD_PARTS(part, sum);
     }
     FOLD_BLOCKS(folded, sum)
@@ -99,20 +159,30 @@ INLINE F stored_scale(F exact) {
     return round_e4m3(at_most(all(448.0f), at_least(all(0x1p-9f), exact)));
 }
 
+// The E4M3 number `offset` codes from `e`, within 1 and 126; NaN stays NaN.
+INLINE F neighbour(F e, int offset) {
+    typedef int32_t I __attribute__((vector_size(4 * LANES)));
+    I code = (I)e4m3_code(e) + offset;
+    code = (I)if_else((U)(code < 1), U{} + 1u, (U)code);
+    code = (I)if_else((U)(code > 126), U{} + 126u, (U)code);
+    return if_else((U)(e != e), e, e4m3_magnitude((U)code));
+}
+
 template <class T>
-static void best_in_window(const typename T::type* x, float g, PerBlock& e) {
+static void best_in_window(const Job& job, const typename T::type* x, PerBlock& e) {
     PerBlock scale, error, least, best;
     for (int offset = -3; offset <= 8; ++offset) {
         PerBlock candidate;
         for (int i = 0; i < PARTS; ++i) {
-            typedef int32_t I __attribute__((vector_size(4 * LANES)));
-            I code = (I)e4m3_code(e.vector[i]) + offset;
-            code = (I)if_else((U)(code < 1), U{} + 1u, (U)code);
-            code = (I)if_else((U)(code > 126), U{} + 126u, (U)code);
-            candidate.vector[i] = e4m3_magnitude((U)code);
-            scale.vector[i] = candidate.vector[i] * g;
+            candidate.vector[i] = neighbour(e.vector[i], offset);
+            scale.vector[i] = candidate.vector[i] * job.scale;
         }
-        squared_error<T>(x, scale, error);
+        if (job.rule == HESSIAN)
+            hessian_error<T>(job, x, scale, error);
+        else if (job.rule == DIAGONAL)
+            diagonal_error<T>(job, x, scale, error);
+        else
+            squared_error<T>(x, scale, error);
         for (int i = 0; i < PARTS; ++i) {
             const U better = offset == -3 ? ~U{} : (U)(error.vector[i] < least.vector[i]);
             best.vector[i] = if_else(better, candidate.vector[i], best.vector[i]);
@@ -151,8 +221,10 @@ INLINE void weight_scales(const Job& job, const typename T::type* x, PerBlock& e
         exact.vector[i] = amax.vector[i] / all(6.0f * g);
         e.vector[i] = stored_scale(exact.vector[i]);
     }
-    if (job.rule == MSE) best_in_window<T>(x, g, e);
-    if (job.rule == FOUR_OVER_SIX) four_or_six<T>(x, g, amax, e);
+    if (job.rule == FOUR_OVER_SIX)
+        four_or_six<T>(x, g, amax, e);
+    else if (job.rule != MAX)
+        best_in_window<T>(job, x, e);
     for (int i = 0; i < PARTS; ++i)
         e.vector[i] = if_else((U)(exact.vector[i] == 0.0f), all(1.0f), e.vector[i]);
 }

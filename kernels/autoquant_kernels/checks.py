@@ -10,7 +10,10 @@ BLOCK = 16
 """Consecutive elements of the last dimension that share one NVFP4 block scale."""
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-RULES = ("max", "mse", "four_over_six")
+PLAIN_RULES = ("max", "mse", "four_over_six")
+WEIGHTED_RULES = ("diagonal", "hessian")
+"""Scale rules that weigh errors by second moments of the inputs."""
+RULES = PLAIN_RULES + WEIGHTED_RULES
 
 
 def require_float(name: str, x: Tensor) -> None:
@@ -50,6 +53,37 @@ def require_rule(rule: str) -> None:
     """Raise unless `rule` names a scale rule."""
     if rule not in RULES:
         raise ValueError(f"rule={rule!r}; it must be one of {', '.join(RULES)}.")
+
+
+def moment_values(
+    rule: str, moments: Tensor | None, shape: Sequence[int], scales: int, device: torch.device
+) -> Tensor | None:
+    """The second moments of a rule as `[P, K / 16, ...]`, P = 1 or one for each scale.
+
+    Raises:
+        ValueError: moments beside a rule without them or missing, or of a wrong shape, dtype or
+            device, or not finite.
+    """
+    if (moments is not None) is not (rule in WEIGHTED_RULES):
+        raise ValueError(
+            f"rule {rule!r} {'needs' if moments is None else 'takes no'} moments of the inputs; "
+            f"{' and '.join(WEIGHTED_RULES)} take them."
+        )
+    if moments is None:
+        return None
+    blocks = shape[-1] // BLOCK
+    own = (blocks, BLOCK, BLOCK) if rule == "hessian" else (blocks, BLOCK)
+    if tuple(moments.shape) not in {own, (scales, *own)}:
+        raise ValueError(
+            f"moments have shape {tuple(moments.shape)}; rule {rule!r} takes {own} for a weight of "
+            f"{shape[-1]} columns, or one such for each scale."
+        )
+    require_dtype("moments", moments, torch.float32)
+    if moments.device != device:
+        raise ValueError(f"moments are on {moments.device}; move them to {device}.")
+    if not bool(moments.isfinite().all()):
+        raise ValueError("moments hold NaN or Inf; find the input that does first.")
+    return moments.detach().reshape(-1, *own).contiguous()
 
 
 def scale_values(name: str, scale: float | Tensor, shape: Sequence[int]) -> list[float]:

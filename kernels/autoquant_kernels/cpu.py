@@ -12,14 +12,15 @@ from filelock import FileLock
 from torch import Tensor
 
 from autoquant_kernels import build
+from autoquant_kernels.checks import BLOCK, RULES
 
 LEVELS = ("cpu-scalar", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16")
-RULES = ("max", "mse", "four_over_six")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OPERATIONS = (
     "fake_quant_nvfp4",
     "fake_quant_nvfp4_weight",
     "quantize_nvfp4",
+    "compensate_nvfp4",
     "dequantize_nvfp4",
     "fake_quant_fp8",
     "quantize_fp8",
@@ -38,9 +39,14 @@ class Job(ctypes.Structure):
         ("source2", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("out2", ctypes.c_void_p),
+        ("out3", ctypes.c_void_p),
         ("elements", ctypes.c_int64),
         ("parts", ctypes.c_int64),
         ("scales", ctypes.c_void_p),
+        ("moments", ctypes.c_void_p),
+        ("row_blocks", ctypes.c_int64),
+        ("part_moments", ctypes.c_int64),
+        ("first_block", ctypes.c_int64),
         ("scale", ctypes.c_float),
         ("dtype", ctypes.c_int32),
         ("rule", ctypes.c_int32),
@@ -58,14 +64,33 @@ class CpuBackend:
         self._run("fake_quant_nvfp4", (x,), (out,), x, scales)
 
     def fake_quant_nvfp4_weight(
-        self, x: Tensor, scales: Sequence[float], rule: str, out: Tensor
+        self, x: Tensor, scales: Sequence[float], rule: str, moments: Tensor | None, out: Tensor
     ) -> None:
-        self._run("fake_quant_nvfp4_weight", (x,), (out,), x, scales, rule)
+        self._run("fake_quant_nvfp4_weight", (x,), (out,), x, scales, rule, moments)
 
     def quantize_nvfp4(
-        self, x: Tensor, scales: Sequence[float], rule: str, codes: Tensor, block_scale: Tensor
+        self,
+        x: Tensor,
+        scales: Sequence[float],
+        rule: str,
+        moments: Tensor | None,
+        codes: Tensor,
+        block_scale: Tensor,
     ) -> None:
-        self._run("quantize_nvfp4", (x,), (codes, block_scale), x, scales, rule)
+        self._run("quantize_nvfp4", (x,), (codes, block_scale), x, scales, rule, moments)
+
+    def compensate_nvfp4(
+        self,
+        w: Tensor,
+        upper: Tensor,
+        scales: Sequence[float],
+        search: bool,
+        codes: Tensor,
+        block_scale: Tensor,
+        errors: Tensor,
+    ) -> None:
+        outs = (codes, block_scale, errors)
+        self._run("compensate_nvfp4", (w,), outs, w, scales, RULES[-1] if search else "max", upper)
 
     def dequantize_nvfp4(
         self, codes: Tensor, block_scale: Tensor, scales: Sequence[float], out: Tensor
@@ -92,20 +117,25 @@ class CpuBackend:
         unpacked: Tensor,
         scales: Sequence[float] = (),
         rule: str = "max",
+        moments: Tensor | None = None,
     ) -> None:
         parts = len(scales) or unpacked.shape[0]
         values = (ctypes.c_float * len(scales))(*scales)
+        has_one_each = moments is not None and len(moments) == parts
         job = Job(
-            sources[0].data_ptr(),
-            sources[-1].data_ptr(),
-            outs[0].data_ptr(),
-            outs[-1].data_ptr(),
-            unpacked.numel() // parts,
-            parts,
-            ctypes.addressof(values),
-            0.0,
-            DTYPES.index(unpacked.dtype),
-            RULES.index(rule),
+            source=sources[0].data_ptr(),
+            source2=sources[-1].data_ptr(),
+            out=outs[0].data_ptr(),
+            out2=outs[min(1, len(outs) - 1)].data_ptr(),
+            out3=outs[-1].data_ptr(),
+            elements=unpacked.numel() // parts,
+            parts=parts,
+            scales=ctypes.addressof(values),
+            moments=None if moments is None else moments.data_ptr(),
+            row_blocks=unpacked.shape[-1] // BLOCK,
+            part_moments=moments[0].numel() if moments is not None and has_one_each else 0,
+            dtype=DTYPES.index(unpacked.dtype),
+            rule=RULES.index(rule),
         )
         self._run_kernel(
             OPERATIONS.index(operation), self._level, ctypes.byref(job), torch.get_num_threads()

@@ -22,11 +22,12 @@ constexpr int BLOCK = 16;
 constexpr int TILE = 256;  // 16 blocks: their scales fill one vector of 16 floats
 
 enum Dtype : int32_t { BFLOAT16, FLOAT16, FLOAT32 };
-enum Rule : int32_t { MAX, MSE, FOUR_OVER_SIX };
+enum Rule : int32_t { MAX, MSE, FOUR_OVER_SIX, DIAGONAL, HESSIAN };
 enum Operation : int32_t {
     FAKE_QUANT_NVFP4,
     FAKE_QUANT_NVFP4_WEIGHT,
     QUANTIZE_NVFP4,
+    COMPENSATE_NVFP4,
     DEQUANTIZE_NVFP4,
     FAKE_QUANT_FP8,
     QUANTIZE_FP8,
@@ -40,11 +41,16 @@ struct Job {
     const void* in2;
     void* out;
     void* out2;
+    void* out3;
     int64_t elements;  // of one part
     int64_t parts;     // rows for TOKEN_KL, else matrices with a scale of their own
     const float* scales;
-    float scale;    // of the part that is worked on
-    int32_t dtype;  // of the tensor that is not packed
+    const float* moments;  // of the part that is worked on, for every block of a row
+    int64_t row_blocks;    // blocks of a row
+    int64_t part_moments;  // floats from the moments of a part to those of the next
+    int64_t first_block;   // of the tile that is worked on, within the part
+    float scale;           // of the part that is worked on
+    int32_t dtype;         // of the tensor that is not packed
     int32_t rule;
 };
 
@@ -58,6 +64,8 @@ using Kernel = void (*)(const Job&, int64_t first, int64_t last);
 #include "lanes.h"
 #include "blocks.h"
 #include "operations.h"
+#include "compensated.h"
+#include "kernels.h"
 #undef LEVEL
 #undef LEVEL_NAME
 #undef LANES
@@ -79,6 +87,8 @@ TARGET("avx2")
 #include "lanes.h"
 #include "blocks.h"
 #include "operations.h"
+#include "compensated.h"
+#include "kernels.h"
 #undef LEVEL
 #undef LEVEL_NAME
 #undef LANES
@@ -91,6 +101,8 @@ TARGET("avx2,avx512f,avx512bw,avx512dq,avx512vl")
 #include "lanes.h"
 #include "blocks.h"
 #include "operations.h"
+#include "compensated.h"
+#include "kernels.h"
 #undef LEVEL
 #undef LEVEL_NAME
 #undef LANES
@@ -103,6 +115,8 @@ TARGET("avx2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #include "lanes.h"
 #include "blocks.h"
 #include "operations.h"
+#include "compensated.h"
+#include "kernels.h"
 #undef LEVEL
 #undef LEVEL_NAME
 #undef LANES
@@ -124,8 +138,8 @@ constexpr const Kernel* LEVELS[] = {
 constexpr float SMALLEST_SCALE_WITHOUT_SUBNORMALS = 0x1p-116f;
 
 bool writes_bfloat16_subnormals(const Job& job, int32_t operation) {
-    if (job.dtype != BFLOAT16 || operation == QUANTIZE_NVFP4 || operation == QUANTIZE_FP8 ||
-        operation == TOKEN_KL)
+    if (job.dtype != BFLOAT16 || operation == QUANTIZE_NVFP4 || operation == COMPENSATE_NVFP4 ||
+        operation == QUANTIZE_FP8 || operation == TOKEN_KL)
         return false;
     for (int64_t part = 0; part < job.parts; ++part)
         if (job.scales[part] < SMALLEST_SCALE_WITHOUT_SUBNORMALS) return true;

@@ -6,6 +6,7 @@ from torch import Tensor
 from autoquant_kernels import ops
 from autoquant_kernels.checks import (
     BLOCK,
+    moment_values,
     output,
     require_blocks,
     require_dtype,
@@ -48,7 +49,12 @@ def fake_quant_nvfp4(
 
 
 def fake_quant_nvfp4_weight(
-    w: Tensor, global_scale: float | Tensor, *, rule: str = "max", out: Tensor | None = None
+    w: Tensor,
+    global_scale: float | Tensor,
+    *,
+    rule: str = "max",
+    moments: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Round a weight through NVFP4 as it is exported: `dequantize_nvfp4(*quantize_nvfp4(w))`.
 
@@ -59,6 +65,7 @@ def fake_quant_nvfp4_weight(
         global_scale: positive float32, `nvfp4_global_scale(amax, rule)`, one or `[E]` for `w`
             `[E, ..., K]`; keep it on the host.
         rule: how block scales are chosen, see `quantize_nvfp4`.
+        moments: see `quantize_nvfp4`.
         out: where to write, contiguous, of the shape and dtype of `w`.
 
     Returns:
@@ -71,14 +78,19 @@ def fake_quant_nvfp4_weight(
     require_blocks("w", w)
     require_rule(rule)
     scales = scale_values("global_scale", global_scale, w.shape)
+    weights = moment_values(rule, moments, w.shape, len(scales), w.device)
     out = output(out, tuple(w.shape), w.dtype, w)
     if w.numel():
-        ops.fake_quant_nvfp4_weight(w.detach().contiguous(), scales, rule, out)
+        ops.fake_quant_nvfp4_weight(w.detach().contiguous(), scales, rule, weights, out)
     return out
 
 
 def quantize_nvfp4(
-    w: Tensor, global_scale: float | Tensor, *, rule: str = "max"
+    w: Tensor,
+    global_scale: float | Tensor,
+    *,
+    rule: str = "max",
+    moments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize a weight to the codes and block scales that a checkpoint stores.
 
@@ -89,30 +101,34 @@ def quantize_nvfp4(
     Rules: `max` takes e as above. `mse` takes, among the E4M3 codes from 3 below to 8 above it, the
     one of least squared error, the smallest on ties. `four_over_six` (g from M = 256) also tries
     the scale that maps max|w| to 4 and takes it if its squared error is strictly less
-    (arXiv 2512.02010).
+    (arXiv 2512.02010). `diagonal` and `hessian` are `mse` with the error d of a block weighted by
+    second moments M of its inputs: sum of M_ii d_i^2, or of d_i M_ij d_j.
 
     Args:
         w: bfloat16, float16 or float32 `[..., K]`, K a multiple of 16.
         global_scale: positive float32, `nvfp4_global_scale(amax, rule)`, one or `[E]` for `w`
             `[E, ..., K]`; keep it on the host.
-        rule: `max`, `mse` or `four_over_six`.
+        rule: `max`, `mse`, `four_over_six`, `diagonal` or `hessian`.
+        moments: of the inputs, float32 on the device of `w`: `[K / 16, 16]` for `diagonal`,
+            `[K / 16, 16, 16]` for `hessian`, or one such for each scale.
 
     Returns:
         codes, uint8 `[..., K / 2]`, the even column in the low nibble; block scales, float8_e4m3fn
         `[..., K / 16]`. A block with a NaN has a NaN scale and zero codes.
 
     Raises:
-        ValueError: a shape, dtype, scale or rule that breaks these rules.
+        ValueError: a shape, dtype, scale, rule or moments that break these rules.
     """
     require_float("w", w)
     require_blocks("w", w)
     require_rule(rule)
     scales = scale_values("global_scale", global_scale, w.shape)
+    weights = moment_values(rule, moments, w.shape, len(scales), w.device)
     rows = tuple(w.shape[:-1])
     codes = output(None, (*rows, w.shape[-1] // 2), torch.uint8, w)
     block_scale = output(None, (*rows, w.shape[-1] // BLOCK), torch.float8_e4m3fn, w)
     if w.numel():
-        ops.quantize_nvfp4(w.detach().contiguous(), scales, rule, codes, block_scale)
+        ops.quantize_nvfp4(w.detach().contiguous(), scales, rule, weights, codes, block_scale)
     return codes, block_scale
 
 

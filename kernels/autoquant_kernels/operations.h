@@ -172,7 +172,7 @@ struct DequantizeFp8 {
 };
 
 template <class Op>
-static void tiles_of_part(const Job& job, int64_t part, int64_t first, int64_t last) {
+static void tiles_of_part(Job& job, int64_t part, int64_t first, int64_t last) {
     const int64_t before = part * job.elements;
     const auto* in = static_cast<const uint8_t*>(job.in) + before * Op::IN / BLOCK;
     const auto* in2 = static_cast<const uint8_t*>(job.in2) + before * Op::IN2 / BLOCK;
@@ -180,6 +180,7 @@ static void tiles_of_part(const Job& job, int64_t part, int64_t first, int64_t l
     auto* out2 = static_cast<uint8_t*>(job.out2) + before * Op::OUT2 / BLOCK;
     for (int64_t t = first; t < last; ++t) {
         const int64_t left = job.elements - t * TILE, block = t * (TILE / BLOCK);
+        job.first_block = block;
         if (left >= TILE) {
             Op::tile(job, in + block * Op::IN, in2 + block * Op::IN2, out + block * Op::OUT,
                      out2 + block * Op::OUT2);
@@ -202,6 +203,7 @@ static void tiles(const Job& whole, int64_t first, int64_t last) {
         const int64_t part = first / size, start = part * size;
         const int64_t stop = last < start + size ? last : start + size;
         job.scale = whole.scales[part];
+        job.moments = whole.moments + part * whole.part_moments;
         tiles_of_part<Op>(job, part, first - start, stop - start);
         first = stop;
     }
@@ -279,27 +281,6 @@ struct TokenKl {
             static_cast<float*>(job.out)[row] =
                 row_kl<T>(p + row * job.elements, q + row * job.elements, job.elements);
     }
-};
-
-// ---- one kernel per operation --------------------------------------------------------------------
-
-template <template <class> class Op>
-static void by_dtype(const Job& job, int64_t first, int64_t last) {
-    if (job.dtype == BFLOAT16) return tiles<Op<Bfloat16>>(job, first, last);
-    if (job.dtype == FLOAT16) return tiles<Op<Float16>>(job, first, last);
-    return tiles<Op<Float32>>(job, first, last);
-}
-
-static void token_kl(const Job& job, int64_t first, int64_t last) {
-    if (job.dtype == BFLOAT16) return TokenKl<Bfloat16>::rows(job, first, last);
-    if (job.dtype == FLOAT16) return TokenKl<Float16>::rows(job, first, last);
-    return TokenKl<Float32>::rows(job, first, last);
-}
-
-constexpr Kernel KERNELS[OPERATIONS] = {
-    by_dtype<FakeQuantNvfp4>, by_dtype<FakeQuantNvfp4Weight>, by_dtype<QuantizeNvfp4>,
-    by_dtype<DequantizeNvfp4>, by_dtype<FakeQuantFp8>, by_dtype<QuantizeFp8>,
-    by_dtype<DequantizeFp8>, token_kl,
 };
 
 }  // namespace LEVEL_NAME

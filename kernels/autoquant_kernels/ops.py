@@ -18,17 +18,40 @@ def fake_quant_nvfp4(x: Tensor, scales: Sequence[float], out: Tensor) -> None:
 
 
 @torch.library.custom_op("autoquant::fake_quant_nvfp4_weight", mutates_args=("out",))
-def fake_quant_nvfp4_weight(x: Tensor, scales: Sequence[float], rule: str, out: Tensor) -> None:
+def fake_quant_nvfp4_weight(
+    x: Tensor, scales: Sequence[float], rule: str, moments: Tensor | None, out: Tensor
+) -> None:
     """Exported-form NVFP4, `[..., K]` to `[..., K]`."""
-    backend_for(x.device).fake_quant_nvfp4_weight(x, scales, rule, out)
+    backend_for(x.device).fake_quant_nvfp4_weight(x, scales, rule, moments, out)
 
 
 @torch.library.custom_op("autoquant::quantize_nvfp4", mutates_args=("codes", "block_scale"))
 def quantize_nvfp4(
-    x: Tensor, scales: Sequence[float], rule: str, codes: Tensor, block_scale: Tensor
+    x: Tensor,
+    scales: Sequence[float],
+    rule: str,
+    moments: Tensor | None,
+    codes: Tensor,
+    block_scale: Tensor,
 ) -> None:
     """NVFP4 codes and block scales of `[..., K]`."""
-    backend_for(x.device).quantize_nvfp4(x, scales, rule, codes, block_scale)
+    backend_for(x.device).quantize_nvfp4(x, scales, rule, moments, codes, block_scale)
+
+
+@torch.library.custom_op(
+    "autoquant::compensate_nvfp4", mutates_args=("codes", "block_scale", "errors")
+)
+def compensate_nvfp4(
+    w: Tensor,
+    upper: Tensor,
+    scales: Sequence[float],
+    search: bool,
+    codes: Tensor,
+    block_scale: Tensor,
+    errors: Tensor,
+) -> None:
+    """NVFP4 codes, block scales and errors of one block of each row, `[P * N, 16]`."""
+    backend_for(w.device).compensate_nvfp4(w, upper, scales, search, codes, block_scale, errors)
 
 
 @torch.library.custom_op("autoquant::dequantize_nvfp4", mutates_args=("out",))
@@ -71,6 +94,7 @@ for _op in (
     fake_quant_nvfp4,
     fake_quant_nvfp4_weight,
     quantize_nvfp4,
+    compensate_nvfp4,
     dequantize_nvfp4,
     fake_quant_fp8,
     quantize_fp8,

@@ -17,12 +17,13 @@ BLOCK = 16
 CHUNK_BLOCKS = 1 << 14
 KL_CHUNK_ELEMENTS = 1 << 20
 
-MSE_CODES_BELOW = 3
-MSE_CODES_ABOVE = 8
-"""The `mse` rule tries the E4M3 codes from 3 below to 8 above the code of the largest magnitude.
+CODES_BELOW = 3
+CODES_ABOVE = 8
+"""Rules of least error try the E4M3 codes from 3 below to 8 above that of the largest magnitude.
 
-Against a sweep of all 126 codes this loses nothing on normal, uniform, Laplace, Student-t and
-log-normal blocks (`tests/kernels/test_scale_rules.py`).
+Against a sweep of all 126 codes this loses nothing of the squared error on normal, uniform,
+Laplace, Student-t and log-normal blocks (`tests/kernels/test_scale_rules.py`), and 0.14 % of errors
+weighted by the inputs of two real language models.
 """
 
 SMALLEST_E4M3 = 2.0**-9
@@ -62,30 +63,100 @@ def fake_quant_nvfp4(x: Tensor, scales: Sequence[float], out: Tensor) -> None:
         target.copy_(torch.copysign(q * scale, blocks))
 
 
-def fake_quant_nvfp4_weight(x: Tensor, scales: Sequence[float], rule: str, out: Tensor) -> None:
+def fake_quant_nvfp4_weight(
+    x: Tensor, scales: Sequence[float], rule: str, moments: Tensor | None, out: Tensor
+) -> None:
     """Write what `dequantize_nvfp4(quantize_nvfp4(x))` gives, without storing the codes."""
     views = x.view(-1, BLOCK), out.view(-1, BLOCK)
-    for g, source, target in _scaled_chunks(scales, CHUNK_BLOCKS, *views):
+    rows = _rows_at_once(rule)
+    chunks = _scaled_chunks(scales, rows, *views)
+    for (g, source, target), own in zip(
+        chunks, _moment_chunks(moments, scales, rows, len(views[0])), strict=True
+    ):
         blocks = source.float() + 0.0
-        scale = _block_scales(blocks, g, rule) * g
+        scale = _block_scales(blocks, g, rule, own) * g
         target.copy_(torch.copysign(_nearest(blocks, scale), blocks))
 
 
 def quantize_nvfp4(
-    x: Tensor, scales: Sequence[float], rule: str, codes: Tensor, block_scale: Tensor
+    x: Tensor,
+    scales: Sequence[float],
+    rule: str,
+    moments: Tensor | None,
+    codes: Tensor,
+    block_scale: Tensor,
 ) -> None:
     """Write the packed E2M1 codes (even column in the low nibble) and the E4M3 block scales."""
     views = x.view(-1, BLOCK), codes.view(-1, BLOCK // 2), block_scale.view(-1, 1)
-    values = torch.tensor(E2M1_VALUES, device=x.device)
-    for g, source, packed, stored in _scaled_chunks(scales, CHUNK_BLOCKS, *views):
+    rows = _rows_at_once(rule)
+    chunks = _scaled_chunks(scales, rows, *views)
+    for (g, source, packed, stored), own in zip(
+        chunks, _moment_chunks(moments, scales, rows, len(views[0])), strict=True
+    ):
         blocks = source.float()
-        scale = _block_scales(blocks, g, rule)
-        q = round_e2m1(blocks / _divisor(scale * g)).abs_().nan_to_num_(0.0)
-        magnitude = torch.searchsorted(values, q, out_int32=True)
-        sign = (blocks < 0) & ~scale.isnan()
-        code = (magnitude + (sign << 3)).to(torch.uint8)
-        packed.copy_(code[:, 0::2] | (code[:, 1::2] << 4))
+        scale = _block_scales(blocks, g, rule, own)
+        q = round_e2m1(blocks / _divisor(scale * g))
+        packed.copy_(_packed(q, (blocks < 0) & ~scale.isnan()))
         stored.copy_(scale.to(torch.float8_e4m3fn))
+
+
+def compensate_nvfp4(
+    w: Tensor,
+    upper: Tensor,
+    scales: Sequence[float],
+    search: bool,
+    codes: Tensor,
+    block_scale: Tensor,
+    errors: Tensor,
+) -> None:
+    """Round a block of each row column by column, each error carried into the columns after it.
+
+    Of `w` `[P * N, 16]` every N rows have one of the P `scales` and of `upper` `[P, 16, 16]`.
+    Overwrites the block scales `[P * N, 1]`, where it begins, if `search`.
+    """
+    views = w, codes, block_scale, errors
+    size, at = len(w) // len(scales), 0
+    for g, rows, packed, stored, left in _scaled_chunks(scales, CHUNK_BLOCKS, *views):
+        start = stored.float()
+        tried = torch.stack([start, *_window(start)]) if search else start[None]
+        q, sign, error = _carried(rows.expand(len(tried), -1, -1), upper[at // size], tried * g)
+        best = _first_least(error)
+        stored.copy_(_taken(tried, best).to(torch.float8_e4m3fn))
+        packed.copy_(_packed(_taken(q, best), _taken(sign, best) & ~stored.float().isnan()))
+        left.copy_(_taken(error, best))
+        at += len(rows)
+
+
+def _carried(w: Tensor, upper: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """E2M1 numbers, signs and errors `[C, N, 16]` of rows `[C, N, 16]` under scales `[C, N, 1]`."""
+    rest = w.clone()
+    q, sign, errors = torch.empty_like(rest), torch.empty_like(rest).bool(), torch.empty_like(rest)
+    for column in range(BLOCK):
+        v = rest[..., column : column + 1]
+        nearest = round_e2m1(v / _divisor(scale))
+        error = (v - nearest * scale) * (1 / upper[column, column])
+        q[..., column : column + 1], sign[..., column : column + 1] = nearest, v < 0
+        errors[..., column : column + 1] = error
+        rest[..., column + 1 :] -= error * upper[column, column + 1 :]
+    return q, sign, errors
+
+
+def _first_least(errors: Tensor) -> Tensor:
+    """The first of C candidates of least sum of squares, added column by column, of each row."""
+    total = errors[..., 0].square()
+    for column in range(1, BLOCK):
+        total += errors[..., column].square()
+    best = torch.zeros_like(total[0], dtype=torch.int64)
+    least = total[0]
+    for number, own in enumerate(total[1:], start=1):
+        better = own < least
+        best, least = torch.where(better, number, best), torch.where(better, own, least)
+    return best
+
+
+def _taken(candidates: Tensor, number: Tensor) -> Tensor:
+    """Of `[C, N, ...]` the candidate of each row."""
+    return candidates[number, torch.arange(len(number), device=number.device)]
 
 
 def dequantize_nvfp4(
@@ -164,17 +235,25 @@ def _nearest(blocks: Tensor, scale: Tensor) -> Tensor:
     return round_e2m1(blocks / _divisor(scale)).mul_(scale)
 
 
-def _block_scales(blocks: Tensor, g: Tensor, rule: str) -> Tensor:
+def _packed(q: Tensor, sign: Tensor) -> Tensor:
+    """Two codes a byte of E2M1 numbers and signs `[blocks, 16]`; NaN is code 0."""
+    values = torch.tensor(E2M1_VALUES, device=q.device)
+    magnitude = torch.searchsorted(values, q.abs().nan_to_num_(0.0), out_int32=True)
+    code = (magnitude + (sign << 3)).to(torch.uint8)
+    return code[:, 0::2] | (code[:, 1::2] << 4)
+
+
+def _block_scales(blocks: Tensor, g: Tensor, rule: str, moments: Tensor | None) -> Tensor:
     """E4M3 block scales `[blocks, 1]` as float32; NaN for a block that holds a NaN."""
     amax = _largest(blocks)
     exact = amax / (g * 6)
     scale = _stored_scale(exact)
-    if rule == "mse":
-        best = _best_in_window(blocks, scale, g)
-    elif rule == "four_over_six":
+    if rule == "four_over_six":
         best = _four_or_six(blocks, scale, _stored_scale(amax * 1.5 / (g * 6)), g)
-    else:
+    elif rule == "max":
         best = scale
+    else:
+        best = _best_in_window(blocks, scale, g, moments)
     return torch.where(exact == 0, 1.0, best)
 
 
@@ -183,24 +262,61 @@ def _stored_scale(exact: Tensor) -> Tensor:
 
 
 def _four_or_six(blocks: Tensor, six: Tensor, four: Tensor, g: Tensor) -> Tensor:
-    four_is_better = _squared_error(blocks, four * g) < _squared_error(blocks, six * g)
+    four_is_better = _error(blocks, four * g) < _error(blocks, six * g)
     return torch.where(four_is_better, four, six)
 
 
-def _best_in_window(blocks: Tensor, scale: Tensor, g: Tensor) -> Tensor:
-    code = scale.to(torch.float8_e4m3fn).view(torch.uint8).short()
+def _best_in_window(blocks: Tensor, scale: Tensor, g: Tensor, moments: Tensor | None) -> Tensor:
     best, least = scale, torch.empty_like(scale)
-    for offset in range(-MSE_CODES_BELOW, MSE_CODES_ABOVE + 1):
-        candidate = (code + offset).clamp_(1, 126).to(torch.uint8).view(torch.float8_e4m3fn).float()
-        error = _squared_error(blocks, candidate * g)
-        better = (error < least) | (offset == -MSE_CODES_BELOW)
+    for number, candidate in enumerate(_window(scale)):
+        error = _error(blocks, candidate * g, moments)
+        better = (error < least) | (number == 0)
         best, least = torch.where(better, candidate, best), torch.where(better, error, least)
     return torch.where(scale.isnan(), scale, best)
 
 
-def _squared_error(blocks: Tensor, scale: Tensor) -> Tensor:
-    """Sum of squares of RN(dequantized - w), added in a fixed order: i + (i + 8), then 4, 2, 1."""
-    terms = (_nearest(blocks, scale) - blocks).square_()
+def _window(scale: Tensor) -> Iterator[Tensor]:
+    """The E4M3 numbers that rules of least error try, the smallest first."""
+    code = scale.to(torch.float8_e4m3fn).view(torch.uint8).short()
+    for offset in range(-CODES_BELOW, CODES_ABOVE + 1):
+        tried = (code + offset).clamp_(1, 126).to(torch.uint8).view(torch.float8_e4m3fn).float()
+        yield torch.where(scale.isnan(), scale, tried)
+
+
+def _error(blocks: Tensor, scale: Tensor, moments: Tensor | None = None) -> Tensor:
+    """Sum of squares of d = RN(dequantized - w); with moments sum of d_i^2 m_i, or of d_i m_ij d_j.
+
+    Every sum is added in a fixed order: i + (i + 8), then 4, 2, 1 apart.
+    """
+    d = _nearest(blocks, scale) - blocks
+    if moments is None:
+        return _sum(d.square())
+    if moments.ndim == 2:
+        return _sum(d.square() * moments)
+    return _sum(_sum(moments * d[:, None, :])[..., 0] * d)
+
+
+def _sum(terms: Tensor) -> Tensor:
     for half in (8, 4, 2, 1):
-        terms = terms[:, :half] + terms[:, half:]
+        terms = terms[..., :half] + terms[..., half:]
     return terms
+
+
+def _rows_at_once(rule: str) -> int:
+    """Blocks of a chunk: 16 x 16 numbers belong to each under `hessian`."""
+    return CHUNK_BLOCKS // BLOCK if rule == "hessian" else CHUNK_BLOCKS
+
+
+def _moment_chunks(
+    moments: Tensor | None, scales: Sequence[float], rows: int, blocks: int
+) -> Iterator[Tensor | None]:
+    """The moments of every block of each chunk of `_scaled_chunks`."""
+    size = blocks // len(scales)
+    for part in range(len(scales)):
+        for start in range(0, size, rows):
+            if moments is None:
+                yield None
+                continue
+            own = moments[part % len(moments)]
+            number = torch.arange(start, min(start + rows, size), device=own.device)
+            yield own[number % len(own)]

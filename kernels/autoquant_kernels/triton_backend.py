@@ -16,8 +16,11 @@ from autoquant_kernels import triton_kernels as kernels
 BLOCK = 16
 BLOCKS = 128
 WIDE_BLOCKS = 256
+WEIGHTED_BLOCKS = 32
+"""Moments leave a thread the registers of one block."""
 WORDS = 256
 ELEMENTS = 2048
+ROWS = 32
 VOCABULARY_TILE = 4096
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED_BLOCKS = 4096
@@ -47,26 +50,34 @@ def fake_quant_nvfp4(x: Tensor, scales: Sequence[float], out: Tensor) -> None:
     _finish(target, out)
 
 
-def fake_quant_nvfp4_weight(x: Tensor, scales: Sequence[float], rule: str, out: Tensor) -> None:
+def fake_quant_nvfp4_weight(
+    x: Tensor, scales: Sequence[float], rule: str, moments: Tensor | None, out: Tensor
+) -> None:
     """Exported-form NVFP4."""
     source, target = _plain(x), _target(out)
     blocks = x.numel() // BLOCK // len(scales)
-    size = _blocks(BLOCKS if rule == "max" else WIDE_BLOCKS)
+    size = _blocks(WIDE_BLOCKS if rule in {"mse", "four_over_six"} else BLOCKS)
     g, many = _on_device(scales, x)
     sixth, divide = _block_division(scales, SAFE_WEIGHT_SCALES)
+    weights = _moments(x, scales, moments)
     with _device(x):
         kernels.fake_quant_nvfp4_weight[_grid(blocks, size, scales)](
-            source, target, blocks, g, sixth, rule, divide, size, many, **OPTIONS
+            source, target, blocks, g, sixth, *weights, rule, divide, size, many, **OPTIONS
         )
     _finish(target, out)
 
 
 def quantize_nvfp4(
-    x: Tensor, scales: Sequence[float], rule: str, codes: Tensor, block_scale: Tensor
+    x: Tensor,
+    scales: Sequence[float],
+    rule: str,
+    moments: Tensor | None,
+    codes: Tensor,
+    block_scale: Tensor,
 ) -> None:
     """NVFP4 codes and block scales."""
     blocks = x.numel() // BLOCK // len(scales)
-    size = _blocks(BLOCKS)
+    size = _blocks(BLOCKS if moments is None else WEIGHTED_BLOCKS)
     words, stored = codes.view(-1).view(torch.int32), block_scale.view(torch.uint8)
     g, many = _on_device(scales, x)
     sixth, divide = _block_division(scales, SAFE_WEIGHT_SCALES)
@@ -78,12 +89,33 @@ def quantize_nvfp4(
             blocks,
             g,
             sixth,
+            *_moments(x, scales, moments),
             rule,
             divide,
             size,
             many,
             not INTERPRETED and x.dtype is torch.bfloat16 and x.data_ptr() % BLOCK == 0,
             **PACK_OPTIONS,
+        )
+
+
+def compensate_nvfp4(
+    w: Tensor,
+    upper: Tensor,
+    scales: Sequence[float],
+    search: bool,
+    codes: Tensor,
+    block_scale: Tensor,
+    errors: Tensor,
+) -> None:
+    """NVFP4 codes, block scales and errors of one block of each row."""
+    rows = len(w) // len(scales)
+    size = INTERPRETED_BLOCKS if INTERPRETED else ROWS
+    words, stored = codes.view(-1).view(torch.int32), block_scale.view(torch.uint8)
+    g, many = _on_device(scales, w)
+    with _device(w):
+        kernels.compensate_nvfp4[_grid(rows, size, scales)](
+            w, upper, words, stored, errors, rows, g, search, size, many, **PACK_OPTIONS
         )
 
 
@@ -155,6 +187,14 @@ def _on_device(scales: Sequence[float], x: Tensor) -> tuple[float | Tensor, bool
     if len(scales) == 1:
         return scales[0], False
     return torch.tensor(scales, device=x.device), True
+
+
+def _moments(x: Tensor, scales: Sequence[float], moments: Tensor | None) -> tuple[Tensor, int, int]:
+    """Moments `[P, K / 16, ...]`, blocks of a row, and how far apart those of two matrices are."""
+    if moments is None:
+        return x, 1, 0
+    own = moments[0].numel() if len(moments) == len(scales) else 0
+    return moments, moments.shape[1], own
 
 
 def _grid(units: int, size: int, scales: Sequence[float]) -> tuple[int]:

@@ -214,17 +214,86 @@ def _four_scale(amax, g, sixth, DIVIDE: tl.constexpr):
 
 
 @triton.jit
-def _best_in_window(low, high, amax, g, sixth, DIVIDE: tl.constexpr):
-    """The E4M3 scale of least squared error from 3 codes below to 8 above that of `amax`."""
+def _signed(y, x):
+    """y with its sign turned where x is negative."""
+    turned = y.to(tl.int32, bitcast=True) ^ (x.to(tl.int32, bitcast=True) & -0x80000000)
+    return turned.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _moments(m_ptr, at, exists, ROW: tl.constexpr):
+    """Row ROW of the moments of each block, its halves `[BLOCKS, 8]`."""
+    first = m_ptr + at + ROW * 16 + tl.arange(0, 8)[None, :]
+    return tl.load(first, mask=exists), tl.load(first + 8, mask=exists)
+
+
+@triton.jit
+def _diagonal_error(low, high, m_ptr, at, exists):
+    low_m, high_m = _moments(m_ptr, at, exists, 0)
+    terms = low * low * low_m + high * high * high_m
+    return _half_sum(_half_sum(_half_sum(terms, 4), 2), 1)
+
+
+@triton.jit
+def _row_error(low, high, m_ptr, at, exists, d, ROW: tl.constexpr):
+    """d of row ROW `[BLOCKS, 1]` times the sum of that row's moments times all."""
+    low_m, high_m = _moments(m_ptr, at, exists, ROW)
+    pairs = low_m * low + high_m * high
+    return _half_sum(_half_sum(_half_sum(pairs, 4), 2), 1) * d
+
+
+@triton.jit
+def _pair_error(low, high, m_ptr, at, exists, low_d, high_d, ROW: tl.constexpr):
+    first = _row_error(low, high, m_ptr, at, exists, low_d, ROW)
+    return first + _row_error(low, high, m_ptr, at, exists, high_d, ROW + 8)
+
+
+@triton.jit
+def _hessian_error(low, high, m_ptr, at, exists):
+    """Sum of d_i m_ij d_j in the reference's order, of errors `[BLOCKS, 8]`."""
+    a0, a1, a2, a3, a4, a5, a6, a7 = _columns(low)
+    b0, b1, b2, b3, b4, b5, b6, b7 = _columns(high)
+    e0 = _pair_error(low, high, m_ptr, at, exists, a0, b0, 0)
+    e1 = _pair_error(low, high, m_ptr, at, exists, a1, b1, 1)
+    e2 = _pair_error(low, high, m_ptr, at, exists, a2, b2, 2)
+    e3 = _pair_error(low, high, m_ptr, at, exists, a3, b3, 3)
+    e0 += _pair_error(low, high, m_ptr, at, exists, a4, b4, 4)
+    e1 += _pair_error(low, high, m_ptr, at, exists, a5, b5, 5)
+    e2 += _pair_error(low, high, m_ptr, at, exists, a6, b6, 6)
+    e3 += _pair_error(low, high, m_ptr, at, exists, a7, b7, 7)
+    return (e0 + e2) + (e1 + e3)
+
+
+@triton.jit
+def _error(low_y, high_y, low, high, m_ptr, at, exists, RULE: tl.constexpr):
+    """The error of a block by the rule, of magnitudes `[BLOCKS, 8]` in place of its elements."""
+    low_d, high_d = low_y - tl.abs(low), high_y - tl.abs(high)
+    if RULE == "diagonal":
+        return _diagonal_error(low_d, high_d, m_ptr, at, exists)
+    if RULE == "hessian":
+        return _hessian_error(_signed(low_d, low), _signed(high_d, high), m_ptr, at, exists)
+    return _squared_error(low_y, high_y, low, high)
+
+
+@triton.jit
+def _neighbour(scale, offset):
+    """The E4M3 number `offset` codes from `scale`, within 1 and 126; NaN stays NaN."""
+    code = tl.minimum(tl.maximum(_e4m3_code(scale) + offset, 1), 126)
+    return tl.where(scale != scale, scale, _e4m3_number(code))
+
+
+@triton.jit
+def _best_in_window(
+    low, high, amax, g, sixth, m_ptr, at, exists, RULE: tl.constexpr, DIVIDE: tl.constexpr
+):
+    """The E4M3 scale of least error from 3 codes below to 8 above that of `amax`."""
     start = _amax_scale(amax, g, sixth, DIVIDE)
-    start_code = _e4m3_code(start)
     best = start
     least = tl.full(start.shape, float("inf"), tl.float32)
     for offset in range(-3, 9):
-        code = tl.minimum(tl.maximum(start_code + offset, 1), 126)
-        candidate = _e4m3_number(code)
+        candidate = _neighbour(start, offset)
         low_y, high_y = _nearest(low, high, candidate * g, DIVIDE)
-        error = _squared_error(low_y, high_y, low, high)
+        error = _error(low_y, high_y, low, high, m_ptr, at, exists, RULE)
         better = (error < least) | (offset == -3)
         best = tl.where(better, candidate, best)
         least = tl.where(better, error, least)
@@ -233,36 +302,50 @@ def _best_in_window(low, high, amax, g, sixth, DIVIDE: tl.constexpr):
 
 
 @triton.jit
-def _weight_scale(low, high, g, sixth, RULE: tl.constexpr, DIVIDE: tl.constexpr):
-    """E4M3 block scales `[BLOCKS, 1]` as float32, as checkpoints keep them; NaN stays NaN."""
+def _four_or_six(low, high, g, sixth, DIVIDE: tl.constexpr):
+    """The two scales `[BLOCKS, 1]`, what they round magnitudes to, and whether four is better."""
     amax = _largest(low, high)
-    if RULE == "mse":
-        return _best_in_window(low, high, amax, g, sixth, DIVIDE)
-    if RULE == "four_over_six":
-        six = _amax_scale(amax, g, sixth, DIVIDE)
-        four = _four_scale(amax, g, sixth, DIVIDE)
-        low_six, high_six = _nearest(low, high, six * g, DIVIDE)
-        low_four, high_four = _nearest(low, high, four * g, DIVIDE)
-        error_six = _squared_error(low_six, high_six, low, high)
-        error_four = _squared_error(low_four, high_four, low, high)
-        return tl.where(error_four < error_six, four, six)
-    return _amax_scale(amax, g, sixth, DIVIDE)
+    six = _amax_scale(amax, g, sixth, DIVIDE)
+    four = _four_scale(amax, g, sixth, DIVIDE)
+    low_six, high_six = _nearest(low, high, six * g, DIVIDE)
+    low_four, high_four = _nearest(low, high, four * g, DIVIDE)
+    error_six = _squared_error(low_six, high_six, low, high)
+    error_four = _squared_error(low_four, high_four, low, high)
+    better = error_four < error_six
+    low_y = tl.where(better, low_four, low_six)
+    return tl.where(better, four, six), low_y, tl.where(better, high_four, high_six)
 
 
 @triton.jit
-def _weight_magnitudes(low, high, g, sixth, RULE: tl.constexpr, DIVIDE: tl.constexpr):
+def _weight_scale(low, high, g, sixth, m_ptr, at, exists, RULE: tl.constexpr, DIVIDE: tl.constexpr):
+    """E4M3 block scales `[BLOCKS, 1]` as float32, as checkpoints keep them; NaN stays NaN."""
+    if RULE == "max":
+        return _amax_scale(_largest(low, high), g, sixth, DIVIDE)
+    if RULE == "four_over_six":
+        scale, _, _ = _four_or_six(low, high, g, sixth, DIVIDE)
+        return scale
+    amax = _largest(low, high)
+    return _best_in_window(low, high, amax, g, sixth, m_ptr, at, exists, RULE, DIVIDE)
+
+
+@triton.jit
+def _weight_magnitudes(
+    low, high, g, sixth, m_ptr, at, exists, RULE: tl.constexpr, DIVIDE: tl.constexpr
+):
     """What the exported form of a weight dequantizes to, without signs."""
     if RULE == "four_over_six":
-        amax = _largest(low, high)
-        six = _amax_scale(amax, g, sixth, DIVIDE)
-        four = _four_scale(amax, g, sixth, DIVIDE)
-        low_six, high_six = _nearest(low, high, six * g, DIVIDE)
-        low_four, high_four = _nearest(low, high, four * g, DIVIDE)
-        error_six = _squared_error(low_six, high_six, low, high)
-        error_four = _squared_error(low_four, high_four, low, high)
-        better = error_four < error_six
-        return tl.where(better, low_four, low_six), tl.where(better, high_four, high_six)
-    return _nearest(low, high, _weight_scale(low, high, g, sixth, RULE, DIVIDE) * g, DIVIDE)
+        _, low_y, high_y = _four_or_six(low, high, g, sixth, DIVIDE)
+        return low_y, high_y
+    scale = _weight_scale(low, high, g, sixth, m_ptr, at, exists, RULE, DIVIDE)
+    return _nearest(low, high, scale * g, DIVIDE)
+
+
+@triton.jit
+def _moments_at(m_ptr, block, blocks, row_blocks, part_moments, RULE: tl.constexpr):
+    """Offsets `[BLOCKS, 1]` of the moments of each block; `blocks` are those of a matrix."""
+    part = block // blocks
+    size: tl.constexpr = 256 if RULE == "hessian" else 16
+    return part * part_moments + (block - part * blocks) % row_blocks * size
 
 
 @triton.jit
@@ -292,6 +375,9 @@ def fake_quant_nvfp4_weight(
     blocks,
     g,
     sixth,
+    m_ptr,
+    row_blocks,
+    part_moments,
     RULE: tl.constexpr,
     DIVIDE: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -301,7 +387,8 @@ def fake_quant_nvfp4_weight(
     g, block, exists = _blocks(g, blocks, BLOCKS, MANY)
     sixth = _reciprocal(g * 6.0, sixth, DIVIDE, MANY)
     low, high = _load(x_ptr, block, exists)
-    low_y, high_y = _weight_magnitudes(low, high, g, sixth, RULE, DIVIDE)
+    at = _moments_at(m_ptr, block, blocks, row_blocks, part_moments, RULE)
+    low_y, high_y = _weight_magnitudes(low, high, g, sixth, m_ptr, at, exists, RULE, DIVIDE)
     low_y, high_y = _with_sign_of(low_y, low + 0.0), _with_sign_of(high_y, high + 0.0)
     _store(out_ptr, block, exists, low_y, high_y)
 
@@ -372,6 +459,9 @@ def quantize_nvfp4(
     blocks,
     g,
     sixth,
+    m_ptr,
+    row_blocks,
+    part_moments,
     RULE: tl.constexpr,
     DIVIDE: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -385,12 +475,87 @@ def quantize_nvfp4(
         low, high = _load_pairs(x_ptr, block, exists)
     else:
         low, high = _load(x_ptr, block, exists)
-    scale = _weight_scale(low, high, g, sixth, RULE, DIVIDE)
+    at = _moments_at(m_ptr, block, blocks, row_blocks, part_moments, RULE)
+    scale = _weight_scale(low, high, g, sixth, m_ptr, at, exists, RULE, DIVIDE)
     tl.store(scales_ptr + block, _e4m3_code(scale).to(tl.uint8), mask=exists)
     low_word = _packed(low, scale * g, DIVIDE)
     high_word = _packed(high, scale * g, DIVIDE)
     words = tl.reshape(tl.join(low_word, high_word), (BLOCKS, 2))
     tl.store(words_ptr + block * 2 + tl.arange(0, 2)[None, :], words, mask=exists)
+
+
+@triton.jit
+def _column(v, COLUMN: tl.constexpr):
+    """Column COLUMN of `[ROWS, 16]`, `[ROWS, 1]`, signs of zeros included."""
+    own = tl.arange(0, 16)[None, :] == COLUMN
+    bits = tl.where(own, v.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, axis=1, keep_dims=True).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _carried(rest, upper_ptr, scale):
+    """E2M1 numbers, what was rounded to them, errors and the sum of their squares, `[ROWS, 16]`.
+
+    Column by column, each error over the diagonal carried into the columns behind it.
+    """
+    column = tl.arange(0, 16)[None, :]
+    safe = tl.where(scale == 0.0, 1.0, scale)
+    numbers, before = tl.zeros_like(rest), tl.zeros_like(rest)
+    errors, total = tl.zeros_like(rest), tl.zeros_like(scale)
+    for j in tl.static_range(16):
+        v = _column(rest, j)
+        quotient = tl.maximum(tl.div_rn(v, safe), -6.0, propagate_nan=tl.PropagateNan.ALL)
+        q = _round_e2m1(tl.minimum(quotient, 6.0, propagate_nan=tl.PropagateNan.ALL))
+        reciprocal = tl.div_rn(tl.full((1, 1), 1.0, tl.float32), tl.load(upper_ptr + j * 17))
+        error = (v - q * scale) * reciprocal
+        total = error * error if j == 0 else total + error * error
+        numbers = tl.where(column == j, q, numbers)
+        before = tl.where(column == j, v, before)
+        errors = tl.where(column == j, error, errors)
+        row = tl.load(upper_ptr + j * 16 + column)
+        rest = tl.where(column > j, rest - error * row, rest)
+    return numbers, before, errors, total
+
+
+@triton.jit
+def compensate_nvfp4(
+    w_ptr,
+    upper_ptr,
+    words_ptr,
+    scales_ptr,
+    errors_ptr,
+    rows,
+    g,
+    SEARCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    MANY: tl.constexpr,
+):
+    """One block of each row with its errors carried from column to column."""
+    program = tl.program_id(0)
+    matrix = program // tl.cdiv(rows, ROWS)
+    g, row, exists = _blocks(g, rows, ROWS, MANY)
+    upper_ptr += matrix.to(tl.int64) * 256
+    column = tl.arange(0, 16)[None, :]
+    rest = tl.load(w_ptr + row * 16 + column, mask=exists, other=0.0)
+    start = _e4m3_number(tl.load(scales_ptr + row, mask=exists, other=1).to(tl.int32))
+    best = start
+    if SEARCH:
+        _, _, _, least = _carried(rest, upper_ptr, start * g)
+        for offset in range(-3, 9):
+            candidate = _neighbour(start, offset)
+            _, _, _, total = _carried(rest, upper_ptr, candidate * g)
+            better = total < least
+            best = tl.where(better, candidate, best)
+            least = tl.where(better, total, least)
+    numbers, before, errors, _ = _carried(rest, upper_ptr, best * g)
+    tl.store(errors_ptr + row * 16 + column, errors, mask=exists)
+    tl.store(scales_ptr + row, _e4m3_code(best).to(tl.uint8), mask=exists)
+    magnitude = tl.where(numbers != numbers, 0.0, tl.abs(numbers))
+    code = tl.minimum(magnitude * 2.0, tl.minimum(magnitude + 2.0, magnitude * 0.5 + 4.0))
+    sign = (before < 0.0) & (best == best)
+    code = code.to(tl.int32) + tl.where(sign, 8, 0)
+    words = tl.reshape(code, (ROWS, 2, 8)) << (4 * tl.arange(0, 8)[None, None, :])
+    tl.store(words_ptr + row * 2 + tl.arange(0, 2)[None, :], tl.sum(words, axis=2), mask=exists)
 
 
 @triton.jit

@@ -62,7 +62,7 @@ def check_bits(x: Tensor) -> None:
     reference.fake_quant_fp8(x, [g], expected)
     assert_equal(expected, ak.fake_quant_fp8(x, g))
     for rule in ("max", "mse", "four_over_six"):
-        reference.fake_quant_nvfp4_weight(x, [g], rule, expected)
+        reference.fake_quant_nvfp4_weight(x, [g], rule, None, expected)
         assert_equal(expected, ak.fake_quant_nvfp4_weight(x, g, rule=rule))
         codes, scales = ak.quantize_nvfp4(x, g, rule=rule)
         assert_equal(expected, ak.dequantize_nvfp4(codes, scales, g))

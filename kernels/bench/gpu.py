@@ -61,7 +61,7 @@ def check_bits() -> None:
         reference.fake_quant_fp8(x, [g], expected)
         assert_equal(expected, ak.fake_quant_fp8(x.cuda(), g))
         for rule in ("max", *SCALE_RULES):
-            reference.fake_quant_nvfp4_weight(x, [g], rule, expected)
+            reference.fake_quant_nvfp4_weight(x, [g], rule, None, expected)
             assert_equal(expected, ak.fake_quant_nvfp4_weight(x.cuda(), g, rule=rule))
             codes, scales = ak.quantize_nvfp4(x.cuda(), g, rule=rule)
             assert_equal(expected, ak.dequantize_nvfp4(codes, scales, g, dtype=dtype))

@@ -11,7 +11,7 @@ import torch
 from autoquant_kernels import backends, cpu
 from torch import Tensor
 
-RULES = ("max", "mse", "four_over_six")
+RULES = ("max", "mse", "four_over_six", "diagonal", "hessian")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -106,8 +106,35 @@ def five_distributions(rows: int, columns: int) -> dict[str, Tensor]:
     }
 
 
+def moments_of(rule: str, columns: int) -> Tensor | None:
+    """Second moments of 16 random inputs for a rule that weighs by them, else None."""
+    if rule not in {"diagonal", "hessian"}:
+        return None
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(columns // 16, 16, 16, generator=generator)
+    moments = inputs.mT @ inputs
+    return moments if rule == "hessian" else moments.diagonal(dim1=1, dim2=2).contiguous()
+
+
+def upper_factor() -> Tensor:
+    """The upper Cholesky factor of the inverse of second moments, float32 `[16, 16]`."""
+    moments = moments_of("hessian", 16)
+    assert moments is not None
+    inverse = torch.linalg.inv(moments[0].double() + torch.eye(16))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def compensated(x: Tensor, amax: float | Tensor, *, search: bool) -> tuple[Tensor, ...]:
+    """The first block of every row of `x` `[..., N, K]` with its errors carried along."""
+    g = ak.nvfp4_global_scale(amax)
+    w = x[..., :16].float().contiguous()
+    _, start = ak.quantize_nvfp4(w, g)
+    upper = upper_factor().to(x.device).expand(*w.shape[:-2], 16, 16)
+    return ak.compensate_nvfp4(w, upper, g, start[..., 0], search=search)
+
+
 def all_outputs(x: Tensor, amax: float | Tensor) -> dict[str, Tensor]:
-    """Every operation on `x` `[..., K]` under the backend in force, by name."""
+    """Every operation on `x` `[..., N, K]` under the backend in force, by name."""
     scale = ak.fp8_scale(amax)
     g = ak.nvfp4_global_scale(amax)
     found = {
@@ -118,8 +145,14 @@ def all_outputs(x: Tensor, amax: float | Tensor) -> dict[str, Tensor]:
     found["fp8 numbers"] = ak.dequantize_fp8(found["fp8 codes"], scale, dtype=x.dtype)
     for rule in RULES:
         g = ak.nvfp4_global_scale(amax, rule)
-        codes, scales = ak.quantize_nvfp4(x, g, rule=rule)
-        found[f"{rule} weight"] = ak.fake_quant_nvfp4_weight(x, g, rule=rule)
+        moments = moments_of(rule, x.shape[-1])
+        moments = moments if moments is None else moments.to(x.device)
+        codes, scales = ak.quantize_nvfp4(x, g, rule=rule, moments=moments)
+        found[f"{rule} weight"] = ak.fake_quant_nvfp4_weight(x, g, rule=rule, moments=moments)
         found[f"{rule} codes"], found[f"{rule} scales"] = codes, scales
         found[f"{rule} numbers"] = ak.dequantize_nvfp4(codes, scales, g, dtype=x.dtype)
+    for search in (False, True):
+        parts = compensated(x, amax, search=search)
+        for name, part in zip(("codes", "scales", "errors"), parts, strict=True):
+            found[f"compensated {name}, search {search}"] = part
     return found

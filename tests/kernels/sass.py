@@ -57,9 +57,17 @@ def main() -> None:
     """Print the counts per operation as JSON."""
     from autoquant_kernels import triton_backend, triton_kernels
 
-    pointers = {"x_ptr": "*bf16", "out_ptr": "*bf16", "words_ptr": "*i32", "scales_ptr": "*u8"}
+    pointers = {
+        "x_ptr": "*bf16",
+        "out_ptr": "*bf16",
+        "words_ptr": "*i32",
+        "scales_ptr": "*u8",
+        "m_ptr": "*fp32",
+    }
     scalars = {
         "blocks": "i32",
+        "row_blocks": "i32",
+        "part_moments": "i32",
         "words": "i32",
         "n": "i32",
         "g": "fp32",

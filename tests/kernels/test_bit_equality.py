@@ -15,6 +15,7 @@ from kernel_cases import (
     five_distributions,
     forced,
     fused_backends,
+    moments_of,
     tie_grid,
 )
 from torch import Tensor
@@ -105,10 +106,12 @@ def test_ten_million_random_elements(name: str) -> None:
 def test_a_scored_weight_is_what_is_exported(backend: str, rule: str, dtype: torch.dtype) -> None:
     w = torch.cat((edge_blocks(), five_distributions(64, 16)["student_t"])).to(dtype)
     g = ak.nvfp4_global_scale(5.0, rule)
+    moments = moments_of(rule, 16)
     with forced(backend) as device:
-        codes, scales = ak.quantize_nvfp4(w.to(device), g, rule=rule)
+        moments = moments if moments is None else moments.to(device)
+        codes, scales = ak.quantize_nvfp4(w.to(device), g, rule=rule, moments=moments)
         exported = ak.dequantize_nvfp4(codes, scales, g, dtype=dtype)
-        scored = ak.fake_quant_nvfp4_weight(w.to(device), g, rule=rule)
+        scored = ak.fake_quant_nvfp4_weight(w.to(device), g, rule=rule, moments=moments)
     assert_same_bits(exported.cpu(), scored)
 
 

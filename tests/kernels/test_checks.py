@@ -87,6 +87,53 @@ def test_unknown_rule(call: object) -> None:
         call(X, G, rule="best")
 
 
+@pytest.mark.parametrize("call", [ak.fake_quant_nvfp4_weight, ak.quantize_nvfp4])
+class TestMoments:
+    @pytest.mark.parametrize("rule", ["diagonal", "hessian"])
+    def test_missing(self, call: object, rule: str) -> None:
+        with pytest.raises(ValueError, match=f"'{rule}' needs moments"):
+            call(X, G, rule=rule)
+
+    def test_beside_a_rule_without_them(self, call: object) -> None:
+        with pytest.raises(ValueError, match="'mse' takes no moments"):
+            call(X, G, rule="mse", moments=torch.ones(2, 16))
+
+    @pytest.mark.parametrize("shape", [(32,), (1, 16), (2, 16, 16), (4, 2, 16)])
+    def test_shape(self, call: object, shape: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match=r"takes \(2, 16\) for a weight of 32 columns"):
+            call(X, G, rule="diagonal", moments=torch.ones(shape))
+
+    def test_dtype(self, call: object) -> None:
+        with pytest.raises(ValueError, match="float64"):
+            call(X, G, rule="diagonal", moments=torch.ones(2, 16).double())
+
+    def test_device(self, call: object) -> None:
+        with pytest.raises(ValueError, match="move them to cpu"):
+            call(X, G, rule="diagonal", moments=torch.ones(2, 16, device="meta"))
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_finite(self, call: object, value: float) -> None:
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            call(X, G, rule="hessian", moments=torch.full((2, 16, 16), value))
+
+
+def test_compensation() -> None:
+    w, upper, start = torch.ones(4, 16), torch.eye(16), SCALES[:, 0]
+    for changed, message in (
+        ({"w": w.bfloat16()}, "w has dtype"),
+        ({"upper": upper.double()}, "upper has dtype"),
+        ({"block_scale": torch.ones(4)}, "block_scale has dtype"),
+        ({"w": torch.ones(4, 32)}, r"\(4, 32\).*must be \[N, 16\]"),
+        ({"upper": torch.eye(32)}, r"must be \[N, 16\] and \[16, 16\]"),
+        ({"block_scale": start[:3]}, r"needs \(4,\)"),
+        ({"global_scale": torch.ones(4)}, "4 global scales"),
+        ({"global_scale": 0.0}, "positive and finite"),
+    ):
+        given = {"w": w, "upper": upper, "global_scale": G, "block_scale": start} | changed
+        with pytest.raises(ValueError, match=message):
+            ak.compensate_nvfp4(**given, search=False)
+
+
 @pytest.mark.parametrize(
     "amax", [-1.0, torch.nan, torch.inf, torch.tensor([1.0, -1.0]), torch.ones(2, 1)]
 )

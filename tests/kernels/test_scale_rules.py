@@ -4,7 +4,7 @@ import autoquant_kernels as ak
 import pytest
 import torch
 from autoquant_kernels import reference
-from kernel_cases import five_distributions
+from kernel_cases import compensated, five_distributions, moments_of, upper_factor
 from torch import Tensor
 
 SHAPE = (256, 512)
@@ -13,7 +13,14 @@ DISTRIBUTIONS = five_distributions(*SHAPE)
 
 def errors(w: Tensor, scale: Tensor) -> Tensor:
     """Squared error of every block of 16 under its scale `[blocks, 1]`."""
-    return reference._squared_error(w.view(-1, 16), scale)
+    return reference._error(w.view(-1, 16), scale)
+
+
+def weighted_errors(w: Tensor, decoded: Tensor, moments: Tensor) -> Tensor:
+    """What the rounding of each block of 16 does to a product with its inputs, float64."""
+    d = (decoded.double() - w.double()).view(len(w), -1, 1, 16)
+    full = moments if moments.ndim == 3 else torch.diag_embed(moments)
+    return (d @ full.double() @ d.mT).flatten()
 
 
 def test_global_scale_of_nothing_is_that_of_one() -> None:
@@ -65,3 +72,72 @@ def test_a_block_of_zeros_has_scale_one() -> None:
         codes, scales = ak.quantize_nvfp4(torch.zeros(1, 16), 1.0, rule=rule)
         assert scales.float().item() == 1.0
         assert not codes.any()
+
+
+@pytest.mark.parametrize("rule", ["diagonal", "hessian"])
+@pytest.mark.parametrize("name", sorted(DISTRIBUTIONS))
+def test_weighted_rules_lose_little_against_all_126_scales(name: str, rule: str) -> None:
+    w = DISTRIBUTIONS[name][:64].bfloat16()
+    g, moments = ak.nvfp4_global_scale(w.abs().max()), moments_of(rule, w.shape[1])
+    every = torch.arange(1, 127).to(torch.uint8).view(torch.float8_e4m3fn).float() * g
+    blocks = w.float().view(-1, 16)
+    rounded = (reference._nearest(blocks, scale.view(1, 1)).view(w.shape) for scale in every)
+    least = torch.stack([weighted_errors(w, own, moments) for own in rounded]).amin(dim=0)
+    own = ak.fake_quant_nvfp4_weight(w.float(), g, rule=rule, moments=moments)
+    found = weighted_errors(w, own, moments)
+    assert (found >= 0.999 * least).all()
+    assert found.sum() <= 1.03 * least.sum()
+    mse = ak.fake_quant_nvfp4_weight(w.float(), g, rule="mse")
+    assert found.sum() < weighted_errors(w, mse, moments).sum()
+
+
+def test_equal_moments_weigh_nothing() -> None:
+    w = DISTRIBUTIONS["normal"]
+    g, blocks = ak.nvfp4_global_scale(w.abs().max()), w.shape[1] // 16
+    expected = ak.quantize_nvfp4(w, g, rule="mse")
+    for rule, moments in (
+        ("diagonal", torch.ones(blocks, 16)),
+        ("hessian", torch.eye(16).expand(blocks, 16, 16)),
+    ):
+        found = ak.quantize_nvfp4(w, g, rule=rule, moments=moments)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1].view(torch.uint8), expected[1].view(torch.uint8))
+
+
+def test_every_row_of_blocks_has_the_moments_of_its_columns() -> None:
+    w = DISTRIBUTIONS["normal"][:8]
+    g, moments = ak.nvfp4_global_scale(w.abs().max()), moments_of("hessian", w.shape[1])
+    codes, scales = ak.quantize_nvfp4(w, g, rule="hessian", moments=moments)
+    for number in (0, 1, moments.shape[0] - 1):
+        columns = slice(16 * number, 16 * number + 16)
+        own = ak.quantize_nvfp4(
+            w[:, columns], g, rule="hessian", moments=moments[number : number + 1]
+        )
+        assert torch.equal(own[0], codes[:, 8 * number : 8 * number + 8])
+        assert torch.equal(own[1].float(), scales[:, number : number + 1].float())
+
+
+def test_without_moments_between_columns_nothing_is_carried() -> None:
+    w = DISTRIBUTIONS["normal"][:, :16].contiguous()
+    g = ak.nvfp4_global_scale(w.abs().max())
+    expected, start = ak.quantize_nvfp4(w, g)
+    codes, scales, errors = ak.compensate_nvfp4(w, torch.eye(16), g, start[:, 0], search=False)
+    assert torch.equal(codes, expected)
+    assert torch.equal(scales.float(), start.float()[:, 0])
+    assert torch.equal(errors, w - ak.dequantize_nvfp4(expected, start, g, dtype=torch.float32))
+
+
+def test_carrying_errors_lowers_what_they_do_to_the_product() -> None:
+    w = DISTRIBUTIONS["normal"][:, :16].contiguous()
+    g, upper = ak.nvfp4_global_scale(w.abs().max()), upper_factor()
+    moments = torch.linalg.inv(upper.double().mT @ upper.double())[None]
+    plain = weighted_errors(w, ak.fake_quant_nvfp4_weight(w, g), moments)
+    found = []
+    for search in (False, True):
+        codes, scales, errors = compensated(w, w.abs().max(), search=search)
+        decoded = ak.dequantize_nvfp4(codes, scales[:, None], g, dtype=torch.float32)
+        found.append(weighted_errors(w, decoded, moments))
+        assert torch.allclose(found[-1], errors.double().square().sum(dim=1), rtol=1e-3)
+    assert found[0].sum() < 0.7 * plain.sum()
+    assert (found[1] <= found[0] * 1.001).all()
+    assert found[1].sum() < 0.8 * found[0].sum()
