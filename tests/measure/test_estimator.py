@@ -11,10 +11,12 @@ import torch
 from tiny_models import MODELS
 
 from autoquant.data.tokens import Split
+from autoquant.environment import CpuPolicy
 from autoquant.formats import FP8
 from autoquant.measure import gradient
 from autoquant.measure.gradient import gradient_probe, mean_estimate
 from autoquant.measure.scorer import Scorer
+from autoquant.model.products import CpuProducts
 
 CPU = torch.device("cpu")
 SEQUENCES, SEEDS = 256, 20
@@ -27,6 +29,7 @@ class Nudged:
 
     def __init__(self, model, linears):
         self.model = model
+        self.products = CpuProducts(CpuPolicy.BF16)
         self.linears = linears
         self.groups = [SimpleNamespace(name=name, layer=layer) for name, layer, _ in linears]
         self.chosen = {}
@@ -77,7 +80,7 @@ def nudged():
 def split_of(length):
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, 48, (SEQUENCES, length), generator=generator)
-    return Split(name="search", batches=(tokens,), digest=f"{length}")
+    return Split.unrelated("search", (tokens,), f"{length}")
 
 
 @torch.inference_mode()

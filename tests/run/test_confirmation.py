@@ -56,6 +56,7 @@ def scores(mean):
     return TokenScores(
         kl=kl,
         sequence=np.repeat(np.arange(SEQUENCES), 4),
+        unit=np.arange(SEQUENCES),
         agrees=kl > 0,
         nll_reference=kl,
         nll=kl,
