@@ -77,7 +77,7 @@ def nudged():
 def split_of(length):
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, 48, (SEQUENCES, length), generator=generator)
-    return Split(name="search", batches=(tokens,), digest=f"{length}")
+    return Split.unrelated("search", (tokens,), f"{length}")
 
 
 @torch.inference_mode()
