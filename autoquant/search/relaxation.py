@@ -151,7 +151,7 @@ def _around(tables: Tables, spare: Integers) -> list[Priced]:
     largest = max(1, int(tables.costs[1].max()))
     visited: list[Priced] = []
     low, share, high = 0.0, 0.0, 1.0
-    while not visited or low < share < high:
+    for _ in range(_STEPS):
         mixed = (1.0 - share) * tables.scores + share * (tables.costs[1] / largest)
         multipliers = np.array([_multiplier(mixed, tables, spare), share / largest])
         priced = Priced(tables, spare, multipliers / (1.0 - share))
@@ -159,6 +159,8 @@ def _around(tables: Tables, spare: Integers) -> list[Priced]:
         is_over = _cost(tables, priced.options, 1) > spare[1]
         low, high = (share, high) if is_over else (low, share)
         share = (low + high) / 2
+        if not low < share < high:
+            break
     return visited
 
 
