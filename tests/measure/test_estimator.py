@@ -102,7 +102,9 @@ def estimated(nudged, split):
     scorer = Scorer(nudged, CPU)
     keys = [(name, FP8) for name, _, _ in nudged.linears]
     found = [
-        mean_estimate(keys, gradient_probe(scorer, split, keys, (), lambda _: None, seed=seed))
+        mean_estimate(
+            keys, split, gradient_probe(scorer, split, keys, (), lambda _: None, seed=seed)
+        )
         for seed in range(SEEDS)
     ]
     return {name: sum(e[name, FP8] for e in found) / SEEDS for name, _, _ in nudged.linears}
