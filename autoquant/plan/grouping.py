@@ -6,9 +6,11 @@ from functools import cached_property
 from typing import Any, Literal
 
 from autoquant.errors import ConfigError, SourceError
+from autoquant.plan.joining import Matrix, matrices
 from autoquant.plan.linears import LayerGroup, Linear
 from autoquant.source import names as table
 from autoquant.source.architecture import ties_embeddings
+from autoquant.source.engines import EngineTable, engine_tables
 from autoquant.source.headers import TensorHeader
 from autoquant.source.names import Fixed
 from autoquant.source.source import FLOAT_DTYPES, Source
@@ -111,31 +113,53 @@ def group_tensors(
     shared_experts: SharedExperts = "with_routed",
 ) -> Groups:
     """Sort tensors into groups and fixed ones, by the tables of `grouping_table`."""
+    engines = engine_tables(config, text_config)
     fixed: list[FixedTensor] = []
     modules: dict[str, TensorHeader] = {}
     for tensor in tensors.values():
-        reason = _why_fixed(tensor, config, text_config)
+        reason = _why_fixed(tensor, config, text_config, engines)
         if reason is None:
             modules[tensor.name.removesuffix(_WEIGHT)] = tensor
         else:
             fixed.append(FixedTensor(name=tensor.name, reason=reason))
-    containers = _routed_containers(modules) if shared_experts == "with_routed" else frozenset()
-    places = {name: _place(name, modules, containers) for name in modules}
-    members: dict[tuple[str, str], list[Linear]] = {}
-    for name, place in places.items():
-        members.setdefault((place.group, place.role), []).append(_linear(modules[name], place))
-    groups = [
-        LayerGroup(
-            name=name,
-            role=role,
-            layer=_layer(name),
-            linears=tuple(sorted(linears, key=_natural)),
-            closed=_why_closed(linears),
-        )
-        for (name, role), linears in members.items()
-    ]
+    containers = _routed_containers(modules)
+    hosts = containers if shared_experts == "with_routed" else frozenset()
+    seats = _seats([*modules, *containers], engines)
+    members: dict[tuple[str, str], list[tuple[Linear, Matrix | None]]] = {}
+    for name, tensor in modules.items():
+        routed = table.ROUTED_EXPERT.fullmatch(name)
+        place = _place(name, seats.get(name), hosts)
+        seat = seats.get(routed["container"] if routed else name)
+        members.setdefault((place.group, place.role), []).append((_linear(tensor, place), seat))
+    groups = [_group(name, role, own) for (name, role), own in members.items()]
     groups.sort(key=_forward_order)
     return Groups(groups=tuple(groups), fixed=tuple(fixed))
+
+
+def _seats(names: Iterable[str], engines: tuple[EngineTable, ...]) -> dict[str, Matrix]:
+    """The engines' matrix of every linear, and container of experts, inside of a block."""
+    blocks: dict[str, dict[str, str]] = {}
+    for name in names:
+        match = table.LAYER.fullmatch(name)
+        if match and not table.ROUTED_EXPERT.fullmatch(name):
+            blocks.setdefault(match["layer"], {})[match["rest"]] = name
+    return {
+        names[part]: matrix
+        for names in blocks.values()
+        for part, matrix in matrices(names, engines).items()
+    }
+
+
+def _group(name: str, role: str, members: list[tuple[Linear, Matrix | None]]) -> LayerGroup:
+    seats = [seat for _, seat in members if seat is not None]
+    return LayerGroup(
+        name=name,
+        role=role,
+        layer=_layer(name),
+        linears=tuple(sorted((linear for linear, _ in members), key=_natural)),
+        closed=next((seat.closed for seat in seats if seat.closed), ""),
+        caution=next((seat.caution for seat in seats if seat.caution), ""),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +173,10 @@ class _Place:
 
 
 def _why_fixed(
-    tensor: TensorHeader, config: Mapping[str, Any], text_config: Mapping[str, Any]
+    tensor: TensorHeader,
+    config: Mapping[str, Any],
+    text_config: Mapping[str, Any],
+    engines: tuple[EngineTable, ...],
 ) -> Fixed | None:
     components = tensor.name.split(".")
     for reason, pattern in table.FIXED_COMPONENTS:
@@ -162,6 +189,8 @@ def _why_fixed(
     for reason, pattern in table.FIXED_MODULES:
         if pattern.fullmatch(last):
             return Fixed.BIAS if tensor.name.endswith(".bias") else reason
+    if table.INSIDE_ROUTER.fullmatch(tensor.name.rpartition(".")[0]):
+        return Fixed.ROUTER
     shape_reason = _why_no_matrix(tensor)
     if shape_reason is not None:
         return shape_reason
@@ -169,9 +198,11 @@ def _why_fixed(
         return Fixed.TRANSPOSED
     if last in table.HEADS:
         return Fixed.TIED_HEAD if ties_embeddings(config, text_config) else None
-    if layer is None or not table.LINEAR.fullmatch(last):
+    in_block = table.LAYER.fullmatch(tensor.name.removesuffix(_WEIGHT))
+    if in_block is None:
         return Fixed.UNKNOWN
-    return None
+    is_known = any(engine.module(in_block["rest"]) is not None for engine in engines)
+    return None if is_known or table.LINEAR.fullmatch(last) else Fixed.UNKNOWN
 
 
 def _why_no_matrix(tensor: TensorHeader) -> Fixed | None:
@@ -181,7 +212,7 @@ def _why_no_matrix(tensor: TensorHeader) -> Fixed | None:
         return Fixed.VECTOR
     if len(tensor.shape) == 3 and table.FUSED_EXPERTS.fullmatch(tensor.name.removesuffix(_WEIGHT)):
         return Fixed.FUSED_EXPERTS
-    if "conv" in tensor.name:
+    if len(tensor.shape) > 2 and "conv" in tensor.name:
         return Fixed.CONVOLUTION
     if tensor.dtype not in FLOAT_DTYPES:
         return Fixed.DTYPE
@@ -190,26 +221,22 @@ def _why_no_matrix(tensor: TensorHeader) -> Fixed | None:
     return None
 
 
-def _place(
-    name: str, modules: Mapping[str, TensorHeader], hosts_of_shared: frozenset[str]
-) -> _Place:
+def _place(name: str, matrix: Matrix | None, hosts_of_shared: frozenset[str]) -> _Place:
     routed = table.ROUTED_EXPERT.fullmatch(name)
     if routed:
         return _routed_place(routed["container"], name, routed["part"])
-    parent, _, last = name.rpartition(".")
-    fused = next((row for row in table.FUSED if last in row.parts), None)
-    siblings = [part for part in fused.parts if f"{parent}.{part}" in modules] if fused else []
-    group = f"{parent}.{fused.name}" if fused and len(siblings) > 1 else name
-    role = fused.role if fused else table.SINGLE.get(last, "other")
-    if _layer(name) is None:
-        role = "head"
-    place = _Place(group, role, weight_scale_set=group, input_scale_set=group)
+    if matrix is None:
+        return _Place(name, "head", weight_scale_set=name, input_scale_set=name)
+    layer = table.LAYER.fullmatch(name)
+    group = f"{layer['layer']}.{matrix.name}" if layer else name
     if table.SHARED_EXPERT.fullmatch(name):
-        container = f"{parent.rpartition('.')[0]}.experts"
-        if container in hosts_of_shared:
-            return _Place(container, "experts", place.weight_scale_set, place.input_scale_set)
-        return _Place(group, table.SHARED_EXPERT_ROLES.get(role, role), group, group)
-    return place
+        container = f"{name.rpartition('.')[0].rpartition('.')[0]}.experts"
+        is_usual = matrix.role != table.UNKNOWN_ROLE and not matrix.closed
+        if container in hosts_of_shared and is_usual:
+            return _Place(container, "experts", group, group)
+        role = table.SHARED_EXPERT_ROLES.get(matrix.role, matrix.role)
+        return _Place(group, role, group, group)
+    return _Place(group, matrix.role, weight_scale_set=group, input_scale_set=group)
 
 
 def _routed_place(container: str, name: str, part: str) -> _Place:
@@ -233,11 +260,6 @@ def _linear(tensor: TensorHeader, place: _Place) -> Linear:
         weight_scale_set=place.weight_scale_set,
         input_scale_set=place.input_scale_set,
     )
-
-
-def _why_closed(linears: Iterable[Linear]) -> str:
-    reasons = (table.CLOSED.get(linear.name.rpartition(".")[2], "") for linear in linears)
-    return next(filter(None, reasons), "")
 
 
 def _layer(name: str) -> int | None:

@@ -43,6 +43,8 @@ class LayerGroup:
     linears: tuple[Linear, ...] = field(repr=False)
     closed: str = ""
     """Why engines load the group in BF16 only; empty if they load every format."""
+    caution: str = ""
+    """Engines that load the group in BF16 only, although another one loads every format."""
 
     @cached_property
     def elements(self) -> int:

@@ -1,6 +1,8 @@
 """What a search could do with a model: groups, sizes and limits, from headers alone."""
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,9 +20,13 @@ from autoquant.plan.linears import LayerGroup
 from autoquant.plan.model_costs import ActiveBytes, Bf16Products, CostKind, StoredBytes
 from autoquant.plan.space import Options, SearchSpace
 from autoquant.source.architecture import knows
+from autoquant.source.names import UNKNOWN_ROLE, Fixed
 from autoquant.source.source import Source
 
 SCHEMA_VERSION = 1
+
+LISTED = 8
+"""Names in one warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +58,11 @@ class Plan:
     @cached_property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know before trusting the plan."""
-        return (*source_warnings(self.source), *self.options.warnings)
+        return (
+            *source_warnings(self.source),
+            *engine_warnings(self.groups, self.options),
+            *self.options.warnings,
+        )
 
     def cost(self, kind: CostKind, scope: Scope = Scope.CHECKPOINT) -> Cost:
         """A cost that follows from the model alone; multiply-adds are those of what is searched."""
@@ -130,6 +140,47 @@ def source_warnings(source: Source) -> tuple[str, ...]:
             "tensors that transformers does not build, such as multi-token prediction heads."
         )
     return tuple(warnings)
+
+
+def engine_warnings(groups: Groups, options: Options) -> tuple[str, ...]:
+    """Linears that nothing is known of, and those that one of the engines keeps in BF16."""
+    warnings = []
+    matrices = [
+        tensor.name
+        for tensor in groups.fixed
+        if tensor.reason is Fixed.UNKNOWN and tensor.name.endswith(".weight")
+    ]
+    left = [group for group in groups if _is_left(group, options)]
+    unknown = [linear.name for group in left for linear in group.linears]
+    if unknown:
+        warnings.append(
+            f"no engine's table and no rule knows {_listed(unknown)}: kept in BF16. A search space "
+            "opens them by their names, or all of them by the role `unknown`."
+        )
+    if matrices:
+        warnings.append(f"no rule knows {_listed(matrices)}: kept as they are.")
+    cautions: dict[str, list[str]] = {}
+    for group in groups:
+        if group.caution and len(options.choices[group.name]) > 1:
+            cautions.setdefault(group.caution, []).append(group.name)
+    for engine, names in cautions.items():
+        warnings.append(
+            f"{engine} builds {_listed(names)} without a quantization, and does not load a "
+            "checkpoint that stores them in another format; a search space can keep them in BF16."
+        )
+    return tuple(warnings)
+
+
+def _is_left(group: LayerGroup, options: Options) -> bool:
+    return group.role == UNKNOWN_ROLE and not group.closed and len(options.choices[group.name]) == 1
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names with `*` for the index of the layer, and how many layers have them."""
+    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
+    lines = [f"{name} ({n})" if n > 1 else name for name, n in counts.items()]
+    more = f" and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
+    return ", ".join(lines[:LISTED]) + more
 
 
 def make_plan(source: Source, space: SearchSpace, kv_cache: KvCache = KvCache.BF16) -> Plan:

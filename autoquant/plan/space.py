@@ -9,6 +9,7 @@ from functools import cached_property
 from autoquant.formats import BF16, Choice, Format, all_formats
 from autoquant.plan.grouping import Groups, SharedExperts
 from autoquant.plan.linears import LayerGroup
+from autoquant.source.names import UNKNOWN_ROLE
 
 ROLE = re.compile(r"[a-z_]+")
 """A pattern of this form names a role; any other is a glob over group names."""
@@ -25,9 +26,16 @@ class Rule:
     """Why formats are left out; shown by `autoquant plan`."""
 
     def matches(self, group: LayerGroup) -> bool:
-        """Whether some pattern names the group's role or fits its name."""
+        """Whether some pattern names the group's role or fits its name.
+
+        What nothing is known of is reached by its role or by its own name, and not by a pattern
+        that takes whatever is there, such as `*` or `model.layers.0.*`.
+        """
         return any(
-            pattern == group.role if ROLE.fullmatch(pattern) else fnmatchcase(group.name, pattern)
+            pattern == group.role
+            if ROLE.fullmatch(pattern)
+            else fnmatchcase(group.name, pattern)
+            and not (group.role == UNKNOWN_ROLE and pattern.rpartition(".")[2] == "*")
             for pattern in self.match
         )
 
@@ -93,10 +101,18 @@ class SearchSpace:
                 reasons[format] = illegal
             elif rule is None:
                 if format != BF16.format:
-                    reasons[format] = f"no rule of the space {self.name} names the group"
+                    reasons[format] = self._unnamed(group)
             elif all(choice.format != format for choice in rule.choices):
                 reasons[format] = rule.reason or f"closed by the space {self.name}"
         return reasons
+
+    def _unnamed(self, group: LayerGroup) -> str:
+        if group.role == UNKNOWN_ROLE:
+            return (
+                "no engine's table and no rule knows this linear, and the space "
+                f"{self.name} does not name it"
+            )
+        return f"no rule of the space {self.name} names the group"
 
     def _without_effect(self, used: set[int]) -> tuple[str, ...]:
         return tuple(

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 _CONFIG_FILE = "config.json"
 _FILE = "model.safetensors"
 _TIES = "tie_word_embeddings"
-_DTYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
 
 
 def knows(model_type: object) -> bool:
@@ -134,12 +133,15 @@ def _stored(model: Any) -> "dict[str, Tensor]":
 def _tensors(
     file: Path, stored: "Mapping[str, Tensor]", config: Mapping[str, Any]
 ) -> Iterator[TensorHeader]:
+    from autoquant.source.tensors import TORCH_DTYPES
+
+    names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
     block = stored_forms.block_size(config)
     kept = (config.get(stored_forms.QUANTIZATION) or {}).get("modules_to_not_convert") or ()
     position = 0
     for name, tensor in stored.items():
         shape = tuple(tensor.shape)
-        dtype = _DTYPES[str(tensor.dtype)]
+        dtype = names[tensor.dtype]
         parts = [(name, dtype, shape)]
         if block is not None and _is_linear(name, shape) and not _is_kept(name, kept):
             scales = tuple(-(-n // size) for n, size in zip(shape, block, strict=True))

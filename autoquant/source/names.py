@@ -23,9 +23,13 @@ ROLES = (
     "shared_gate_up",
     "shared_down",
     "other",
+    "unknown",
     "head",
 )
 """Every role, in the order in which a forward pass reaches it."""
+
+UNKNOWN_ROLE = "unknown"
+"""Of linears that no engine's table and no row here knows; a space opens them by name only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +142,11 @@ FIXED_COMPONENTS = (
 FIXED_MODULES = (
     (Fixed.EMBEDDING, re.compile(r".*embed.*|wte|wpe")),
     (Fixed.ROUTER, re.compile(r"gate|router|shared_expert_gate|wg|classifier")),
+    (Fixed.CONVOLUTION, re.compile(r".*conv(1d)?")),
     (Fixed.KV_B, re.compile(r"kv_b_proj")),
     (Fixed.STATE_SPACE, re.compile(r"in_proj_(a|b|ba)|dt_proj|x_proj")),
 )
 """Matrices by the last name of their module."""
+
+INSIDE_ROUTER = re.compile(r"(.+\.)?(router|gate)\.[^.]+")
+"""Linear of a router that is a module of its own: `router.proj`."""

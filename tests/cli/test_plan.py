@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from searchable import TOKEN_FLAGS, save_tokenizer
 from tiny_models import save_model
 
 
@@ -111,3 +112,53 @@ def test_no_weight_is_loaded(model):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def gpt_neo(tmp_path):
+    """An architecture that no engine knows, with names of its own for the MLP."""
+    import torch
+    import transformers
+
+    folder = tmp_path / "gpt-neo"
+    config = transformers.GPTNeoConfig(
+        vocab_size=272,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global"], 2]],
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    transformers.GPTNeoForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def test_linears_that_nothing_knows_stay_and_are_named(autoquant, gpt_neo):
+    result = autoquant("plan", gpt_neo)
+    assert "no engine's table and no rule knows" in result.stderr
+    assert "transformer.h.*.mlp.c_fc (2), transformer.h.*.mlp.c_proj (2)" in result.stderr
+    groups = {group["name"]: group for group in planned(autoquant, gpt_neo)["groups"]}
+    assert groups["transformer.h.0.mlp.c_fc"]["role"] == "unknown"
+    assert list(groups["transformer.h.0.mlp.c_fc"]["choices"]) == ["bf16"]
+    assert len(groups["transformer.h.0.attn.attention.qkv"]["choices"]) > 1
+
+
+def test_a_space_opens_what_nothing_knows_and_it_is_exported(autoquant, gpt_neo, tmp_path):
+    space = tmp_path / "mine.yaml"
+    rule = '{match: ["*.c_fc", qkv], formats: [fp8, bf16]}'
+    space.write_text(f"schema_version: 1\nname: mine\nrules:\n  - {rule}\n")
+    plan = planned(autoquant, gpt_neo, "--space", space)
+    opened = [group["name"] for group in plan["groups"] if len(group["choices"]) > 1]
+    assert "transformer.h.1.mlp.c_fc" in opened
+    assert not any(name.endswith("c_proj") for name in opened)
+    mix = tmp_path / "mix.json"
+    mix.write_text(json.dumps({"schema_version": 1, "groups": dict.fromkeys(opened, "fp8")}))
+    out = tmp_path / "out"
+    result = autoquant("export", gpt_neo, "--assignment", mix, "--out", out, *TOKEN_FLAGS)
+    assert result.exit_code == 0, result.stderr
+    verified = autoquant("verify", out, "--source", gpt_neo, "--format", "json")
+    assert json.loads(verified.stdout)["ok"], verified.stdout

@@ -50,8 +50,9 @@ def test_linears_joined_by_name_that_read_different_tensors_are_named(folder):
 def test_linears_that_read_one_tensor_and_are_apart_by_name_warn_in_a_search(
     folder, autoquant, tmp_path, monkeypatch
 ):
-    without = tuple(row for row in table.FUSED if row.name != "qkv")
-    monkeypatch.setattr(table, "FUSED", without)
+    apart = tuple(table.Fused(p, "qkv", (p,), p) for p in ("q_proj", "k_proj", "v_proj"))
+    monkeypatch.setattr(table, "FUSED", (*apart, *table.FUSED[1:]))
+    monkeypatch.setattr("autoquant.plan.grouping.engine_tables", lambda *configs: ())
     monkeypatch.setattr("autoquant.report.html.write_report", lambda record: None)
     text = save_text(tmp_path / "text")
     result = autoquant(

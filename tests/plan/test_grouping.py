@@ -182,7 +182,10 @@ def test_why_tensors_of_real_models_are_fixed(tmp_path):
         ("model.layers.0.linear_attn.in_proj_a.weight", (4, 16), Fixed.STATE_SPACE),
         ("model.layers.0.linear_attn.in_proj_ba.weight", (4, 16), Fixed.STATE_SPACE),
         ("model.layers.0.linear_attn.A_log", (4,), Fixed.VECTOR),
+        ("model.layers.0.linear_attn.q_conv1d.weight", (16, 4), Fixed.CONVOLUTION),
         ("model.layers.0.mlp.router.weight", (4, 16), Fixed.ROUTER),
+        ("model.layers.0.router.proj.weight", (4, 16), Fixed.ROUTER),
+        ("model.layers.0.mlp.gate.linear.weight", (4, 16), Fixed.ROUTER),
         ("model.layers.0.mystery.weight", (16, 16), Fixed.UNKNOWN),
         ("model.project_in.weight", (16, 16), Fixed.UNKNOWN),
         ("lm_head.weight", (0, 16), Fixed.UNKNOWN),
@@ -206,7 +209,7 @@ def test_what_is_never_quantized(name, shape, reason):
         (("self_attn.q_proj",), "q_proj", "qkv"),
         (("feed_forward.w1", "feed_forward.w3"), "w13", "gate_up"),
         (("mlp.c_fc_0", "mlp.c_fc_1"), "c_fc", "gate_up"),
-        (("mlp.strange_proj",), "strange_proj", "other"),
+        (("mlp.strange_proj",), "strange_proj", "unknown"),
     ],
 )
 def test_names_of_other_architectures(names, group, role):
@@ -215,6 +218,110 @@ def test_names_of_other_architectures(names, group, role):
     (found,) = groups.groups
     assert (found.name, found.role) == (f"backbone.layers.3.{parent}.{group}", role)
     assert len(found.linears) == len(names)
+
+
+def test_a_linear_inside_of_a_module_called_conv_is_no_convolution():
+    groups = grouped(
+        {
+            "model.layers.0.conv.in_proj.weight": (48, 16),
+            "model.layers.0.conv.conv.weight": (16, 1, 3),
+        },
+        architectures=["Lfm2ForCausalLM"],
+    )
+    assert [group.name for group in groups] == ["model.layers.0.conv.in_proj"]
+    assert reasons(groups) == {"model.layers.0.conv.conv.weight": Fixed.CONVOLUTION}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "parent", "parts", "group"),
+    [
+        ("OlmoHybridForCausalLM", "linear_attn", "q_proj k_proj v_proj g_proj", "in_proj_qkvg"),
+        (
+            "KimiLinearForCausalLM",
+            "self_attn",
+            "q_proj k_proj v_proj b_proj f_a_proj",
+            "in_proj_qkvgfab",
+        ),
+        ("BailingMoeV3ForCausalLM", "attention", "q_proj k_proj v_proj b_proj", "qkvb_proj"),
+        ("MiMoV2FlashForCausalLM", "self_attn", "q_proj k_proj v_proj", "qkv"),
+    ],
+)
+def test_what_an_engine_joins_is_one_group(architecture, parent, parts, group):
+    names = [f"model.layers.0.{parent}.{part}" for part in parts.split()]
+    groups = grouped(
+        {f"{name}.weight": (16, 16) for name in names}, architectures=[architecture]
+    ).groups
+    (found,) = groups
+    assert found.name == f"model.layers.0.{parent}.{group}"
+    assert {linear.weight_scale_set for linear in found.linears} == {found.name}
+    assert {linear.input_scale_set for linear in found.linears} == {found.name}
+    assert not found.closed
+
+
+def test_a_matrix_of_another_kind_of_block_joins_nothing():
+    """Of the six that Kimi's linear attention joins, its full attention has two."""
+    parts = ("q_proj", "g_proj", "o_proj")
+    groups = grouped(
+        {f"model.layers.0.self_attn.{part}.weight": (16, 16) for part in parts},
+        architectures=["KimiLinearForCausalLM"],
+    )
+    assert len(groups) == len(parts)
+
+
+def test_an_engine_joins_linears_of_two_modules():
+    names = ["q_proj", "k_proj", "v_proj", "indexer.index_qk_proj"]
+    (group,) = grouped(
+        {f"model.layers.3.self_attn.{name}.weight": (16, 16) for name in names},
+        architectures=["Qwen4ExpForCausalLM"],
+    ).groups
+    assert len(group.linears) == 4
+    assert {linear.input_scale_set for linear in group.linears} == {group.name}
+
+
+def test_what_an_engine_builds_unquantized_stays_and_says_whose_word_that_is():
+    parts = ("wk", "weights_proj", "wq_b")
+    groups = grouped(
+        {f"model.layers.0.self_attn.indexer.{part}.weight": (16, 16) for part in parts},
+        model_type="glm_moe_dsa",
+    )
+    joined = groups["model.layers.0.self_attn.indexer.wk_weights_proj"]
+    assert joined.closed == "vLLM 0.33.0 builds it without a quantization"
+    assert joined.why_illegal(FP8.format) == joined.closed
+    assert len(joined.linears) == 2
+    assert not groups["model.layers.0.self_attn.indexer.wq_b"].closed
+
+
+def test_an_engine_that_refuses_what_vllm_loads_is_named():
+    groups = grouped(
+        {f"model.layers.0.self_attn.{p}_proj.weight": (16, 16) for p in "qkvo"},
+        architectures=["GptOssForCausalLM"],
+    )
+    assert {group.caution for group in groups} == {"SGLang 0.5.23"}
+    assert {group.closed for group in groups} == {""}
+
+
+def test_an_architecture_that_no_engine_knows_goes_by_names():
+    names = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.odd_proj")
+    groups = grouped(
+        {f"model.layers.0.{name}.weight": (16, 16) for name in names},
+        architectures=["HouseMadeForCausalLM"],
+    )
+    assert {group.name.removeprefix("model.layers.0."): group.role for group in groups} == {
+        "self_attn.qkv": "qkv",
+        "mlp.gate_up": "gate_up",
+        "mlp.odd_proj": "unknown",
+    }
+
+
+def test_a_linear_of_a_shared_expert_that_nothing_knows_stays_out_of_the_experts():
+    groups = grouped(
+        {
+            "model.layers.0.mlp.experts.0.down_proj.weight": (16, 16),
+            "model.layers.0.mlp.shared_experts.down_proj.weight": (16, 16),
+            "model.layers.0.mlp.shared_experts.odd_proj.weight": (16, 16),
+        }
+    )
+    assert {group.role: len(group.linears) for group in groups} == {"experts": 2, "unknown": 1}
 
 
 def test_tied_head_on_disk_is_fixed_and_an_untied_one_is_a_group():

@@ -1,13 +1,16 @@
 """Search spaces: the rules, the YAML edge, and the spaces that AutoQuant ships."""
 
+from pathlib import Path
+
 import pytest
 from tiny_models import save_model
 
 from autoquant.errors import ConfigError
 from autoquant.formats import BF16, FP8, NVFP4, Choice, ScaleRule
-from autoquant.plan.grouping import Groups, find_groups
+from autoquant.plan.grouping import Groups, find_groups, group_tensors
 from autoquant.plan.space import SearchSpace
 from autoquant.plan.space_file import load_space, parse_space, schema, shipped_names
+from autoquant.source.headers import TensorHeader
 from autoquant.source.source import open_source
 
 EVERY = (*(Choice(NVFP4.format, rule) for rule in ScaleRule), FP8, BF16)
@@ -85,6 +88,31 @@ def test_group_that_no_rule_names_stays_bf16(dense):
     assert options.choices["model.layers.0.mlp.gate_up"] == (BF16,)
     reason = options.closed["model.layers.0.mlp.gate_up"][FP8.format]
     assert reason == "no rule of the space mine names the group"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "opens"),
+    [
+        ('"*"', False),
+        ('"model.layers.0.*"', False),
+        ("other", False),
+        ("unknown", True),
+        ('"*.odd_proj"', True),
+        ("model.layers.0.mlp.odd_proj", True),
+    ],
+)
+def test_what_nothing_knows_is_opened_by_its_role_or_its_name_alone(pattern, opens):
+    shapes = {"model.layers.0.mlp.odd_proj.weight": (16, 16), "lm_head.weight": (16, 16)}
+    tensors = {
+        name: TensorHeader(name=name, dtype="BF16", shape=shape, file=Path("x"), begin=0, end=512)
+        for name, shape in shapes.items()
+    }
+    groups = group_tensors(tensors, {}, {})
+    options = space(f"{{match: {pattern}, formats: [fp8, bf16]}}").options(groups)
+    assert options.choices["model.layers.0.mlp.odd_proj"] == ((FP8, BF16) if opens else (BF16,))
+    if not opens:
+        reason = options.closed["model.layers.0.mlp.odd_proj"][FP8.format]
+        assert reason.startswith("no engine's table and no rule knows this linear")
 
 
 def test_choices_come_cheapest_first_and_once(dense):
