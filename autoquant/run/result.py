@@ -2,10 +2,10 @@
 
 import platform
 import sys
-from importlib.metadata import version
 from typing import Any
 
 import autoquant
+from autoquant.environment import package_versions
 from autoquant.measure.calibration import Calibration
 from autoquant.measure.kl import TokenScores
 from autoquant.measure.session import Session
@@ -99,7 +99,7 @@ def make_result(
         "seed": config.seed,
         "device": str(session.loaded.device),
         "versions": {"autoquant": autoquant.__version__}
-        | {name: version(name) for name in PACKAGES},
+        | {name: found for name, found in package_versions().items() if name in PACKAGES},
         "python": sys.version.split()[0],
         "machine": f"{platform.system()} {platform.machine()}",
     }
