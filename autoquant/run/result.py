@@ -9,12 +9,12 @@ from autoquant.environment import package_versions
 from autoquant.measure.calibration import Calibration
 from autoquant.measure.kl import TokenScores
 from autoquant.measure.session import Session
-from autoquant.measure.worst import describe_tokens
 from autoquant.plan.budget import Scope
 from autoquant.plan.model_costs import CostKind
 from autoquant.plan.plan import Plan
 from autoquant.run.config import SearchConfig
 from autoquant.run.confirmation import Confirmed
+from autoquant.run.worst_tokens import describe_tokens
 from autoquant.search.confirm import Difference
 from autoquant.search.history import History
 from autoquant.search.predictions import describe_predictions
