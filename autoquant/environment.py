@@ -40,7 +40,7 @@ VARIABLES = {
     "MLFLOW_TRACKING_URI": "where searches are recorded",
     "CUDA_VISIBLE_DEVICES": "the GPUs that may be used",
     "OMP_NUM_THREADS": "CPU threads of PyTorch and of the kernels",
-    "OMP_WAIT_POLICY": "ACTIVE: threads wait for each other without giving their core away",
+    "OMP_WAIT_POLICY": "how CPU threads wait for each other, instead of by what others use",
     "ONEDNN_MAX_CPU_ISA": "instruction set that PyTorch's products on the CPU may use",
     "AUTOQUANT_CPU_PRODUCTS": "bf16, or float32 copies, instead of what suits the processor",
     "AUTOQUANT_CACHE": "where digests of weight files are kept, instead of ~/.cache/autoquant",

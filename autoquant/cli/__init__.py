@@ -1,6 +1,5 @@
 """The command line: one module per command, loaded when it is called."""
 
-import os
 import signal
 
 import click
@@ -40,18 +39,7 @@ def cli(debug: bool) -> None:
     """Choose NVFP4, FP8 or BF16 for every layer of a language model, by measured KL."""
 
 
-def let_threads_sleep() -> None:
-    """Let CPU threads that wait for each other give their core away, unless told otherwise.
-
-    OpenMP's threads spin for milliseconds by default. Where other work runs, a thread that spins
-    takes the core that the thread it waits for needs: forwards took fifteen times as long. OpenMP
-    reads the variable once, when PyTorch is loaded.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
 def main() -> None:
     """Entry point of the console script; a termination request is an interrupt, so runs resume."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    let_threads_sleep()
     cli.main(prog_name="autoquant")

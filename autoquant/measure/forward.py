@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autoquant.model.memory import on_host
 from autoquant.model.products import CpuProducts
+from autoquant.model.waiting import waits
 
 ACTIVATION_SHARE = 1 / 16
 """What a forward may take of a GPU's memory beside the weights, in shares of theirs."""
@@ -109,6 +110,7 @@ class Trunk:
             after = None
         if after is not None and start >= len(self.blocks):
             return after
+        waits.adapt()
         with self.products.active():
             return self._trace(tokens, start if after is not None else 0, after, keep)
 
@@ -212,6 +214,7 @@ class Trunk:
         What happens inside a block is computed again in the backward pass, so that memory holds
         the states between blocks and the inside of one.
         """
+        waits.adapt()
         self._start, self._boundaries, self._keep = 0, [], False
         self._recompute = True
         try:
