@@ -16,7 +16,7 @@ from autoquant.formats import BF16, all_formats
 
 ROOT = Path(__file__).parents[1]
 
-LONGEST_FILE = 600
+LONGEST_FILE = 450
 
 CODE = {".py", ".cpp", ".h", ".sh", ".js"}
 

@@ -47,3 +47,8 @@ def interrupted(run) -> Path:
     identity = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(identity | {"status": "interrupted"}))
     return run
+
+
+@pytest.fixture(scope="session")
+def html(finished) -> str:
+    return (finished / "report.html").read_text()
