@@ -1,5 +1,6 @@
 """Files that are whole or absent, what a kill leaves of them, and JSON that readers accept."""
 
+import errno
 import glob
 import json
 import math
@@ -14,6 +15,8 @@ from typing import IO, Any
 
 MARK = ".autoquant-export"
 """Marks an unfinished folder as ours; the lock of who writes it."""
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 _TEMPORARY = re.compile(r"\..+\.(?P<process>\d+)\.tmp(-journal|-wal|-shm)?", re.DOTALL)
 """The endings are SQLite's."""
@@ -131,6 +134,11 @@ def _has_ended(process: int) -> bool:
     except OSError:  # somebody else's
         return False
     return False
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk, or a limit on it, has no room left."""
+    return error.errno in _NO_ROOM
 
 
 def set_aside(path: Path) -> Path:

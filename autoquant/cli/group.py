@@ -13,10 +13,9 @@ import click
 from autoquant.cli.options import write_examples
 from autoquant.cli.usage import explain
 from autoquant.errors import AutoQuantError, ConfigError, OutOfMemory, SourceError, one_line
+from autoquant.files import is_full
 
 INTERRUPTED_EXIT_CODE = 130
-
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 EPILOG = """\b
 Exit codes:
@@ -179,7 +178,7 @@ def _failure(error: Exception) -> Failure:
 
 def _refused_by_the_system(error: OSError, line: str) -> Failure:
     """What a disk, its permissions or a connection do not allow is the user's to mend."""
-    if error.errno in _NO_ROOM:
+    if is_full(error):
         what, fix = "the disk is full or lets no file grow further", "free space"
     elif error.errno == errno.EROFS:
         what, fix = "the file system can only be read", "name a folder that can be written"

@@ -19,6 +19,7 @@ import autoquant
 from autoquant.errors import ConfigError, RunConflict, SourceError
 from autoquant.files import (
     clear_litter,
+    is_full,
     is_litter,
     set_aside,
     sync_folder,
@@ -266,6 +267,8 @@ def _hold(path: Path) -> FileLock:
             fix="wait for it, or give another --out.",
         ) from None
     except OSError as error:
+        if is_full(error):
+            raise
         raise ConfigError(
             f"run directory {path} cannot be written: {error.strerror}.",
             fix="give another --out, or mend its permissions.",
