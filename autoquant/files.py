@@ -1,5 +1,7 @@
 """Files that are whole or absent, what a kill leaves of them, and JSON that readers accept."""
 
+import errno
+import glob
 import json
 import math
 import os
@@ -13,6 +15,8 @@ from typing import IO, Any
 
 MARK = ".autoquant-export"
 """Marks an unfinished folder as ours; the lock of who writes it."""
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 _TEMPORARY = re.compile(r"\..+\.(?P<process>\d+)\.tmp(-journal|-wal|-shm)?", re.DOTALL)
 """The endings are SQLite's."""
@@ -48,7 +52,13 @@ def read_number(stored: float | str | None) -> float:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that a reader, also after a power cut, sees the old file or the new one."""
+    """Write `text` so that a reader, also after a power cut, sees the old file or the new one.
+
+    What a killed process has left of the same file is removed.
+    """
+    for entry in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if _TEMPORARY.fullmatch(entry.name):
+            _remove(entry)
     with replacing(path) as file:
         file.write(text.encode())
 
@@ -92,22 +102,23 @@ def is_litter(entry: Path) -> bool:
 def clear_litter(folder: Path) -> None:
     """Remove unfinished work of ours from `folder` as far as nobody is at it."""
     for entry in filter(is_litter, list(folder.iterdir())):
-        with suppress(OSError):  # it blocks nobody; the next one removes it
-            _clear(entry)
+        _remove(entry)
 
 
-def _clear(entry: Path) -> None:
+def _remove(litter: Path) -> None:
+    """Remove unfinished work unless somebody is at it; what stays blocks nobody."""
     from filelock import FileLock, Timeout
 
-    named = _TEMPORARY.fullmatch(entry.name)
-    if named is not None:
-        if _has_ended(int(named["process"])):
-            entry.rmdir() if entry.is_dir() else entry.unlink()
-    elif (entry / MARK).exists():
-        with suppress(Timeout), FileLock(entry / MARK, timeout=0):
-            shutil.rmtree(entry)
-    else:
-        entry.rmdir()
+    named = _TEMPORARY.fullmatch(litter.name)
+    with suppress(OSError, Timeout):
+        if named is not None:
+            if _has_ended(int(named["process"])):
+                litter.rmdir() if litter.is_dir() else litter.unlink()
+        elif (litter / MARK).exists():
+            with FileLock(litter / MARK, timeout=0):
+                shutil.rmtree(litter)
+        else:
+            litter.rmdir()
 
 
 def _has_ended(process: int) -> bool:
@@ -123,6 +134,11 @@ def _has_ended(process: int) -> bool:
     except OSError:  # somebody else's
         return False
     return False
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk, or a limit on it, has no room left."""
+    return error.errno in _NO_ROOM
 
 
 def set_aside(path: Path) -> Path:

@@ -12,11 +12,10 @@ import click
 
 from autoquant.cli.options import write_examples
 from autoquant.cli.usage import explain
-from autoquant.errors import AutoQuantError, ConfigError, OutOfMemory, SourceError
+from autoquant.errors import AutoQuantError, ConfigError, OutOfMemory, SourceError, one_line
+from autoquant.files import is_full
 
 INTERRUPTED_EXIT_CODE = 130
-
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 EPILOG = """\b
 Exit codes:
@@ -56,8 +55,8 @@ class Failure(click.ClickException):
     """An error as the user sees it: one line that says what is wrong, one with the way out."""
 
     def __init__(self, message: str, fix: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.fix = fix
+        super().__init__(one_line(message))
+        self.fix = one_line(fix)
         self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
 
     def show(self, file: IO[Any] | None = None) -> None:
@@ -167,17 +166,28 @@ def _failure(error: Exception) -> Failure:
             "a search goes on where it stopped.",
             OutOfMemory.exit_code,
         )
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        return Failure(
-            f"the disk is full or lets no file grow further: {line}",
-            "free space; a search goes on where it stopped.",
-            SourceError.exit_code,
-        )
+    if isinstance(error, OSError):
+        return _refused_by_the_system(error, line)
     return Failure(
         f"AutoQuant failed on something that it should have handled: "
         f"{type(error).__name__}: {line}",
         "report it with the traceback (`autoquant --debug ...`) and `autoquant env`.",
         AutoQuantError.exit_code,
+    )
+
+
+def _refused_by_the_system(error: OSError, line: str) -> Failure:
+    """What a disk, its permissions or a connection do not allow is the user's to mend."""
+    if is_full(error):
+        what, fix = "the disk is full or lets no file grow further", "free space"
+    elif error.errno == errno.EROFS:
+        what, fix = "the file system can only be read", "name a folder that can be written"
+    elif isinstance(error, PermissionError):
+        what, fix = "a permission is missing", "mend the permissions, or name another path"
+    else:
+        what, fix = "the system refuses", "check the path and the disk"
+    return Failure(
+        f"{what}: {line}", f"{fix}; a search goes on where it stopped.", SourceError.exit_code
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from autoquant.errors import one_line
 from autoquant.files import to_json
 
 SCHEMA_VERSION = 1
@@ -18,7 +19,7 @@ def print_json(result: Mapping[str, Any]) -> None:
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print aligned columns on standard output; columns of numbers are flush right."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[one_line(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     right = [
         bool(cells) and all(_is_number(row[index]) for row in cells) for index in range(len(header))
@@ -35,7 +36,7 @@ def print_fields(fields: Mapping[str, object]) -> None:
     """Print one `name  value` a line on standard output, values aligned."""
     width = max(map(len, fields), default=0)
     for name, value in fields.items():
-        click.echo(f"{name.ljust(width)}  {value}")
+        click.echo(f"{name.ljust(width)}  {one_line(str(value))}")
 
 
 def figure(value: float | None, format: str) -> str:
@@ -45,12 +46,12 @@ def figure(value: float | None, format: str) -> str:
 
 def note(message: str) -> None:
     """Print a line for the user on standard error."""
-    click.echo(message, err=True)
+    click.echo(one_line(message), err=True)
 
 
 def warn(message: str) -> None:
     """Print a line on standard error that says what went wrong without ending the command."""
-    click.echo(f"warning: {message}", err=True)
+    click.echo(f"warning: {one_line(message)}", err=True)
 
 
 def _is_number(text: str) -> bool:

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autoquant.cli.output import note
+from autoquant.errors import one_line
 from autoquant.progress import Unit
 from autoquant.report.words import duration, size
 from autoquant.search.trials import Trial
@@ -179,6 +180,7 @@ class Terminal:
 
     def _say(self, line: str) -> None:
         """Print through the table where there is one: only it knows what it has to move."""
+        line = one_line(line)
         if self._stages is None:
             note(line)
         else:

@@ -9,7 +9,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from autoquant.errors import ConfigError, RunConflict
-from autoquant.files import MARK, is_litter, sync_folder, temporary, unfinished_folder
+from autoquant.files import (
+    MARK,
+    clear_litter,
+    is_full,
+    is_litter,
+    sync_folder,
+    temporary,
+    unfinished_folder,
+)
 
 
 @contextmanager
@@ -63,6 +71,8 @@ def require_free(target: Path, *, source: Path) -> None:
         RunConflict: `target` holds something.
     """
     _require_apart(target, source)
+    if target.absolute().parent.is_dir():
+        clear_litter(target.absolute().parent)
     _require_empty(target)
     _require_writable(target)
 
@@ -86,6 +96,8 @@ def _require_writable(target: Path) -> None:
         with suppress(FileNotFoundError):  # another thread looks at the same time
             probe.rmdir()
     except OSError as error:
+        if is_full(error):
+            raise
         raise ConfigError(
             f"{target.absolute()} cannot be written: {error.strerror}.",
             fix="name a folder on a disk that you may write to.",

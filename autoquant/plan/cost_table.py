@@ -23,11 +23,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from autoquant.errors import ConfigError
 from autoquant.formats import Choice
+from autoquant.parsing import Unreadable, parse_yaml, read_text, why
 from autoquant.plan.accounting import Accounting
 from autoquant.plan.cost import Cost, Unit
 from autoquant.plan.linears import LayerGroup, Linear
@@ -50,7 +50,7 @@ class Row(BaseModel):
     role: str
     shape: tuple[PositiveInt, PositiveInt] | Literal["*"]
     choice: str
-    cost: Decimal = Field(ge=0, allow_inf_nan=False)
+    cost: Decimal = Field(ge=0, max_digits=40, decimal_places=20, allow_inf_nan=False)
 
     @property
     def key(self) -> Key:
@@ -75,11 +75,11 @@ class TableFile(BaseModel):
             ConfigError: unreadable, or a value that the schema does not allow.
         """
         try:
-            text = path.read_text(encoding="utf-8")
-            data = _of_csv(text) if path.suffix == ".csv" else yaml.safe_load(text)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, csv.Error) as error:
+            text = read_text(path)
+            data = _of_csv(text) if path.suffix == ".csv" else parse_yaml(text)
+        except (OSError, Unreadable) as error:
             raise ConfigError(
-                f"cost table {path} cannot be read: {' '.join(str(error).split())}.",
+                f"cost table {path} {why(error)}.",
                 fix="check the path; a table is YAML, or CSV with the ending .csv.",
             ) from error
         try:
@@ -202,19 +202,22 @@ def _of_csv(text: str) -> dict[str, Any]:
     """A CSV table in the form of the YAML one.
 
     Raises:
-        csv.Error: other columns.
+        Unreadable: other columns, or no CSV.
     """
     lines = [line for line in text.splitlines() if line.strip()]
     settings: dict[str, Any] = {}
     for line in lines:
         name, _, value = line.removeprefix("#").partition(":")
         if line.startswith("#") and name.strip() in TableFile.model_fields:
-            settings[name.strip()] = yaml.safe_load(value)
+            settings[name.strip()] = parse_yaml(value)
     reader = csv.DictReader(line for line in lines if not line.startswith("#"))
-    if reader.fieldnames != _COLUMNS:
-        raise csv.Error(f"its columns are {reader.fieldnames}, not {_COLUMNS}")
     rows = []
-    for row in reader:
-        n, k = row.pop("n"), row.pop("k")
-        rows.append({**row, "shape": ANY if n == k == ANY else (n, k)})
+    try:
+        if reader.fieldnames != _COLUMNS:
+            raise Unreadable(f"has the columns {reader.fieldnames}, not {_COLUMNS}")
+        for row in reader:
+            n, k = row.pop("n"), row.pop("k")
+            rows.append({**row, "shape": ANY if n == k == ANY else (n, k)})
+    except csv.Error as error:
+        raise Unreadable(f"is not CSV: {error}") from None
     return {**settings, "rows": rows}

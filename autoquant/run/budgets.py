@@ -9,6 +9,7 @@ from typing import Any
 
 from autoquant.decimals import shortest
 from autoquant.errors import ConfigError, RunConflict
+from autoquant.parsing import Unreadable, parse_yaml, read_text
 from autoquant.plan.plan import Plan
 from autoquant.run.config import ProbeConfig, SearchConfig
 from autoquant.run.config.file import settings_text
@@ -223,11 +224,9 @@ def _paths(searches: Sequence[SearchConfig], plan: Plan, out: Path | None) -> li
 
 def _stored_settings(run: RunDirectory) -> dict[str, Any] | None:
     """The settings that were in force when the search ended; None where they cannot be read."""
-    import yaml
-
     try:
-        settings = yaml.safe_load((run.path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        settings = parse_yaml(read_text(run.path / CONFIG))
+    except (OSError, Unreadable):
         return None
     return settings if isinstance(settings, dict) else None
 

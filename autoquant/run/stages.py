@@ -66,7 +66,10 @@ class Search(Probing):
         if finished is not None:
             self.observer.note(f"{self.run.path} already holds this search's result.")
             self._track_again(finished)
-            return self._with_checkpoint(finished)
+            result = self._with_checkpoint(finished)
+            if not self._has_report():
+                self._report()
+            return result
         self.shared.adopt_probes(self.run)
         session = self._open()
         calibration = self._calibrate(session)
@@ -163,6 +166,11 @@ class Search(Probing):
 
         with self._or_warn(REPORT):
             write_report(RunRecord.read(self.run.path))
+
+    def _has_report(self) -> bool:
+        """Whether there is a report, made from the result that is there."""
+        report, result = self.run.path / REPORT, self.run.path / RESULT
+        return report.exists() and report.stat().st_mtime_ns >= result.stat().st_mtime_ns
 
     @contextmanager
     def _or_warn(self, name: str) -> Iterator[None]:

@@ -19,6 +19,7 @@ import autoquant
 from autoquant.errors import ConfigError, RunConflict, SourceError
 from autoquant.files import (
     clear_litter,
+    is_full,
     is_litter,
     set_aside,
     sync_folder,
@@ -115,7 +116,7 @@ class RunDirectory:
         _refuse_foreign(path)
         lock = _hold(path)
         try:
-            clear_litter(path)
+            _clear_litter(path)
             identity = read_identity(path)
             if identity is not None and not resume:
                 lock = _set_aside(path, lock)
@@ -266,6 +267,8 @@ def _hold(path: Path) -> FileLock:
             fix="wait for it, or give another --out.",
         ) from None
     except OSError as error:
+        if is_full(error):
+            raise
         raise ConfigError(
             f"run directory {path} cannot be written: {error.strerror}.",
             fix="give another --out, or mend its permissions.",
@@ -335,6 +338,14 @@ def _is_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -
             fix="give another --out, or start anew with --fresh (the earlier run is set aside).",
         )
     return bool(differing)
+
+
+def _clear_litter(path: Path) -> None:
+    """Remove what a killed process was writing, from the run directory and its own folders."""
+    clear_litter(path)
+    for folder in path.iterdir():
+        if folder.name != CHECKPOINT and folder.is_dir() and not folder.is_symlink():
+            clear_litter(folder)
 
 
 def _clear(path: Path) -> None:

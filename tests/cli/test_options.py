@@ -213,7 +213,7 @@ def test_a_file_that_is_no_mapping_is_refused(config, text):
 
 def test_a_file_that_is_not_text_is_refused(config):
     config.write_bytes(b"\xff\xfe\x00\x01")
-    assert "cannot be read" in error_of("--config", config).message
+    assert "is not UTF-8" in error_of("--config", config).message
 
 
 def test_a_file_of_another_schema_is_refused(config):

@@ -110,9 +110,9 @@ def test_a_table_that_cannot_be_meant(read, rows, said):
 @pytest.mark.parametrize(
     ("text", "name", "said"),
     [
-        ("[1, 2", "costs.yaml", "cannot be read"),
+        ("[1, 2", "costs.yaml", "is not YAML"),
         ("- 1", "costs.yaml", "the table: "),
-        ("role,choice,cost\n", "costs.csv", r"its columns are \['role', 'choice', 'cost'\]"),
+        ("role,choice,cost\n", "costs.csv", r"has the columns \['role', 'choice', 'cost'\]"),
         (
             "# unit: s\n# scale: 1\nrole,n,k,choice,cost\n*,*,*,fp8,1\n",
             "costs.csv",

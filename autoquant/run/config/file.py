@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from autoquant.errors import ConfigError
+from autoquant.parsing import Unreadable, parse_yaml, read_text, why
 from autoquant.run.config.base import SCHEMA_VERSION, Config
 
 
@@ -42,11 +43,9 @@ def settings_text(config: Config) -> str:
 def _read_mapping(path: Path) -> dict[str, Any]:
     way_out = "write YAML, one `setting: value` a line."
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"configuration {path} cannot be read: {' '.join(str(error).split())}", fix=way_out
-        ) from error
+        settings = parse_yaml(read_text(path))
+    except (OSError, Unreadable) as error:
+        raise ConfigError(f"configuration {path} {why(error)}.", fix=way_out) from error
     if settings is None:
         return {}
     if not isinstance(settings, dict):
