@@ -128,11 +128,11 @@ def _require_done(arguments: Sequence[str], folder: Path) -> None:
 
 def _warm() -> None:
     """Import what the commands import, once for all forks, and leave pictures out of reports."""
+    import autoquant.cli.search
     import matplotlib.pyplot  # noqa: F401
     import mlflow.tracking  # noqa: F401
     import transformers
 
-    import autoquant.cli.search
     import autoquant.export.export
     import autoquant.export.verify  # noqa: F401
     from autoquant.report import html
