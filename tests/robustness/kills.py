@@ -19,7 +19,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
 
-from events import Action, Ended, Event, can_run, compiled, environment, in_fork, read_events
+from events import (  # noqa: E402  # the folders above come first
+    Action,
+    Ended,
+    Event,
+    can_run,
+    compiled,
+    environment,
+    in_fork,
+    read_events,
+)
 
 ENDS_OF_A_FULL_DISK = (0, 4)
 """Exit codes of a command whose disk is full; 0 where only something that it does not rest on was
