@@ -344,4 +344,4 @@ def test_optuna_proposes_on_request_and_fills_the_budget(search):
 def test_no_trial_begins_after_the_time_is_up(search):
     _, run = search("--max-seconds", 0.001, "--no-export", "--trials", 50)
     stages = {trial["stage"] for trial in outcome(run)[1]}
-    assert stages == {"baseline", "solver", "rules"}
+    assert {"baseline", "solver"} <= stages <= {"baseline", "solver", "rules"}
