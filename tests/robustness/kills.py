@@ -19,7 +19,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
 
-from events import Action, Ended, Event, can_run, compiled, environment, in_fork, read_events
+from events import (  # noqa: E402
+    Action,
+    Ended,
+    Event,
+    can_run,
+    compiled,
+    environment,
+    in_fork,
+    read_events,
+)
 
 ENDS_OF_A_FULL_DISK = (0, 4)
 """Exit codes of a command whose disk is full; 0 where only something that it does not rest on was
@@ -128,11 +137,11 @@ def _require_done(arguments: Sequence[str], folder: Path) -> None:
 
 def _warm() -> None:
     """Import what the commands import, once for all forks, and leave pictures out of reports."""
+    import autoquant.cli.search
     import matplotlib.pyplot  # noqa: F401
     import mlflow.tracking  # noqa: F401
     import transformers
 
-    import autoquant.cli.search
     import autoquant.export.export
     import autoquant.export.verify  # noqa: F401
     from autoquant.report import html
