@@ -174,6 +174,8 @@ def search(
     budget_bpe: float,
     budget_scope: Literal["checkpoint", "searched"] = "checkpoint",
     cost: Literal["bits", "active-bytes"] = "bits",
+    cost_table: Path | str | None = None,
+    cost_limit: float | None = None,
     space: str = "default",
     activation_mode: Literal["w4a4", "w4a16"] = "w4a4",
     probe: Literal["exact", "screened", "gradient"] = "screened",
@@ -212,6 +214,8 @@ def search(
         budget_bpe: most stored bits per element of the source model, scales included.
         budget_scope: what the budget counts: the whole checkpoint, or the layers left open.
         cost: what the budget limits: stored bits, or what one token reads.
+        cost_table: YAML or CSV file of what each product costs in each choice: a second limit.
+        cost_limit: most that the products may cost together, in the table's unit.
         space: which layers may take which formats: a shipped space's name, or a YAML file.
         activation_mode: whether NVFP4 layers see NVFP4 inputs (w4a4) or BF16 inputs (w4a16).
         kv_cache: how engines are to keep keys and values; fp8 calibrates and stores scales for

@@ -1,5 +1,7 @@
 """What a configuration names, opened: the model, its plan under a search space, its limits."""
 
+from autoquant.errors import ConfigError
+from autoquant.plan.cost_table import CostTable
 from autoquant.plan.limit import Limit
 from autoquant.plan.plan import Plan, make_plan
 from autoquant.plan.space_file import load_space
@@ -31,5 +33,20 @@ def open_plan(config: ProbeConfig | PlanConfig) -> Plan:
 
 
 def limits_of(config: SearchConfig, plan: Plan) -> tuple[Limit, ...]:
-    """What every assignment of a search under one budget keeps."""
-    return (plan.limit(config.budget, config.cost),)
+    """What every assignment of a search under one budget keeps: the budget, and a table's limit.
+
+    Raises:
+        ConfigError: a cost table without a limit or a limit without a table, or a table that cannot
+            be read or has no row for a group in a choice.
+    """
+    budget = plan.limit(config.budget, config.cost)
+    if config.cost_table is None and config.cost_limit is None:
+        return (budget,)
+    if config.cost_table is None or config.cost_limit is None:
+        missing = "--cost-table" if config.cost_table is None else "--cost-limit"
+        raise ConfigError(
+            f"{missing} is missing: a table says what products cost, a limit the most of it.",
+            fix="give both, or neither.",
+        )
+    table = CostTable.read(config.cost_table, plan.accounting)
+    return budget, Limit.of(table, config.cost_limit)

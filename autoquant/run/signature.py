@@ -24,6 +24,8 @@ _AFTER_PROBES = {
     "budget_bpe",
     "budget_scope",
     "cost",
+    "cost_table",
+    "cost_limit",
     "trials",
     "reweight_trials",
     "max_tokens",
@@ -46,6 +48,7 @@ def search_signature(config: SearchConfig, plan: Plan) -> dict[str, Any]:
         "budget_bpe": config.budget.bpe,
         "budget_scope": str(config.budget.scope),
         **({"cost": str(config.cost)} if config.cost is not CostKind.BITS else {}),
+        **_table_part(config),
         "trials": config.trials,
         **({"reweight_trials": config.reweight_trials} if config.reweight_trials else {}),
         **({"max_tokens": config.max_tokens} if config.max_tokens is not None else {}),
@@ -106,3 +109,11 @@ def _name(plan: Plan, what: str, signature: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(signature, sort_keys=True).encode()).hexdigest()
     model = Path(plan.source.model).name.strip(".") or "model"
     return f"{model}-{what}-{digest[:8]}"
+
+
+def _table_part(config: SearchConfig) -> dict[str, Any]:
+    """The content of a cost table and its limit; nothing without one."""
+    if config.cost_table is None:
+        return {}
+    content = hashlib.sha256(config.cost_table.read_bytes()).hexdigest()
+    return {"cost_table": f"sha256:{content}", "cost_limit": config.cost_limit}

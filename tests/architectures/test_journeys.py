@@ -29,7 +29,9 @@ def stored(folder: Path) -> Headers:
 def test_an_architecture_goes_all_the_way(kind, autoquant, tmp_path):
     journey = Journey(save_published(kind, tmp_path / "source"), tmp_path, autoquant)
     plan = journey.plan()
-    assert plan["warnings"] == []
+    # What SGLang alone does not load is no reason to close a group; `plan` says so.
+    assert [line for line in plan["warnings"] if not line.startswith("SGLang")] == []
+    assert bool(plan["warnings"]) is (kind == "gpt_oss")
     found = journey.search(plan)
     winner = journey.run / "checkpoint"
     assert journey.score(winner)["kl"] == found["kl"]

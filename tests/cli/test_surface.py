@@ -46,6 +46,8 @@ SURFACE = {
         "--probe",
         "--sensitivity",
         "--cost",
+        "--cost-limit",
+        "--cost-table",
     },
     "probe": MODEL
     | DEVICE

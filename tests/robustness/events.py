@@ -66,8 +66,17 @@ def can_run() -> bool:
 def compiled(folder: Path) -> Path:
     """`file_events.c` as a shared library in `folder`."""
     library = folder / "file_events.so"
-    flags = ("-shared", "-fPIC", "-O1", "-o", str(library), str(SOURCE), "-ldl", "-lpthread")
-    command = ["cc", *flags]
+    command = [
+        "cc",
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-o",
+        str(library),
+        str(SOURCE),
+        "-ldl",
+        "-lpthread",
+    ]
     subprocess.run(command, check=True)
     return library
 
@@ -142,8 +151,12 @@ def _become(
             os.dup2(file, stream)
         sys.argv = ["autoquant", *arguments]
         library = ctypes.CDLL(os.environ[_LOADED])
-        text = ctypes.c_char_p
-        library.events_arm.argtypes = (text, ctypes.c_long, ctypes.c_int, text)
+        library.events_arm.argtypes = (
+            ctypes.c_char_p,
+            ctypes.c_long,
+            ctypes.c_int,
+            ctypes.c_char_p,
+        )
         library.events_arm(bytes(folder), at, action, bytes(record) if record else b"")
         cli.main(list(arguments), prog_name="autoquant")
     except SystemExit as ended:

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
 
-from events import (  # noqa: E402  # the folders above come first
+from events import (  # noqa: E402
     Action,
     Ended,
     Event,

@@ -210,6 +210,8 @@ OTHER = {
     "trust_remote_code": True,
     "budget_scope": "searched",
     "cost": "active-bytes",
+    "cost_table": Path("costs.yaml"),
+    "cost_limit": 7,
     "space": "mine.yaml",
     "activation_mode": "w4a16",
     "kv_cache": "fp8",

@@ -105,6 +105,19 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
             "What the budget limits: stored bits, or what one token reads (top-k of the experts).",
         ),
     ] = CostKind.BITS
+    cost_table: Annotated[
+        Path | None,
+        Setting(
+            "Budget",
+            "YAML or CSV file of what each product costs in each choice, such as measured "
+            "microseconds; a second limit, with --cost-limit.",
+            "FILE",
+        ),
+    ] = None
+    cost_limit: Annotated[
+        Seconds | None,
+        Setting("Budget", "Most that the products may cost together, in the table's unit.", "X"),
+    ] = None
     sensitivity: Annotated[
         Path | None,
         Setting(
