@@ -78,7 +78,7 @@ def log_checkpoint(
 
     The winner's metrics belong to it and to the run. Its artifacts are the checkpoint's model card
     and configuration, and `location.json`, which says where the weights are. A checkpoint that the
-    run has logged before is left as it is.
+    run has logged before is left as it is; one that a killed process began to log is completed.
 
     Args:
         client: of the store.
@@ -88,12 +88,14 @@ def log_checkpoint(
         report: name and digest of the report split, to which the metrics belong.
         name: of the model.
     """
-    from mlflow.entities import LoggedModelOutput, Metric
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 
-    if _is_logged(client, experiment_id, run_id):
+    found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    if any(model.status == LoggedModelStatus.READY for model in found):
         return
     folder = Path(result["checkpoint"]).resolve()
-    model = client.create_logged_model(
+    begun = found[0] if found else None
+    model = begun or client.create_logged_model(
         experiment_id,
         name=_NOT_IN_A_MODEL.sub("-", name),
         source_run_id=run_id,
@@ -113,6 +115,7 @@ def log_checkpoint(
     )
     _log_files(client, model, folder, result["checkpoint_bytes"])
     now, (dataset, digest) = int(time.time() * 1000), report
+    known = {metric.key for metric in model.metrics or ()}
     client.log_batch(
         run_id,
         metrics=[
@@ -126,18 +129,13 @@ def log_checkpoint(
                 dataset_digest=digest,
             )
             for metric, value in winner_figures(result).items()
-            if math.isfinite(value)
+            if math.isfinite(value) and metric not in known
         ],
     )
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    outputs = client.get_run(run_id).outputs
+    if outputs is None or all(o.model_id != model.model_id for o in outputs.model_outputs):
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     client.finalize_logged_model(model.model_id, "READY")
-
-
-def _is_logged(client: "MlflowClient", experiment_id: str, run_id: str) -> bool:
-    from mlflow.entities import LoggedModelStatus
-
-    found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
-    return any(model.status == LoggedModelStatus.READY for model in found)
 
 
 def _log_files(client: "MlflowClient", model: "LoggedModel", folder: Path, size: int) -> None:

@@ -121,11 +121,11 @@ class Recorder:
         for context, split in result["tokens"].items():
             self.dataset(text, digest=split["digest"], context=context, tokens=split["tokens"])
         recipes, note = recipe_figures(result), description(result)
-        self._given.put(lambda: self._log_metrics(recipes, step=0))
+        self._given.put(lambda: self._log_figures(self._run_id, recipes))
         self._given.put(lambda: self._log_description(note))
         if "checkpoint" not in result:
             winner = winner_figures(result)
-            self._given.put(lambda: self._log_metrics(winner, step=0))
+            self._given.put(lambda: self._log_figures(self._run_id, winner))
             return
         report = text, result["tokens"]["report"]["digest"][:_DIGEST]
         name = self._folder.resolve().name
@@ -177,6 +177,12 @@ class Recorder:
     def _log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         self._client.log_batch(self._run_id, metrics=_metrics(metrics, step))
 
+    def _log_figures(self, run_id: str, figures: Mapping[str, float]) -> None:
+        """Record figures that a run has one of, as far as no earlier process has."""
+        known = self._client.get_run(run_id).data.metrics
+        missing = {name: value for name, value in figures.items() if name not in known}
+        self._client.log_batch(run_id, metrics=_metrics(missing, step=0))
+
     def _log_description(self, text: str) -> None:
         self._client.set_tag(self._run_id, "mlflow.note.content", text)
 
@@ -192,7 +198,8 @@ class Recorder:
         params = [Param(f"groups.{kind}", str(count)) for kind, count in counts.items()]
         params += [Param("origin", record.origin), Param("fits", str(record.fits))]
         metrics = {"kl": record.kl, "bpe": record.bpe, "seconds": record.seconds}
-        self._client.log_batch(run_id, params=params, metrics=_metrics(metrics, step=0))
+        self._client.log_batch(run_id, params=params)
+        self._log_figures(run_id, metrics)
         self._client.log_text(run_id, to_json(assignment.to_dict(), indent=2), TRIAL_ASSIGNMENT)
         self._client.set_terminated(run_id, "FINISHED")
         self._whole.add(name)

@@ -141,5 +141,7 @@ def _recorded(database: Path) -> dict[str, Any]:
             "runs": ask("SELECT status, COUNT(*) FROM runs GROUP BY 1 ORDER BY 1"),
             "points": ask("SELECT key, COUNT(*) FROM metrics GROUP BY 1 ORDER BY 1"),
             "twice": ask(_POINTS),
+            "models": ask("SELECT status, COUNT(*) FROM logged_models GROUP BY 1 ORDER BY 1"),
+            "inputs": ask("SELECT source_type, COUNT(*) FROM inputs GROUP BY 1 ORDER BY 1"),
             "check": ask("PRAGMA integrity_check"),
         }

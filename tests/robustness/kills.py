@@ -7,6 +7,7 @@ command once more, to its end. What it leaves must equal what a run that was nev
 """
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -143,9 +144,13 @@ def _warm() -> None:
     import transformers
 
     import autoquant.export.export
-    import autoquant.export.verify  # noqa: F401
+    import autoquant.export.verify
+    import autoquant.run.stages  # noqa: F401
+    from autoquant.cli import MODULES
     from autoquant.report import html
 
+    for module in MODULES.values():
+        importlib.import_module(module)
     for name in ("LlamaForCausalLM", "Qwen3MoeForCausalLM", "AutoTokenizer"):
         getattr(transformers, name)
     html.available = lambda record: []
