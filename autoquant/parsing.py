@@ -140,7 +140,7 @@ def parse_yaml(text: str) -> Any:
 
 def _require_shallow(value: Any) -> None:
     level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         level = [
             child
             for parent in level
