@@ -134,7 +134,9 @@ finalists[["stage", "name", "bpe", "search_kl", "kl", "stderr"]].join(
 
 # %%
 print(f"winner: {result['winner']['stage']}: {result['winner']['name']}")
-print(f"differences above {result['resolution']:.1%} of the KL could be told on these tokens")
+share = result["resolution"]  # None where the text has too few documents for an interval
+told = f"{share:.1%} of the KL" if share is not None else "nothing, for want of documents"
+print(f"differences that could be told on these tokens: above {told}")
 run.plot_convergence()
 
 # %% [markdown]

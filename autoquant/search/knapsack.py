@@ -145,8 +145,9 @@ class Knapsack:
         Raises:
             InfeasibleBudget: no selection keeps the limits.
         """
-        found = {self.solve(), *self._runners_up}
-        return sorted(found, key=lambda selection: (self.score(selection), selection))[:count]
+        optimum = self.solve()
+        found = {optimum, *self._runners_up}
+        return sorted(found, key=lambda s: (self.score(s), s != optimum, s))[:count]
 
     def around(self, selection: Selection, group: int, option: int) -> Selection | None:
         """The selection with one group changed, at the least further change that fits and fills.
