@@ -163,7 +163,7 @@ def test_a_batch_in_parts_with_its_states_on_the_host_scores_the_same(folder, sc
     ((probed, _),) = limited.probe_batch(SPLIT, 0, keys)
     alone = limited.score_batch(Assignment.of(dict(keys)), SPLIT, 0)
     assert np.array_equal(probed.kl, alone.kl)
-    assert limited.noise_batch(SPLIT, 0).mean < 1e-3
+    assert limited.noise_batch(SPLIT, 0).mean < 1e-2  # a router may turn at one token
 
 
 def test_blocks_that_share_more_than_a_state_are_run_whole(folder):
