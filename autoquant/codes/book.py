@@ -53,10 +53,6 @@ class CodeBook:
         self._units: dict[str, tuple[Unit, ...]] = {}
         self._places: dict[str, dict[str, _Place]] = {}
 
-    def get(self, group: LayerGroup, choice: Choice) -> Mapping[str, Packed]:
-        """The codes of a group under a choice, by unit."""
-        return {unit.name: self.unit(group, unit, choice) for unit in self.units(group)}
-
     def unit(self, group: LayerGroup, unit: Unit, choice: Choice) -> Packed:
         """The codes of one unit of a group; the same whatever the choice's input.
 

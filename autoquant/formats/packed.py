@@ -72,9 +72,3 @@ class Packed:
         names = first.parts
         stacks = {name: torch.stack([p.parts[name] for p in parts]) for name in names}
         return cls(first.choice, stacks, experts=len(parts))
-
-    def to(self, device: torch.device) -> "Packed":
-        """The same codes with the large parts on `device`; per-tensor scales stay on the host."""
-        least = 1 if self.experts is None else 2
-        moved = {n: p.to(device) if p.ndim >= least else p for n, p in self.parts.items()}
-        return Packed(self.choice, moved, self.experts)
