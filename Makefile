@@ -11,7 +11,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 
 demo_stamp := $(VENV)/.installed
 test_stamp := $(VENV)/.installed-$(EXTRAS)
-requirements := pyproject.toml constraints.txt $(wildcard setup.py kernels/autoquant_kernels/*.cpp)
+requirements := pyproject.toml constraints.txt $(wildcard setup.py kernels/autoquant_kernels/cpp/*)
 
 .PHONY: demo test lint format clean
 

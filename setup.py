@@ -51,7 +51,7 @@ setup(
     packages=[
         *find_packages(include=["autoquant", "autoquant.*"]),
         "autoquant.search_spaces",
-        "autoquant_kernels",
+        *find_packages("kernels", include=["autoquant_kernels", "autoquant_kernels.*"]),
     ],
     package_dir={
         "autoquant.search_spaces": "search_spaces",

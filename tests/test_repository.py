@@ -7,7 +7,9 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import defaultdict
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -17,6 +19,9 @@ from autoquant.formats import BF16, all_formats
 ROOT = Path(__file__).parents[1]
 
 LONGEST_FILE = 450
+MEDIAN_FILE = 130
+FILES_OF_A_PACKAGE = 16
+LINES_OF_A_PACKAGE = 2500
 
 CODE = {".py", ".cpp", ".h", ".sh", ".js"}
 
@@ -81,6 +86,20 @@ def test_no_file_of_code_is_too_long_to_hold_in_the_head():
         if path.suffix in CODE
     }
     assert {name: n for name, n in lengths.items() if n > LONGEST_FILE} == {}
+
+
+def test_no_package_is_too_large_to_hold_in_the_head():
+    packages = defaultdict(list)
+    for path in tracked_files():
+        name = path.relative_to(ROOT).as_posix()
+        if path.suffix == ".py" and name.startswith(("autoquant/", "kernels/autoquant_kernels/")):
+            packages[path.parent].append(len(text_of(path).splitlines()))
+    files = [lines for package in packages.values() for lines in package]
+    assert len(files) > 100
+    assert median(files) <= MEDIAN_FILE
+    for folder, package in packages.items():
+        assert len(package) <= FILES_OF_A_PACKAGE, folder
+        assert sum(package) <= LINES_OF_A_PACKAGE, folder
 
 
 def test_no_file_names_a_path_of_one_machine():

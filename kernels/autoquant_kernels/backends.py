@@ -153,6 +153,6 @@ def _triton(device: str) -> Choice:
             f"{VARIABLE}=triton cannot serve a tensor on {device}; unset it, or set "
             "TRITON_INTERPRET=1 before the first use to interpret the kernels."
         )
-    from autoquant_kernels import triton_backend
+    from autoquant_kernels.gpu import backend
 
-    return Choice("triton", cast("Backend", triton_backend))
+    return Choice("triton", cast("Backend", backend))

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCE = FOLDER / "fused.cpp"
+SOURCE = FOLDER / "cpp" / "fused.cpp"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-w")
 SECONDS = 300
 DIGEST_BYTES = 32
@@ -29,7 +29,7 @@ class BuildError(Exception):
 def source_key() -> str:
     """Hexadecimal digest of the C++ sources."""
     digest = hashlib.sha256()
-    for path in sorted((SOURCE, *FOLDER.glob("*.h"))):
+    for path in sorted((SOURCE, *SOURCE.parent.glob("*.h"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

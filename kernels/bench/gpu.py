@@ -16,7 +16,8 @@ from pathlib import Path
 import autoquant_kernels as ak
 import torch
 import triton
-from autoquant_kernels import reference, triton_backend
+from autoquant_kernels import reference
+from autoquant_kernels.gpu import backend as triton_backend
 from rows import Row, assert_equal, median, row, write
 from torch import Tensor
 

@@ -55,7 +55,7 @@ def instructions(
 
 def main() -> None:
     """Print the counts per operation as JSON."""
-    from autoquant_kernels import triton_backend, triton_kernels
+    from autoquant_kernels.gpu import backend, fused
 
     pointers = {
         "x_ptr": "*bf16",
@@ -75,22 +75,20 @@ def main() -> None:
         "scale": "fp32",
         "reciprocal": "fp32",
     }
-    usual, packing = (
-        options["num_warps"] for options in (triton_backend.OPTIONS, triton_backend.PACK_OPTIONS)
-    )
+    usual, packing = (options["num_warps"] for options in (backend.OPTIONS, backend.PACK_OPTIONS))
     cases = {
-        "fake_quant_nvfp4": ({"BLOCKS": triton_backend.BLOCKS, "DIVIDE": False}, 16, usual),
+        "fake_quant_nvfp4": ({"BLOCKS": backend.BLOCKS, "DIVIDE": False}, 16, usual),
         "quantize_nvfp4": (
-            {"BLOCKS": triton_backend.BLOCKS, "RULE": "max", "DIVIDE": False, "PAIRS": True},
+            {"BLOCKS": backend.BLOCKS, "RULE": "max", "DIVIDE": False, "PAIRS": True},
             16,
             packing,
         ),
-        "dequantize_nvfp4": ({"WORDS": triton_backend.WORDS}, 8, usual),
-        "fake_quant_fp8": ({"ELEMENTS": triton_backend.ELEMENTS, "DIVIDE": False}, 1, usual),
+        "dequantize_nvfp4": ({"WORDS": backend.WORDS}, 8, usual),
+        "fake_quant_fp8": ({"ELEMENTS": backend.ELEMENTS, "DIVIDE": False}, 1, usual),
     }
     found = {}
     for (name, (constants, elements_per_unit, warps)), many in product(cases.items(), (0, 1)):
-        kernel = getattr(triton_kernels, name)
+        kernel = getattr(fused, name)
         types = pointers | scalars | ({"g": "*fp32", "scale": "*fp32"} if many else {})
         signature = {k: v for k, v in types.items() if k in kernel.arg_names}
         counts = instructions(kernel, signature, constants | {"MANY": bool(many)}, warps=warps)

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from autoquant_kernels import triton_kernels as kernels
+from autoquant_kernels.gpu import fused
 
 BLOCK = 16
 BLOCKS = 128
@@ -44,7 +44,7 @@ def fake_quant_nvfp4(x: Tensor, scales: Sequence[float], out: Tensor) -> None:
     g, many = _on_device(scales, x)
     sixth, divide = _block_division(scales, SAFE_SCALES)
     with _device(x):
-        kernels.fake_quant_nvfp4[_grid(blocks, size, scales)](
+        fused.fake_quant_nvfp4[_grid(blocks, size, scales)](
             source, target, blocks, g, sixth, divide, size, many, **OPTIONS
         )
     _finish(target, out)
@@ -61,7 +61,7 @@ def fake_quant_nvfp4_weight(
     sixth, divide = _block_division(scales, SAFE_WEIGHT_SCALES)
     weights = _moments(x, scales, moments)
     with _device(x):
-        kernels.fake_quant_nvfp4_weight[_grid(blocks, size, scales)](
+        fused.fake_quant_nvfp4_weight[_grid(blocks, size, scales)](
             source, target, blocks, g, sixth, *weights, rule, divide, size, many, **OPTIONS
         )
     _finish(target, out)
@@ -82,7 +82,7 @@ def quantize_nvfp4(
     g, many = _on_device(scales, x)
     sixth, divide = _block_division(scales, SAFE_WEIGHT_SCALES)
     with _device(x):
-        kernels.quantize_nvfp4[_grid(blocks, size, scales)](
+        fused.quantize_nvfp4[_grid(blocks, size, scales)](
             _plain(x),
             words,
             stored,
@@ -114,7 +114,7 @@ def compensate_nvfp4(
     words, stored = codes.view(-1).view(torch.int32), block_scale.view(torch.uint8)
     g, many = _on_device(scales, w)
     with _device(w):
-        kernels.compensate_nvfp4[_grid(rows, size, scales)](
+        fused.compensate_nvfp4[_grid(rows, size, scales)](
             w, upper, words, stored, errors, rows, g, search, size, many, **PACK_OPTIONS
         )
 
@@ -129,7 +129,7 @@ def dequantize_nvfp4(
     size = _blocks(WORDS)
     g, many = _on_device(scales, codes)
     with _device(codes):
-        kernels.dequantize_nvfp4[_grid(count, size, scales)](
+        fused.dequantize_nvfp4[_grid(count, size, scales)](
             words, stored, target, count, g, size, many, **OPTIONS
         )
     _finish(target, out)
@@ -142,7 +142,7 @@ def fake_quant_fp8(x: Tensor, scales: Sequence[float], out: Tensor) -> None:
     scale, many = _on_device(scales, x)
     division = _fp8_division(scales)
     with _device(x):
-        kernels.fake_quant_fp8[_grid(count, size, scales)](
+        fused.fake_quant_fp8[_grid(count, size, scales)](
             source, target, count, scale, *division, size, many, **OPTIONS
         )
     _finish(target, out)
@@ -155,7 +155,7 @@ def quantize_fp8(x: Tensor, scales: Sequence[float], codes: Tensor) -> None:
     scale, many = _on_device(scales, x)
     division = _fp8_division(scales)
     with _device(x):
-        kernels.quantize_fp8[_grid(count, size, scales)](
+        fused.quantize_fp8[_grid(count, size, scales)](
             source, target, count, scale, *division, size, many, **OPTIONS
         )
 
@@ -166,7 +166,7 @@ def dequantize_fp8(codes: Tensor, scales: Sequence[float], out: Tensor) -> None:
     count, size = codes.numel() // len(scales), _elements()
     scale, many = _on_device(scales, codes)
     with _device(codes):
-        kernels.dequantize_fp8[_grid(count, size, scales)](
+        fused.dequantize_fp8[_grid(count, size, scales)](
             source, target, count, scale, size, many, **OPTIONS
         )
     _finish(target, out)
@@ -177,7 +177,7 @@ def token_kl(reference: Tensor, logits: Tensor, out: Tensor) -> None:
     rows, vocabulary = logits.shape
     tile = min(VOCABULARY_TILE, triton.next_power_of_2(vocabulary))
     with _device(logits):
-        kernels.token_kl[(rows,)](
+        fused.token_kl[(rows,)](
             _plain(reference), _plain(logits), out, vocabulary, tile, **KL_OPTIONS
         )
 

@@ -11,7 +11,7 @@ for each of them; sizes are then those of one matrix.
 import triton
 import triton.language as tl
 
-from autoquant_kernels.triton_parts import (
+from autoquant_kernels.gpu.parts import (
     _blocks,
     _columns,
     _divisor,
