@@ -45,6 +45,8 @@ class CardFacts:
     """What the budget counts: bits of which kind, of which layers."""
     budgeted_bpe: float | None = None
     """What the checkpoint takes in that unit, where it is not what it stores."""
+    further_limits: tuple[str, ...] = ()
+    """Limits besides the budget, and what the checkpoint takes of each, in words."""
     activation_mode: str
     """`w4a4` or `w4a16`; a KL without it means nothing."""
     kv_cache: str = "bf16"
@@ -65,6 +67,7 @@ class CardFacts:
             "budget_scope": self.budget_scope,
             "budget_unit": self.budget_unit,
             "budgeted_bpe": self.budgeted_bpe,
+            "further_limits": list(self.further_limits),
             "activation_mode": self.activation_mode,
             "kv_cache": self.kv_cache,
             "text": self.text,

@@ -144,6 +144,7 @@ def template(name: str) -> "Template":
         "kl_range": words.kl_range,
         "budgeted": words.budgeted,
         "budget_note": words.budget_note,
+        "further_limits": words.further_limits,
         "unit_of_budget": words.unit_of_budget,
         "counts_stored_bits": words.counts_stored_bits,
         "fit_terms": words.fit_terms,

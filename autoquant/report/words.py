@@ -99,6 +99,15 @@ def budget_note(result: Mapping[str, Any]) -> str:
     )
 
 
+def further_limits(result: Mapping[str, Any]) -> list[str]:
+    """Each limit besides the budget and what the chosen assignment takes of it, in words."""
+    return [
+        f"{exact(limit['asked'])} {limit['unit']} at most, of which it takes "
+        f"{number(limit['taken'], 4)}"
+        for limit in result.get("limits", [])[1:]
+    ]
+
+
 def shortfalls(result: Mapping[str, Any]) -> list[str]:
     """Each split that got less than nine tenths of the tokens asked for, in words."""
     return [

@@ -218,7 +218,12 @@ class Search(Probing):
         from autoquant.export.declaration import reader_warnings
         from autoquant.export.export import export
         from autoquant.export.verify import verify
-        from autoquant.report.words import budgeted, counts_stored_bits, unit_of_budget
+        from autoquant.report.words import (
+            budgeted,
+            counts_stored_bits,
+            further_limits,
+            unit_of_budget,
+        )
 
         target = self.run.path / CHECKPOINT
         source, groups = self.plan.source, self.plan.groups
@@ -229,6 +234,7 @@ class Search(Probing):
             budget_scope=str(self.config.budget.scope),
             budget_unit=unit_of_budget(result),
             budgeted_bpe=None if counts_stored_bits(result) else budgeted(result),
+            further_limits=tuple(further_limits(result)),
             activation_mode=str(self.config.activation_mode),
             kv_cache=str(self.config.kv_cache),
             text=self.config.calibration,

@@ -25,12 +25,16 @@ def table(tmp_path):
     return file
 
 
+def read(page):
+    return page.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_both_limits_hold_and_the_second_one_bites(search, table):
     _, free = search("--cost-table", table, "--cost-limit", 1e6, "--no-export", out="free")
     unlimited = json.loads((free / "result.json").read_text())["limits"][1]["taken"]
     limit = (unlimited + FLOOR) / 2
-    flags = ("--cost-table", table, "--cost-limit", limit, "--no-export")
-    _, run = search(*flags, out="limited")
+    done, run = search("--cost-table", table, "--cost-limit", limit, out="limited")
     result = json.loads((run / "result.json").read_text())
     first, second = result["limits"]
     assert second["unit"] == "microseconds a token"
@@ -38,6 +42,9 @@ def test_both_limits_hold_and_the_second_one_bites(search, table):
     assert 0 < second["taken"] <= limit
     assert first["total"] <= first["at_most"]
     assert unlimited > limit  # the search without the second limit took more
+    told = f"{limit:g} microseconds a token at most, of which it takes {second['taken']:.4g}"
+    for page in (done.stdout, *map(read, (run / "report.html", run / "checkpoint" / "README.md"))):
+        assert told in page
 
 
 @pytest.mark.parametrize("flag", ["--cost-table", "--cost-limit"])

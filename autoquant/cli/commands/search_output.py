@@ -15,6 +15,7 @@ from autoquant.report.words import (
     duration,
     exact,
     finding,
+    further_limits,
     unit_of_budget,
 )
 from autoquant.store.run_directory import REPORT
@@ -31,6 +32,7 @@ def print_result(result: dict[str, Any], run: Path) -> None:
             f"({result['bpe']['searched']:.4f} of the searched layers)",
             "budget": f"{exact(result['budget_bpe'])} {unit_of_budget(result)}, "
             f"of which it takes {budgeted(result):.4f}",
+            **{"limit": text for text in further_limits(result)},
             "size": f"{result['checkpoint_bytes']:,} bytes",
             "groups": ", ".join(f"{n} {name}" for name, n in counts.items() if n),
             "KL": f"{kl['mean']:.5f} +- {figure(kl['stderr'], '.5f')} nats per token, "

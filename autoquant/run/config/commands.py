@@ -72,7 +72,7 @@ class ProbeConfig(CacheConfig, InputsConfig, SpaceConfig, LoadedConfig):
         Folder | None,
         Setting(
             "Output",
-            "Run directory; the same probes go on in it.",
+            "Run directory; the same command goes on in it.",
             "DIR",
             unset="runs/NAME",
             is_saved=False,
@@ -82,7 +82,7 @@ class ProbeConfig(CacheConfig, InputsConfig, SpaceConfig, LoadedConfig):
         bool,
         Setting(
             "Output",
-            "Go on with earlier probes of the same settings, or set them aside and begin anew.",
+            "Go on with an earlier run of the same settings, or set it aside and begin anew.",
             opposite="fresh",
             is_saved=False,
         ),
@@ -166,25 +166,6 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
             "N",
         ),
     ] = None
-    out: Annotated[
-        Folder | None,
-        Setting(
-            "Output",
-            "Run directory; the same search goes on in it.",
-            "DIR",
-            unset="runs/NAME",
-            is_saved=False,
-        ),
-    ] = None
-    resume: Annotated[
-        bool,
-        Setting(
-            "Output",
-            "Go on with an earlier run of the same search, or set it aside and begin anew.",
-            opposite="fresh",
-            is_saved=False,
-        ),
-    ] = True
     export: Annotated[
         bool,
         Setting(
