@@ -23,12 +23,19 @@ _TEMPORARY = re.compile(r"\..+\.(?P<process>\d+)\.tmp(-journal|-wal|-shm)?", re.
 _UNFINISHED = re.compile(r"\..+\.unfinished", re.DOTALL)
 
 
-def to_json(data: Any, *, indent: int | None = None) -> str:
+def to_json(data: Any, *, indent: int | None = None, is_config: bool = False) -> str:
     """JSON text of `data`; numbers that JSON lacks (NaN, infinities) become null.
 
     Half of a surrogate pair, as a file name that is not UTF-8 has it, is written as its escape.
+
+    Args:
+        data: JSON types.
+        indent: spaces a level; one line without.
+        is_config: whether it is a model's config.json, where transformers writes and reads
+            `Infinity`, as in `time_step_limit` of Mamba 2.
     """
-    text = json.dumps(_finite(data), indent=indent, ensure_ascii=False, allow_nan=False)
+    kept = data if is_config else _finite(data)
+    text = json.dumps(kept, indent=indent, ensure_ascii=False, allow_nan=is_config)
     return text.encode(errors="backslashreplace").decode()
 
 

@@ -13,9 +13,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoquant.errors import SourceError
+
+if TYPE_CHECKING:
+    from jinja2.ext import Extension
 
 
 class TemplateProcess:
@@ -76,6 +79,36 @@ class TemplateProcess:
         self._process = None
         process.communicate()
         return {"exceeded": f"its process ended with {process.returncode}"}
+
+
+def why_no_template(template: str) -> str | None:
+    """Why transformers cannot compile a text as a chat template, or None. Nothing is rendered."""
+    import jinja2
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(extensions=[loopcontrols, _generation()])
+    try:
+        environment.parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        return f"is no chat template: {error.message} at line {error.lineno}"
+    except RecursionError:
+        return "is no chat template: it is nested too deep"
+    return None
+
+
+def _generation() -> "type[Extension]":
+    """The tag `generation`, which marks what the assistant says; transformers' own is private."""
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Generation
 
 
 @cache

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from autoquant.errors import SourceError
-from autoquant.export.export import AUTOQUANT_FILE
+from autoquant.export.companions import AUTOQUANT_FILE
 from autoquant.source.json_file import read_json_object
 from autoquant.source.shards import read_checkpoint_headers
 from autoquant.source.source import CONFIG_FILE

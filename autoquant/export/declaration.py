@@ -1,5 +1,6 @@
 """What a checkpoint's JSON files tell engines about its quantization, in either layout."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,3 +92,20 @@ def declare(
         headers, groups, choices, fp8_kv_cache=fp8_kv_cache
     )
     return Declaration(config=flat, files={layout_modelopt.QUANTIZATION_FILE: nested})
+
+
+def exported_config(source: Mapping[str, Any], declared: Declaration | None) -> dict[str, Any]:
+    """config.json of a checkpoint whose source has the config `source`.
+
+    A quantized model computes in BF16, whatever its source did.
+    """
+    config = copy.deepcopy(dict(source))
+    if declared is None:
+        return config
+    for part in (config, config.get("text_config")):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(part, dict) and key in part:
+                part[key] = "bfloat16"
+    if not {"dtype", "torch_dtype"} & config.keys():
+        config["torch_dtype"] = "bfloat16"
+    return config | {"quantization_config": declared.config}

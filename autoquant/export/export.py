@@ -1,6 +1,5 @@
 """Export: the source checkpoint with the assigned linears quantized, streamed tensor by tensor."""
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,9 +12,8 @@ import autoquant
 from autoquant.codes.book import CodeBook
 from autoquant.codes.weights import FileWeights
 from autoquant.export.card import CardFacts, Served, model_card
-from autoquant.export.companions import companion_files
-from autoquant.export.declaration import Declaration, declare, quantized_linears
-from autoquant.export.digests import file_digests
+from autoquant.export.companions import AUTOQUANT_FILE, companion_files
+from autoquant.export.declaration import declare, exported_config, quantized_linears
 from autoquant.export.inputs import input_ranges
 from autoquant.export.kv_scales import kv_scales
 from autoquant.export.layouts.base import Layout, StoredTensor, stored_tensors, to_store
@@ -29,11 +27,11 @@ from autoquant.plan.assignment import Assignment, require_legal
 from autoquant.plan.grouping import Groups
 from autoquant.plan.kv_cache import KvRange
 from autoquant.plan.linears import LayerGroup, Linear
+from autoquant.source.contents import file_digests
 from autoquant.source.headers import TensorHeader
 from autoquant.source.shards import INDEX_FILE, SINGLE_FILE
 from autoquant.source.source import CONFIG_FILE, Source
 
-AUTOQUANT_FILE = "autoquant.json"
 SCHEMA_VERSION = 1
 
 
@@ -122,14 +120,15 @@ def export(
         )
         served = Served(layout=layout, choices=choices, kv_cache=kv_cache)
         files = dict(declared.files) if declared else {}
-        files[CONFIG_FILE] = _config(source, declared)
+        files[CONFIG_FILE] = exported_config(source.config, declared)
         files[AUTOQUANT_FILE] = _provenance(
             source, groups, assignment, result, weights, served, card
         )
         text = model_card(source, groups, assignment, result.bpe, served, card)
         write_atomic(folder / "README.md", text)
         for file, content in (files | weights.index).items():  # the index last
-            write_atomic(folder / file, to_json(content, indent=2))
+            text = to_json(content, indent=2, is_config=file == CONFIG_FILE)
+            write_atomic(folder / file, text)
     return result
 
 
@@ -227,20 +226,6 @@ def _announce(
         yield StoredTensor(name=header.name, dtype=header.dtype, shape=header.shape)
     for name, tensor in added.get(header.name, {}).items():
         yield StoredTensor(name=name, dtype="F32", shape=tuple(tensor.shape))
-
-
-def _config(source: Source, declared: Declaration | None) -> dict[str, Any]:
-    """The source's config; a quantized model computes in BF16, whatever its source did."""
-    config = copy.deepcopy(dict(source.config))
-    if declared is None:
-        return config
-    for part in (config, config.get("text_config")):
-        for key in ("dtype", "torch_dtype"):
-            if isinstance(part, dict) and key in part:
-                part[key] = "bfloat16"
-    if not {"dtype", "torch_dtype"} & config.keys():
-        config["torch_dtype"] = "bfloat16"
-    return config | {"quantization_config": declared.config}
 
 
 def _provenance(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from autoquant.errors import SourceError
-from autoquant.export.export import AUTOQUANT_FILE
+from autoquant.export.companions import AUTOQUANT_FILE
 from autoquant.export.kv_scales import attention_of, kv_scale_tensors
 from autoquant.export.layouts.base import Layout, StoredTensor, form_of, stored_tensors
 from autoquant.export.layouts.compressed_tensors import scale_of

@@ -8,21 +8,21 @@ from typing import Any
 
 import torch
 
-from autoquant.errors import SourceError
-from autoquant.export.digests import file_digests
-from autoquant.export.export import AUTOQUANT_FILE
+from autoquant.errors import SourceError, one_line
+from autoquant.export.companions import AUTOQUANT_FILE, companion_problems
+from autoquant.export.json_files import (
+    config_problems,
+    declaration_problems,
+    provenance_problems,
+    read_provenance,
+)
 from autoquant.export.kv_scales import kv_scale_tensors
 from autoquant.export.layouts.base import Layout
-from autoquant.export.layouts.engine_view import EngineView, compressed_tensors_view, modelopt_views
-from autoquant.export.layouts.modelopt import QUANTIZATION_FILE
 from autoquant.export.nearest import distance_of
 from autoquant.export.read_back import QuantizedCheckpoint, open_quantized
 from autoquant.formats import BF16, GLOBAL_SCALE, INPUT_SCALE, SCALE, all_formats
 from autoquant.formats.kv_cache import KvCache
-from autoquant.plan.kv_cache import attention_modules
 from autoquant.plan.linears import LayerGroup
-from autoquant.source.json_file import read_json_object
-from autoquant.source.shards import INDEX_FILE
 from autoquant.source.source import DIGEST_KIND, Source
 from autoquant.source.tensors import read_tensor
 
@@ -91,8 +91,9 @@ def verify(
 
     Args:
         folder: what `export` has written.
-        source: the model that it was made from; with it, untouched tensors must be identical and
-            every code must be the nearest that its scale allows.
+        source: the model that it was made from; with it, untouched tensors must be identical,
+            every code must be the nearest that its scale allows, and config.json, tokenizer,
+            templates and settings of generation must be the source's.
         on_bytes: called with the number of checkpoint bytes that have just been read.
 
     Raises:
@@ -104,15 +105,18 @@ def verify(
     problems = [
         *_scale_problems(checkpoint),
         *_sharing_problems(checkpoint),
-        *_declaration_problems(checkpoint),
-        *_size_problems(checkpoint),
-        *_digest_problems(checkpoint),
+        *declaration_problems(checkpoint),
+        *provenance_problems(checkpoint),
+        *companion_problems(
+            checkpoint.path, checkpoint.headers.files, None if source is None else source.path
+        ),
     ]
     is_foreign = False if source is None else _is_foreign(checkpoint, source)
     notes = [_OLDER_DIGEST] if is_foreign is None else []
     if source is not None:
         if is_foreign:
             problems.append(f"{AUTOQUANT_FILE} names another source than {source.path}.")
+        problems += config_problems(checkpoint, source)
         problems += _name_problems(checkpoint, source)
     problems += _content_problems(checkpoint, source, errors, on_bytes)
     counts = Counter(checkpoint.choice(linear.name).form for linear in checkpoint.groups.linears)
@@ -120,7 +124,7 @@ def verify(
         path=checkpoint.path,
         layout=checkpoint.layout,
         kv_cache=KvCache.of(quantized=bool(checkpoint.attention)),
-        problems=tuple(problems),
+        problems=tuple(map(one_line, problems)),
         notes=tuple(notes),
         is_foreign=bool(is_foreign),
         tensors=len(checkpoint.headers),
@@ -166,91 +170,15 @@ def _unequal_scalars(checkpoint: QuantizedCheckpoint, group: LayerGroup) -> Iter
                 yield f"{tensor} is {value.item()} and {other} {expected.item()}; they share."
 
 
-def _declaration_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
-    """Disagreement between what is stored and what the JSON files declare."""
-    flat = checkpoint.config.get("quantization_config")
-    file = checkpoint.path / QUANTIZATION_FILE
-    if not checkpoint.choices:
-        if flat is not None or file.exists():
-            yield "nothing is quantized, and a quantization is declared."
-        return
-    is_modelopt = checkpoint.layout is Layout.MODELOPT
-    if flat is None or file.exists() is not is_modelopt:
-        yield (
-            f"quantization_config and {QUANTIZATION_FILE} are both needed, and one is missing."
-            if is_modelopt or flat is None
-            else f"{QUANTIZATION_FILE} is not read beside {checkpoint.layout}, and it is there."
-        )
-        return
-    view: EngineView
-    try:
-        if is_modelopt:
-            view, other = modelopt_views(flat, read_json_object(file))
-            if view != other:
-                yield f"quantization_config and {QUANTIZATION_FILE} disagree."
-        else:
-            view = compressed_tensors_view(flat)
-    except (KeyError, TypeError, AttributeError) as error:
-        yield f"a declaration of the quantization lacks what engines need: {error}."
-        return
-    yield from _view_problems(checkpoint, view)
-
-
-def _view_problems(checkpoint: QuantizedCheckpoint, view: EngineView) -> Iterator[str]:
-    for name in {*checkpoint.choices, *(linear.name for linear in checkpoint.groups.linears)}:
-        stored, declared = checkpoint.choice(name).form, view.form(name)
-        if stored != declared:
-            yield f"{name} is stored in {stored}, and engines take it for {declared}."
-    if checkpoint.attention:
-        for module in set(attention_modules(checkpoint.groups)) - set(checkpoint.attention):
-            yield f"{module} has no scales for its keys and values, and other modules have."
-    if view.fp8_kv_cache is not bool(checkpoint.attention):
-        declared_cache = KvCache.of(quantized=view.fp8_kv_cache).upper()
-        yield (
-            f"the cache of keys and values is declared in {declared_cache}, and scales are stored "
-            f"for {len(checkpoint.attention)} attention modules."
-        )
-
-
-def _size_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
-    found = checkpoint.headers.bytes
-    index = checkpoint.path / INDEX_FILE
-    if index.exists():
-        total = read_json_object(index).get("metadata", {}).get("total_size")
-        if total != found:
-            yield f"{INDEX_FILE} says {total} bytes, and the tensors have {found}."
-    file = checkpoint.path / AUTOQUANT_FILE
-    if not file.exists():
-        return
-    said = read_json_object(file)
-    for key, value in (
-        ("checkpoint_bytes", found),
-        ("source_elements", checkpoint.source_headers.elements),
-    ):
-        if said.get(key) != value:
-            yield f"{AUTOQUANT_FILE} says {key} {said.get(key)}, and the tensors have {value}."
-
-
-def _digest_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
-    """Weight files that are not, bit for bit, those that were exported."""
-    file = checkpoint.path / AUTOQUANT_FILE
-    said = read_json_object(file).get("sha256") if file.exists() else None
-    if not isinstance(said, dict):
-        return
-    for name, digest in file_digests(checkpoint.headers.files).items():
-        if said.get(name) != digest:
-            yield f"{name} has changed since it was exported: its SHA-256 is {digest[:16]}..."
-
-
 def _is_foreign(checkpoint: QuantizedCheckpoint, source: Source) -> bool | None:
     """Whether the checkpoint says that it was exported from another model than `source`.
 
     None where it names its source by a digest that cannot be compared.
     """
-    file = checkpoint.path / AUTOQUANT_FILE
-    if not file.exists():
+    provenance = read_provenance(checkpoint)
+    if provenance is None:
         return False
-    said = read_json_object(file).get("source_digest")
+    said = provenance.get("source_digest")
     if isinstance(said, str) and not said.startswith(DIGEST_KIND):
         return None
     return bool(said != source.digest)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from autoquant.data.tokenizer import load_tokenizer
 from autoquant.errors import ConfigError, OutOfMemory, SourceError
 from autoquant.model import experts
-from autoquant.model.tokenizer import load_tokenizer
 from autoquant.source import stored_forms
 from autoquant.source.architecture import auto_class
 from autoquant.source.extent import Extent

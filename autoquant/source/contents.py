@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,6 +83,11 @@ def sha256(file: Path, step: Callable[[int], object] | None = None) -> str:
             if step is not None:
                 step(count)
     return content.hexdigest()
+
+
+def file_digests(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of each file's content in hex, by name; every file is read."""
+    return {file.name: sha256(file) for file in files}
 
 
 def cache_folder() -> Path:

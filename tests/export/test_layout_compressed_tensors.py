@@ -244,7 +244,9 @@ def test_declaration_that_differs_from_what_is_stored(dense, assignment, tmp_pat
     config = json.loads(file.read_text())
     config["quantization_config"]["ignore"].append(Q)
     file.write_text(json.dumps(config))
-    assert verify(folder).problems == (f"{Q} is stored in nvfp4, and engines take it for bf16.",)
+    taken, listed = verify(folder).problems
+    assert taken == f"{Q} is stored in nvfp4, and engines take it for bf16."
+    assert listed.startswith(f"config.json has {Q} in quantization_config.ignore")
     (folder / "hf_quant_config.json").write_text("{}")
     assert "is not read beside compressed-tensors" in verify(folder).problems[0]
 

@@ -20,6 +20,9 @@ from autoquant.export.layouts.modules import engine_name, is_head, layer_of, spe
 from autoquant.formats import BF16
 from autoquant.source import names as table
 
+_MOST_REPEATS = 4
+"""Of an expression: each multiplies the time that a match may take by the length of a name."""
+
 _PLAIN = BF16.form
 """What a module is that no entry names."""
 
@@ -42,14 +45,15 @@ def modelopt_views(
 
     Raises:
         KeyError: one lacks a key that engines need.
+        TypeError: a value is of another type than engines read.
     """
-    inner = nested["quantization"]
+    inner = _mapping("quantization", nested["quantization"])
     return (
         _flat_view(flat),
         ModeloptView(
-            algorithm=inner["quant_algo"],
-            layers=inner.get("quantized_layers"),
-            excluded=tuple(inner["exclude_modules"]),
+            algorithm=_text("quant_algo", inner["quant_algo"]),
+            layers=_layers(inner.get("quantized_layers")),
+            excluded=_names("exclude_modules", inner["exclude_modules"]),
             fp8_kv_cache=inner["kv_cache_quant_algo"] is not None,
         ),
     )
@@ -57,11 +61,54 @@ def modelopt_views(
 
 def _flat_view(flat: Mapping[str, Any]) -> "ModeloptView":
     return ModeloptView(
-        algorithm=flat["quant_algo"],
-        layers=flat.get("quantized_layers"),
-        excluded=tuple(flat["ignore"]),
+        algorithm=_text("quant_algo", _mapping("quantization_config", flat)["quant_algo"]),
+        layers=_layers(flat.get("quantized_layers")),
+        excluded=_names("ignore", flat["ignore"]),
         fp8_kv_cache=flat["kv_cache_scheme"] is not None,
     )
+
+
+def _layers(layers: Any) -> Mapping[str, Mapping[str, Any]] | None:
+    if layers is None:
+        return None
+    for name, own in _mapping("quantized_layers", layers).items():
+        _text(f"quant_algo of {name}", _mapping(name, own).get("quant_algo", ""))
+    return dict(layers)
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} is no mapping")
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is no text")
+    return value
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) for entry in value):
+        raise TypeError(f"{name} is no list of names")
+    return tuple(value)
+
+
+def _expression(target: str) -> re.Pattern[str]:
+    """The expression of a target.
+
+    Raises:
+        TypeError: it cannot be compiled, or repeats a group or many characters, which could take
+            for ever to match.
+    """
+    text = target.removeprefix(ct.EXPRESSION)
+    plain = re.sub(r"\\.", "x", text)
+    if re.search(r"\)[*+{]", plain) or len(re.findall(r"[*+{]", plain)) > _MOST_REPEATS:
+        raise TypeError(f"the expression {text!r} repeats too much")
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise TypeError(f"the expression {text!r} cannot be read ({error})") from None
 
 
 def view_of(layout: Layout, config: Mapping[str, Any] | None) -> "EngineView | None":
@@ -69,7 +116,7 @@ def view_of(layout: Layout, config: Mapping[str, Any] | None) -> "EngineView | N
     try:
         is_modelopt = layout is Layout.MODELOPT
         return _flat_view(config or {}) if is_modelopt else compressed_tensors_view(config or {})
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError):
         return None
 
 
@@ -78,13 +125,20 @@ def compressed_tensors_view(config: Mapping[str, Any]) -> "CompressedTensorsView
 
     Raises:
         KeyError: it lacks a key that engines need.
+        TypeError: a value is of another type than engines read.
     """
     targets: dict[str, str] = {}
-    for group in config["config_groups"].values():
-        targets |= dict.fromkeys(group["targets"], ct.form_of_group(group))
+    groups = _mapping("quantization_config", config)["config_groups"]
+    for name, group in _mapping("config_groups", groups).items():
+        _mapping(f"weights of {name}", _mapping(name, group)["weights"])
+        form = ct.form_of_group(group)
+        targets |= dict.fromkeys(_names(f"targets of {name}", group["targets"]), form)
+    for target in targets:
+        if target.startswith(ct.EXPRESSION):
+            _expression(target)
     return CompressedTensorsView(
         targets=targets,
-        excluded=frozenset(config["ignore"]),
+        excluded=frozenset(_names("ignore", config["ignore"])),
         fp8_kv_cache=config.get("kv_cache_scheme") is not None,
     )
 
@@ -159,9 +213,8 @@ class CompressedTensorsView(EngineView):
 
     @cached_property
     def _expressions(self) -> list[tuple[re.Pattern[str], str]]:
-        mark = ct.EXPRESSION
         return [
-            (re.compile(target.removeprefix(mark)), form)
+            (_expression(target), form)
             for target, form in self.targets.items()
-            if target.startswith(mark)
+            if target.startswith(ct.EXPRESSION)
         ]

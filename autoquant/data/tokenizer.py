@@ -8,8 +8,9 @@ from typing import Any
 from autoquant.errors import AutoQuantError, SourceError
 from autoquant.source.json_file import read_json_object
 
+TOKENIZER_FILE = "tokenizer.json"
 _FILES = (
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -38,6 +39,19 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
+def why_no_tokenizer(text: str) -> str | None:
+    """Why the library `tokenizers` makes no tokenizer of a tokenizer.json, or None."""
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_str(text)
+    except BaseException as error:
+        if not _is_of_files(error):
+            raise
+        return f"is no tokenizer: {' '.join(str(error).split()) or type(error).__name__}"
+    return None
+
+
 @contextmanager
 def tokenizer_errors(path: Path) -> Iterator[None]:
     """Turn what a tokenizer raises into an error of its files.
@@ -50,8 +64,7 @@ def tokenizer_errors(path: Path) -> Iterator[None]:
     except AutoQuantError:
         raise
     except BaseException as error:
-        is_panic = type(error).__name__ == "PanicException"  # of Rust, and no Exception to Python
-        if isinstance(error, MemoryError) or not (isinstance(error, Exception) or is_panic):
+        if not _is_of_files(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(
@@ -59,3 +72,9 @@ def tokenizer_errors(path: Path) -> Iterator[None]:
             fix="put the model's own tokenizer.json and tokenizer_config.json beside its weights; "
             "pass --trust-remote-code if it comes as code.",
         ) from error
+
+
+def _is_of_files(error: BaseException) -> bool:
+    """Whether files cause an error; a panic of Rust is no Exception to Python."""
+    is_panic = type(error).__name__ == "PanicException"
+    return not isinstance(error, MemoryError) and (isinstance(error, Exception) or is_panic)
