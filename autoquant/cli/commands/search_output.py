@@ -23,7 +23,7 @@ from autoquant.store.run_directory import REPORT
 
 def print_result(result: dict[str, Any], run: Path) -> None:
     """Print the verdict, the table of baselines, and the next command to type."""
-    kl, counts = result["kl"], result["counts"]
+    kl, counts, limits = result["kl"], result["counts"], "; ".join(further_limits(result))
     click.echo(f"{finding(result)}\n")
     print_fields(
         {
@@ -32,7 +32,7 @@ def print_result(result: dict[str, Any], run: Path) -> None:
             f"({result['bpe']['searched']:.4f} of the searched layers)",
             "budget": f"{exact(result['budget_bpe'])} {unit_of_budget(result)}, "
             f"of which it takes {budgeted(result):.4f}",
-            **{"limit": text for text in further_limits(result)},
+            **({"limits": limits} if limits else {}),
             "size": f"{result['checkpoint_bytes']:,} bytes",
             "groups": ", ".join(f"{n} {name}" for name, n in counts.items() if n),
             "KL": f"{kl['mean']:.5f} +- {figure(kl['stderr'], '.5f')} nats per token, "
