@@ -1,26 +1,25 @@
 """The race of a candidate against a rival: who is clearly worse is not measured to the end."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 
-from autoquant.arrays import Floats
 from autoquant.measure.kl import TokenKl
+from autoquant.measure.uncertainty import UnitTotals
 
 RACE_DEVIATIONS = 3.0
 """Standard errors of the paired difference beyond which a candidate is given up. One look takes an
-equal for worse once in 740 with a normal error, and once in 100 with the fewest sequences, whose
-spread is uncertain (Student's t with seven degrees of freedom)."""
-RACE_SEQUENCES = 8
-"""Fewest sequences on which a candidate is given up: of four it would be once in 35."""
+equal for worse once in 740 with a normal error, and once in 100 with the fewest units, whose spread
+is uncertain (Student's t with seven degrees of freedom)."""
+RACE_UNITS = 8
+"""Fewest documents, or passages, on which one is given up: of four it would be once in 35."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """How much worse a candidate is than its rival on the same sequences, nats per token."""
+    """How much worse a candidate is than its rival on the same tokens, nats per token."""
 
     mean: float
     stderr: float
@@ -35,12 +34,12 @@ class Gap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Race:
-    """When a candidate is given up against a rival, sequences taken in pairs."""
+    """When a candidate is given up against a rival, the units of a split taken in pairs."""
 
     rival: tuple[float, ...]
     """Mean KL of each sequence of the split under the rival, nats per token."""
     deviations: float = RACE_DEVIATIONS
-    fewest: int = RACE_SEQUENCES
+    fewest: int = RACE_UNITS
 
     def lost(self, scores: TokenKl) -> Gap | None:
         """The gap to the rival on the split's first sequences, if it is wider than its error allows
@@ -52,13 +51,11 @@ class Race:
             scores: the candidate's, of the first sequences of the split.
         """
         sizes, means = scores.tokens_by_sequence(), scores.by_sequence()
-        if len(means) < self.fewest or not np.isfinite(means).all():
+        if len(np.unique(scores.unit)) < self.fewest or not np.isfinite(means).all():
             return None
-        differences: Floats = means - np.array(self.rival[: len(means)])
-        shares = sizes / sizes.sum()
-        mean = float(shares @ differences)
-        variance = float(shares**2 @ (differences - mean) ** 2) * len(means) / (len(means) - 1)
-        gap = Gap(mean, math.sqrt(variance))
+        differences = sizes * (means - np.array(self.rival[: len(means)]))
+        totals = UnitTotals.of(differences, scores.unit, sizes)
+        gap = Gap(totals.mean, totals.standard_error())
         return gap if gap.mean > self.deviations * gap.stderr else None
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """When a candidate is given up, and what is said of it then."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from autoquant.measure.kl import TokenKl
-from autoquant.measure.race import RACE_SEQUENCES, Race
+from autoquant.measure.race import RACE_UNITS, Race
 
 RIVAL = tuple(0.01 * (1 + number % 5) for number in range(64))
 SPREAD = np.array([1.0, -1.0] * 32)
@@ -36,10 +37,10 @@ def test_only_what_is_worse_by_three_standard_errors_is_given_up(sequences):
     assert gap.stderr == pytest.approx(error, rel=1e-9)
 
 
-def test_few_sequences_give_nobody_up():
+def test_few_documents_give_nobody_up():
     race = Race(rival=RIVAL)
-    assert race.lost(scores(1.0, RACE_SEQUENCES - 1)) is None
-    assert race.lost(scores(1.0, RACE_SEQUENCES)) is not None
+    assert race.lost(scores(1.0, RACE_UNITS - 1)) is None
+    assert race.lost(scores(1.0, RACE_UNITS)) is not None
 
 
 def test_the_rule_is_that_of_the_race():
@@ -55,9 +56,21 @@ def test_longer_sequences_count_for_more():
     gap = Race(rival=RIVAL, deviations=0.0).lost(candidate)
     assert gap is not None
     assert gap.mean == pytest.approx((0.75 - 0.25) * 1e-3)
-    shares = np.resize([0.75, 0.25], 64) / 32
-    differences = 1e-3 * SPREAD - gap.mean
-    assert gap.stderr == pytest.approx(math.sqrt(64 / 63 * (shares**2 @ differences**2)))
+    sizes = np.resize([96.0, 32.0], 64)
+    without = [np.delete(sizes, i) @ np.delete(1e-3 * SPREAD, i) for i in range(64)]
+    without /= sizes.sum() - sizes  # means with each sequence left out: the jackknife
+    assert gap.stderr == pytest.approx(math.sqrt(63 / 64 * ((without - gap.mean) ** 2).sum()), 1e-3)
+
+
+def test_sequences_of_one_document_are_one_piece_of_evidence():
+    """A quarter of the documents is much worse; each document is four sequences."""
+    candidate = scores(0.0, 64, spread=0.0)
+    worse = np.repeat(np.resize([4e-3, 0.0, 0.0, 0.0], 16), 4)
+    candidate = replace(candidate, kl=candidate.kl + np.repeat(worse, 32))
+    assert Race(rival=RIVAL).lost(candidate) is not None
+    assert Race(rival=RIVAL).lost(replace(candidate, unit=np.arange(64) // 4)) is None
+    few = replace(candidate, unit=np.arange(64) // 16)
+    assert Race(rival=RIVAL, deviations=0.0).lost(few) is None  # four documents
 
 
 @pytest.mark.parametrize("kl", [math.inf, math.nan])
