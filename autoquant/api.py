@@ -186,12 +186,12 @@ def search(
     max_seconds: float | None = None,
     max_tokens: int | None = None,
     seed: int = 0,
-    calibration: str = "stdlib",
+    calibration: str | None = None,
     calibration_tokens: int = 8_192,
     calibrate_all_experts: bool = False,
     search_tokens: int = 16_384,
     report_tokens: int = 65_536,
-    sequence_length: int = 256,
+    sequence_length: int | None = None,
     batch_tokens: int = 4_096,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -233,13 +233,16 @@ def search(
         max_tokens: begin no further trial once all trials together have seen so many tokens; a
             finished result stays here too.
         seed: 0 or more; same seed, same result.
-        calibration: text or JSONL file, folder, or datasets id (`org/name:split`).
+        calibration: file of text, JSONL or JSON, folder, or datasets id (`org/name:split`);
+            `stdlib`, the source of Python's standard library, for the bundled model, and
+            `mixture`, chat, prose, code and mathematics from the hub, for any other by default.
         calibration_tokens: tokens that input ranges are taken from.
         calibrate_all_experts: take input ranges from every expert on every token; KL is measured
             with the model's own routing either way.
         search_tokens: tokens that probes and trials are measured on.
         report_tokens: tokens that the finalists are confirmed on.
-        sequence_length: longest sequence, tokens.
+        sequence_length: longest sequence, tokens, as far as the model takes it; 256 for the
+            bundled model and 2,048 for any other by default.
         batch_tokens: tokens of one forward.
         device: `cpu`, `cuda`, `cuda:1`; the first GPU by default, else the CPU.
         trust_remote_code: run code that comes with the model.

@@ -41,7 +41,7 @@ def open_measuring(
         source,
         groups,
         attention=attention,
-        calibration=config.calibration,
+        calibration=config.text,
         tokens=config.tokens,
         mode=mode,
         device=config.device,

@@ -85,7 +85,7 @@ class Probing:
         self._record_environment(session)
         for name, split in session.splits.items():
             self.tracker.dataset(
-                self.config.calibration, digest=split.digest, context=name, tokens=split.tokens
+                self.config.text, digest=split.digest, context=name, tokens=split.tokens
             )
         return session
 
@@ -113,7 +113,7 @@ class Probing:
             self.run.write_json(SPLITS, digests)
         else:
             raise RunConflict(
-                f"{self.run.path} was begun on other tokens: the text {self.config.calibration!r} "
+                f"{self.run.path} was begun on other tokens: the text {self.config.text!r} "
                 "or the tokenizer has changed since.",
                 fix="restore them, or start anew with --fresh (the earlier run is set aside).",
             )

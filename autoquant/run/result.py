@@ -94,7 +94,7 @@ def make_result(
             for name, s in session.splits.items()
         },
         "experts": _experts(calibration),
-        "calibration": config.calibration,
+        "calibration": config.text,
         "uncalibrated": list(calibration.unseen),
         "seed": config.seed,
         "device": str(session.loaded.device),

@@ -67,11 +67,11 @@ def probe_signature(config: ProbeConfig, plan: Plan) -> dict[str, Any]:
             {"match": list(rule.match), "choices": [str(choice) for choice in rule.choices]}
             for rule in plan.space.rules
         ],
-        "calibration": config.calibration,
+        "calibration": config.text,
         "tokens": {
             "calibration": config.calibration_tokens,
             "search": config.search_tokens,
-            "sequence_length": config.sequence_length,
+            "sequence_length": config.longest,
             "batch_tokens": config.batch_tokens,
             **({"all_experts": True} if config.calibrate_all_experts else {}),
         },

@@ -214,6 +214,7 @@ class Search(Probing):
         result: dict[str, Any],
         book: CodeBook | None = None,
     ) -> str:
+        from autoquant.data.text import text_title
         from autoquant.export.card import CardFacts, KlRow
         from autoquant.export.declaration import reader_warnings
         from autoquant.export.export import export
@@ -237,7 +238,7 @@ class Search(Probing):
             further_limits=tuple(further_limits(result)),
             activation_mode=str(self.config.activation_mode),
             kv_cache=str(self.config.kv_cache),
-            text=self.config.calibration,
+            text=text_title(self.config.text),
             tokens=result["tokens"]["report"]["tokens"],
             rows=tuple(
                 KlRow(name=row["name"], bpe=row["bpe"], kl=row["kl"], stderr=row["stderr"])

@@ -1,9 +1,11 @@
 """Where calibration text comes from, and what is said when it cannot be read."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from autoquant.data import hub
 from autoquant.data.chat import Conversation
 from autoquant.data.text import load_corpus
 from autoquant.errors import SourceError
@@ -67,6 +69,70 @@ def test_line_separators_inside_a_record_do_not_end_it(tmp_path, separator):
     text = f"one{separator}two"
     file.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
     assert load_corpus(str(file)).documents == (text,)
+
+
+RECORDS = [{"instruction": f"Count to {n}.", "output": "one two three"} for n in range(1, 4)]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_holds_a_record_each(tmp_path, name, indent):
+    file = tmp_path / name
+    file.write_text(json.dumps(RECORDS, indent=indent))
+    found = load_corpus(str(file)).documents
+    assert [document.turns[0][1] for document in found] == [f"Count to {n}." for n in range(1, 4)]
+
+
+def test_an_indented_object_is_one_record(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"text": "one", "score": 1}, indent=2))
+    assert load_corpus(str(tmp_path)).documents == ("one",)
+
+
+def test_a_record_of_an_array_without_text_is_named(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "fine"}, {"score": 1}]))
+    assert f"{tmp_path / 'a.json'} record 2 has no text field" in refused(tmp_path).message
+
+
+def test_an_empty_array_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    assert "holds no text" in refused(tmp_path / "a.json").message
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """A mixture of two local data sets, loaded as those of the hub are."""
+    chat, prose = tmp_path / "chat", tmp_path / "prose"
+    for folder, records in ((chat, RECORDS), (prose, [{"id": "x", "article": "A storm."}])):
+        folder.mkdir()
+        (folder / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
+    found = (
+        hub.Part(name=str(chat), split="train"),
+        hub.Part(name=str(prose), split="train", column="article"),
+    )
+    monkeypatch.setattr(hub, "PARTS", found)
+    return found
+
+
+def test_the_mixture_takes_the_first_documents_of_every_part(parts, monkeypatch):
+    monkeypatch.setattr(hub, "PART_DOCUMENTS", 2)
+    *chat, prose = load_corpus(hub.MIXTURE).documents
+    assert [document.turns[0][1] for document in chat] == ["Count to 1.", "Count to 2."]
+    assert prose == "A storm."
+
+
+def test_a_part_that_cannot_be_loaded_is_named_with_two_ways_out(parts, monkeypatch):
+    gone = hub.Part(name="nobody/such-a-data-set", split="train")
+    monkeypatch.setattr(hub, "PARTS", (*parts, gone))
+    error = refused(hub.MIXTURE)
+    assert "loading nobody/such-a-data-set failed: " in error.message
+    assert "--calibration stdlib" in error.fix
+    assert "--calibration FILE" in error.fix
+
+
+def test_a_part_whose_column_is_gone_is_named(parts, monkeypatch):
+    changed = replace(parts[1], column="body")
+    monkeypatch.setattr(hub, "PARTS", (changed,))
+    assert f"{changed.name} row 0 has no text field" in refused(hub.MIXTURE).message
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):

@@ -289,3 +289,17 @@ def test_probes_are_of_the_same_settings_as_the_search_that_takes_them_over():
 def test_a_file_that_is_not_there_is_a_wrong_setting(tmp_path):
     with pytest.raises(ConfigError, match=r"--assignment.*File '.*absent.yaml' does not exist"):
         ScoreConfig.of({"assignment": tmp_path / "absent.yaml"})
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "text", "longest"),
+    [
+        (None, {}, "stdlib", 256),
+        ("m", {}, "mixture", 2_048),
+        ("m", {"calibration": "mine.txt", "sequence_length": 64}, "mine.txt", 64),
+    ],
+)
+def test_text_and_lengths_follow_the_model_unless_given(model, settings, text, longest):
+    config = SearchConfig(budget_bpe=5, model=model, **settings)
+    assert (config.text, config.longest) == (text, longest)
+    assert config.tokens.sequence_length == longest

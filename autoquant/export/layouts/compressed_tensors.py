@@ -52,7 +52,9 @@ def quantization_config(
     members: dict[str, list[str]] = {}
     for name, choice in choices.items():
         members.setdefault(choice.form, []).append(name)
-    used = sorted(map(Choice.parse, members), key=lambda choice: -choice.format.weight_bits)
+    used = sorted(
+        map(Choice.parse, members), key=lambda choice: (-choice.format.weight_bits, choice.form)
+    )
     config_groups = {
         f"group_{number}": _group(choice, _targets(members[choice.form]))
         for number, choice in enumerate(used)

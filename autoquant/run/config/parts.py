@@ -54,16 +54,26 @@ class LoadedConfig(ModelConfig):
         False
     )
     calibration: Annotated[
-        str,
+        str | None,
         Setting(
             "Data",
-            "Text or JSONL file, folder, or datasets id (org/name:split); stdlib is the source of "
-            "Python's standard library.",
+            "File of text, JSONL or JSON, folder, or datasets id (org/name:split); mixture is "
+            "chat, prose, code and mathematics from the hub, stdlib the source of Python's "
+            "standard library.",
             "TEXT",
+            unset="mixture; stdlib for the bundled model",
         ),
-    ] = "stdlib"
+    ] = None
     seed: Annotated[Natural, Setting("Data", "Same seed, same tokens and same result.", "N")] = 0
-    sequence_length: Annotated[Tokens, Setting("Data", "Longest sequence.", "N")] = 256
+    sequence_length: Annotated[
+        Tokens | None,
+        Setting(
+            "Data",
+            "Longest sequence, as far as the model takes it.",
+            "N",
+            unset="2048; 256 for the bundled model",
+        ),
+    ] = None
     batch_tokens: Annotated[Tokens, Setting("Data", "Tokens of one forward.", "N")] = 4_096
     calibration_tokens: Annotated[
         Tokens, Setting("Data", "Tokens that input ranges are taken from.", "N")
@@ -81,6 +91,23 @@ class LoadedConfig(ModelConfig):
     ] = 16_384
 
     @property
+    def text(self) -> str:
+        """Where the text is from, as `load_corpus` takes it."""
+        if self.calibration is not None:
+            return self.calibration
+        from autoquant.data.hub import MIXTURE
+        from autoquant.data.text import STDLIB
+
+        return STDLIB if self.model is None else MIXTURE
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence, tokens."""
+        if self.sequence_length is not None:
+            return self.sequence_length
+        return 256 if self.model is None else 2_048
+
+    @property
     def tokens(self) -> "TokenPlan":
         """The tokens of each split; one sequence to report on where nothing is reported."""
         from autoquant.data.tokens import TokenPlan
@@ -89,7 +116,7 @@ class LoadedConfig(ModelConfig):
             calibration=self.calibration_tokens,
             search=self.search_tokens,
             report=1,
-            sequence_length=self.sequence_length,
+            sequence_length=self.longest,
             batch_tokens=self.batch_tokens,
             seed=self.seed,
             all_experts=self.calibrate_all_experts,
