@@ -33,7 +33,7 @@ class Unit:
     """Whether it counts what columns named BPE do, all stored bits of the checkpoint."""
     one: Fraction
     """Steps of the cost that make one; zero where nothing counts."""
-    uncounted: int = 0
+    uncounted: int
     """Steps of every legal assignment that the number leaves out."""
 
     def number(self, total: int) -> float:

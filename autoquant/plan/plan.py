@@ -161,7 +161,7 @@ def engine_warnings(groups: Groups, options: Options) -> tuple[str, ...]:
         warnings.append(f"no rule knows {_listed(matrices)}: kept as they are.")
     cautions: dict[str, list[str]] = {}
     for group in groups:
-        if group.caution and len(options.choices[group.name]) > 1:
+        if group.caution and not _stays(group, options):
             cautions.setdefault(group.caution, []).append(group.name)
     for engine, names in cautions.items():
         warnings.append(
@@ -172,7 +172,11 @@ def engine_warnings(groups: Groups, options: Options) -> tuple[str, ...]:
 
 
 def _is_left(group: LayerGroup, options: Options) -> bool:
-    return group.role == UNKNOWN_ROLE and not group.closed and len(options.choices[group.name]) == 1
+    return group.role == UNKNOWN_ROLE and not group.closed and _stays(group, options)
+
+
+def _stays(group: LayerGroup, options: Options) -> bool:
+    return options.choices[group.name] == (BF16,)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -14,8 +14,6 @@ from autoquant.parsing import Unreadable, parse_yaml, read_text, why
 from autoquant.plan.space import ROLE, Rule, SearchSpace
 from autoquant.source.names import ROLES
 
-SCHEMA_VERSION = 1
-
 
 def format_texts() -> tuple[str, ...]:
     """Everything that a rule's `formats` may hold: formats, and each of their choices."""

@@ -6,7 +6,7 @@ from tiny_models import save_model
 from autoquant.errors import ConfigError
 from autoquant.formats import BF16, FP8, NVFP4, Choice
 from autoquant.plan.assignment import Assignment
-from autoquant.plan.cost_table import CostTable, products
+from autoquant.plan.cost_table import CostTable, TableFile, products
 from autoquant.plan.limit import Limit
 from autoquant.plan.plan import make_plan
 from autoquant.plan.space_file import load_space
@@ -123,6 +123,26 @@ def test_a_table_that_cannot_be_meant(read, rows, said):
 def test_a_file_that_is_no_table(read, text, name, said):
     with pytest.raises(ConfigError, match=said):
         read(text, name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (("unit: microseconds a token", 'unit: ""'), "unit: .*at least 1 character"),
+        (("scale: 1000", "scale: 0"), "scale: .*greater than 0"),
+        (("rows:\n", "rows: []\n"), "rows: .*at least 1 item"),
+    ],
+)
+def test_settings_that_cannot_be_meant(read, changed, said):
+    with pytest.raises(ConfigError, match=said):
+        read(HEAD.replace(*changed))
+
+
+def test_a_unit_of_one_letter_and_a_table_of_one_row_are_read(tmp_path):
+    row = '  - {role: o, shape: "*", choice: fp8, cost: 3}\n'
+    (tmp_path / "one.yaml").write_text(f"schema_version: 1\nunit: s\nscale: 1\nrows:\n{row}")
+    table = TableFile.read(tmp_path / "one.yaml")
+    assert (table.unit, len(table.rows)) == ("s", 1)
 
 
 def test_a_file_that_is_not_there(plan, tmp_path):

@@ -187,6 +187,11 @@ def test_why_tensors_of_real_models_are_fixed(tmp_path):
         ("model.layers.0.router.proj.weight", (4, 16), Fixed.ROUTER),
         ("model.layers.0.mlp.gate.linear.weight", (4, 16), Fixed.ROUTER),
         ("model.layers.0.mystery.weight", (16, 16), Fixed.UNKNOWN),
+        ("model.layers.0.mixer.short_convs.0.weight", (16, 1, 4), Fixed.CONVOLUTION),
+        ("model.layers.0.mlp.down_proj.weight", (4, 16, 16), Fixed.UNKNOWN),
+        ("model.layers.0.mlp.down_proj.scale", (16, 16), Fixed.UNKNOWN),
+        ("scale", (1,), Fixed.VECTOR),
+        ("table", (16, 16), Fixed.UNKNOWN),
         ("model.project_in.weight", (16, 16), Fixed.UNKNOWN),
         ("lm_head.weight", (0, 16), Fixed.UNKNOWN),
     ],
@@ -275,6 +280,7 @@ def test_an_engine_joins_linears_of_two_modules():
         architectures=["Qwen4ExpForCausalLM"],
     ).groups
     assert len(group.linears) == 4
+    assert group.name.rpartition(".")[0] == "model.layers.3.self_attn"
     assert {linear.input_scale_set for linear in group.linears} == {group.name}
 
 
@@ -311,6 +317,16 @@ def test_an_architecture_that_no_engine_knows_goes_by_names():
         "mlp.gate_up": "gate_up",
         "mlp.odd_proj": "unknown",
     }
+
+
+def test_names_join_what_the_engines_of_an_architecture_do_not_know():
+    parts = ("mixer.w1", "mixer.w3", "mixer.strange")
+    groups = grouped(
+        {f"model.layers.0.{part}.weight": (16, 16) for part in parts},
+        architectures=["LlamaForCausalLM"],
+    )
+    assert [group.name for group in groups] == ["model.layers.0.mixer.w13"]
+    assert reasons(groups) == {"model.layers.0.mixer.strange.weight": Fixed.UNKNOWN}
 
 
 def test_a_linear_of_a_shared_expert_that_nothing_knows_stays_out_of_the_experts():
@@ -392,5 +408,11 @@ def test_model_without_any_linear_is_an_error(tmp_path):
 
     save_file({"model.embed_tokens.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(SourceError, match="no linear layer"):
+    with pytest.raises(SourceError, match=r"holds no linear layer that can be quantized\. "):
+        find_groups(open_source(tmp_path))
+    matrix = {"transformer.h.0.attn.c_attn.weight": torch.ones(4, 12)}
+    save_file(matrix, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    said = r"quantized: transformer\.h\.0\.attn\.c_attn\.weight is one of its transposed matrices"
+    with pytest.raises(SourceError, match=said):
         find_groups(open_source(tmp_path))

@@ -95,6 +95,10 @@ def test_a_budget_that_no_checkpoint_can_mean(bits):
         Budget(bits)
 
 
+def test_the_widest_type_of_a_checkpoint_is_a_budget():
+    assert Budget(64.0).bpe == 64.0
+
+
 @pytest.mark.parametrize("number", [-0.1, float("nan"), float("inf")])
 def test_a_limit_that_no_cost_can_mean(plan, number):
     with pytest.raises(ConfigError, match="not a number from 0 up"):
@@ -116,3 +120,4 @@ def test_a_result_says_what_its_limit_counts(plan):
     }
     for scope, kind in ((Scope.SEARCHED, CostKind.BITS), (Scope.CHECKPOINT, CostKind.ACTIVE_BYTES)):
         assert not plan.limit(Budget(9.0, scope), kind).to_dict(plan.floor)["is_bpe"]
+    assert not Limit.of(plan.cost(CostKind.BF16_PRODUCTS), 0.5).to_dict(plan.floor)["is_bpe"]

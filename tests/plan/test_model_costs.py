@@ -10,7 +10,7 @@ from tiny_models import change_tensors, save_model
 from autoquant.formats import BF16, FP8, NVFP4, Choice
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.budget import Scope
-from autoquant.plan.model_costs import CostKind
+from autoquant.plan.model_costs import CostKind, share_of_token
 from autoquant.plan.plan import make_plan
 from autoquant.plan.space_file import load_space
 from autoquant.source.source import REFERENCE_MODEL, open_source
@@ -45,6 +45,14 @@ def test_a_token_reads_top_k_of_the_routed_experts_and_all_of_the_shared_one(pla
     qkv = next(g for g in plan.groups if g.role == "qkv")
     for choice in (BF16, NVFP4):
         assert active.of(qkv.name, choice) == plan.accounting.group_bytes(qkv.name, choice)
+
+
+@pytest.mark.parametrize("left_out", ["num_experts", "num_experts_per_tok"])
+def test_every_expert_is_read_where_the_configuration_does_not_count_them(plan, left_out):
+    config = {name: value for name, value in plan.source.text_config.items() if name != left_out}
+    group = next(g for g in plan.groups if g.role == "experts")
+    assert share_of_token(group, config) == 1
+    assert share_of_token(group, plan.source.text_config) < 1
 
 
 def test_embeddings_are_not_read_and_bf16_is_sixteen_bits(plan):
@@ -104,6 +112,15 @@ def test_products_with_bf16_inputs_are_a_share_of_those_that_are_searched(plan):
     one = Assignment.of({g.name: A16 if g is qkv else NVFP4 for g in searched})
     assert products.number(one) == pytest.approx(qkv.elements / whole)
     assert products.of(qkv.name, A16) == qkv.elements
+
+
+def test_nothing_counts_where_nothing_is_searched(tmp_path):
+    model = open_source(save_model("llama", tmp_path / "llama"))
+    plan = make_plan(model, load_space("experts-only"))
+    assert not plan.accounting.searched
+    for cost in (plan.cost(CostKind.BITS, Scope.SEARCHED), plan.cost(CostKind.BF16_PRODUCTS)):
+        assert cost.number(plan.floor) == 0.0
+        assert cost.unit.most(0.5) == cost.total(plan.floor)
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """The loop: what is measured, in which order, under which number, and what is taken over."""
 
+import dataclasses
 import itertools
 import json
 
+import numpy as np
 import pytest
 from joint import SPLIT, Scored, driver_of, explored, summed
 
@@ -81,19 +83,29 @@ def test_trials_are_kept_in_the_order_of_their_proposals_each_before_the_next(
     assert (trial.tokens, len(trial.sequence_kl)) == (SPLIT.tokens, 32)
 
 
+class Harder(Scored):
+    """Every batch is harder than the one before it: the first is no measure of the whole."""
+
+    def score_batch(self, assignment, split, index):
+        scores = super().score_batch(assignment, split, index)
+        return dataclasses.replace(scores, kl=scores.kl * (1 + index))
+
+
 def test_a_stopped_candidate_has_the_rivals_kl_and_their_difference(problem, candidates):
     joint = {a.digest: 0.02 for _, a in candidates} | {candidates[0][1].digest: 0.01}
-    driver = driver_of(problem, lambda a: joint[a.digest])
+    scored = Harder(lambda a: joint[a.digest])
+    driver = driver_of(problem, scored.joint, evaluator=LocalEvaluator(scored, SPLIT))
     driver.run(Listed(Stage.SOLVER, iter(candidates[:1])))
     (rival,) = driver.history.trials
     driver.run(Racing(candidates[1:2], rival))
     trial = driver.history.trials[1]
     assert trial.is_stopped
-    assert trial.tokens == SPLIT.tokens // 4
-    assert trial.kl == pytest.approx(0.02)
     assert not trial.is_eligible
-    rival_there = sum(rival.sequence_kl[:8]) / 8
-    assert trial.kl == pytest.approx(rival.kl + sum(trial.sequence_kl) / 8 - rival_there)
+    assert trial.tokens == SPLIT.tokens // 4
+    assert rival.kl == pytest.approx(0.01 * (1 + 2 + 3 + 4) / 4)
+    differences = np.array(trial.sequence_kl) - rival.sequence_kl[:8]
+    assert trial.kl == pytest.approx(rival.kl + differences.mean()) == pytest.approx(0.035)
+    assert trial.stderr == pytest.approx(differences.std(ddof=1) / np.sqrt(8))
 
 
 def test_a_search_measures_the_same_through_workers(problem):

@@ -90,6 +90,30 @@ def test_recipes_that_the_space_forbids_are_no_baselines(problem_of):
     assert [name for name, _ in baselines(problem_of(space=space))] == ["uniform fp8"]
 
 
+def space_of(*formats):
+    return (
+        f"schema_version: 1\nname: s\nrules:\n  - {{match: '*', formats: [{', '.join(formats)}]}}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("formats", "wish", "taken"),
+    [
+        (["fp8", "bf16"], FP8, FP8),
+        (["fp8", "bf16"], NVFP4, FP8),
+        (["nvfp4/mse", "fp8", "bf16"], NVFP4, MSE),
+        (["nvfp4/mse", "bf16"], FP8, BF16),
+        (["nvfp4/max", "nvfp4/mse", "fp8"], BF16, FP8),
+    ],
+)
+def test_a_choice_that_a_group_lacks_is_the_cheapest_of_no_fewer_bits_or_else_the_dearest(
+    problem_of, formats, wish, taken
+):
+    problem = problem_of(space=space_of(*formats))
+    assignment = problem.uniform(lambda _: wish)
+    assert {assignment[group.name] for group in problem.groups} == {taken}
+
+
 def test_predictions_add_up(problem_of):
     problem = problem_of()
     names = [group.name for group in problem.groups]

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from autoquant.search import predictor
 from autoquant.search.knapsack import Knapsack
 from autoquant.search.predictor import ranked
 from autoquant.search.surrogate import PowerLaw, Surrogate
@@ -120,6 +121,22 @@ def test_candidates_come_in_predicted_order_and_the_first_is_the_best_of_all(see
     assert all(knapsack.cost(selection) <= 100 for selection in found)
     filled = [s for s in every(surrogate) if knapsack.cost(s) <= 100 and knapsack.fill(s) == s]
     assert predicted[0] == pytest.approx(surrogate.predict(filled).min(), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 7, 8])
+def test_the_pool_grows_around_the_best_until_that_finds_no_better(seed, monkeypatch):
+    """Strong interactions, and a knapsack that contributes few selections at a time."""
+    monkeypatch.setattr(predictor, "_POOL", 3)
+    surrogate = Surrogate(*_parts(made(np.random.default_rng(seed), groups=12)), strength=1.0)
+    scores = surrogate.by_group(surrogate.main)
+    knapsack = Knapsack(scores, (((9, 16, 32),) * 12), budget=200)
+    order = ranked(surrogate, _Problem(knapsack))
+    predicted = surrogate.predict(order)
+    assert predicted[0] < surrogate.predict(knapsack.best(3)).min()
+    assert (np.diff(predicted) >= 0.0).all()
+    around = knapsack.with_scores(surrogate.marginal(order[0])).best(3)
+    assert set(around) <= set(order)
+    assert set(knapsack.best(3)) <= set(order)
 
 
 def _parts(surrogate):
