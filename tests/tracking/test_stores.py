@@ -143,9 +143,10 @@ def test_one_record_that_a_store_refuses_does_not_keep_the_others(runs, search, 
     assert [file.path for file in client(runs).list_artifacts(run.info.run_id)] == ["groups.json"]
 
 
-def test_a_store_that_may_only_be_read_costs_one_warning(runs, search, monkeypatch):
+def test_a_store_that_may_only_be_read_costs_one_warning(runs, search, monkeypatch, tmp_path):
     path = runs / "mlflow.db"
     before = path.read_bytes()
+    monkeypatch.chdir(tmp_path)  # MLflow makes a folder named after the URI
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///file:{path}?mode=ro&uri=true")
     search()
     (warning,) = search.warnings
