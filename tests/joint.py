@@ -1,7 +1,7 @@
 """Problems of a small real model, and measurements that say what whole candidates cost."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -78,6 +78,16 @@ class Scored:
         self.joint = joint
         self.batches: list[tuple[str, int]] = []
         """Digest and batch of every call."""
+
+    def waves(
+        self, split: Split, batches: Sequence[int], *, forwards: int
+    ) -> Iterator[Sequence[int]]:
+        return ([index] for index in batches)
+
+    def score_batches(
+        self, assignments: Sequence[Assignment], split: Split, batches: Sequence[int]
+    ) -> list[list[TokenKl]]:
+        return [[self.score_batch(a, split, index) for a in assignments] for index in batches]
 
     def score_batch(self, assignment: Assignment, split: Split, index: int) -> TokenKl:
         self.batches.append((assignment.digest, index))

@@ -151,10 +151,10 @@ def calibrate(
         SourceError: NaN or Inf at some linear's input, which is named.
     """
     with scorer.quantized.observing(all_experts=all_experts):
-        for batch in split.batches:
-            hidden = scorer.trunk.hidden(batch.to(scorer.device))
-            scorer.quantized.operands(scorer.trunk.head, hidden)
-            advance()
+        for wave in scorer.waves(split, range(len(split.batches)), forwards=1):
+            for hidden in scorer.forward([split.batches[index] for index in wave]):
+                scorer.quantized.operands(scorer.trunk.head, hidden)
+                advance()
     input_amax, unseen = fill_unseen(scorer.quantized.observed_ranges())
     cache = scorer.quantized.kv_cache
     return Calibration(

@@ -7,8 +7,9 @@ or the ranks of a distributed program.
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol, Self
 
 from autoquant.data.tokens import Split
@@ -99,32 +100,62 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True)
 class LocalEvaluator:
-    """Measures in this process, one request at a time, when its measurement is asked for."""
+    """Measures in this process, when a measurement is asked for."""
 
     scorer: Scorer
     """Calibrated."""
     split: Split
     """The search tokens."""
+    together: int = 1
+    """Requests that go through the blocks together."""
 
     def measure(self, requests: Iterable[Request]) -> Iterator[Measurement]:
-        return map(self._measure, requests)
+        left = iter(requests)
+        while asked := [*islice(left, self.together)]:
+            yield from self._measure(asked)
 
-    def _measure(self, request: Request) -> Measurement:
+    def _measure(self, requests: Sequence[Request]) -> Iterator[Measurement]:
         started = time.monotonic()
-        batches, gap = len(self.split.batches), None
-        parts: list[TokenKl] = []
-        for index in range(batches):
-            parts.append(self.scorer.score_batch(request.assignment, self.split, index))
-            if request.race is not None and index + 1 < batches:
-                gap = request.race.lost(TokenKl.joined(parts))
-                if gap is not None:
-                    break
-        scores = TokenKl.joined(parts)
+        raced = [_Raced(request) for request in requests]
+        every = range(len(self.split.batches))
+        for wave in self.scorer.waves(self.split, every, forwards=len(raced)):
+            running = [each for each in raced if each.gap is None]
+            assignments = [each.request.assignment for each in running]
+            if not running:
+                break
+            for index, scores in zip(
+                wave, self.scorer.score_batches(assignments, self.split, wave), strict=True
+            ):
+                for each, score in zip(running, scores, strict=True):
+                    each.add(score, is_last=index == every[-1])
+        seconds = (time.monotonic() - started) / len(raced)
+        yield from (each.measurement(seconds) for each in raced)
+
+
+@dataclass(slots=True)
+class _Raced:
+    """A request with what was measured of it so far."""
+
+    request: Request
+    parts: list[TokenKl] = field(default_factory=list)
+    gap: Gap | None = None
+
+    def add(self, score: TokenKl, *, is_last: bool) -> None:
+        """Take the next batch in, unless the race was lost before it."""
+        if self.gap is not None:
+            return
+        self.parts.append(score)
+        if self.request.race is not None and not is_last:
+            self.gap = self.request.race.lost(TokenKl.joined(self.parts))
+
+    def measurement(self, seconds: float) -> Measurement:
+        """What came of it, in so many seconds."""
+        scores = TokenKl.joined(self.parts)
         return Measurement(
             kl=scores.mean,
             stderr=scores.stderr() if math.isfinite(scores.mean) else math.nan,
             sequence_kl=tuple(map(float, scores.by_sequence())),
             sequence_tokens=tuple(map(int, scores.tokens_by_sequence())),
-            gap=gap,
-            seconds=time.monotonic() - started,
+            gap=self.gap,
+            seconds=seconds,
         )

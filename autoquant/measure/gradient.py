@@ -23,6 +23,8 @@ from torch.nn import functional
 
 from autoquant.data.tokens import Split
 from autoquant.errors import AutoQuantError
+from autoquant.forward.backward import Backward
+from autoquant.forward.flow import Flow, loop
 from autoquant.measure.interactions import Key
 from autoquant.measure.method import ProbeMethod
 from autoquant.measure.scorer import Scorer
@@ -84,11 +86,11 @@ def gradient_probe(
         NoGradient: an architecture or a kernel without a backward pass.
     """
     results = {estimate.batch: estimate for estimate in done}
-    for batch in range(len(split.batches)):
-        if batch not in results:
-            probes = tuple(_probe_batch(scorer, split, batch, keys, seed))
-            results[batch] = BatchEstimate(batch=batch, probes=probes)
-            keep(results[batch])
+    missing = [batch for batch in range(len(split.batches)) if batch not in results]
+    for wave in scorer.waves(split, missing, forwards=scorer.trunk.stages):
+        for estimate in _estimates(scorer, split, wave, keys, seed):
+            results[estimate.batch] = estimate
+            keep(estimate)
     return list(results.values())
 
 
@@ -99,43 +101,54 @@ def mean_estimate(
     return Sensitivity(*summarize(keys, split, (p for e in estimates for p in e.probes)))
 
 
-def _probe_batch(
-    scorer: Scorer, split: Split, batch: int, keys: Sequence[Key], seed: int
-) -> Iterator[BatchProbe]:
+def _estimates(
+    scorer: Scorer, split: Split, batches: Sequence[int], keys: Sequence[Key], seed: int
+) -> Iterator[BatchEstimate]:
     """Estimate the groups inside blocks; behind them, in the head, the exact KL costs no more."""
     head = {group.name for group in scorer.quantized.groups if group.layer is None}
     inside = [key for key in keys if key[0] not in head]
-    tokens = split.batches[batch].to(scorer.device)
-    generator = torch.Generator(scorer.device).manual_seed((seed * 1_000_003 + batch) % 2**63)
-    parts = scorer.trunk.parts(tokens) if inside else ()
-    effects = [_effects(scorer, part, inside, generator) for part in parts]
-    for group, choice in inside:
-        kl = _kl_of_sequences(torch.cat([part[group, choice] for part in effects]))
-        if not torch.isfinite(kl).all():
-            raise NoGradient(f"the gradient at {group} is not finite")
-        yield BatchProbe(
-            batch=batch,
-            group=group,
-            choice=choice,
-            kl_sum=float(kl.sum()),
-            tokens=tokens.numel(),
-            sequence_kl=tuple((kl / tokens.shape[1]).tolist()),
-        )
     behind = [key for key in keys if key[0] in head]
-    scores = scorer.probe_batch(split, batch, behind) if behind else ()
-    for (group, choice), (score, _) in zip(behind, scores, strict=True):
-        yield batch_probe(batch, group, choice, score)
+    flows = scorer.bf16_states(split, batches)
+    effects = _effects(scorer, flows, batches, inside, seed) if inside else [{} for _ in flows]
+    for batch, flow, found in zip(batches, flows, effects, strict=True):
+        probes = [_of_effects(batch, key, found[key]) for key in inside]
+        scores = scorer.probe_head(flow, split, batch, behind)
+        probes += [batch_probe(batch, *key, s) for key, s in zip(behind, scores, strict=True)]
+        yield BatchEstimate(batch=batch, probes=tuple(probes))
+
+
+def _of_effects(batch: int, key: Key, effects: torch.Tensor) -> BatchProbe:
+    """A key's estimate on a batch, of the effects of its tokens [B, L]."""
+    kl = _kl_of_sequences(effects)
+    if not torch.isfinite(kl).all():
+        raise NoGradient(f"the gradient at {key[0]} is not finite")
+    return BatchProbe(
+        batch=batch,
+        group=key[0],
+        choice=key[1],
+        kl_sum=float(kl.sum()),
+        tokens=effects.numel(),
+        sequence_kl=tuple((kl / effects.shape[1]).tolist()),
+    )
 
 
 def _effects(
-    scorer: Scorer, tokens: torch.Tensor, keys: Sequence[Key], generator: torch.Generator
-) -> dict[Key, torch.Tensor]:
-    """<v, dz> through each token's products, float32 [B, L], of each key."""
-    taps = Taps(scorer.quantized, keys, tokens.numel())
+    scorer: Scorer, flows: Sequence[Flow], batches: Sequence[int], keys: Sequence[Key], seed: int
+) -> list[dict[Key, torch.Tensor]]:
+    """<v, dz> through each token's products, float32 [B, L], of each batch and key."""
+    taps = [[Taps(scorer.quantized, keys, p.tokens.numel()) for p in f.parts] for f in flows]
     try:
-        with taps.installed():
-            hidden = scorer.trunk.differentiable(tokens)
-            hidden.backward(scorer.pull_back(hidden.detach(), lambda z: _factor(z, generator)))
+        visitors = [
+            Backward(
+                scorer.trunk,
+                scorer.room,
+                flow,
+                [tap.installed for tap in own],
+                _pull(scorer, seed, batch),
+            )
+            for flow, own, batch in zip(flows, taps, batches, strict=True)
+        ]
+        loop(scorer.trunk, visitors, backwards=True)
     except (AutoQuantError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # model code and custom kernels raise anything
@@ -143,9 +156,26 @@ def _effects(
             raise
         raise NoGradient(str(error).strip().partition("\n")[0] or type(error).__name__) from error
     for group, choice in keys:
-        if (group, choice) not in taps.effects:
+        if any((group, choice) not in tap.effects for own in taps for tap in own):
             raise NoGradient(f"no gradient reaches {group}")
-    return {key: effect.view(tokens.shape) for key, effect in taps.effects.items()}
+    return [
+        {
+            key: torch.cat(
+                [
+                    tap.effects[key].view(part.tokens.shape)
+                    for tap, part in zip(own, flow.parts, strict=True)
+                ]
+            )
+            for key in keys
+        }
+        for own, flow in zip(taps, flows, strict=True)
+    ]
+
+
+def _pull(scorer: Scorer, seed: int, batch: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From the final hidden states of a batch's parts, in turn, to the gradient of <v, logits>."""
+    generator = torch.Generator(scorer.device).manual_seed((seed * 1_000_003 + batch) % 2**63)
+    return lambda hidden: scorer.head.pull_back(hidden, lambda z: _factor(z, generator))
 
 
 def _factor(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

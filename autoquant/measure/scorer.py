@@ -1,54 +1,34 @@
-"""Scores assignments on a split: the pure calls `score` and `score_fully`.
+"""Scores assignments, and single groups, on batches of a split.
 
-The BF16 model's final hidden states are kept instead of its logits (H numbers a token where the
-vocabulary needs V), and logits of both models are formed in float32 from the BF16 operands, a
-tile of tokens at a time, so that the head's output rounding is not charged to any candidate.
-
-A candidate runs from the first block in which it differs from the one before it. Reused states are
-those that the forward would compute again, so the KL is the same to the bit.
+The BF16 model's final hidden states are kept instead of its logits: H numbers a token where the
+vocabulary needs V. A candidate runs from the first block in which it differs from one that has
+been there. Reused states are those that the forward would compute again, so the KL is the same to
+the bit.
 
 Shapes: B sequences, L tokens, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
-import autoquant_kernels as kernels
-import numpy as np
 import torch
 
-from autoquant.arrays import Integers
 from autoquant.data.tokens import Split
-from autoquant.errors import SourceError
-from autoquant.formats import Choice
-from autoquant.measure.forward import Trace, Trunk
-from autoquant.measure.kl import TokenKl, TokenScores, likelihoods
+from autoquant.forward.check import check_forward, limit_memory
+from autoquant.forward.flow import BF16_MODEL, Flow, walk
+from autoquant.forward.head import Head
+from autoquant.forward.room import Room
+from autoquant.forward.trunk import Part, Trunk
+from autoquant.measure.compare import Batch, Cache, Comparison
+from autoquant.measure.interactions import Key
+from autoquant.measure.kl import TokenKl, TokenScores
 from autoquant.measure.sketch import LogitSketch
 from autoquant.model.live import QuantizedModel
 from autoquant.plan.assignment import Assignment
 
-CPU_TILE_BYTES = 1 << 26
-GPU_TILE_BYTES = 3 << 27
-GPU_TILE_TOKENS = 128
-"""Size of one float32 logit tile; a tile of each model is alive at a time. A GPU's matrix product
-needs hundreds of tokens, a multiple of its own tile, to run at full speed; a CPU's fits the caches
-better with less."""
-
-_BF16 = Assignment.of({})
-
-
-@dataclass(slots=True)
-class _Batch:
-    """One batch of a split, with what is kept of it between candidates."""
-
-    tokens: torch.Tensor
-    reference: torch.Tensor
-    """Final hidden states of the BF16 model, [B, L, H]."""
-    units: Integers
-    """Number of each sequence's independent unit, [B]."""
-    logits: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Reference logit tiles by first token, as far as memory allows."""
-    previous: tuple[Assignment, Trace] | None = None
+_Scores = TypeVar("_Scores")
 
 
 class Scorer:
@@ -65,244 +45,258 @@ class Scorer:
     ) -> None:
         self.quantized = quantized
         self.device = device
-        self.trunk = Trunk(quantized.model, quantized.products)
-        self._batches: dict[tuple[str, int], _Batch] = {}
-        self._block = {g.name: self.block_of(g.layer) for g in quantized.groups}
-        self._cache_left = cache_bytes
+        self.trunk = Trunk(quantized.model, quantized.products, quantized.weights)
+        self.head = Head(self.trunk.head, quantized)
+        self.room = Room(device)
+        self._cache = Cache(cache_bytes)
+        self._comparison = Comparison(self.head, self._cache)
+        self._batches: dict[tuple[str, int], Batch] = {}
+        self._layer = {group.name: group.layer for group in quantized.groups}
 
-    @property
-    def blocks(self) -> int:
-        return len(self.trunk.blocks)
+    def check(self, split: Split) -> None:
+        """Verify on one sequence that block by block gives the model's own logits.
 
-    def block_of(self, layer: int | None) -> int:
-        """First block to run when a group of this layer changes; behind all blocks for a head."""
-        return layer if layer is not None else self.blocks
+        Also finds out whether forwards may start between blocks, and how much fits a GPU.
+
+        Raises:
+            SourceError: logits are not the head applied to the final hidden states.
+        """
+        tokens = split.batches[0][:1].to(self.device)
+        check_forward(self.trunk, self.quantized, self.room, tokens)
+        limit_memory(self.trunk, self.quantized, self.room, tokens)
+
+    def forward(
+        self, batches: Sequence[torch.Tensor], assignment: Assignment = BF16_MODEL
+    ) -> list[torch.Tensor]:
+        """Final hidden states [B, L, H] of batches [B, L] in one pass over the blocks."""
+        flows = [Flow(parts=self._enter(tokens), assignment=assignment) for tokens in batches]
+        self._walk(flows)
+        return [flow.hidden for flow in flows]
+
+    def waves(
+        self, split: Split, batches: Sequence[int], *, forwards: int
+    ) -> Iterator[Sequence[int]]:
+        """Batches that go through the blocks together, with so many forwards of each."""
+        states = forwards * max((self._state_bytes(split, index) for index in batches), default=1)
+        return self.room.waves(batches, states)
 
     def score(self, assignment: Assignment, split: Split) -> TokenKl:
         """KL of a whole assignment on every token of the split."""
+        waves = self.waves(split, range(len(split.batches)), forwards=1)
         return TokenKl.joined(
-            self.score_batch(assignment, split, index) for index in range(len(split.batches))
+            scores for wave in waves for (scores,) in self.score_batches([assignment], split, wave)
         )
 
-    def score_batch(self, assignment: Assignment, split: Split, index: int) -> TokenKl:
-        """KL of a whole assignment on one batch of the split."""
-        batch = self._batch(split, index)
-        with self._served(assignment):
-            return self._compare(batch, self._trace(assignment, batch).hidden)
+    def score_batches(
+        self, assignments: Sequence[Assignment], split: Split, batches: Sequence[int]
+    ) -> list[list[TokenKl]]:
+        """KL of each assignment on each of some batches, in one pass over the blocks.
 
-    def score_fully(self, assignment: Assignment, split: Split) -> TokenScores:
-        """The same KL as `score`, with agreement and likelihoods."""
-        return TokenScores.joined(
-            self._score_batch_fully(assignment, split, index) for index in range(len(split.batches))
-        )
+        Returns:
+            For each batch the scores of the assignments, in their order.
+        """
+        return self._measure(assignments, split, batches, self._comparison.kl)
 
-    def probe_batch(
-        self,
-        split: Split,
-        index: int,
-        probes: Iterable[tuple[str, Choice]],
-        sketch: LogitSketch | None = None,
+    def score_fully(self, assignments: Sequence[Assignment], split: Split) -> list[TokenScores]:
+        """The KL of each assignment on the split, with agreement and likelihoods."""
+        waves = self.waves(split, range(len(split.batches)), forwards=len(assignments))
+        compare = self._comparison.fully
+        batches = [b for wave in waves for b in self._measure(assignments, split, wave, compare)]
+        return [TokenScores.joined(scores) for scores in zip(*batches, strict=True)]
+
+    def probe(
+        self, split: Split, probes: Sequence[tuple[int, Key]], sketch: LogitSketch | None = None
     ) -> Iterator[tuple[TokenKl, torch.Tensor]]:
-        """Measure groups on one batch, each alone in its choice, the rest in BF16.
+        """Measure groups, each alone in its choice, the rest in BF16.
+
+        Args:
+            split: the tokens.
+            probes: batch and (group, choice) of each, those of a batch behind each other.
+            sketch: how logit changes are kept.
 
         Yields:
             Each probe's KL, and its logit change as `sketch` keeps it, float32; empty without one.
         """
-        batch = self._batch(split, index)
-        trace = self.trunk.trace(batch.tokens)
-        for group, choice in probes:
-            with self._applied(Assignment.of({group: choice})):
-                start = self._block[group]
-                probed = self.trunk.trace(batch.tokens, start=start, after=trace, keep=False)
-                result = self._compare_and_sketch(batch, probed.hidden, sketch)
-            yield result
+        state_bytes = max((self._state_bytes(split, index) for index, _ in probes), default=1)
+        wanted = Counter(index for index, _ in probes)
+        bf16: dict[int, Flow] = {}
+        for together in self.room.together(probes, state_bytes):
+            here = Counter(index for index, _ in together)
+            bf16 = {
+                index: bf16.get(index)
+                or Flow(parts=self._parts(split, index), keep=count < wanted[index])
+                for index, count in here.items()
+            }
+            flows = [self._probe(bf16[index], key) for index, key in together]
+            self._walk([*(flow for flow in bf16.values() if not flow.is_done), *flows])
+            for index, flow in bf16.items():
+                self._keep_reference(split, index, flow)
+            for (index, _), flow in zip(together, flows, strict=True):
+                with self._applied(flow):
+                    yield self._comparison.kl_and_sketch(
+                        self._batch(split, index), flow.hidden, sketch
+                    )
 
-    def noise_batch(self, split: Split, index: int) -> TokenKl:
+    def bf16_states(self, split: Split, batches: Sequence[int]) -> list[Flow]:
+        """Forwards of the BF16 model at their end, with the states between blocks."""
+        flows = [Flow(parts=self._parts(split, index), keep=True) for index in batches]
+        self._walk(flows)
+        for index, flow in zip(batches, flows, strict=True):
+            self._keep_reference(split, index, flow)
+        return flows
+
+    def probe_head(
+        self, bf16: Flow, split: Split, index: int, keys: Sequence[Key]
+    ) -> Iterator[TokenKl]:
+        """Measure groups behind all blocks on a batch, each alone in its choice.
+
+        Args:
+            bf16: the BF16 model's forward of the batch.
+            split: the tokens.
+            index: of the batch.
+            keys: (group, choice) pairs.
+        """
+        for key in keys:
+            flow = self._probe(bf16, key)
+            with self._applied(flow):
+                yield self._comparison.kl(self._batch(split, index), bf16.hidden)
+
+    def noise(self, split: Split, index: int) -> TokenKl:
         """KL between two BF16 runs of one batch.
 
         The second computes attention with other kernels, or, where the architecture has only one,
         a sequence at a time.
         """
         batch = self._batch(split, index)
+        if batch.reference is None:
+            self._measure((), split, [index], self._comparison.kl)
+        before = self.room.sequences_at_once
         with self.trunk.other_attention() as is_other:
-            parts = (batch.tokens,) if is_other else batch.tokens.split(1)
-            return self._compare(batch, torch.cat([self.trunk.hidden(part) for part in parts]))
-
-    @torch.no_grad()
-    def pull_back(
-        self, hidden: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
-        """The gradient at final hidden states [B, L, H] of the sum of logits times `change`.
-
-        Args:
-            hidden: of the BF16 model.
-            change: from a tile of float32 logits [T, V] to as many factors, taken as constants.
-        """
-        weight = self.trunk.head.weight
-        weight = weight if hidden.is_cuda else self.quantized.products.copies.of(weight)
-        flat = hidden.flatten(0, 1)
-        tiles = flat.split(self._tile_rows(hidden))
-        parts = [change(self._logits(tile, weight)).to(weight.dtype) @ weight for tile in tiles]
-        return torch.cat(parts).to(hidden.dtype).view_as(hidden)
+            if before is not None or not is_other:  # every pair of positions is in memory
+                self.room.sequences_at_once = 1
+            try:
+                (hidden,) = self.forward([batch.tokens])
+            finally:
+                self.room.sequences_at_once = before
+        return self._comparison.kl(batch, hidden)
 
     def forget(self, split: Split) -> None:
         """Give back what is kept of a split."""
         for index in range(len(split.batches)):
             batch = self._batches.pop((split.digest, index), None)
             if batch is not None:
-                self._cache_left += sum(map(_bytes, batch.logits.values()))
-                self._cache_left += batch.previous[1].bytes if batch.previous else 0
+                self._cache.left += batch.bytes
 
-    def check(self, split: Split) -> None:
-        """Verify on one sequence that logits are the head applied to the final hidden states.
-
-        Also finds out whether candidates may start between blocks.
-
-        Raises:
-            SourceError: they are not (a soft cap or a scale after the head).
-        """
-        tokens = split.batches[0][:1].to(self.device)
-        with torch.inference_mode(), self._applied(_BF16), self.quantized.products.active():
-            actual = self.quantized.model(input_ids=tokens, use_cache=False).logits
-            expected = self.trunk.head(self.trunk.hidden(tokens))
-        if not torch.equal(actual.float(), expected.float()):
-            raise SourceError(
-                f"{type(self.quantized.model).__name__} changes its logits after the head, which "
-                "scoring from hidden states would miss.",
-                fix="this architecture is not supported yet.",
-            )
-        with self._applied(_BF16):
-            self.trunk.check_resuming(tokens)
-            self.trunk.limit_memory(tokens)
-
-    def _batch(self, split: Split, index: int) -> _Batch:
+    def _batch(self, split: Split, index: int) -> Batch:
         key = (split.digest, index)
         if key not in self._batches:
             tokens = split.batches[index].to(self.device)
-            with self._applied(_BF16):
-                hidden = self.trunk.stored(self.trunk.hidden(tokens), len(split.batches))
-            self._batches[key] = _Batch(tokens, hidden, split.units[index])
+            self._batches[key] = Batch(tokens, split.units[index])
         return self._batches[key]
 
-    def _applied(self, assignment: Assignment) -> "_Applied":
-        """The assignment alone: of single groups, and of the BF16 model."""
-        return _Applied(self.quantized, assignment, with_cache=False)
+    def _state_bytes(self, split: Split, index: int) -> int:
+        """Of the states of one batch between two blocks."""
+        weight = self.trunk.head.weight
+        return int(split.batches[index].numel() * weight.shape[1] * weight.element_size())
 
-    def _served(self, assignment: Assignment) -> "_Applied":
-        """The assignment as it is served, with the cache's format."""
-        return _Applied(self.quantized, assignment, with_cache=True)
+    def _parts(self, split: Split, index: int) -> tuple[Part, ...]:
+        return self._enter(self._batch(split, index).tokens)
 
-    def _trace(self, assignment: Assignment, batch: _Batch) -> Trace:
-        """Run a candidate, from where it differs from the batch's previous one."""
-        if batch.previous is None:
-            size = (self.blocks + 1) * _bytes(batch.reference)
-            keep = self.trunk.can_resume and size <= self._cache_left
-            trace = self.trunk.trace(batch.tokens, keep=keep)
-            if not keep:
-                return trace
-            self._cache_left -= trace.bytes
-        else:
-            before, states = batch.previous
-            differing = [b for g, b in self._block.items() if before[g] != assignment[g]]
-            start = min(differing, default=self.blocks)
-            trace = self.trunk.trace(batch.tokens, start=start, after=states)
-        batch.previous = (assignment, trace)
-        return trace
+    @torch.no_grad()
+    def _enter(self, tokens: torch.Tensor) -> tuple[Part, ...]:
+        return tuple(map(self.trunk.enter, self.room.parts(tokens.to(self.device))))
 
-    def _score_batch_fully(self, assignment: Assignment, split: Split, index: int) -> TokenScores:
+    def _walk(self, flows: Sequence[Flow]) -> None:
+        walk(self.trunk, self.quantized, self.room, flows)
+
+    def _keep_reference(self, split: Split, index: int, bf16: Flow) -> None:
         batch = self._batch(split, index)
-        labels = torch.full_like(batch.tokens, -1)
-        labels[:, :-1] = batch.tokens[:, 1:]
-        columns: dict[str, list[torch.Tensor]] = {}
-        with torch.inference_mode(), self._served(assignment):
-            hidden = self._trace(assignment, batch).hidden
-            for span, reference, logits in self._tiles(batch, hidden):
-                tile = {"kl": kernels.token_kl(reference, logits).double()}
-                tile |= likelihoods(reference, logits, labels.flatten()[span])
-                for name, values in tile.items():
-                    columns.setdefault(name, []).append(values)
-        joined = {name: torch.cat(values).cpu().numpy() for name, values in columns.items()}
-        return TokenScores(sequence=_sequence(batch), unit=batch.units, **joined)
+        if batch.reference is None:
+            batch.reference = self.room.stored(bf16.hidden, len(split.batches))
 
-    def _compare(self, batch: _Batch, hidden: torch.Tensor) -> TokenKl:
-        """Compare hidden states [B, L, H]; the head is quantized if the current choices say so."""
-        return self._compare_and_sketch(batch, hidden, None)[0]
+    def _probe(self, bf16: Flow, key: Key) -> Flow:
+        """The forward of one group in a choice, from where it leaves the BF16 model's."""
+        return Flow(
+            parts=bf16.parts,
+            assignment=Assignment.of(dict([key])),
+            start=self.trunk.stage_of(self._layer[key[0]]),
+            after=bf16,
+        )
 
-    @torch.inference_mode()
-    def _compare_and_sketch(
-        self, batch: _Batch, hidden: torch.Tensor, sketch: LogitSketch | None
-    ) -> tuple[TokenKl, torch.Tensor]:
-        tiles, sketches = [], [hidden.new_empty(0, dtype=torch.float32)]
-        for span, reference, logits in self._tiles(batch, hidden):
-            tiles.append(kernels.token_kl(reference, logits))
-            if sketch is not None:
-                sketches.append(sketch.of(reference, logits, first=span.start))
-        kl = torch.cat(tiles).double().cpu().numpy()
-        return TokenKl(kl=kl, sequence=_sequence(batch), unit=batch.units), torch.cat(sketches)
+    def _measure(
+        self,
+        assignments: Sequence[Assignment],
+        split: Split,
+        indices: Sequence[int],
+        compare: Callable[[Batch, torch.Tensor], _Scores],
+    ) -> list[list[_Scores]]:
+        """Scores of each assignment on each batch, in one pass over the blocks."""
+        batches = [self._batch(split, index) for index in indices]
+        references = {
+            index: Flow(parts=self._enter(batch.tokens))
+            for index, batch in zip(indices, batches, strict=True)
+            if batch.reference is None
+        }
+        candidates = [self._candidates(batch, assignments) for batch in batches]
+        self._walk([*references.values(), *(flow for flows in candidates for flow in flows)])
+        for index, flow in references.items():
+            self._keep_reference(split, index, flow)
+        found = []
+        for batch, flows in zip(batches, candidates, strict=True):
+            scores = []
+            for flow in flows:
+                with self._applied(flow):
+                    scores.append(compare(batch, flow.hidden))
+                if flow.keep:
+                    batch.previous = flow
+            found.append(scores)
+        return found
 
-    def _tiles(
-        self, batch: _Batch, hidden: torch.Tensor
-    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Yield tokens, reference logits and candidate's logits, float32 [T, V], tile by tile."""
-        head = self.trunk.head
-        ours, theirs = hidden.flatten(0, 1), batch.reference.flatten(0, 1)
-        rows = min(self._tile_rows(hidden), len(ours))
-        shape = (2, rows, head.weight.shape[0])
-        buffers = torch.empty(shape, dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(ours), rows):
-            span = slice(start, start + rows)
-            tile, other = buffers[:, : len(ours[span])]
-            reference = batch.logits.get(start)
-            if reference is None:
-                known = theirs[span].to(ours.device, non_blocking=True)
-                keep = _bytes(other) <= self._cache_left
-                reference = self._logits(known, head.weight, None if keep else other)
-                if keep:
-                    self._cache_left -= _bytes(reference)
-                    batch.logits[start] = reference
-            yield span, reference, self._logits(*self.quantized.operands(head, ours[span]), tile)
+    def _candidates(self, batch: Batch, assignments: Sequence[Assignment]) -> list[Flow]:
+        """The forwards of assignments, each from where it leaves one that has been there."""
+        before = batch.previous
+        parts = self._enter(batch.tokens) if before is None else before.parts
+        keep = len(assignments) == 1 and (before is not None or self._may_keep(parts))
+        flows: list[Flow] = []
+        for assignment in assignments:
+            known = flows if before is None else [before, *flows]
+            start, after = max(
+                ((self._first_difference(flow, assignment), flow) for flow in known),
+                key=lambda found: found[0],
+                default=(0, None),
+            )
+            flows.append(
+                Flow(
+                    parts=parts,
+                    assignment=assignment,
+                    with_cache=True,
+                    start=start,
+                    after=after if start else None,
+                    keep=keep,
+                )
+            )
+        return flows
 
-    def _tile_rows(self, hidden: torch.Tensor) -> int:
-        """Tokens of one logit tile."""
-        vocabulary: int = self.trunk.head.weight.shape[0]
-        if not hidden.is_cuda:
-            return max(1, CPU_TILE_BYTES // (4 * vocabulary))
-        rows = max(1, GPU_TILE_BYTES // (4 * vocabulary))
-        return rows - rows % GPU_TILE_TOKENS if rows > GPU_TILE_TOKENS else rows
+    def _first_difference(self, flow: Flow, assignment: Assignment) -> int:
+        """First stage in which an assignment differs from a forward's."""
+        differing = [
+            self.trunk.stage_of(layer)
+            for group, layer in self._layer.items()
+            if flow.assignment[group] != assignment[group]
+        ]
+        return min(differing, default=self.trunk.stages)
 
-    def _logits(
-        self, hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Float32 logits [T, V] of hidden states [T, H] under a head weight [V, H]."""
-        bias = self.trunk.head.bias
-        if hidden.is_cuda:
-            logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
-        else:
-            wide = self.quantized.products.copies.of(weight)
-            logits = torch.mm(hidden.float(), wide.t(), out=out)
-        return logits if bias is None else logits.add_(bias.float())
+    def _may_keep(self, parts: Sequence[Part]) -> bool:
+        """Whether memory holds the states of a forward, which then is taken."""
+        size = sum(part.state.numel() * part.state.element_size() for part in parts)
+        return not self.trunk.is_whole and self._cache.take((self.trunk.stages + 1) * size)
 
-
-class _Applied:
-    """Puts an assignment on for the time of a `with` block, BF16 after it."""
-
-    def __init__(
-        self, quantized: QuantizedModel, assignment: Assignment, *, with_cache: bool
-    ) -> None:
-        self.quantized, self.assignment, self.with_cache = quantized, assignment, with_cache
-
-    def __enter__(self) -> None:
-        self.quantized.apply(self.assignment, with_cache=self.with_cache)
-
-    def __exit__(self, *_: object) -> None:
-        self.quantized.apply(_BF16)
-        self.quantized.forget_inputs()
-
-
-def _sequence(batch: _Batch) -> Integers:
-    rows, length = batch.tokens.shape
-    return np.repeat(np.arange(rows), length)
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    @contextmanager
+    def _applied(self, flow: Flow) -> Iterator[None]:
+        """The choices of a forward in force inside, BF16 after it."""
+        self.quantized.apply(flow.assignment, with_cache=flow.with_cache)
+        try:
+            yield
+        finally:
+            self.quantized.apply(BF16_MODEL)
+            self.quantized.forget_inputs()

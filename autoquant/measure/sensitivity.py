@@ -118,15 +118,17 @@ def probe(
     sketch = sketches.sketch if sketches else None
     results = {(p.batch, p.group, p.choice): p for p in done}
     batches = range(len(split.batches)) if batches is None else batches
-    for batch in batches:
-        missing = [key for key in keys if (batch, *key) not in results]
-        scores = scorer.probe_batch(split, batch, missing, sketch) if missing else ()
-        for (group, choice), (score, change) in zip(missing, scores, strict=True):
-            result = batch_probe(batch, group, choice, score)
+    missing = {batch: [key for key in keys if (batch, *key) not in results] for batch in batches}
+    wanted = [(batch, key) for batch, left in missing.items() for key in left]
+    scores = scorer.probe(split, wanted, sketch)
+    for batch, left in missing.items():
+        for key in left:
+            score, change = next(scores)
             if sketches:
-                sketches.put(batch, (group, choice), change)
+                sketches.put(batch, key, change)
+            result = batch_probe(batch, *key, score)
             keep(result)
-            results[batch, group, choice] = result
+            results[batch, *key] = result
         if sketches:
             sketches.finish(batch)
     kl, stderr = summarize(keys, split, (p for p in results.values() if p.batch in batches))

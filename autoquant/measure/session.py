@@ -86,11 +86,11 @@ def open_session(
         attention=attention,
         codes=codes,
     )
-    first = splits["calibration"].batches[0][:1, :_TRACED_TOKENS]
-    for disagreement in input_disagreements(quantized, first.to(chosen)):
-        observer.warn(disagreement)
     scorer = Scorer(quantized, chosen)
     scorer.check(splits["calibration"])
+    first = splits["calibration"].batches[0][:1, :_TRACED_TOKENS]
+    for disagreement in input_disagreements(quantized, lambda: scorer.forward([first])):
+        observer.warn(disagreement)
     observer.step()
     return Session(loaded=loaded, scorer=scorer, splits=splits)
 

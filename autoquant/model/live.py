@@ -15,6 +15,7 @@ from torch.nn import functional
 from autoquant.codes.book import CodeBook
 from autoquant.codes.cache import CodeCache
 from autoquant.codes.kept import Kept
+from autoquant.codes.weights import WeightSource
 from autoquant.formats import BF16, Choice
 from autoquant.model.attention import QuantizedCache
 from autoquant.model.binding import DenseSlot, ExpertsSlot, Names, Slot, bind
@@ -167,7 +168,9 @@ class QuantizedModel:
         self._slots: list[tuple[GroupState, Slot]] = [
             (self._states[name], slot) for name, own in slots.items() for slot in own
         ]
-        self.book = CodeBook(ResidentWeights(slots), memory_bytes=packed_bytes, cache=codes)
+        self.weights: WeightSource = ResidentWeights(slots)
+        """Weights of every block."""
+        self.book = CodeBook(self.weights, memory_bytes=packed_bytes, cache=codes)
         """Codes of every group and choice."""
         self._context = _Context(
             mode=mode, book=self.book, decoded=Kept(decoded_bytes, self._largest_layer())

@@ -4,7 +4,7 @@ The groups follow the names of fused projections that engines are known to use. 
 nothing of engines, but linears that an engine multiplies as one matrix must read one tensor.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,11 +17,17 @@ Tensors = Mapping[str, tuple[int, int]]
 """What each linear read: address and number of elements of a tensor that is still alive."""
 
 
-def input_disagreements(quantized: QuantizedModel, tokens: torch.Tensor) -> tuple[str, ...]:
-    """Groups for which names and a forward of `tokens` [B, L] disagree, one line each.
+def input_disagreements(
+    quantized: QuantizedModel, forward: Callable[[], object]
+) -> tuple[str, ...]:
+    """Groups for which names and a forward disagree, one line each.
 
     Single experts that are modules of their own are left out: they share a scale although each
     reads other tokens.
+
+    Args:
+        quantized: the live model.
+        forward: runs it once, on a few tokens: what every linear reads stays in memory meanwhile.
     """
     linears = {
         linear.name: linear
@@ -29,26 +35,24 @@ def input_disagreements(quantized: QuantizedModel, tokens: torch.Tensor) -> tupl
         for linear in slot.linears
         if table.ROUTED_EXPERT.fullmatch(linear.name) is None
     }
-    read = _trace(quantized, tokens)
+    read = _trace(quantized, forward)
     seen = [linear for name, linear in linears.items() if name in read]
     return (*_joined_by_name_alone(seen, read), *_joined_by_input_alone(seen, read))
 
 
-@torch.inference_mode()
-def _trace(quantized: QuantizedModel, tokens: torch.Tensor) -> Tensors:
-    """Run the model once; inputs are kept until the end, so that no address is used twice."""
+def _trace(quantized: QuantizedModel, forward: Callable[[], object]) -> Tensors:
+    """Inputs are kept until the end, so that no address is used twice."""
     read: dict[str, torch.Tensor] = {}
     hooks = []
     for slot in quantized.dense_slots:
 
         def keep(module: Any, inputs: tuple[Any, ...], slot: Any = slot) -> None:
             for linear in slot.linears:
-                read.setdefault(linear.name, inputs[0])
+                read[linear.name] = inputs[0]
 
         hooks.append(slot.module.register_forward_pre_hook(keep))
     try:
-        with quantized.products.active():
-            quantized.model(input_ids=tokens, use_cache=False)
+        forward()
     finally:
         for hook in hooks:
             hook.remove()

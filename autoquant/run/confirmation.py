@@ -50,7 +50,7 @@ def confirm(
     history: History,
     *,
     finalists: int,
-    score: Callable[[Assignment], TokenScores],
+    score: Callable[[Sequence[Assignment]], Sequence[TokenScores]],
     noise: Callable[[], float],
     seed: int,
     observer: Observer,
@@ -64,7 +64,7 @@ def confirm(
         explored: who meets.
         history: holds the baselines.
         finalists: challengers at most.
-        score: an assignment on the report split.
+        score: assignments on the report split, in their order.
         noise: mean KL between two BF16 runs on it, nats per token.
         seed: of the resampling.
         observer: told of each score.
@@ -75,14 +75,14 @@ def confirm(
     invited = [explored.incumbent, *explored.challengers[:finalists]]
     baselines = [t for t in history.trials if t.stage is Stage.BASELINE and t not in invited]
     observer.stage("confirm", len(invited) + len(baselines))
-    met = _scored(invited, score, observer)
+    scored = _scored([*invited, *baselines], score, observer)
+    met = [trial for trial, _ in scored if trial in invited]
     if not met:
         raise SourceError(
             "the KL of every finalist on the report tokens is not finite: the quantized model's "
             "output overflows.",
             fix="close the formats that overflow in the search space, or raise the budget.",
         )
-    scored = [*met, *_scored(baselines, score, observer)]
     candidates = tuple(trial for trial, _ in scored)
     within = [i for i, trial in enumerate(candidates) if trial.fits]
     winner, differences = choose(
@@ -100,14 +100,19 @@ def confirm(
 
 
 def _scored(
-    trials: Sequence[Trial], score: Callable[[Assignment], TokenScores], observer: Observer
+    trials: Sequence[Trial],
+    score: Callable[[Sequence[Assignment]], Sequence[TokenScores]],
+    observer: Observer,
 ) -> list[tuple[Trial, TokenScores]]:
     """Each with its scores, without those that are not finite."""
+    finite = [trial for trial in trials if math.isfinite(trial.kl)]
+    scores = score([trial.assignment for trial in finite]) if finite else ()
+    by_number = {trial.number: own for trial, own in zip(finite, scores, strict=True)}
     found = []
     for trial in trials:
-        scores = score(trial.assignment) if math.isfinite(trial.kl) else None
-        if scores is not None and math.isfinite(scores.mean):
-            found.append((trial, scores))
+        own = by_number.get(trial.number)
+        if own is not None and math.isfinite(own.mean):
+            found.append((trial, own))
         else:
             observer.warn(
                 f"trial {trial.number} ({trial.stage}: {trial.name}) overflows: its KL is not "

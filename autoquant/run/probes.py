@@ -80,7 +80,7 @@ class Probes:
         """Mean KL between two BF16 runs of a batch, nats per token; measured once in a run."""
         stored = self.run.read_json(NOISE)
         if stored is None:
-            stored = {"unit": "nats per token", "kl": self.scorer.noise_batch(self.split, 0).mean}
+            stored = {"unit": "nats per token", "kl": self.scorer.noise(self.split, 0).mean}
             self.run.write_json(NOISE, stored)
         return float(stored["kl"])
 

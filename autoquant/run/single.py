@@ -168,7 +168,7 @@ def _measure(
     if (caution := split.caution()) is not None:
         observer.warn(caution)
     observer.stage("score", 1)
-    scores = session.scorer.score_fully(assignment, split)
+    (scores,) = session.scorer.score_fully([assignment], split)
     observer.step()
     complete = {group.name: assignment[group.name] for group in groups}
     accounting = Accounting(

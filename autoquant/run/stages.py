@@ -5,7 +5,7 @@ stages below are pure given the scorer.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -114,19 +114,21 @@ class Search(Probing):
                 explored,
                 history,
                 finalists=FINALISTS,
-                score=lambda assignment: self._score_fully(session, assignment),
-                noise=lambda: session.scorer.noise_batch(split, 0).mean,
+                score=lambda assignments: self._score_fully(session, assignments),
+                noise=lambda: session.scorer.noise(split, 0).mean,
                 seed=self.config.seed,
                 observer=self.observer,
             )
 
-    def _score_fully(self, session: Session, assignment: Assignment) -> TokenScores:
+    def _score_fully(
+        self, session: Session, assignments: Sequence[Assignment]
+    ) -> list[TokenScores]:
         """Scores on the report split; what another budget has confirmed is taken from there."""
-        known = self.shared.confirmed
-        if assignment.digest not in known:
-            split = session.splits["report"]
-            known[assignment.digest] = session.scorer.score_fully(assignment, split)
-        return known[assignment.digest]
+        known, split = self.shared.confirmed, session.splits["report"]
+        new = [each for each in assignments if each.digest not in known]
+        for assignment, scores in zip(new, session.scorer.score_fully(new, split), strict=True):
+            known[assignment.digest] = scores
+        return [known[each.digest] for each in assignments]
 
     def _finish(
         self,

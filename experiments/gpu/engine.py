@@ -145,7 +145,7 @@ def measure(name: str, tokens: int, length: int) -> dict[str, Any]:
     scorer = Scorer(quantized, DEVICE)
     scorer.check(split)
     with quantized.observing():
-        scorer.trunk.hidden(ids[:1])
+        scorer.forward([ids[:1]])
     amax, _ = fill_unseen(quantized.observed_ranges())
     quantized.set_input_scales({n: InputScale(amax=a) for n, a in amax.items()})
     torch.cuda.empty_cache()
@@ -157,7 +157,7 @@ def measure(name: str, tokens: int, length: int) -> dict[str, Any]:
 
     def candidate() -> None:
         turn[0] += 1  # two assignments that differ from the first group on: no state is reused
-        scorer.score_batch((uniform, mixed)[turn[0] % 2], split, 0)
+        scorer.score_batches([(uniform, mixed)[turn[0] % 2]], split, [0])
 
     sample = [(g.name, NVFP4) for g in groups[:: max(1, len(groups) // 8)]]
     keys = [(name, NVFP4) for name in names]
@@ -170,8 +170,8 @@ def measure(name: str, tokens: int, length: int) -> dict[str, Any]:
         return seconds
 
     seconds = phase("candidate", candidate, 4)
-    probes = phase("probe", lambda: list(scorer.probe_batch(split, 0, sample)), 1)
-    noise = phase("noise", lambda: scorer.noise_batch(split, 0), 1)
+    probes = phase("probe", lambda: list(scorer.probe(split, [(0, key) for key in sample])), 1)
+    noise = phase("noise", lambda: scorer.noise(split, 0), 1)
     gradient = phase(
         "gradient probe", lambda: gradient_probe(scorer, split, keys, (), [].append, seed=0), 1
     )
@@ -181,7 +181,7 @@ def measure(name: str, tokens: int, length: int) -> dict[str, Any]:
         "groups": len(groups),
         "tokens": ids.numel(),
         "sequence_length": length,
-        "sequences_at_once": scorer.trunk.sequences_at_once,
+        "sequences_at_once": scorer.room.sequences_at_once,
         "plain_forward": fastest,
         "plain_forward_seconds": baseline,
         "candidate_seconds": seconds,

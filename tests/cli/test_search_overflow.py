@@ -38,31 +38,30 @@ def search(autoquant, folder, tmp_path):
 
 def overflow(monkeypatch, breaks):
     """Let tokens' KL be infinite under the assignments that `breaks` names, alone or jointly."""
-    score, probe, fully = Scorer.score_batch, Scorer.probe_batch, Scorer._score_batch_fully
+    measure, probe = Scorer._measure, Scorer.probe
 
     def broken(scores):
         kl = scores.kl.copy()
         kl[3] = np.inf
         return type(scores)(**{**vars(scores), "kl": kl})
 
-    def score_batch(self, assignment, split, index):
-        found = score(self, assignment, split, index)
-        return broken(found) if breaks(dict(assignment)) else found
+    def measured(self, assignments, *rest):
+        return [
+            [
+                broken(scores) if breaks(dict(assignment)) else scores
+                for assignment, scores in zip(assignments, batch, strict=True)
+            ]
+            for batch in measure(self, assignments, *rest)
+        ]
 
-    def probe_batch(self, split, index, probes, sketch=None):
-        probes = list(probes)
-        for key, (scores, change) in zip(
-            probes, probe(self, split, index, probes, sketch), strict=True
+    def probed(self, split, probes, sketch=None):
+        for (_, key), (scores, change) in zip(
+            probes, probe(self, split, probes, sketch), strict=True
         ):
             yield (broken(scores) if breaks(dict([key])) else scores), change
 
-    def score_fully(self, assignment, split, index):
-        found = fully(self, assignment, split, index)
-        return broken(found) if breaks(dict(assignment)) else found
-
-    monkeypatch.setattr(Scorer, "score_batch", score_batch)
-    monkeypatch.setattr(Scorer, "probe_batch", probe_batch)
-    monkeypatch.setattr(Scorer, "_score_batch_fully", score_fully)
+    monkeypatch.setattr(Scorer, "_measure", measured)
+    monkeypatch.setattr(Scorer, "probe", probed)
 
 
 def in_nvfp4(choices):

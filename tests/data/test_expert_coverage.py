@@ -46,9 +46,9 @@ def test_every_expert_on_every_token_widens_ranges_alone(folder):
             lambda module, args, index=index: seen.update({index: args[0]})
         )
     natural = calibrate(scorer, SPLIT, lambda: None)
-    by_routing = scorer.trunk.hidden(BATCH)
+    (by_routing,) = scorer.forward([BATCH])
     shown = calibrate(scorer, SPLIT, lambda: None, all_experts=True)
-    assert torch.equal(scorer.trunk.hidden(BATCH), by_routing)
+    assert torch.equal(scorer.forward([BATCH])[0], by_routing)
     for block, counts in natural.expert_tokens.items():
         assert sum(counts) == 2 * BATCH.numel()
         assert shown.expert_tokens[block] == [2 * count for count in counts]

@@ -17,6 +17,7 @@ from autoquant.measure import gradient
 from autoquant.measure.gradient import gradient_probe, mean_estimate
 from autoquant.measure.scorer import Scorer
 from autoquant.model.products import CpuProducts
+from autoquant.model.resident import ResidentWeights
 
 CPU = torch.device("cpu")
 SEQUENCES, SEEDS = 256, 20
@@ -30,6 +31,7 @@ class Nudged:
     def __init__(self, model, linears):
         self.model = model
         self.products = CpuProducts(CpuPolicy.BF16)
+        self.weights = ResidentWeights({})
         self.linears = linears
         self.groups = [SimpleNamespace(name=name, layer=layer) for name, layer, _ in linears]
         self.chosen = {}
@@ -52,6 +54,9 @@ class Nudged:
 
     def choose(self, choices):
         self.chosen = choices
+
+    def apply(self, assignment, *, with_cache=False):
+        self.chosen = dict(assignment)
 
     def forget_inputs(self):
         pass

@@ -8,6 +8,8 @@ from searchable import save_searchable
 
 from autoquant.data.tokens import Split
 from autoquant.formats import BF16, FP8, NVFP4
+from autoquant.forward.backward import Backward
+from autoquant.forward.flow import loop
 from autoquant.measure import gradient
 from autoquant.measure.calibration import calibrate
 from autoquant.measure.gradient import NoGradient, gradient_probe, mean_estimate
@@ -18,6 +20,7 @@ from autoquant.model.experts import grouped_linear
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
 from autoquant.plan.activation_mode import ActivationMode
+from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
 from autoquant.source.source import open_source
 
@@ -69,17 +72,19 @@ def test_effects_are_the_first_order_change_of_a_scalar(scorer, keys):
     tokens = SPLIT.batches[0]
     direction = torch.randn((*tokens.shape, 64), generator=torch.Generator().manual_seed(1))
     inside = [key for key in keys if key[0] != "lm_head"]
-    with (taps := Taps(scorer.quantized, inside, tokens.numel())).installed():
-        hidden = scorer.trunk.differentiable(tokens)
-        hidden.backward(direction.to(hidden.dtype))
-    before = scorer.trunk.hidden(tokens).float()
+    taps = Taps(scorer.quantized, inside, tokens.numel())
+    (flow,) = scorer.bf16_states(SPLIT, [0])
+    before = flow.hidden.float()
+    back = Backward(
+        scorer.trunk, scorer.room, flow, [taps.installed], lambda h: direction.to(h.dtype)
+    )
+    loop(scorer.trunk, [back], backwards=True)
     expected, found = [], []
     for group, choice in inside:
-        scorer.quantized.choose({group: choice})
-        change = scorer.trunk.hidden(tokens).float() - before
+        (hidden,) = scorer.forward([tokens], Assignment.of({group: choice}))
+        change = hidden.float() - before
         expected.append((change * direction).sum(dim=-1).sum(dim=-1).numpy())
         found.append(taps.effects[group, choice].view(tokens.shape).sum(dim=1).numpy())
-    scorer.quantized.choose({})
     correlation = np.corrcoef(np.concatenate(expected), np.concatenate(found))[0, 1]
     assert correlation > 0.9
 
@@ -162,10 +167,10 @@ def test_a_gradient_that_is_not_finite_is_refused(scorer, keys, monkeypatch):
 
 
 def test_memory_that_runs_out_is_not_taken_for_a_missing_gradient(scorer, keys, monkeypatch):
-    def differentiable(tokens):
+    def visit(backward, stage):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(scorer.trunk, "differentiable", differentiable)
+    monkeypatch.setattr(Backward, "visit", visit)
     with pytest.raises(torch.OutOfMemoryError):
         estimate(scorer, keys)
 

@@ -10,7 +10,7 @@ from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 from autoquant.cli import cli
 from autoquant.cli.terminal import Terminal
-from autoquant.measure.forward import Trunk
+from autoquant.forward.backward import Backward
 from autoquant.measure.scorer import Scorer
 
 BUDGET = 8.5
@@ -111,7 +111,7 @@ def test_every_group_is_probed_in_every_format(exact):
 
 def test_the_same_command_shows_the_probes_again(exact, probe, monkeypatch):
     run, _ = exact
-    monkeypatch.setattr(Scorer, "probe_batch", no_probe)
+    monkeypatch.setattr(Scorer, "probe", no_probe)
     again = probe("--out", run, "--format", "json")
     assert "already holds these probes" in again.stderr
     result = json.loads(again.stdout)
@@ -183,10 +183,10 @@ def test_an_interrupted_probe_goes_on_to_the_same_end(screened, probe, tmp_path,
 
 
 def test_a_model_without_a_backward_pass_is_probed_exactly(exact, probe, tmp_path, monkeypatch):
-    def differentiable(trunk, tokens):
+    def visit(backward, stage):
         raise NotImplementedError("derivative for fused_scan is not implemented")
 
-    monkeypatch.setattr(Trunk, "differentiable", differentiable)
+    monkeypatch.setattr(Backward, "visit", visit)
     result = probe("--probe", "screened", "--out", tmp_path / "run")
     warnings = [line for line in result.stderr.splitlines() if line.startswith("warning")]
     (warning,) = [line for line in warnings if "without gradients" in line]
@@ -212,7 +212,7 @@ def outcome(run):
 def test_a_search_with_given_probes_ends_as_one_that_made_them(
     exact, alone, search, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(Scorer, "probe_batch", no_probe)
+    monkeypatch.setattr(Scorer, "probe", no_probe)
     search("--sensitivity", exact[0], "--out", tmp_path / "run")
     assert outcome(tmp_path / "run") == outcome(alone)
     search("--sensitivity", alone, "--budget-bpe", 9, "--out", tmp_path / "other")
@@ -225,7 +225,7 @@ def test_a_search_finds_probes_of_the_same_settings_by_itself(probe, search, tmp
     probe("--probe", "gradient")
     (run,) = (tmp_path / "runs").iterdir()
     with monkeypatch.context() as patched:
-        patched.setattr(Trunk, "differentiable", no_probe)
+        patched.setattr(Backward, "visit", no_probe)
         found = search("--probe", "gradient", "--out", tmp_path / "out")
     assert f"probes: runs/{run.name}" in found.stderr
     assert sensitivities(tmp_path / "out") == sensitivities(run)

@@ -12,6 +12,7 @@ from tiny_models import save_model
 from autoquant.data.tokens import Split
 from autoquant.errors import SourceError
 from autoquant.formats import BF16, FP8, NVFP4
+from autoquant.forward.flow import Flow, walk
 from autoquant.measure.calibration import calibrate
 from autoquant.measure.kl import TokenKl, TokenScores
 from autoquant.measure.scorer import Scorer
@@ -75,8 +76,8 @@ def candidates(scorer):
 @torch.inference_mode()
 def logits_of(scorer, assignment, tokens):
     """Float64 logits of a whole forward, the head's product included."""
+    (hidden,) = scorer.forward([tokens], assignment)
     scorer.quantized.apply(assignment)
-    hidden = scorer.trunk.hidden(tokens)
     hidden, weight = scorer.quantized.operands(scorer.trunk.head, hidden)
     logits = hidden.double() @ weight.double().t()
     scorer.quantized.choose({})
@@ -103,7 +104,7 @@ def test_kl_is_that_of_full_logits_in_float64(scorer, candidates):
 
 
 def test_the_model_itself_has_no_kl(scorer):
-    scores = scorer.score_fully(Assignment.of({}), SPLIT)
+    (scores,) = scorer.score_fully([Assignment.of({})], SPLIT)
     assert scores.kl.max() == 0.0
     assert scores.top1_agreement() == 1.0
     perplexity = scores.perplexity()
@@ -115,21 +116,20 @@ def test_kl_does_not_depend_on_what_was_measured_before(folder, scorer, candidat
     for candidate in (*candidates, *reversed(candidates)):
         reused = scorer.score(candidate, SPLIT)
         assert np.array_equal(reused.kl, fresh.score(candidate, SPLIT).kl)
-        assert np.array_equal(reused.kl, scorer.score_fully(candidate, SPLIT).kl)
+        (fully,) = scorer.score_fully([candidate], SPLIT)
+        assert np.array_equal(reused.kl, fully.kl)
 
 
 def test_a_probe_is_the_score_of_its_group_alone(scorer):
     keys = [(group.name, choice) for group in scorer.quantized.groups for choice in (NVFP4, FP8)]
-    for index in range(len(SPLIT.batches)):
-        for (group, choice), (probed, _) in zip(
-            keys, scorer.probe_batch(SPLIT, index, keys), strict=True
-        ):
-            alone = scorer.score_batch(Assignment.of({group: choice}), SPLIT, index)
-            assert np.array_equal(probed.kl, alone.kl)
+    wanted = [(index, key) for index in range(len(SPLIT.batches)) for key in keys]
+    for (index, key), (probed, _) in zip(wanted, scorer.probe(SPLIT, wanted), strict=True):
+        ((alone,),) = scorer.score_batches([Assignment.of(dict([key]))], SPLIT, [index])
+        assert np.array_equal(probed.kl, alone.kl)
 
 
 def test_forwards_start_between_blocks(scorer, monkeypatch):
-    assert scorer.trunk.can_resume
+    assert not scorer.trunk.is_whole
     ran = []
     for index, block in enumerate(scorer.trunk.blocks):
         norm, forward = block.input_layernorm, block.input_layernorm.forward
@@ -139,31 +139,33 @@ def test_forwards_start_between_blocks(scorer, monkeypatch):
             return forward(x)
 
         monkeypatch.setattr(norm, "forward", seen)
-    trace = scorer.trunk.trace(SPLIT.batches[0])
+    (whole,) = scorer.bf16_states(SPLIT, [0])
     assert ran == [0, 1, 2]
     ran.clear()
-    scorer.trunk.trace(SPLIT.batches[0], start=2, after=trace)
+    later = Flow(parts=whole.parts, start=2, after=whole)
+    walk(scorer.trunk, scorer.quantized, scorer.room, [later])
     assert ran == [2]
+    assert torch.equal(later.hidden, whole.hidden)
 
 
 @torch.inference_mode()
 def test_a_batch_in_parts_with_its_states_on_the_host_scores_the_same(folder, scorer, candidates):
     limited = scorer_of(folder, cache_bytes=2**30)
     limited.check(SPLIT)
-    limited.trunk.sequences_at_once, limited.trunk.state_bytes = 3, 0
-    trace = limited.trunk.trace(SPLIT.batches[0])
-    assert [len(part[0]) for part in trace.boundaries] == [2, 2]
-    assert trace.bytes == scorer.trunk.trace(SPLIT.batches[0]).bytes
+    limited.room.sequences_at_once, limited.room.device_bytes = 3, 0
+    (flow,) = limited.bf16_states(SPLIT, [0])
+    assert [[len(state) for state in states] for states in flow.boundaries] == [[2, 2]] * 3
+    assert flow.bytes == scorer.bf16_states(SPLIT, [0])[0].bytes
     for candidate in candidates:
         expected = scorer.score(candidate, SPLIT).kl
         np.testing.assert_allclose(
             limited.score(candidate, SPLIT).kl, expected, rtol=1e-5, atol=1e-7
         )
-    keys = [(limited.quantized.groups[-3].name, NVFP4)]
-    ((probed, _),) = limited.probe_batch(SPLIT, 0, keys)
-    alone = limited.score_batch(Assignment.of(dict(keys)), SPLIT, 0)
+    key = (limited.quantized.groups[-3].name, NVFP4)
+    ((probed, _),) = limited.probe(SPLIT, [(0, key)])
+    ((alone,),) = limited.score_batches([Assignment.of(dict([key]))], SPLIT, [0])
     assert np.array_equal(probed.kl, alone.kl)
-    assert limited.noise_batch(SPLIT, 0).mean < 1e-2  # a router may turn at one token
+    assert limited.noise(SPLIT, 0).mean < 1e-2  # a router may turn at one token
 
 
 def test_blocks_that_share_more_than_a_state_are_run_whole(folder):
@@ -184,30 +186,30 @@ def test_blocks_that_share_more_than_a_state_are_run_whole(folder):
     last.register_forward_hook(after_last)
     candidate = Assignment.of({scorer.quantized.groups[-2].name: NVFP4})
     scorer.check(SPLIT)
-    assert not scorer.trunk.can_resume
+    assert scorer.trunk.is_whole
     np.testing.assert_allclose(
         scorer.score(candidate, SPLIT).kl, exact_kl(scorer, candidate), atol=2e-6, rtol=1e-4
     )
 
 
 def test_noise_is_far_below_any_quantization(scorer, candidates):
-    noise = scorer.noise_batch(SPLIT, 0).mean
+    noise = scorer.noise(SPLIT, 0).mean
     assert 0.0 <= noise < 0.1 * scorer.score(candidates[1], SPLIT).mean
 
 
 def test_memory_of_a_split_is_given_back(folder, candidates):
     scorer = scorer_of(folder)
-    before = scorer._cache_left
+    before = scorer._cache.left
     other = split_of("report", seed=1)
     scorer.score(candidates[0], other)
-    assert scorer._cache_left < before
+    assert scorer._cache.left < before
     scorer.forget(other)
-    assert scorer._cache_left == before
+    assert scorer._cache.left == before
     assert not any(digest == other.digest for digest, _ in scorer._batches)
 
 
 def test_all_tokens_but_the_last_have_a_likelihood(scorer, candidates):
-    scores = scorer.score_fully(candidates[0], SPLIT)
+    (scores,) = scorer.score_fully([candidates[0]], SPLIT)
     assert np.isnan(scores.nll).sum() == SPLIT.sequences
     expected = []
     for tokens in SPLIT.batches:
@@ -224,7 +226,7 @@ def test_calibration_sees_every_input_and_the_head(folder):
     scorer = Scorer(quantized, CPU)
     calibration = calibrate(scorer, SPLIT, lambda: None)
     assert calibration.unseen == ()
-    largest = max(scorer.trunk.hidden(tokens).abs().max().item() for tokens in SPLIT.batches)
+    largest = max(hidden.abs().max().item() for hidden in scorer.forward(SPLIT.batches))
     assert calibration.input_amax["lm_head"] == largest
     for tokens in calibration.expert_tokens.values():
         assert sum(tokens) == 2 * SPLIT.tokens
@@ -313,7 +315,7 @@ def test_scores_know_the_units_of_their_split(scorer):
     units = (np.array([3, 3, 0, 0]), np.array([1, 4, 4, 4]))
     split = replace(SPLIT, documents=units, passages=units, digest="four documents")
     assignment = Assignment.of({"lm_head": FP8})
-    for scores in (scorer.score(assignment, split), scorer.score_fully(assignment, split)):
+    for scores in (scorer.score(assignment, split), *scorer.score_fully([assignment], split)):
         assert list(scores.unit) == [3, 3, 0, 0, 1, 4, 4, 4]
 
 
@@ -326,6 +328,6 @@ def test_the_summary_names_the_tail():
 
 
 def test_scores_of_a_candidate_in_bf16_agree_everywhere(scorer):
-    scores = scorer.score_fully(Assignment.of({"lm_head": BF16}), SPLIT)
+    (scores,) = scorer.score_fully([Assignment.of({"lm_head": BF16})], SPLIT)
     assert isinstance(scores, TokenScores)
     assert scores.agrees.all()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
+from autoquant.measure.scorer import Scorer
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
 from autoquant.model.shared_inputs import input_disagreements
@@ -25,7 +26,8 @@ def folder(tmp_path_factory):
 
 def disagreements(folder, groups):
     model = load_model(folder, CPU).model
-    return input_disagreements(QuantizedModel(model, groups, mode=ActivationMode.W4A4), TOKENS)
+    quantized = QuantizedModel(model, groups, mode=ActivationMode.W4A4)
+    return input_disagreements(quantized, lambda: Scorer(quantized, CPU).forward([TOKENS]))
 
 
 def in_one_set(group, name, *others):

@@ -69,10 +69,10 @@ def confirmed(incumbent, challengers, baselines, report_kl, *, finalists=2):
     for each in (*baselines, incumbent, *challengers):
         history.add(each)
 
-    def score(assignment):
-        (name,) = dict(assignment)
-        asked.append(int(name))
-        return scores(report_kl[int(name)])
+    def score(assignments):
+        numbers = [int(name) for assignment in assignments for name in dict(assignment)]
+        asked.extend(numbers)
+        return [scores(report_kl[number]) for number in numbers]
 
     found = confirm(
         Explored(problem=None, incumbent=incumbent, challengers=tuple(challengers)),
@@ -110,7 +110,7 @@ def test_a_baseline_that_is_a_finalist_meets_once():
         Explored(problem=None, incumbent=trial(2), challengers=(baseline,)),
         history,
         finalists=2,
-        score=lambda _: scores(0.1),
+        score=lambda assignments: [scores(0.1) for _ in assignments],
         noise=lambda: 0.0,
         seed=0,
         observer=Watching(),

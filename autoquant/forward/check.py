@@ -1,0 +1,90 @@
+"""Whether block by block gives what the model's own forward gives, and what that takes of a GPU."""
+
+import torch
+
+from autoquant.errors import SourceError
+from autoquant.forward.flow import Flow, Flows, walk
+from autoquant.forward.room import Room
+from autoquant.forward.trunk import Trunk
+from autoquant.model.live import QuantizedModel
+
+_NOT_BLOCK_BY_BLOCK = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What model code raises whose blocks need more than the state between them."""
+
+
+@torch.inference_mode()
+def check_forward(
+    trunk: Trunk, quantized: QuantizedModel, room: Room, tokens: torch.Tensor
+) -> None:
+    """Hold the walk through the blocks against the model's own forward, bit for bit.
+
+    A model whose blocks share more than the state between them becomes one stage.
+
+    Args:
+        trunk: of the model.
+        quantized: all groups in BF16.
+        room: where states are kept.
+        tokens: int64 [1, L].
+
+    Raises:
+        SourceError: logits are not the head applied to the final hidden states.
+    """
+    if not trunk.is_whole and _passes_block_by_block(trunk, quantized, room, tokens):
+        return
+    trunk.is_whole = True
+    flow = Flow(parts=(trunk.enter(tokens),))
+    walk(trunk, quantized, room, [flow])
+    if not _is_output(trunk, flow.hidden, trunk.logits(tokens)):
+        raise SourceError(
+            f"{type(trunk.model).__name__} changes its logits after the head, which scoring from "
+            "hidden states would miss.",
+            fix="this architecture is not supported yet.",
+        )
+
+
+def limit_memory(trunk: Trunk, quantized: QuantizedModel, room: Room, tokens: torch.Tensor) -> None:
+    """Keep later forwards on a GPU within shares of the weights; on a CPU nothing is limited.
+
+    Args:
+        trunk: of the model.
+        quantized: all groups in BF16.
+        room: is limited.
+        tokens: int64 [1, L], a sequence as long as those to come.
+    """
+    if not tokens.is_cuda:
+        return
+    before = torch.cuda.memory_allocated(tokens.device)
+    torch.cuda.reset_peak_memory_stats(tokens.device)
+    with torch.no_grad():
+        walk(trunk, quantized, room, [Flow(parts=(trunk.enter(tokens),))])
+    taken = torch.cuda.max_memory_allocated(tokens.device) - before
+    weights = sum(p.numel() * p.element_size() for p in trunk.model.parameters())
+    room.limit(weights, taken)
+
+
+def _passes_block_by_block(
+    trunk: Trunk, quantized: QuantizedModel, room: Room, tokens: torch.Tensor
+) -> bool:
+    """One pass with the model's own forward: a forward of these tokens, others that start at later
+    blocks with its states, and one of other tokens in between.
+    """
+    try:
+        whole = Flow(parts=(trunk.enter(tokens),))
+        other = Flow(parts=(trunk.enter(tokens.flip(1)),))
+        later = [
+            Flow(parts=whole.parts, start=start, after=whole)
+            for start in sorted({1, trunk.stages // 2, trunk.stages - 1})
+            if start
+        ]
+        flows = Flows(trunk, quantized, room, [whole, other, *later])
+        logits = trunk.logits(tokens, riding=[flows])
+        flows.finish()
+    except _NOT_BLOCK_BY_BLOCK:
+        return False
+    is_same = all(torch.equal(flow.hidden, whole.hidden) for flow in later)
+    return is_same and _is_output(trunk, whole.hidden, logits)
+
+
+def _is_output(trunk: Trunk, hidden: torch.Tensor, logits: torch.Tensor) -> bool:
+    with trunk.products.active():
+        return torch.equal(logits.float(), trunk.head(hidden).float())

@@ -1,0 +1,168 @@
+"""The one way through a model: block by block, every forward that is on its way in turn.
+
+    for block: open its weights; for every live forward: state = block(state)
+
+A forward starts at the tokens, or at any block with the state that another forward has there. So
+a pass over the weights serves the BF16 model, every probe and several assignments at once, whether
+the weights are in memory or are read for it. Each forward goes through a block by itself, so that
+products keep their shapes and results do not depend on who else is on the way.
+
+Shapes: B sequences, L tokens, H hidden.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+
+from autoquant.forward.room import Room
+from autoquant.forward.trunk import Part, Trunk, Visitor
+from autoquant.model.live import QuantizedModel
+from autoquant.model.waiting import waits
+from autoquant.plan.assignment import Assignment
+
+BF16_MODEL = Assignment.of({})
+
+States = tuple[torch.Tensor, ...]
+"""The states of a batch's parts between two blocks, [b, L, H] each, on the device or the host."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Flow:
+    """One batch under one assignment, on its way through the stages."""
+
+    parts: tuple[Part, ...]
+    """The batch, split into what goes through a stage at once."""
+    assignment: Assignment = BF16_MODEL
+    with_cache: bool = False
+    """Whether keys and values are rounded as the cache of the assignment does."""
+    start: int = 0
+    """First stage that it runs; with the number of stages none."""
+    after: "Flow | None" = None
+    """A forward of the same batch that agrees with this one before `start`."""
+    keep: bool = False
+    """Whether other forwards may later start anywhere between stages."""
+    states: States = ()
+    boundaries: list[States] = field(default_factory=list)
+    """States before each stage, where they are kept."""
+    finals: States = ()
+    """The states behind the last stage, where the others are kept."""
+    _hidden: torch.Tensor | None = None
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """Final hidden states as the head reads them, [B, L, H]."""
+        assert self._hidden is not None, "the forward is still on its way"
+        return self._hidden
+
+    @classmethod
+    def ended(cls, hidden: torch.Tensor) -> Self:
+        """A forward of which the final hidden states alone are known."""
+        return cls(parts=(), _hidden=hidden)
+
+    @property
+    def is_done(self) -> bool:
+        return self._hidden is not None
+
+    @property
+    def bytes(self) -> int:
+        """Memory of what is kept."""
+        tensors = [state for states in self.boundaries for state in states]
+        if self._hidden is not None:
+            tensors.append(self._hidden)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def begin(self) -> None:
+        """Take the state before `start`, from the tokens or the other forward."""
+        if self.after is None:
+            self.states = tuple(part.state for part in self.parts)
+            return
+        known = self.after.boundaries
+        self.states = known[self.start] if self.start < len(known) else self.after.states
+        if self.keep:
+            self.boundaries = known[: self.start]
+        self.after = None
+
+    def advance(self, trunk: Trunk, stage: int, room: Room, alive: int) -> None:
+        """Run a stage, whose weights are there.
+
+        Args:
+            trunk: the model.
+            stage: the next one.
+            room: says where states are kept.
+            alive: forwards on their way together with this one.
+        """
+        before = self.states
+        if self.keep:
+            count = len(before) * trunk.stages
+            before = tuple(room.stored(state, count) for state in before)
+            self.boundaries.append(before)
+        count = alive * len(before)
+        self.states = tuple(
+            room.stored(trunk.advance(stage, part, room.on_device(state)), count)
+            for part, state in zip(self.parts, before, strict=True)
+        )
+
+    def finish(self, trunk: Trunk, room: Room) -> None:
+        """Compute the final hidden states; the last state is not needed any more."""
+        if self.after is not None:  # it differs behind the last stage alone
+            self._hidden, self.boundaries = self.after.hidden, self.after.boundaries
+            self.after = None
+            return
+        found = [
+            trunk.finish(part, room.on_device(state))
+            for part, state in zip(self.parts, self.states, strict=True)
+        ]
+        self._hidden = found[0] if len(found) == 1 else torch.cat(found)
+        self.states, self.finals = (), self.states if self.keep else ()
+
+
+@dataclass(slots=True)
+class Flows:
+    """The visitor that takes forwards through each stage."""
+
+    trunk: Trunk
+    quantized: QuantizedModel
+    room: Room
+    flows: Sequence[Flow]
+
+    @torch.no_grad()
+    def visit(self, stage: int) -> None:
+        for flow in self.flows:
+            if flow.start == stage:
+                flow.begin()
+        alive = [flow for flow in self.flows if flow.start <= stage]
+        try:
+            for flow in alive:
+                self.quantized.apply(flow.assignment, with_cache=flow.with_cache)
+                flow.advance(self.trunk, stage, self.room, len(alive))
+        finally:
+            self.quantized.apply(BF16_MODEL)
+            self.quantized.forget_inputs()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Compute the final hidden states of all."""
+        for flow in self.flows:
+            flow.finish(self.trunk, self.room)
+
+
+def loop(
+    trunk: Trunk, visitors: Iterable[Visitor], *, first: int = 0, backwards: bool = False
+) -> None:
+    """Let visitors see every stage from `first` on, each while its weights are there."""
+    waits.adapt()
+    stages = range(first, trunk.stages)
+    visitors = tuple(visitors)
+    for stage in reversed(stages) if backwards else stages:
+        with trunk.open(stage):
+            for visitor in visitors:
+                visitor.visit(stage)
+
+
+def walk(trunk: Trunk, quantized: QuantizedModel, room: Room, flows: Sequence[Flow]) -> None:
+    """Take forwards to their final hidden states in one pass over the stages."""
+    visitor = Flows(trunk, quantized, room, flows)
+    loop(trunk, [visitor], first=min((flow.start for flow in flows), default=trunk.stages))
+    visitor.finish()

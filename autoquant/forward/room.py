@@ -1,0 +1,89 @@
+"""How much of forwards is on the device, and in memory, at a time."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from autoquant.model.memory import on_host
+
+ACTIVATION_SHARE = 1 / 16
+"""What a forward may take of a GPU's memory beside the weights, in shares of theirs."""
+STATE_SHARE = 1 / 50
+"""What the states that are kept for later may take; more of them wait in the host's memory."""
+ACTIVATION_BYTES, STATE_BYTES = 1 << 29, 1 << 28
+"""What both may take in any case: beside a small model's weights, shares of theirs are nothing."""
+MOST_TOGETHER = 16
+"""Forwards that go through weights in memory together. More would save nothing there, and what a
+killed process had not written down is lost."""
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(slots=True)
+class Room:
+    """Bounds of forwards on one device."""
+
+    device: torch.device
+    sequences_at_once: int | None = None
+    """How many sequences run through a stage together; None is no limit."""
+    device_bytes: int | None = None
+    """For states between stages on the device; None is no limit."""
+    walk_bytes: int = STATE_BYTES
+    """For states of all forwards that are on their way together."""
+    most_together: int = MOST_TOGETHER
+    batches_together: int = 1
+    """Batches that go through the stages together: one where weights are in memory."""
+
+    def parts(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Equal parts of a batch [B, L], each small enough to run at once."""
+        sequences = len(tokens)
+        parts = math.ceil(sequences / (self.sequences_at_once or sequences))
+        equal: tuple[torch.Tensor, ...] = tokens.split(math.ceil(sequences / parts))
+        return equal
+
+    def stored(self, state: torch.Tensor, count: int) -> torch.Tensor:
+        """A state to be kept, in the host's memory if `count` of its size exceed the device's."""
+        size = count * state.numel() * state.element_size()
+        return state if self.device_bytes is None or size <= self.device_bytes else on_host(state)
+
+    def on_device(self, state: torch.Tensor) -> torch.Tensor:
+        """A stored state, where it is computed with."""
+        return state.to(self.device, non_blocking=True)
+
+    def together(self, items: Sequence[_Item], state_bytes: int) -> Iterator[Sequence[_Item]]:
+        """Consecutive items that go through the stages together.
+
+        Args:
+            items: one forward each.
+            state_bytes: of one forward between two stages.
+        """
+        count = max(1, min(self.most_together, self.walk_bytes // max(1, state_bytes)))
+        for first in range(0, len(items), count):
+            yield items[first : first + count]
+
+    def waves(self, batches: Sequence[int], states_bytes: int) -> Iterator[Sequence[int]]:
+        """Consecutive batches that go through the stages together.
+
+        Args:
+            batches: of a split.
+            states_bytes: of all forwards of one batch between two stages.
+        """
+        fitting = self.walk_bytes // max(1, states_bytes)
+        count = max(1, min(self.batches_together, fitting))
+        for first in range(0, len(batches), count):
+            yield batches[first : first + count]
+
+    def limit(self, weights_bytes: int, activation_bytes: int) -> None:
+        """Keep later forwards on a GPU within shares of the weights, small models' aside.
+
+        Args:
+            weights_bytes: of the weights on the device.
+            activation_bytes: most that a forward of one sequence takes beside them.
+        """
+        activations = max(ACTIVATION_BYTES, ACTIVATION_SHARE * weights_bytes)
+        self.sequences_at_once = max(1, int(activations / activation_bytes))
+        self.device_bytes = int(max(STATE_BYTES, STATE_SHARE * weights_bytes))
+        self.walk_bytes = self.device_bytes
