@@ -177,6 +177,10 @@ class Trunk:
             self.model(input_ids=tokens, use_cache=False)
         return seen[0]
 
+    def walk(self, sequences: Sequence[torch.Tensor]) -> "Walk":
+        """Take sequences, int64 [b, L] on the model's device, through the blocks one by one."""
+        return Walk(self, sequences)
+
     def limit_memory(self, tokens: torch.Tensor) -> None:
         """Keep later forwards on a GPU within shares of the weights' memory, small models' aside.
 
@@ -306,6 +310,52 @@ class Trunk:
             return result
 
         return run
+
+
+class Walk:
+    """Sequences on their way through the blocks: all of them through one before the next.
+
+    Where the trunk cannot resume, every step runs the whole model.
+
+    Args:
+        trunk: the model.
+        sequences: int64 [b, L] each.
+    """
+
+    def __init__(self, trunk: Trunk, sequences: Sequence[torch.Tensor]) -> None:
+        self._trunk = trunk
+        self._sequences = sequences
+        self._calls: list[list[_Call]] = []
+        self._states: list[torch.Tensor] = []
+        if trunk.can_resume:
+            with torch.inference_mode(), trunk.products.active():
+                for sequence in sequences:
+                    state, calls = trunk._calls_of(sequence)
+                    self._states.append(trunk.stored(state, len(sequences)))
+                    self._calls.append(calls)
+
+    @torch.inference_mode()
+    def through(self, block: int, number: int) -> None:
+        """Run a block on a sequence that has been through all blocks before it."""
+        trunk, tokens = self._trunk, self._sequences[number]
+        if not trunk.can_resume:
+            trunk.hidden(tokens)
+            return
+        call = self._calls[number][block]
+        state = self._states[number].to(tokens.device, non_blocking=True)
+        with trunk.products.active():
+            result = trunk._forwards[block](state, *call.args, **call.kwargs)
+        state = result[0] if isinstance(result, tuple) else result
+        self._states[number] = trunk.stored(state, len(self._sequences))
+
+    @torch.inference_mode()
+    def hidden(self, number: int) -> torch.Tensor:
+        """Final hidden states [b, L, H] of a sequence that has been through all blocks."""
+        trunk, tokens = self._trunk, self._sequences[number]
+        if not trunk.can_resume:
+            return trunk.hidden(tokens)
+        with trunk.products.active():
+            return trunk._finished(tokens, self._states[number].to(tokens.device))
 
 
 def _decoder_blocks(model: Any) -> list[Any]:

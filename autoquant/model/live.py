@@ -15,6 +15,7 @@ from torch.nn import functional
 from autoquant.codes.book import CodeBook
 from autoquant.codes.cache import CodeCache
 from autoquant.codes.kept import Kept
+from autoquant.codes.statistics import StatisticsStore
 from autoquant.formats import BF16, Choice
 from autoquant.model.attention import QuantizedCache
 from autoquant.model.binding import DenseSlot, ExpertsSlot, Names, Slot, bind
@@ -141,6 +142,7 @@ class QuantizedModel:
         packed_bytes: memory for codes beside the model.
         attention: names on disk of the attention modules whose keys and values are cached in FP8.
         codes: on disk, for codes that cost more to make than to read.
+        statistics: of the inputs, for codes that rest on them.
 
     Raises:
         SourceError: a group's linear cannot be found or cannot be quantized.
@@ -156,6 +158,7 @@ class QuantizedModel:
         packed_bytes: int = 2**31,
         attention: Sequence[str] = (),
         codes: CodeCache | None = None,
+        statistics: StatisticsStore | None = None,
     ) -> None:
         self.model = model
         self.mode = mode
@@ -167,7 +170,9 @@ class QuantizedModel:
         self._slots: list[tuple[GroupState, Slot]] = [
             (self._states[name], slot) for name, own in slots.items() for slot in own
         ]
-        self.book = CodeBook(ResidentWeights(slots), memory_bytes=packed_bytes, cache=codes)
+        self.book = CodeBook(
+            ResidentWeights(slots), memory_bytes=packed_bytes, cache=codes, statistics=statistics
+        )
         """Codes of every group and choice."""
         self._context = _Context(
             mode=mode, book=self.book, decoded=Kept(decoded_bytes, self._largest_layer())
@@ -179,6 +184,11 @@ class QuantizedModel:
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
         return tuple(state.group for state in self._states.values())
+
+    @property
+    def slots(self) -> tuple[tuple[LayerGroup, Slot], ...]:
+        """Where the weights of each group are."""
+        return tuple((state.group, slot) for state, slot in self._slots)
 
     @property
     def dense_slots(self) -> tuple[DenseSlot, ...]:
