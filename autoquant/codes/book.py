@@ -5,22 +5,20 @@ from the weight and its statistics, and decoded by the format. Codes depend on t
 alone, never on the rest of an assignment.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from autoquant.codes.cache import CodeCache
+from autoquant.codes.cache import CodeCache, LinearCodes
+from autoquant.codes.encoder import Encoder, rows_of
 from autoquant.codes.kept import Kept
-from autoquant.codes.weights import Block, Unit, WeightSource
-from autoquant.errors import SourceError
+from autoquant.codes.statistics import StatisticsStore
+from autoquant.codes.weights import Unit, WeightSource
 from autoquant.formats import Choice
-from autoquant.formats.packed import Packed, Statistics
+from autoquant.formats.packed import Packed
 from autoquant.plan.linears import LayerGroup, Linear
 
 Key = tuple[str, Choice]
-"""A unit's name, and a choice."""
+"""The name of a unit or of a group, and a choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +37,33 @@ class CodeBook:
     Args:
         weights: of the source model.
         memory_bytes: for codes that are kept in memory; the last ones asked for are there in any
-            case. Nearest rounding is encoded again where memory does not hold it.
+            case. What costs little is encoded again where memory does not hold it.
         cache: on disk, for codes that cost more to make than to read; None keeps none.
+        statistics: for choices that need moments of the inputs.
     """
 
     def __init__(
-        self, weights: WeightSource, *, memory_bytes: int, cache: CodeCache | None = None
+        self,
+        weights: WeightSource,
+        *,
+        memory_bytes: int,
+        cache: CodeCache | None = None,
+        statistics: StatisticsStore | None = None,
     ) -> None:
         self.weights = weights
         self.cache = cache
+        self._encoder = Encoder(weights, statistics)
         self._packed: Kept[Key, Packed] = Kept(memory_bytes)
-        self._amax: dict[str, Tensor] = {}
-        self._units: dict[str, tuple[Unit, ...]] = {}
         self._places: dict[str, dict[str, _Place]] = {}
+        self._made: tuple[str, Choice, LinearCodes] | None = None
+        """The costly codes that were made last: units ask for them in turn."""
+        self._plain: dict[Key, Mapping[str, str]] = {}
 
     def unit(self, group: LayerGroup, unit: Unit, choice: Choice) -> Packed:
         """The codes of one unit of a group; the same whatever the choice's input.
 
         Raises:
-            SourceError: the weight holds NaN or Inf, or cannot be read.
+            SourceError: the weight holds NaN or Inf, or it or its statistics cannot be read.
         """
         choice = choice.of_weight
         size = sum(
@@ -77,6 +83,23 @@ class CodeBook:
             packed = packed.of_expert(place.matrix)
         return packed.of_rows(place.first, place.last)
 
+    def plain(self, group: LayerGroup, choice: Choice) -> Mapping[str, str]:
+        """The linears of a group that have plain rounding where the choice has another, and why."""
+        choice = choice.of_weight
+        if not choice.format.is_costly(choice):
+            return {}
+        if (group.name, choice) not in self._plain:
+            self._costly(group, choice, [group.linears[0].name])
+        return self._plain[group.name, choice]
+
+    def has(self, group: LayerGroup, choice: Choice) -> bool:
+        """Whether the codes of a group are there, or made in less time than they are read."""
+        choice = choice.of_weight
+        if not choice.format.is_costly(choice):
+            return True
+        names = [linear.name for linear in group.linears]
+        return self._kept(group, choice, names) is not None
+
     def give(self, group: LayerGroup, choice: Choice, linears: Mapping[str, Packed]) -> None:
         """Use these codes of a group from now on, such as those that a checkpoint stores.
 
@@ -86,65 +109,51 @@ class CodeBook:
             linears: codes [N, ...] by the linear's name.
         """
         for unit in self.units(group):
-            joined = [Packed.joined([linears[own.name] for own in m]) for m in unit.matrices]
-            packed = Packed.stacked(joined) if unit.is_stack else joined[0]
-            self._packed.put((unit.name, choice.of_weight), packed)
+            self._packed.put((unit.name, choice.of_weight), _as_unit(unit, linears))
 
     def units(self, group: LayerGroup) -> tuple[Unit, ...]:
         """How the group's weights are held."""
-        if group.name not in self._units:
-            self._units[group.name] = self.weights.units(group)
-        return self._units[group.name]
+        return self._encoder.units(group)
 
     def _read_or_encode(self, group: LayerGroup, unit: Unit, choice: Choice) -> Packed:
-        is_costly = choice.format.is_costly(choice)
-        if is_costly and self.cache is not None:
-            found = self.cache.read(unit.name, choice)
-            if found is not None:
-                return found
-        with self.weights.block(unit.layer) as block:
-            statistics = Statistics(weight_amax=self._amax_of(group, unit, block))
-            packed = choice.format.encode(block.weight(unit), choice, statistics)
-        if is_costly and self.cache is not None:
-            self.cache.write(unit.name, packed)
-        return packed
+        if not choice.format.is_costly(choice):
+            return self._encoder.unit(group, unit, choice)
+        names = [linear.name for matrix in unit.matrices for linear in matrix]
+        packed = _as_unit(unit, self._costly(group, choice, names).packed)
+        return packed.to(self.weights.device(unit))
 
-    def _amax_of(self, group: LayerGroup, unit: Unit, block: Block) -> Tensor:
-        """Largest magnitude over the scale set of each matrix: float32, 0-dimensional or [E]."""
-        missing = set(unit.scale_sets) - self._amax.keys()
-        if missing:
-            for other in self.units(group):
-                if missing & set(other.scale_sets):
-                    self._widen(other, block.weight(other))
-        found = torch.stack([self._amax[name] for name in unit.scale_sets])
-        return found if unit.is_stack else found[0]
+    def _costly(self, group: LayerGroup, choice: Choice, names: Iterable[str]) -> LinearCodes:
+        """Codes of these linears of a group, and perhaps of others: read, or made and kept."""
+        found = self._kept(group, choice, names)
+        if found is None:
+            found = self._encoder.group(group, choice)
+            self._made = group.name, choice, found
+            digest = self._encoder.digest(group, choice)
+            if self.cache is not None and digest is not None:
+                self.cache.write(group.name, choice, digest, found)
+        self._plain[group.name, choice] = found.plain
+        return found
 
-    def _widen(self, unit: Unit, weight: Tensor) -> None:
-        for name, matrix in zip(
-            unit.scale_sets, weight if unit.is_stack else [weight], strict=True
-        ):
-            lowest, highest = torch.aminmax(matrix)
-            own = torch.maximum(-lowest, highest).float().cpu()
-            if not own < float("inf"):
-                raise SourceError(
-                    f"{unit.matrices[0][0].tensor} in {unit.origin} holds NaN or Inf.",
-                    fix="repair or download the model again; such a weight has no scale.",
-                )
-            self._amax[name] = torch.maximum(own, self._amax.get(name, own))
+    def _kept(self, group: LayerGroup, choice: Choice, names: Iterable[str]) -> LinearCodes | None:
+        if self._made is not None and self._made[:2] == (group.name, choice):
+            return self._made[2]
+        digest = self._encoder.digest(group, choice)
+        if self.cache is None or digest is None:
+            return None
+        return self.cache.read(group.name, choice, digest, names)
 
     def _places_of(self, group: LayerGroup) -> dict[str, _Place]:
         if group.name not in self._places:
             self._places[group.name] = {
-                name: place
+                linear.name: _Place(unit, number, first, last)
                 for unit in self.units(group)
                 for number, matrix in enumerate(unit.matrices)
-                for name, place in _rows(unit, number, matrix)
+                for linear, first, last in rows_of(matrix)
             }
         return self._places[group.name]
 
 
-def _rows(unit: Unit, number: int, matrix: tuple[Linear, ...]) -> Iterator[tuple[str, _Place]]:
-    first = 0
-    for linear in matrix:
-        yield linear.name, _Place(unit, number, first, first + linear.out_features)
-        first += linear.out_features
+def _as_unit(unit: Unit, linears: Mapping[str, Packed]) -> Packed:
+    """The codes of linears as the source holds them."""
+    joined = [Packed.joined([linears[own.name] for own in matrix]) for matrix in unit.matrices]
+    return Packed.stacked(joined) if unit.is_stack else joined[0]

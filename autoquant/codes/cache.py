@@ -1,32 +1,35 @@
 """Codes on disk: those that cost more to make than to read, such as compensated rounding.
 
-A file holds the codes of one unit under one choice. Its name is a digest of everything that they
-were made from, so that a wrong code cannot be found; its content is held against a checksum when
-it is read, so that a damaged one is made again.
+A file holds the codes of one group under one choice, linear by linear, whatever units a source
+holds them in. Its name is a digest of everything that they were made from, so that a wrong code
+cannot be found; its content is held against checksums, so that a damaged one is made again.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-
-from autoquant.files import replacing
+from autoquant.codes.tensor_files import SUFFIX, TensorFile, read_tensors, write_tensors
 from autoquant.formats import Choice
 from autoquant.formats.packed import Packed
 
-VERSION = 1
+VERSION = 2
 """Raised when codes would be made otherwise from the same weights and statistics."""
 
 MOST_CODES_BYTES = 1 << 38
 """Of a run directory: one choice of every weight of a model of 400 billion parameters."""
 
-_SUFFIX = ".safetensors"
-_CHECKSUM = "sha256"
-_EXPERTS = "experts"
+
+@dataclass(frozen=True, slots=True)
+class LinearCodes:
+    """Codes of linears by name."""
+
+    packed: Mapping[str, Packed]
+    plain: Mapping[str, str] = field(default_factory=dict)
+    """All linears of their group that have plain rounding where the choice has another, and why."""
 
 
 class CodeCache:
@@ -34,7 +37,7 @@ class CodeCache:
 
     Args:
         folder: created when something is written.
-        made_from: digest of the source and of the statistics that codes are made from.
+        made_from: digest of the source that codes are made from.
         most_bytes: of all files together; the one read or written longest ago goes first.
     """
 
@@ -43,42 +46,40 @@ class CodeCache:
         self._made_from = made_from
         self._most_bytes = most_bytes
 
-    def read(self, unit: str, choice: Choice) -> Packed | None:
-        """The codes of a unit; None where there are none or where they are damaged."""
-        path = self._path(unit, choice)
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            os.utime(path)
-        except (OSError, SafetensorError):
-            return None
-        if metadata.get(_CHECKSUM) != _checksum(parts):
-            return None
-        experts = metadata.get(_EXPERTS)
-        return Packed(choice, parts, int(experts) if experts else None)
+    def read(
+        self, group: str, choice: Choice, statistics: str, linears: Iterable[str]
+    ) -> LinearCodes | None:
+        """Codes of some linears of a group; None where one is absent or damaged.
 
-    def write(self, unit: str, packed: Packed) -> None:
-        """Keep the codes of a unit; what does not fit the bound is not kept."""
-        parts = {name: part.detach().cpu().contiguous() for name, part in packed.parts.items()}
-        metadata = {_CHECKSUM: _checksum(parts)}
-        if packed.experts is not None:
-            metadata[_EXPERTS] = str(packed.experts)
-        content = save(parts, metadata)
-        if len(content) > self._most_bytes:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._make_room(len(content))
-        with replacing(self._path(unit, packed.choice)) as file:
-            file.write(content)
+        Args:
+            group: its name.
+            choice: of the codes.
+            statistics: digest of the statistics that they rest on.
+            linears: their names.
+        """
+        path = self._path(group, choice, statistics)
+        found = read_tensors(path, linears)
+        if found is None:
+            return None
+        os.utime(path)
+        packed = {name: Packed(choice, parts) for name, parts in found.entries.items()}
+        return LinearCodes(packed, found.facts)
 
-    def _path(self, unit: str, choice: Choice) -> Path:
-        key = json.dumps([VERSION, self._made_from, unit, str(choice)])
-        return self.folder / (hashlib.sha256(key.encode()).hexdigest() + _SUFFIX)
+    def write(self, group: str, choice: Choice, statistics: str, codes: LinearCodes) -> None:
+        """Keep the codes of a group; what does not fit the bound is not kept."""
+        entries = {name: packed.parts for name, packed in codes.packed.items()}
+        content = TensorFile(entries, codes.plain).content()
+        if len(content) <= self._most_bytes:
+            self._make_room(len(content))
+            write_tensors(self._path(group, choice, statistics), content)
+
+    def _path(self, group: str, choice: Choice, statistics: str) -> Path:
+        key = json.dumps([VERSION, self._made_from, statistics, group, str(choice)])
+        return self.folder / (hashlib.sha256(key.encode()).hexdigest() + SUFFIX)
 
     def _make_room(self, size: int) -> None:
         files = sorted(
-            ((file.stat().st_mtime_ns, file.stat().st_size, file) for file in self._files()),
+            (file.stat().st_mtime_ns, file.stat().st_size, file) for file in self._files()
         )
         total = sum(length for _, length, _ in files) + size
         for _, length, file in files:
@@ -88,12 +89,6 @@ class CodeCache:
             total -= length
 
     def _files(self) -> list[Path]:
-        return [file for file in self.folder.iterdir() if file.suffix == _SUFFIX]
-
-
-def _checksum(parts: dict[str, torch.Tensor]) -> str:
-    content = hashlib.sha256()
-    for name, part in sorted(parts.items()):
-        content.update(f"{name} {part.dtype} {tuple(part.shape)}\n".encode())
-        content.update(part.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return content.hexdigest()
+        if not self.folder.is_dir():
+            return []
+        return [file for file in self.folder.iterdir() if file.suffix == SUFFIX]

@@ -57,6 +57,9 @@ class WeightSource(Protocol):
     def block(self, layer: int | None) -> AbstractContextManager[Block]:
         """The weights of a block, or of what is outside of all, for the time of a `with` block."""
 
+    def device(self, unit: Unit) -> torch.device:
+        """Where the unit is multiplied with."""
+
 
 class FileWeights:
     """The weights of a checkpoint's files, read one at a time.
@@ -84,6 +87,10 @@ class FileWeights:
     def block(self, layer: int | None) -> Iterator[Block]:
         """Nothing is read before a weight is asked for."""
         yield self
+
+    def device(self, unit: Unit) -> torch.device:
+        """The processor's memory."""
+        return torch.device("cpu")
 
     def weight(self, unit: Unit) -> Tensor:
         """The weight in BF16, the precision that it is scored in.

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from autoquant.codes.statistics import StatisticsStore
 from autoquant.errors import SourceError, one_line
 from autoquant.export.companions import AUTOQUANT_FILE, companion_problems
+from autoquant.export.fitted import HarmCheck, read_fitted
 from autoquant.export.json_files import (
     config_problems,
     declaration_problems,
@@ -20,11 +22,12 @@ from autoquant.export.kv_scales import kv_scale_tensors
 from autoquant.export.layouts.base import Layout
 from autoquant.export.nearest import distance_of
 from autoquant.export.read_back import QuantizedCheckpoint, open_quantized
-from autoquant.formats import BF16, GLOBAL_SCALE, INPUT_SCALE, SCALE, all_formats
+from autoquant.formats import BF16, GLOBAL_SCALE, INPUT_SCALE, NEAREST, SCALE, all_formats
 from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.linears import LayerGroup
 from autoquant.source.source import DIGEST_KIND, Source
 from autoquant.source.tensors import read_tensor
+from autoquant.store.run_directory import STATISTICS
 
 SCHEMA_VERSION = 1
 _WEIGHT = ".weight"
@@ -93,7 +96,9 @@ def verify(
         folder: what `export` has written.
         source: the model that it was made from; with it, untouched tensors must be identical,
             every code must be the nearest that its scale allows, and config.json, tokenizer,
-            templates and settings of generation must be the source's.
+            templates and settings of generation must be the source's. Codes that were fitted to
+            inputs are held against their statistics, where the checkpoint lies in its run
+            directory.
         on_bytes: called with the number of checkpoint bytes that have just been read.
 
     Raises:
@@ -118,7 +123,10 @@ def verify(
             problems.append(f"{AUTOQUANT_FILE} names another source than {source.path}.")
         problems += config_problems(checkpoint, source)
         problems += _name_problems(checkpoint, source)
-    problems += _content_problems(checkpoint, source, errors, on_bytes)
+    fitted = _Fitted(checkpoint)
+    problems += _content_problems(checkpoint, source, fitted, errors, on_bytes)
+    if source is not None:
+        notes += fitted.notes()
     counts = Counter(checkpoint.choice(linear.name).form for linear in checkpoint.groups.linears)
     return Verification(
         path=checkpoint.path,
@@ -199,9 +207,32 @@ def _name_problems(checkpoint: QuantizedCheckpoint, source: Source) -> Iterator[
             yield f"{name} is not in the source."
 
 
+class _Fitted:
+    """The linears whose codes were fitted to inputs, and what holds them against others."""
+
+    def __init__(self, checkpoint: QuantizedCheckpoint) -> None:
+        said = read_provenance(checkpoint) or {}
+        self.choices = read_fitted(said.get("fitted"))
+        statistics = checkpoint.path.absolute().parent / STATISTICS
+        self.check = HarmCheck(
+            StatisticsStore(statistics),
+            {own.name: (group, own) for group in checkpoint.groups for own in group.linears},
+        )
+
+    def notes(self) -> Iterator[str]:
+        """What to say of them."""
+        if self.choices:
+            yield (
+                f"{len(self.choices)} linears have codes that were fitted to inputs; "
+                f"{self.check.compared} of them were held against the statistics of these, which "
+                "lie beside a checkpoint in its run directory."
+            )
+
+
 def _content_problems(
     checkpoint: QuantizedCheckpoint,
     source: Source | None,
+    fitted: _Fitted,
     errors: dict[str, float],
     on_bytes: Callable[[int], None],
 ) -> Iterator[str]:
@@ -212,14 +243,18 @@ def _content_problems(
         ):
             continue
         if name in checkpoint.choices:
-            yield from _code_problems(checkpoint, name, source, errors)
+            yield from _code_problems(checkpoint, name, source, fitted, errors)
         else:
             yield from _untouched_problems(checkpoint, header.name, source)
         on_bytes(header.bytes)
 
 
 def _code_problems(
-    checkpoint: QuantizedCheckpoint, name: str, source: Source | None, errors: dict[str, float]
+    checkpoint: QuantizedCheckpoint,
+    name: str,
+    source: Source | None,
+    fitted: _Fitted,
+    errors: dict[str, float],
 ) -> Iterator[str]:
     packed = checkpoint.packed(name)
     for part, tensor in packed.parts.items():
@@ -237,7 +272,12 @@ def _code_problems(
     distance = distance_of(weight, packed)
     form = packed.choice.form
     errors[form] = max(distance.relative_error, errors.get(form, 0.0))
-    if distance.wrong:
+    choice = fitted.choices.get(name, packed.choice)
+    if choice.format.needs_moments(choice):
+        problem = fitted.check.problem(weight, packed, choice, name)
+        if problem is not None:
+            yield problem
+    if choice.rounding == NEAREST and distance.wrong:
         yield (
             f"{name}: {distance.wrong} of {weight.numel()} codes are not the nearest to the source "
             f"(relative error {distance.relative_error:.3f})."

@@ -4,6 +4,7 @@ from autoquant.formats.base import (
     A16,
     CODES,
     GLOBAL_SCALE,
+    GPTQ,
     INPUT_SCALE,
     NEAREST,
     SCALAR_BYTES,
@@ -15,7 +16,7 @@ from autoquant.formats.base import (
 from autoquant.formats.bf16 import BF16_FORMAT
 from autoquant.formats.choice import Choice, choices_of
 from autoquant.formats.fp8 import FP8_FORMAT
-from autoquant.formats.nvfp4 import NVFP4_BLOCK, NVFP4_FORMAT, ScaleRule
+from autoquant.formats.nvfp4 import NVFP4_BLOCK, NVFP4_FORMAT, PLAIN_RULES, ScaleRule
 from autoquant.formats.registry import all_formats, find_format, register, registered
 
 BF16 = Choice(BF16_FORMAT)
@@ -28,10 +29,12 @@ __all__ = [
     "CODES",
     "FP8",
     "GLOBAL_SCALE",
+    "GPTQ",
     "INPUT_SCALE",
     "NEAREST",
     "NVFP4",
     "NVFP4_BLOCK",
+    "PLAIN_RULES",
     "SCALAR_BYTES",
     "SCALE",
     "Choice",

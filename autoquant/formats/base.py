@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from autoquant.formats.choice import Choice
     from autoquant.formats.packed import Packed, Statistics
 
-NEAREST = "nearest"
-"""The rounding that every format has: each code the nearest to its weight."""
+NEAREST, GPTQ = "nearest", "gptq"
+"""Roundings. Every format has the first: each code the nearest to its weight; the second carries
+errors into later columns (`compensated.py`)."""
 A16 = "a16"
 """The input that stays in BF16 where the format's own would be quantized."""
 
@@ -128,6 +129,10 @@ class Format(ABC):
         """An input [..., K] as kernels of the format see it; the shape and dtype of `x`."""
         raise TypeError(f"{self} leaves inputs in BF16")
 
+    def needs_moments(self, choice: "Choice") -> bool:
+        """Whether codes rest on second moments of the inputs, which calibration has to collect."""
+        return choice.rounding == GPTQ
+
     def is_costly(self, choice: "Choice") -> bool:
         """Whether codes cost more to make than to read from a disk."""
-        return choice.rounding != NEAREST
+        return self.needs_moments(choice)

@@ -84,48 +84,56 @@ class Choice:
         Raises:
             ConfigError: no such format, scale rule, rounding or input.
         """
-        return cls._parsed(text, defaults=True)[0]
+        format, rule, rounding, of_input = _words(text)
+        default = format.scale_rules[0] if format.scale_rules else None
+        return cls(format, rule or default, rounding or NEAREST, of_input)
 
     @classmethod
-    def parse_all(cls, text: str, scale_rules: Iterable[str] | None = None) -> list[Self]:
+    def parse_all(
+        cls, text: str, *, scale_rules: Iterable[str], roundings: Iterable[str]
+    ) -> list[Self]:
         """Every choice that `text` stands for in a search space.
 
         Args:
-            text: as for `parse`; a scale rule that is left out stands for all of `scale_rules`.
-            scale_rules: those that the space allows; all of the format by default.
+            text: as for `parse`; a scale rule or a rounding that is left out stands for all of the
+                space that the format has.
+            scale_rules: of the space.
+            roundings: of the space.
 
         Raises:
             ConfigError: as for `parse`.
         """
-        found = cls._parsed(text, defaults=False)
-        if scale_rules is None:
-            return found
-        allowed = (*scale_rules, *text.split("/")[1:], None)
-        return [choice for choice in found if choice.scale_rule in allowed]
+        format, rule, rounding, of_input = _words(text)
+        rules: list[str | None]
+        rules = [own for own in format.scale_rules if own in ([rule] if rule else scale_rules)]
+        allowed = [rounding] if rounding else roundings
+        ways = [own for own in format.roundings if own in allowed] or [NEAREST]
+        return [cls(format, own, way, of_input) for own in rules or [None] for way in ways]
 
-    @classmethod
-    def _parsed(cls, text: str, *, defaults: bool) -> list[Self]:
-        name, *words = text.split("/")
-        found = find_format(name)
-        if found is None:
-            raise ConfigError(f"{text!r} is not a format.", fix=f"use {_spellings()}.")
-        rules = [word for word in words if word in found.scale_rules]
-        roundings = [word for word in words if word in found.roundings]
-        inputs = [word for word in words if word in found.inputs]
-        if len(words) != len(set(words)) or max(map(len, (rules, roundings, inputs))) > 1:
-            raise ConfigError(f"{text!r} says something twice.", fix=f"use {_spellings()}.")
-        unknown = [word for word in words if word not in {*rules, *roundings, *inputs}]
-        if unknown:
-            raise ConfigError(
-                f"{text!r} is not a choice: {found} has no {unknown[0]!r}.",
-                fix=f"use {_spellings()}.",
-            )
-        every: list[str | None] = list(rules or found.scale_rules) or [None]
-        of_input: list[str | None] = list(inputs) or [None]
-        return [
-            cls(found, rule, (roundings or [NEAREST])[0], of_input[0])
-            for rule in (every[:1] if defaults else every)
-        ]
+
+def _words(text: str) -> tuple[Format, str | None, str | None, str | None]:
+    """Format, scale rule, rounding and input that a text says, None for what it leaves out.
+
+    Raises:
+        ConfigError: no such format, scale rule, rounding or input.
+    """
+    name, *words = text.split("/")
+    format = find_format(name)
+    if format is None:
+        raise ConfigError(f"{text!r} is not a format.", fix=f"use {_spellings()}.")
+    axes: tuple[tuple[str | None, ...], ...]
+    axes = format.scale_rules, format.roundings, format.inputs
+    said = [[word for word in words if word in axis] for axis in axes]
+    unknown = [word for word in words if not any(word in axis for axis in axes)]
+    if unknown:
+        raise ConfigError(
+            f"{text!r} is not a choice: {format} has no {unknown[0]!r}.",
+            fix=f"use {_spellings()}.",
+        )
+    if max(map(len, said)) > 1:
+        raise ConfigError(f"{text!r} says something twice.", fix=f"use {_spellings()}.")
+    rule, rounding, of_input = (own[0] if own else None for own in said)
+    return format, rule, rounding, of_input
 
 
 def choices_of(format: Format) -> tuple[Choice, ...]:
@@ -136,5 +144,9 @@ def choices_of(format: Format) -> tuple[Choice, ...]:
 
 def _spellings() -> str:
     """How choices are written, for the way out of an error."""
-    names = [str(choice) for format in all_formats() for choice in choices_of(format)]
-    return ", ".join(dict.fromkeys((*map(str, all_formats()), *names)))
+    return ", ".join(map(_spelling, all_formats()))
+
+
+def _spelling(format: Format) -> str:
+    axes = format.scale_rules, format.roundings[1:], format.inputs[1:]
+    return "".join((str(format), *(f"[/{'|'.join(map(str, axis))}]" for axis in axes if axis)))

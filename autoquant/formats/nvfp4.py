@@ -9,7 +9,9 @@ from autoquant.formats.base import (
     A16,
     CODES,
     GLOBAL_SCALE,
+    GPTQ,
     INPUT_SCALE,
+    NEAREST,
     SCALE,
     Format,
     LayoutForm,
@@ -33,6 +35,13 @@ class ScaleRule(StrEnum):
     MAX = "max"
     MSE = "mse"
     FOUR_OVER_SIX = "four_over_six"
+    DIAGONAL = "diagonal"
+    HESSIAN = "hessian"
+    """The last two weigh errors by second moments of the inputs, of each column or of each pair."""
+
+
+PLAIN_RULES = (ScaleRule.MAX, ScaleRule.MSE, ScaleRule.FOUR_OVER_SIX)
+"""Those that look at the weight alone."""
 
 
 class Nvfp4(Format):
@@ -42,6 +51,7 @@ class Nvfp4(Format):
     weight_bits = 4 + Fraction(8, NVFP4_BLOCK)
     input_bits = 4
     scale_rules = tuple(map(str, ScaleRule))
+    roundings = (NEAREST, GPTQ)
     inputs = (None, A16)
     layouts: ClassVar[Mapping[str, LayoutForm]] = {
         "modelopt": LayoutForm(
@@ -107,6 +117,10 @@ class Nvfp4(Format):
         }
         return weight if choice.keeps_input else weight | {INPUT_SCALE: Part("F32", ())}
 
+    def needs_moments(self, choice: "Choice") -> bool:
+        """Compensated rounding does, and a scale rule that weighs by inputs."""
+        return choice.rounding == GPTQ or choice.scale_rule not in PLAIN_RULES
+
     def encode(self, weight: "Tensor", choice: "Choice", statistics: "Statistics") -> "Packed":
         """See `autoquant_kernels.quantize_nvfp4` for the arithmetic of each scale rule."""
         import autoquant_kernels as kernels
@@ -115,9 +129,35 @@ class Nvfp4(Format):
 
         assert choice.scale_rule is not None
         scale = kernels.nvfp4_global_scale(statistics.weight_amax, choice.scale_rule)
+        if self.needs_moments(choice):
+            return self._fitted(weight, choice, statistics, scale)
         codes, block_scale = kernels.quantize_nvfp4(weight, scale, rule=choice.scale_rule)
         experts = len(weight) if weight.ndim == 3 else None
         return Packed(choice, {CODES: codes, SCALE: block_scale, GLOBAL_SCALE: scale}, experts)
+
+    def _fitted(
+        self, weight: "Tensor", choice: "Choice", statistics: "Statistics", scale: "Tensor"
+    ) -> "Packed":
+        from autoquant.formats.fitted import fit
+        from autoquant.formats.packed import Packed
+
+        assert choice.scale_rule is not None
+        assert statistics.moments is not None
+        rounded, plain = fit(
+            weight if weight.ndim == 3 else weight[None],
+            scale.view(-1),
+            choice.scale_rule,
+            choice.rounding,
+            statistics.moments,
+            statistics.rows,
+        )
+        stored = weight.shape[:-1]
+        parts = {
+            CODES: rounded.codes.view(*stored, -1),
+            SCALE: rounded.block_scale.view(*stored, -1),
+            GLOBAL_SCALE: scale,
+        }
+        return Packed(choice, parts, len(weight) if weight.ndim == 3 else None, plain)
 
     def decode(self, packed: "Packed", out: "Tensor | None" = None) -> "Tensor":
         """See `autoquant_kernels.dequantize_nvfp4`."""

@@ -4,12 +4,13 @@ Shapes: N outputs, K inputs, E experts.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from autoquant.formats.choice import Choice
+from autoquant.formats.moments import Moments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +19,10 @@ class Statistics:
 
     weight_amax: Tensor
     """Largest magnitude over the weight's scale set: float32 on the CPU, 0-dimensional, or [E]."""
+    moments: Moments | None = None
+    """Of the inputs, on the device of the weight; for choices that need them."""
+    rows: tuple[int, ...] = ()
+    """Of each linear that every matrix joins, where there are moments."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +35,9 @@ class Packed:
     scales are 0-dimensional, or [E]."""
     experts: int | None = None
     """E; None for a single weight."""
+    plain: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    """After `encode`: why a linear has the codes of the weight alone instead of those fitted to
+    its inputs, by its matrix and place there."""
 
     @property
     def bytes(self) -> int:
@@ -72,3 +80,9 @@ class Packed:
         names = first.parts
         stacks = {name: torch.stack([p.parts[name] for p in parts]) for name in names}
         return cls(first.choice, stacks, experts=len(parts))
+
+    def to(self, device: torch.device) -> "Packed":
+        """The same codes with the large parts on `device`; per-tensor scales stay on the host."""
+        least = 1 if self.experts is None else 2
+        moved = {n: p.to(device) if p.ndim >= least else p for n, p in self.parts.items()}
+        return Packed(self.choice, moved, self.experts)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from autoquant.codes.cache import CodeCache
+from autoquant.codes.statistics import StatisticsStore
 from autoquant.data.text import load_corpus
 from autoquant.data.tokens import Split, TokenPlan, make_splits, shortfalls
 from autoquant.errors import SourceError
@@ -31,6 +32,8 @@ class Session:
     loaded: LoadedModel
     scorer: Scorer
     splits: dict[str, Split]
+    statistics: StatisticsStore | None = None
+    """Of the inputs, where choices rest on them."""
 
     @property
     def quantized(self) -> QuantizedModel:
@@ -48,6 +51,7 @@ def open_session(
     device: str | None,
     trust_remote_code: bool,
     codes: CodeCache | None = None,
+    statistics: StatisticsStore | None = None,
     observer: Progress,
 ) -> Session:
     """Read the text, load the model, cut the tokens, and check that scoring is exact.
@@ -62,6 +66,7 @@ def open_session(
         device: where to load to; the first GPU, else the CPU, by default.
         trust_remote_code: run code that comes with the model.
         codes: where codes are kept that cost more to make than to read.
+        statistics: where moments of the inputs are kept, for codes that rest on them.
         observer: told of progress and shortfalls.
 
     Raises:
@@ -85,6 +90,7 @@ def open_session(
         **_cache_bytes(loaded.model, chosen),
         attention=attention,
         codes=codes,
+        statistics=statistics,
     )
     scorer = Scorer(quantized, chosen)
     scorer.check(splits["calibration"])
@@ -92,7 +98,7 @@ def open_session(
     for disagreement in input_disagreements(quantized, lambda: scorer.forward([first])):
         observer.warn(disagreement)
     observer.step()
-    return Session(loaded=loaded, scorer=scorer, splits=splits)
+    return Session(loaded=loaded, scorer=scorer, splits=splits, statistics=statistics)
 
 
 def _shortened(plan: TokenPlan, max_length: int) -> TokenPlan:

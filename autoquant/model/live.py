@@ -15,6 +15,7 @@ from torch.nn import functional
 from autoquant.codes.book import CodeBook
 from autoquant.codes.cache import CodeCache
 from autoquant.codes.kept import Kept
+from autoquant.codes.statistics import StatisticsStore
 from autoquant.codes.weights import WeightSource
 from autoquant.formats import BF16, Choice
 from autoquant.model.attention import QuantizedCache
@@ -142,6 +143,7 @@ class QuantizedModel:
         packed_bytes: memory for codes beside the model.
         attention: names on disk of the attention modules whose keys and values are cached in FP8.
         codes: on disk, for codes that cost more to make than to read.
+        statistics: of the inputs, for codes that rest on them.
 
     Raises:
         SourceError: a group's linear cannot be found or cannot be quantized.
@@ -157,6 +159,7 @@ class QuantizedModel:
         packed_bytes: int = 2**31,
         attention: Sequence[str] = (),
         codes: CodeCache | None = None,
+        statistics: StatisticsStore | None = None,
     ) -> None:
         self.model = model
         self.mode = mode
@@ -170,7 +173,9 @@ class QuantizedModel:
         ]
         self.weights: WeightSource = ResidentWeights(slots)
         """Weights of every block."""
-        self.book = CodeBook(self.weights, memory_bytes=packed_bytes, cache=codes)
+        self.book = CodeBook(
+            self.weights, memory_bytes=packed_bytes, cache=codes, statistics=statistics
+        )
         """Codes of every group and choice."""
         self._context = _Context(
             mode=mode, book=self.book, decoded=Kept(decoded_bytes, self._largest_layer())
@@ -182,6 +187,11 @@ class QuantizedModel:
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
         return tuple(state.group for state in self._states.values())
+
+    @property
+    def slots(self) -> tuple[tuple[LayerGroup, Slot], ...]:
+        """Where the weights of each group are."""
+        return tuple((state.group, slot) for state, slot in self._slots)
 
     @property
     def dense_slots(self) -> tuple[DenseSlot, ...]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from autoquant.codes.weights import Block, Unit
@@ -35,6 +36,10 @@ class ResidentWeights:
     def block(self, layer: int | None) -> Iterator[Block]:
         """Everything is there already."""
         yield self
+
+    def device(self, unit: Unit) -> torch.device:
+        """Where the parameter is."""
+        return self._tensors[unit.name].device
 
     def weight(self, unit: Unit) -> Tensor:
         """The parameter itself; never written to."""

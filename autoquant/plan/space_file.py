@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from autoquant.errors import ConfigError
-from autoquant.formats import Choice, ScaleRule, all_formats, choices_of
+from autoquant.formats import (
+    GPTQ,
+    NEAREST,
+    PLAIN_RULES,
+    Choice,
+    ScaleRule,
+    all_formats,
+    choices_of,
+)
 from autoquant.parsing import Unreadable, parse_yaml, read_text, why
 from autoquant.plan.space import ROLE, Rule, SearchSpace
 from autoquant.source.names import ROLES
@@ -55,8 +63,9 @@ class RuleFile(_Strict):
     ] = Field(min_length=1, description="A role, a glob over group names, or a list of them.")
     formats: list[Annotated[str, AfterValidator(_known_format)]] = Field(
         min_length=1,
-        description="A format (with every rule of scale_rules where it has scale rules), or one "
-        "choice of it such as nvfp4/max or nvfp4/a16 (inputs in BF16).",
+        description="A format (with every rule of scale_rules and every rounding of roundings that "
+        "it has), or some choices of it such as nvfp4/max, nvfp4/gptq or nvfp4/a16 (inputs in "
+        "BF16).",
     )
     reason: str = Field(default="", description="Why the other formats are closed.")
 
@@ -68,7 +77,10 @@ class SpaceFile(_Strict):
     name: str = Field(min_length=1)
     description: str = ""
     scale_rules: list[ScaleRule] = Field(
-        default=list(ScaleRule), min_length=1, description="What a format without a rule means."
+        default=list(PLAIN_RULES), min_length=1, description="What a format without a rule means."
+    )
+    roundings: list[Literal["nearest", "gptq"]] = Field(
+        default=["nearest"], min_length=1, description="What a format without a rounding means."
     )
     shared_experts: Literal["with_routed", "separate"] = Field(
         default="with_routed",
@@ -82,13 +94,18 @@ class SpaceFile(_Strict):
             name=self.name,
             description=self.description,
             scale_rules=tuple(map(str, self.scale_rules)),
+            roundings=tuple(self.roundings),
             shared_experts=self.shared_experts,
             rules=tuple(self._rule(rule) for rule in self.rules),
         )
 
     def _rule(self, rule: RuleFile) -> Rule:
         choices = dict.fromkeys(
-            c for text in rule.formats for c in Choice.parse_all(text, self.scale_rules)
+            choice
+            for text in rule.formats
+            for choice in Choice.parse_all(
+                text, scale_rules=self.scale_rules, roundings=self.roundings
+            )
         )
         return Rule(
             match=tuple(rule.match),
@@ -188,7 +205,7 @@ def _explain(origin: str, error: ValidationError) -> ConfigError:
         rule = first["msg"].removeprefix("Value error, ")
         what = f"is {first['input']!r}: {rule[0].lower()}{rule[1:]}"
         fix = (
-            _did_you_mean(str(first["input"]), (*format_texts(), *ROLES, *ScaleRule))
+            _did_you_mean(str(first["input"]), (*format_texts(), *ROLES, *ScaleRule, NEAREST, GPTQ))
             or "correct it."
         )
     return ConfigError(f"{origin}: {place.lstrip('.')} {what}.", fix=fix)

@@ -1,15 +1,21 @@
 """The loaded, calibrated model of a configuration."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 
-from autoquant.codes.cache import CodeCache
+from autoquant.codes.book import CodeBook
+from autoquant.codes.cache import MOST_CODES_BYTES, CodeCache
+from autoquant.codes.statistics import StatisticsStore
+from autoquant.codes.weights import FileWeights
 from autoquant.measure.calibration import Calibration, calibrate
 from autoquant.measure.session import Session, open_session
+from autoquant.measure.statistics.moments import collect_moments
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.linears import LayerGroup
 from autoquant.progress import Progress
 from autoquant.run.config.parts import LoadedConfig
 from autoquant.source.source import Source
+from autoquant.store.run_directory import CODES, STATISTICS
 
 
 def open_measuring(
@@ -21,6 +27,7 @@ def open_measuring(
     *,
     mode: ActivationMode = ActivationMode.W4A4,
     codes: CodeCache | None = None,
+    statistics: StatisticsStore | None = None,
 ) -> Session:
     """The loaded model with its tokens.
 
@@ -32,6 +39,8 @@ def open_measuring(
         observer: told of progress and shortfalls.
         mode: which inputs are quantized; calibration quantizes none.
         codes: where codes are kept that cost more to make than to read.
+        statistics: where moments of the inputs are kept, for codes that rest on them; a folder of
+            the session's own by default.
 
     Raises:
         SourceError: text or model missing, damaged or not understood.
@@ -47,7 +56,23 @@ def open_measuring(
         device=config.device,
         trust_remote_code=config.trust_remote_code,
         codes=codes,
+        statistics=statistics or StatisticsStore.temporary(),
         observer=observer,
+    )
+
+
+def code_cache(source: Source, run: Path) -> CodeCache:
+    """Where a run directory keeps codes."""
+    return CodeCache(run / CODES, made_from=source.digest, most_bytes=MOST_CODES_BYTES)
+
+
+def book_of_run(source: Source, run: Path) -> CodeBook:
+    """The codes that a run directory keeps; others from the source's files and its statistics."""
+    return CodeBook(
+        FileWeights(source.headers),
+        memory_bytes=0,
+        cache=code_cache(source, run),
+        statistics=StatisticsStore(run / STATISTICS),
     )
 
 
@@ -56,6 +81,23 @@ def calibrate_session(session: Session, *, all_experts: bool, observer: Progress
     split = session.splits["calibration"]
     observer.stage("calibrate", len(split.batches))
     return calibrate(session.scorer, split, observer.step, all_experts=all_experts)
+
+
+def collect_statistics(
+    session: Session, groups: Collection[LayerGroup], observer: Progress
+) -> None:
+    """Keep the moments of the inputs of groups whose codes rest on them, unless they are kept.
+
+    Args:
+        session: calibrated, with a place for statistics.
+        groups: as `groups_with_moments` finds them.
+        observer: told of progress.
+    """
+    if groups:
+        assert session.statistics is not None
+        observer.stage("statistics", session.scorer.trunk.stages)
+        split = session.splits["calibration"]
+        collect_moments(session.scorer, split, groups, session.statistics, observer.step)
 
 
 def use_calibration(session: Session, calibration: Calibration, observer: Progress) -> None:

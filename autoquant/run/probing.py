@@ -6,28 +6,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from autoquant.codes.cache import MOST_CODES_BYTES, CodeCache
+from autoquant.codes.statistics import StatisticsStore
 from autoquant.environment import measuring_on
 from autoquant.errors import RunConflict, SourceError
 from autoquant.formats import BF16
 from autoquant.measure.calibration import Calibration
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.measure.session import Session
+from autoquant.measure.statistics.moments import groups_with_moments
 from autoquant.plan.kv_cache import cached_attention
 from autoquant.plan.plan import Plan
 from autoquant.run.config import ProbeConfig
-from autoquant.run.measuring import calibrate_session, open_measuring, use_calibration
+from autoquant.run.measuring import (
+    calibrate_session,
+    code_cache,
+    collect_statistics,
+    open_measuring,
+    use_calibration,
+)
 from autoquant.run.observer import Observer
 from autoquant.run.probes import Probes
 from autoquant.run.shared import Shared
 from autoquant.run.signature import NUMERICS_VERSION
 from autoquant.store.run_directory import (
     CALIBRATION,
-    CODES,
     GROUPS,
     SECONDS,
     SENSITIVITY,
     SPLITS,
+    STATISTICS,
     RunDirectory,
     read_seconds,
 )
@@ -99,11 +106,8 @@ class Probing:
                 cached_attention(self.config.kv_cache, self.plan.groups),
                 self.observer,
                 mode=self.config.activation_mode,
-                codes=CodeCache(
-                    self.run.path / CODES,
-                    made_from=self.plan.source.digest,
-                    most_bytes=MOST_CODES_BYTES,
-                ),
+                codes=code_cache(self.plan.source, self.run.path),
+                statistics=StatisticsStore(self.run.path / STATISTICS),
             )
 
     def _require_same_tokens(self, session: Session) -> None:
@@ -145,6 +149,10 @@ class Probing:
                 )
             self.run.write_json(CALIBRATION, calibration.to_dict())
         use_calibration(session, calibration, self.observer)
+        resting = groups_with_moments(self.plan.options.choices, session.quantized.groups)
+        if resting:
+            with self._timed("statistics"):
+                collect_statistics(session, resting, self.observer)
         return calibration
 
     def _probe(self, session: Session) -> Sensitivity:

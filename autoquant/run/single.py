@@ -13,6 +13,7 @@ from autoquant.formats import BF16
 from autoquant.formats.kv_cache import KvCache
 from autoquant.measure.calibration import Calibration, read_calibration
 from autoquant.measure.session import Session
+from autoquant.measure.statistics.moments import groups_with_moments
 from autoquant.model.install import groups_of, install, is_quantized
 from autoquant.model.memory import keep_freed_memory
 from autoquant.plan.accounting import Accounting
@@ -23,7 +24,13 @@ from autoquant.plan.kv_cache import cache_bytes, cached_attention
 from autoquant.progress import Unit
 from autoquant.run.config import ExportConfig, ScoreConfig
 from autoquant.run.config.parts import LoadedConfig
-from autoquant.run.measuring import calibrate_session, open_measuring, use_calibration
+from autoquant.run.measuring import (
+    book_of_run,
+    calibrate_session,
+    collect_statistics,
+    open_measuring,
+    use_calibration,
+)
 from autoquant.run.observer import Observer
 from autoquant.run.opening import open_model
 from autoquant.source.source import Source
@@ -56,7 +63,7 @@ def score(config: ScoreConfig, observer: Observer) -> dict[str, Any]:
         quantized = [g for g in groups if assignment[g.name] != BF16]
         attention = cached_attention(config.kv_cache, groups)
         session = open_measuring(config, source, quantized, attention, observer, mode=mode)
-        _calibrate(config, session, observer)
+        _calibrate(config, session, assignment, observer)
     cache = KvCache.of(quantized=session.quantized.kv_cache is not None)
     return _measure(session, groups, source, assignment, cache, config.split, observer) | {
         "model": source.model,
@@ -100,10 +107,12 @@ def _export(
     attention = cached_attention(config.kv_cache, groups)
     if config.calibrated is not None:
         keep_freed_memory()
-        found, book = read_calibration(config.calibrated, quantized, attention), None
+        found = read_calibration(config.calibrated, quantized, attention)
+        book = book_of_run(source, config.calibrated.parent)
     else:
         session = open_measuring(config, source, quantized, attention, observer)
-        found, book = _calibrate(config, session, observer), session.quantized.book
+        found = _calibrate(config, session, assignment, observer)
+        book = session.quantized.book
     for warning in reader_warnings(config.layout, groups, assignment):
         observer.warn(warning)
     source.contents.digests(observer)
@@ -149,9 +158,14 @@ def _groups_of(source: Source, assignment: Assignment) -> Groups:
     return groups
 
 
-def _calibrate(config: LoadedConfig, session: Session, observer: Observer) -> Calibration:
+def _calibrate(
+    config: LoadedConfig, session: Session, assignment: Assignment, observer: Observer
+) -> Calibration:
     found = calibrate_session(session, all_experts=config.calibrate_all_experts, observer=observer)
     use_calibration(session, found, observer)
+    groups = session.quantized.groups
+    choices = {group.name: (assignment[group.name],) for group in groups}
+    collect_statistics(session, groups_with_moments(choices, groups), observer)
     return found
 
 

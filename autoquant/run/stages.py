@@ -23,6 +23,7 @@ from autoquant.plan.limit import Limit
 from autoquant.progress import Unit
 from autoquant.run.config import SearchConfig
 from autoquant.run.confirmation import Confirmed, confirm
+from autoquant.run.measuring import book_of_run
 from autoquant.run.probing import Probing
 from autoquant.run.result import make_result, make_tokens
 from autoquant.run.signature import FINALISTS
@@ -194,8 +195,20 @@ class Search(Probing):
             )
         assignment = Assignment.read(self.run.path / ASSIGNMENT)
         result["command"] = self.command
-        result["checkpoint"] = self._export(Calibration.from_dict(calibration), assignment, result)
+        book = self._book_of(assignment)
+        result["checkpoint"] = self._export(
+            Calibration.from_dict(calibration), assignment, result, book
+        )
         return self._keep_result(result)
+
+    def _book_of(self, assignment: Assignment) -> CodeBook:
+        """Where the codes of an assignment are; the model is loaded only if they must be made."""
+        book = book_of_run(self.plan.source, self.run.path)
+        if all(book.has(group, assignment[group.name]) for group in self.plan.groups):
+            return book
+        session = self._open()
+        self._calibrate(session)
+        return session.quantized.book
 
     def _has_checkpoint(self) -> bool:
         """Whether a whole checkpoint is there; a damaged one is set aside."""
@@ -214,7 +227,7 @@ class Search(Probing):
         calibration: Calibration,
         assignment: Assignment,
         result: dict[str, Any],
-        book: CodeBook | None = None,
+        book: CodeBook,
     ) -> str:
         from autoquant.data.text import text_title
         from autoquant.export.card import CardFacts, KlRow

@@ -113,6 +113,11 @@ def cached(source, tmp_path, *, made_from="source", most_bytes=2**20):
     return CodeBook(FileWeights(source.headers), memory_bytes=0, cache=cache)
 
 
+def encode(book, group, choice):
+    for unit in book.units(group):
+        book.unit(group, unit, choice)
+
+
 def test_costly_codes_are_read_again_and_not_made(source, tmp_path, costly, monkeypatch):
     group = find_groups(source).groups[0]
     first = [cached(source, tmp_path).linear(group, own, costly) for own in group.linears]
@@ -138,27 +143,24 @@ def test_damaged_codes_are_made_again(source, tmp_path, costly, damage):
     file.write_bytes(changed[damage]) if damage in changed else file.unlink()
     book = cached(source, tmp_path)
     assert same(book.linear(group, linear, costly), expected)
-    assert same(book.cache.read(linear.name, costly), expected)
+    kept = book.cache.read(group.name, costly, "", [linear.name])
+    assert same(kept.packed[linear.name], expected)
 
 
 def test_the_folder_keeps_its_bound_and_loses_what_was_used_longest_ago(source, tmp_path, costly):
-    group = find_groups(source).groups[0]
-    q, k, v = group.linears
-    book = cached(source, tmp_path)
-    size = len(_written(book, group, q, costly))
-    book = cached(source, tmp_path, most_bytes=2 * size)
-    for linear in (k, v):
-        book.linear(group, linear, costly)
-    files = list((tmp_path / "codes").iterdir())
-    assert sum(file.stat().st_size for file in files) <= 2 * size
-    assert book.cache.read(q.name, costly) is None
-    assert book.cache.read(v.name, costly) is not None
-
-
-def _written(book, group, linear, choice):
-    book.linear(group, linear, choice)
-    (file,) = book.cache.folder.iterdir()
-    return file.read_bytes()
+    groups = [group for group in find_groups(source) if group.role == "o"]
+    first, second = groups
+    encode(cached(source, tmp_path), first, costly)
+    (file,) = (tmp_path / "codes").iterdir()
+    size = file.stat().st_size
+    book = cached(source, tmp_path, most_bytes=size + size // 2)
+    encode(book, second, costly)
+    (file,) = (tmp_path / "codes").iterdir()
+    assert file.stat().st_size <= size + size // 2
+    assert not cached(source, tmp_path).has(first, costly)
+    assert cached(source, tmp_path).has(second, costly)
+    encode(cached(source, tmp_path, most_bytes=size // 2), first, costly)
+    assert cached(source, tmp_path).has(second, costly)
 
 
 def test_plain_rounding_is_not_kept_on_disk(source, tmp_path):

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from autoquant.export.export import ExportResult, export
-from autoquant.formats import BF16, FP8, NVFP4, Choice, ScaleRule
+from autoquant.formats import BF16, FP8, NVFP4, PLAIN_RULES, Choice
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import Groups, find_groups
 from autoquant.source.shards import read_checkpoint_headers
 from autoquant.source.source import Source
 
-NVFP4_MAX, NVFP4_MSE, NVFP4_46 = (Choice(NVFP4.format, rule) for rule in ScaleRule)
+NVFP4_MAX, NVFP4_MSE, NVFP4_46 = (Choice(NVFP4.format, rule) for rule in PLAIN_RULES)
 
 
 def mixed(groups: Groups) -> Assignment:

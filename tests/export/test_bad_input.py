@@ -22,13 +22,13 @@ from tiny_models import save_model
 from autoquant.errors import ConfigError
 from autoquant.export.verify import verify
 from autoquant.files import to_json
-from autoquant.formats import BF16, FP8, NVFP4, Choice, ScaleRule
+from autoquant.formats import BF16, FP8, NVFP4, PLAIN_RULES, Choice
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
 from autoquant.source.source import open_source
 
 INDEX = "model.safetensors.index.json"
-CHOICES = (BF16, FP8, *(Choice(NVFP4.format, rule) for rule in ScaleRule))
+CHOICES = (BF16, FP8, *(Choice(NVFP4.format, rule) for rule in PLAIN_RULES))
 
 
 @pytest.fixture(scope="module")

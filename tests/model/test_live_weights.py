@@ -9,7 +9,7 @@ from searchable import save_searchable
 
 from autoquant.export.export import export
 from autoquant.export.read_back import open_quantized
-from autoquant.formats import BF16, FP8, NVFP4, Choice, ScaleRule
+from autoquant.formats import BF16, FP8, NVFP4, PLAIN_RULES, Choice
 from autoquant.model.binding import DenseSlot
 from autoquant.model.inputs import InputScale
 from autoquant.model.install import install
@@ -20,7 +20,7 @@ from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
 from autoquant.source.source import open_source
 
-CHOICES = (*(Choice(NVFP4.format, rule) for rule in ScaleRule), FP8)
+CHOICES = (*(Choice(NVFP4.format, rule) for rule in PLAIN_RULES), FP8)
 TOKENS = torch.arange(3, 67).view(2, 32)
 
 

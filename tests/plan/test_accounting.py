@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tiny_models import save_model
 
 from autoquant.export.export import export
-from autoquant.formats import BF16, FP8, NVFP4, Choice, ScaleRule
+from autoquant.formats import BF16, FP8, NVFP4, PLAIN_RULES, Choice
 from autoquant.plan.accounting import Accounting
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.budget import Scope
@@ -15,7 +15,7 @@ from autoquant.plan.space_file import load_space, parse_space
 from autoquant.source.shards import read_checkpoint_headers
 from autoquant.source.source import Source, open_source
 
-CHOICES = (*(Choice(NVFP4.format, rule) for rule in ScaleRule), FP8, BF16)
+CHOICES = (*(Choice(NVFP4.format, rule) for rule in PLAIN_RULES), FP8, BF16)
 
 
 def accounting_of(source: Source, space: str = "default") -> Accounting:

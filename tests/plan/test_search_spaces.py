@@ -6,14 +6,14 @@ import pytest
 from tiny_models import save_model
 
 from autoquant.errors import ConfigError
-from autoquant.formats import BF16, FP8, NVFP4, Choice, ScaleRule
+from autoquant.formats import BF16, FP8, NVFP4, PLAIN_RULES, Choice, ScaleRule
 from autoquant.plan.grouping import Groups, find_groups, group_tensors
 from autoquant.plan.space import SearchSpace
 from autoquant.plan.space_file import load_space, parse_space, schema, shipped_names
 from autoquant.source.headers import TensorHeader
 from autoquant.source.source import open_source
 
-EVERY = (*(Choice(NVFP4.format, rule) for rule in ScaleRule), FP8, BF16)
+EVERY = (*(Choice(NVFP4.format, rule) for rule in PLAIN_RULES), FP8, BF16)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,97 @@
+"""Second moments of inputs on disk, one file for each block of the model."""
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor
+
+from autoquant.codes.tensor_files import (
+    SUFFIX,
+    TensorFile,
+    digest_of,
+    read_tensors,
+    write_tensors,
+)
+from autoquant.codes.weights import Unit
+from autoquant.errors import SourceError
+from autoquant.formats.moments import Moments
+from autoquant.source.names import ROUTED_EXPERT
+
+
+class StatisticsStore:
+    """A folder of second moments.
+
+    Args:
+        folder: created when something is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._read: dict[tuple[int | None, str], Moments] = {}
+        """Of one block."""
+        self._owned: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def temporary(cls) -> Self:
+        """A store whose folder goes with it."""
+        folder = tempfile.TemporaryDirectory(prefix="autoquant-statistics-")
+        store = cls(Path(folder.name))
+        store._owned = folder
+        return store
+
+    def write(self, layer: int | None, moments: Mapping[str, Moments]) -> None:
+        """Keep the moments of a block's input sets, or of those outside of all blocks."""
+        entries = {name: _parts(own) for name, own in moments.items()}
+        write_tensors(self._path(layer), TensorFile(entries).content())
+        self._read.clear()
+
+    def has(self, layer: int | None, sets: Iterable[str]) -> bool:
+        """Whether the moments of these input sets of a block are there and whole."""
+        return read_tensors(self._path(layer), sets) is not None
+
+    def digest(self, layer: int | None) -> str | None:
+        """Of a block's moments; None where they are not there."""
+        return digest_of(self._path(layer))
+
+    def moments(self, unit: Unit) -> Moments:
+        """Of the inputs of a unit: of every expert of a product, or of one weight or expert.
+
+        Raises:
+            SourceError: they are not there, or damaged.
+        """
+        linear = unit.matrices[0][0]
+        found = self._of_set(unit.layer, linear.input_scale_set)
+        expert = ROUTED_EXPERT.fullmatch(linear.name)
+        if unit.is_stack or expert is None or found.layer_sums is None:
+            return found
+        index = int(expert["index"])
+        return found.of(slice(index, index + 1))
+
+    def _of_set(self, layer: int | None, name: str) -> Moments:
+        if (layer, name) not in self._read:
+            file = read_tensors(self._path(layer), [name])
+            if file is None:
+                raise self._missing(layer)
+            if any(other != layer for other, _ in self._read):
+                self._read.clear()
+            self._read[layer, name] = Moments(**file.entries[name])
+        return self._read[layer, name]
+
+    def _path(self, layer: int | None) -> Path:
+        return self.folder / f"{'rest' if layer is None else layer}{SUFFIX}"
+
+    def _missing(self, layer: int | None) -> SourceError:
+        return SourceError(
+            f"{self._path(layer)} holds no whole statistics of the inputs, which compensated "
+            "rounding and weighted block scales rest on.",
+            fix="calibrate again: repeat the command without --calibrated, or remove the file.",
+        )
+
+
+def _parts(moments: Moments) -> dict[str, Tensor]:
+    found = {"sums": moments.sums, "tokens": moments.tokens}
+    if moments.layer_sums is not None and moments.layer_tokens is not None:
+        found |= {"layer_sums": moments.layer_sums, "layer_tokens": moments.layer_tokens}
+    return found

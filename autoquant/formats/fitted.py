@@ -1,0 +1,148 @@
+"""NVFP4 codes that are fitted to inputs, and used only where they serve inputs that they never saw.
+
+Some sequences are held out of the fit. On them the damping of compensated rounding is chosen, and a
+linear to which codes of the weight alone do less harm keeps those. Then all tokens are fitted.
+
+Shapes: M matrices with scales of their own, each of L linears one below the other, N outputs,
+K inputs, B blocks of 16 of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import autoquant_kernels as kernels
+import torch
+from torch import Tensor
+
+from autoquant.formats.base import GPTQ
+from autoquant.formats.compensated import compensated
+from autoquant.formats.moments import (
+    ALL,
+    FITTED,
+    HELD_OUT,
+    WEIGHTED_RULES,
+    Moments,
+    known_or_identity,
+)
+from autoquant.formats.rounded import Rounded
+
+DAMPINGS = (0.01, 0.05, 0.1)
+"""Tried for the diagonal of H, in shares of its mean."""
+
+CHUNK_BYTES = 2**29
+"""Matrices are rounded together as long as their factors and copies take no more."""
+
+RULE_WITHOUT_INPUTS = "mse"
+"""The scale rule of a linear that a rule weighted by inputs does not serve."""
+
+_DOES_HARM = "its codes did more harm than those of the weight alone on held-out inputs"
+_NO_FACTOR = "the second moments of its inputs have no Cholesky factor"
+
+_Codes = tuple[Rounded, Tensor]
+"""Codes, and which matrices they could be fitted to, bool [M]."""
+
+
+def plain_codes(weight: Tensor, scale: Tensor, rule: str) -> Rounded:
+    """The nearest codes of the weight alone, which fitted ones have to beat.
+
+    Args:
+        weight: BF16 [M, N, K].
+        scale: global scales, float32 [M] on the host.
+        rule: of the fitted ones.
+    """
+    of_weight = RULE_WITHOUT_INPUTS if rule in WEIGHTED_RULES else rule
+    return Rounded(*kernels.quantize_nvfp4(weight, scale, rule=of_weight))
+
+
+def fit(
+    weight: Tensor,
+    scale: Tensor,
+    rule: str,
+    rounding: str,
+    moments: Moments,
+    rows: Sequence[int],
+) -> tuple[Rounded, dict[tuple[int, int], str]]:
+    """Fit the codes of M matrices; linears that do not gain have those of the weight alone.
+
+    Args:
+        weight: BF16 [M, N, K].
+        scale: global scales, float32 [M] on the host.
+        rule: how block scales are chosen; under GPTQ `hessian` takes those of least compensated
+            error.
+        rounding: `nearest`, under a weighted rule, or `gptq`.
+        moments: of the inputs, on the device of `weight`.
+        rows: of each of the L linears that every matrix joins; N in all.
+
+    Returns:
+        The codes, and why a linear has others by its matrix and its place there.
+    """
+    parts: list[Rounded] = []
+    plain: dict[tuple[int, int], str] = {}
+    for own in _chunks(weight):
+        task = _Task(weight[own], scale[own], rule, rounding, moments.of(own), rows)
+        rounded, reasons = task.fit()
+        parts.append(rounded)
+        for matrix, of_linears in enumerate(reasons, start=own.start):
+            plain |= {(matrix, i): why for i, why in enumerate(of_linears) if why is not None}
+    return Rounded.joined(parts), plain
+
+
+def _chunks(weight: Tensor) -> Iterator[slice]:
+    matrices, outputs, inputs = weight.shape
+    each = 4 * inputs * (8 * inputs + 4 * outputs)
+    size = max(1, CHUNK_BYTES // each)
+    for start in range(0, matrices, size):
+        yield slice(start, min(start + size, matrices))
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """The arguments of `fit` for matrices that are rounded together."""
+
+    weight: Tensor
+    scale: Tensor
+    rule: str
+    rounding: str
+    moments: Moments
+    rows: Sequence[int]
+
+    def fit(self) -> tuple[Rounded, list[list[str | None]]]:
+        """The codes, and why each linear [M][L] has plain ones; None where it has not."""
+        plain = plain_codes(self.weight, self.scale, self.rule)
+        why = self.moments.why_plain()
+        if None not in why:
+            return plain, [[reason] * len(self.rows) for reason in why]
+        usable = torch.tensor([reason is None for reason in why], device=self.weight.device)
+        every, held_out = (known_or_identity(self.moments.mean(t)) for t in (ALL, HELD_OUT))
+        damping, harm = self._best_damping(held_out)
+        found, has_factor = self._at(damping, ALL)
+        gains = harm <= self._harm(plain, held_out)
+        gains &= self._harm(found, every) <= self._harm(plain, every)
+        gains &= (usable & has_factor)[:, None]
+        of_rows = gains.repeat_interleave(torch.tensor(self.rows, device=gains.device), dim=1)
+        reasons = [
+            [None if gain else reason or (_DOES_HARM if factor else _NO_FACTOR) for gain in own]
+            for own, reason, factor in zip(gains.tolist(), why, has_factor.tolist(), strict=True)
+        ]
+        return found.where(of_rows, plain), reasons
+
+    def _best_damping(self, held_out: Tensor) -> tuple[Tensor, Tensor]:
+        """The damping [M] of least harm to held-out inputs, and that harm [M, L]."""
+        tried = DAMPINGS if self.rounding == GPTQ else (0.0,)
+        dampings = torch.tensor(tried, device=self.weight.device)
+        matrices = len(self.weight)
+        codes = (self._at(one.expand(matrices), FITTED)[0] for one in dampings)
+        harms = torch.stack([self._harm(own, held_out) for own in codes])
+        best = harms.sum(dim=2).nan_to_num(torch.inf).argmin(dim=0)
+        return dampings[best], harms[best, torch.arange(matrices, device=best.device)]
+
+    def _at(self, damping: Tensor, tokens: slice) -> _Codes:
+        if self.rounding == GPTQ:
+            moments = known_or_identity(self.moments.mean(tokens))
+            return compensated(self.weight, self.scale, self.rule, moments, damping)
+        weighs = self.moments.of_blocks(self.rule, tokens)
+        codes = kernels.quantize_nvfp4(self.weight, self.scale, rule=self.rule, moments=weighs)
+        return Rounded(*codes), torch.ones_like(damping, dtype=torch.bool)
+
+    def _harm(self, codes: Rounded, moments: Tensor) -> Tensor:
+        return codes.harm(self.weight, self.scale, moments, self.rows)

@@ -1,0 +1,255 @@
+"""Second moments of inputs: what they sum up, and that neither batches nor kills change them."""
+
+import pytest
+import torch
+from searchable import save_searchable, save_text
+from torch import nn
+
+from autoquant.codes.statistics import StatisticsStore
+from autoquant.codes.weights import FileWeights
+from autoquant.data.tokens import TokenPlan
+from autoquant.measure.session import open_session
+from autoquant.measure.statistics import moments
+from autoquant.measure.statistics.moments import collect_moments, is_held_out
+from autoquant.model.resident import units_of
+from autoquant.plan.activation_mode import ActivationMode
+from autoquant.plan.grouping import find_groups
+from autoquant.run.observer import Silent
+from autoquant.source.source import open_source
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3_moe", "deepseek_v3"])
+def place(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    model = save_searchable(request.param, folder / "model")
+    return model, save_text(folder / "text")
+
+
+def opened(place, *, batch_tokens=256):
+    model, text = place
+    source = open_source(model)
+    tokens = TokenPlan(
+        calibration=384, search=64, report=64, sequence_length=32, batch_tokens=batch_tokens
+    )
+    session = open_session(
+        source,
+        [group for group in find_groups(source) if not group.closed],
+        calibration=str(text),
+        tokens=tokens,
+        mode=ActivationMode.W4A4,
+        device="cpu",
+        trust_remote_code=False,
+        observer=Silent(),
+    )
+    return source, session
+
+
+def collect(session, folder, *, advance=lambda: None):
+    store = StatisticsStore(folder)
+    split = session.splits["calibration"]
+    collect_moments(session.scorer, split, session.quantized.groups, store, advance)
+    return store
+
+
+def content(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def units(session):
+    for group, slot in session.quantized.slots:
+        for unit, _ in units_of(slot, group.layer):
+            yield group, unit
+
+
+def test_they_are_the_products_of_what_each_linear_multiplies(place, tmp_path):
+    _, session = opened(place)
+    store = collect(session, tmp_path / "statistics")
+    expected = _by_hooks(session)
+    assert expected
+    for group, unit in units(session):
+        found = store.moments(unit)
+        if unit.is_stack:
+            _check_experts(found, session)
+            continue
+        sums, tokens = expected[unit.name]
+        assert found.tokens.flatten().tolist() == tokens, unit.name
+        assert torch.allclose(found.sums[:, 0].double(), sums, rtol=1e-4, atol=1e-4), group.name
+
+
+def _by_hooks(session):
+    """Sums in float64 by the linear's name, from forwards of the model as it is."""
+    found = {}
+    slots = {slot.module: slot.name for slot in session.quantized.dense_slots}
+    part = 0
+
+    def hook(module, arguments):
+        (x,) = arguments
+        rows = x.flatten(0, -2).double()
+        sums, tokens = found.setdefault(
+            slots[module],
+            (torch.zeros(2, *2 * rows.shape[-1:], dtype=torch.float64), [0, 0]),
+        )
+        sums[part] += rows.mT @ rows
+        tokens[part] += len(rows)
+
+    handles = [module.register_forward_pre_hook(hook) for module in slots]
+    numbers = iter(range(10**6))
+    for batch in session.splits["calibration"].batches:
+        for row in batch:
+            part = int(is_held_out(next(numbers)))
+            with torch.no_grad():
+                session.scorer.trunk.logits(row[None])
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _check_experts(found, session):
+    """Every token goes to two experts, and the layer's sums are those of its experts."""
+    split = session.splits["calibration"]
+    assert found.tokens.sum().item() == 2 * split.tokens
+    assert (found.tokens > 0).any(dim=0).sum() > 1
+    assert torch.allclose(found.layer_sums, found.sums.sum(dim=1), rtol=1e-5, atol=1e-5)
+    assert found.layer_tokens.tolist() == found.tokens.sum(dim=1).tolist()
+    seen = found.sums[:, found.tokens.sum(dim=0) > 0]
+    assert (seen.sum(dim=0).diagonal(dim1=1, dim2=2).sum(dim=1) > 0).all()
+    assert torch.equal(seen, seen.mT)
+
+
+def test_wide_inputs_of_all_experts_add_up_to_those_of_their_layer(tmp_path):
+    place = save_searchable("qwen3_moe", tmp_path / "model"), save_text(tmp_path / "text")
+    _, session = opened(place)
+    store = collect(session, tmp_path / "statistics")
+    hidden = []
+    block = session.scorer.trunk.blocks[0].mlp.experts
+    handle = block.register_forward_pre_hook(lambda module, given: hidden.append(given[0]))
+    for batch in session.splits["calibration"].batches:
+        with torch.no_grad():
+            session.scorer.trunk.logits(batch)
+    handle.remove()
+    rows = torch.cat(hidden).double()
+    wide = next(
+        unit for group, unit in units(session) if group.layer == 0 and unit.name.endswith("wide")
+    )
+    layer = store.moments(wide).layer_sums.sum(dim=0).double()
+    assert torch.allclose(layer, 2 * rows.mT @ rows, rtol=1e-3, atol=1e-3)
+
+
+def test_batches_change_no_bit(place, tmp_path):
+    contents = []
+    for batch_tokens in (32, 128, 384):
+        _, session = opened(place, batch_tokens=batch_tokens)
+        collect(session, tmp_path / str(batch_tokens))
+        contents.append(content(tmp_path / str(batch_tokens)))
+    assert contents[0] == contents[1] == contents[2]
+
+
+def test_a_model_in_one_stage_gives_the_same(place, tmp_path):
+    _, session = opened(place)
+    assert not session.scorer.trunk.is_whole
+    collect(session, tmp_path / "in step")
+    session.scorer.trunk.is_whole = True
+    collect(session, tmp_path / "whole")
+    assert content(tmp_path / "in step") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["remove", "cut", "flip"])
+def test_after_a_kill_only_what_is_missing_is_collected(place, tmp_path, damage, monkeypatch):
+    _, session = opened(place)
+    folder = tmp_path / "statistics"
+    collect(session, folder)
+    whole = content(folder)
+    file = folder / "1.safetensors"
+    if damage == "remove":
+        file.unlink()
+    else:
+        changed = bytearray(whole[file.name])
+        changed[-1] ^= 1
+        file.write_bytes(changed if damage == "flip" else changed[:-9])
+    written = []
+    write = StatisticsStore.write
+    monkeypatch.setattr(
+        StatisticsStore,
+        "write",
+        lambda store, layer, found: (written.append(layer), write(store, layer, found)),
+    )
+    collect(session, folder)
+    assert written == [1]
+    assert content(folder) == whole
+    monkeypatch.setattr(moments, "_Taps", None)
+    collect(session, folder)
+
+
+def test_one_block_is_watched_at_a_time(place, tmp_path, monkeypatch):
+    _, session = opened(place)
+    alive, most = [], []
+    zeros = moments._Sums.zeros.__func__
+
+    def counted(cls, matrices, inputs, device):
+        own = zeros(cls, matrices, inputs, device)
+        alive.append(own)
+        return own
+
+    monkeypatch.setattr(moments._Sums, "zeros", classmethod(counted))
+
+    def advance():
+        most.append(len(alive))
+        alive.clear()
+
+    collect(session, tmp_path / "statistics", advance=advance)
+    sets = [
+        {
+            own.input_scale_set
+            for group in session.quantized.groups
+            for own in group.linears
+            if group.layer == layer
+        }
+        for layer in range(session.scorer.trunk.stages)
+    ]
+    assert most == list(map(len, sets))
+    assert all(most)
+
+
+def test_experts_from_files_have_their_own(tmp_path):
+    place = save_searchable("qwen3_moe", tmp_path / "model"), save_text(tmp_path / "text")
+    source, session = opened(place)
+    store = collect(session, tmp_path / "statistics")
+    files = FileWeights(source.headers)
+    for group, stack in units(session):
+        if not stack.is_stack:
+            continue
+        of_stack = store.moments(stack)
+        names = {own.name: n for n, matrix in enumerate(stack.matrices) for own in matrix}
+        for unit in files.units(group):
+            if unit.name in names:
+                own = store.moments(unit)
+                index = names[unit.name]
+                assert torch.equal(own.sums[:, 0], of_stack.sums[:, index])
+                assert torch.equal(own.mean()[0], of_stack.mean()[index])
+
+
+def test_experts_that_are_modules_are_told_apart(tmp_path):
+    """Code that comes with a model may hold its experts as linears."""
+    place = save_searchable("qwen3_moe", tmp_path / "model"), save_text(tmp_path / "text")
+    _, session = opened(place)
+    stacked = collect(session, tmp_path / "stacked")
+    stack = next(unit for _, unit in units(session) if unit.name.endswith("wide"))
+    expected = stacked.moments(stack)
+    group = next(g for g in session.quantized.groups if g.role == "experts" and g.layer == 0)
+    linears = [own for own in group.linears if own.name.endswith(("gate_proj", "up_proj"))]
+    taps = moments._Taps(session.quantized, ())
+    modules = {own.name: nn.Linear(own.in_features, own.out_features) for own in linears}
+    taps._watch_dense(
+        [moments.DenseSlot(linears=(own,), module=modules[own.name]) for own in linears]
+    )
+    assert len(taps._dense) == len(stack.matrices)
+    (name,) = taps._sums
+    assert taps._sums[name].sums.shape == expected.sums.shape
+    rows = torch.randn(5, linears[0].in_features)
+    first, last = (next(m for m, own in taps._dense.items() if own[1] == n) for n in (0, 3))
+    taps.see(last, rows)
+    taps.held_out = True
+    taps.see(first, rows[:2])
+    found = taps.moments()[name]
+    assert found.tokens.tolist() == [[0, 0, 0, 5], [2, 0, 0, 0]]
+    assert torch.allclose(found.sums[0, 3], rows.mT @ rows)
