@@ -1,14 +1,16 @@
 """Predicted joint KL: what the quadratic says, what measured candidates teach, what is proposed."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
 
 from autoquant.search import predictor
 from autoquant.search.knapsack import Knapsack
 from autoquant.search.predictor import ranked
-from autoquant.search.surrogate import PowerLaw, Surrogate
+from autoquant.search.surrogate import NOISES, PRIORS, PowerLaw, Surrogate
 
 
 @pytest.fixture
@@ -65,10 +67,59 @@ def test_fits_find_the_share_of_what_gradients_do_not_see(generator, share):
     assert np.allclose(fitted.predict(selections), kl, rtol=0.02)
 
 
-def test_few_measurements_leave_interactions_out(generator):
+def with_excess(generator):
+    """Interactions as strong as the expansion says, and half of every part's KL not seen by it."""
+    parts = _parts(made(generator))[:-1]
+    return Surrogate(*parts, 0.5 * parts[1])
+
+
+@pytest.mark.parametrize(("count", "is_fitted"), [(1, False), (5, False), (6, True)])
+def test_few_measurements_leave_strength_and_share_as_they_are(generator, count, is_fitted):
+    surrogate = with_excess(generator)
+    selections = every(surrogate)[::17][:count]
+    kl = dataclasses.replace(surrogate, strength=1.0, share=0.3).predict(selections)
+    fitted = surrogate.fitted(selections, kl)
+    assert (fitted.strength != 0.0) == is_fitted
+    assert (fitted.share != 1.0) == is_fitted
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.1])
+def test_the_simplest_of_all_that_explain_about_as_well_is_taken(generator, noise):
+    """Weakest interactions first, and of those the largest share: 1.1 times the least error."""
+    surrogate = with_excess(generator)
+    selections = every(surrogate)[::9]
+    truth = dataclasses.replace(surrogate, strength=0.6, share=0.5)
+    kl = truth.predict(selections) * np.exp(noise * generator.normal(size=len(selections)))
+
+    def error(strength, share):
+        tried = dataclasses.replace(surrogate, strength=strength, share=share)
+        sums = tried.quadratic(selections)
+        return float(np.sum(np.log(PowerLaw.fitted(sums, kl)(sums) / kl) ** 2))
+
+    strengths = [round(0.05 * step, 2) for step in range(-10, 25)]
+    shares = [round(0.05 * step, 2) for step in range(21)]
+    errors = {(s, h): error(s, h) for s in strengths for h in shares}
+    good = [fit for fit, value in errors.items() if value <= 1.1 * min(errors.values())]
+    fitted = surrogate.fitted(selections, kl)
+    assert (fitted.strength, fitted.share) == min(good, key=lambda fit: (abs(fit[0]), -fit[1]))
+    assert (fitted.strength, fitted.share) != min(errors, key=errors.__getitem__)
+
+
+def test_nothing_measured_leaves_the_sum_of_the_parts(generator):
+    surrogate = with_excess(generator)
+    selections = every(surrogate)[:20]
+    sums = [surrogate.main[surrogate.places([s])[0]].sum() for s in selections]
+    for fit in (surrogate, surrogate.fitted([], np.empty(0)), surrogate.refitted([], np.empty(0))):
+        assert fit.predict(selections) == pytest.approx(sums)
+
+
+def test_a_strength_that_does_not_fit_leaves_a_tenth_of_the_sum(generator):
+    """A prediction stays above zero."""
     surrogate = made(generator)
-    fitted = surrogate.fitted(every(surrogate)[:5], np.full(5, 1e-3))
-    assert fitted.strength == 0.0
+    against = dataclasses.replace(surrogate, pairs=-np.abs(surrogate.pairs), strength=100.0)
+    selections = [s for s in every(surrogate) if s.count(2) < 4]
+    sums = surrogate.predict(selections)
+    assert against.quadratic(selections) == pytest.approx(0.1 * sums)
 
 
 def test_corrections_learn_an_option_that_probes_misjudged(generator):
@@ -85,22 +136,83 @@ def test_corrections_learn_an_option_that_probes_misjudged(generator):
     assert errors[1] < 0.5 * errors[0]
 
 
+def test_corrections_are_those_of_the_likeliest_prior_and_noise(generator):
+    """The mean of a Gaussian process over options, by its textbook formula."""
+    surrogate = made(generator)
+    selections = every(surrogate)[::11]
+    kl = surrogate.predict(selections) * np.exp(0.05 * generator.normal(size=len(selections)))
+    base, fitted = surrogate.fitted(selections, kl), surrogate.refitted(selections, kl)
+    residual = kl - base.predict(selections)
+    chosen = np.zeros((len(selections), len(surrogate.main)))
+    for row, places in zip(chosen, surrogate.places(selections), strict=True):
+        row[places] = 1.0
+    deviation = np.hypot(surrogate.main, 0.01 * surrogate.main.max())
+    found = []
+    for prior, noise in itertools.product(PRIORS, NOISES):
+        options = np.diag((prior * deviation) ** 2)
+        covariance = chosen @ options @ chosen.T + (noise * kl.mean()) ** 2 * np.eye(len(kl))
+        evidence = multivariate_normal(cov=covariance).logpdf(residual)
+        found.append((evidence, options @ chosen.T @ np.linalg.solve(covariance, residual)))
+    _, expected = max(found, key=lambda pair: pair[0])
+    assert fitted.correction == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert np.abs(fitted.correction).max() > 1e-6
+    expected_kl = base.predict(selections) + chosen @ expected
+    assert fitted.predict(selections) == pytest.approx(expected_kl)
+
+
 def test_the_law_is_monotone_and_the_identity_without_data():
     x = np.linspace(0.0, 1.0, 50)
     law = PowerLaw.fitted(x, 3.0 * x**2)
     assert law.exponent == 1.5
     assert (np.diff(law(x)) > 0.0).all()
-    assert PowerLaw.fitted(np.zeros(3), np.zeros(3)) == PowerLaw()
+    assert law(np.array([-1e-9]))[0] == 0.0
+    assert PowerLaw.fitted(x, 3.0 * x**0.2).exponent == 0.5
+    assert PowerLaw.fitted(np.zeros(3), np.zeros(3)) == PowerLaw() == PowerLaw(1.0, 1.0)
 
 
-def test_marginal_scores_are_the_slope_of_the_prediction(generator):
-    surrogate = Surrogate(*_parts(made(generator)), strength=0.2, law=PowerLaw(0.8, 1.0))
-    here = (0, 0, 0, 0, 0)
+@pytest.mark.parametrize(
+    ("count", "spread", "exponent"), [(2, 1.0, 1.0), (3, 1.0, 1.2), (9, 0.09, 1.0), (9, 0.11, 1.2)]
+)
+def test_an_exponent_needs_three_measurements_that_differ(count, spread, exponent):
+    """By a tenth from their mean, in logarithms."""
+    x = np.exp(np.linspace(-spread, spread, count))
+    law = PowerLaw.fitted(x, 0.7 * x**1.2)
+    assert law.exponent == pytest.approx(exponent)
+    assert law.scale == pytest.approx(0.7)
+
+
+def test_only_what_is_above_zero_is_fitted():
+    x, y = np.array([1.0, 2.0, 4.0, 0.0, 8.0]), np.array([3.0, 6.0, 12.0, 1.0, 0.0])
+    law = PowerLaw.fitted(x, y)
+    assert (law.scale, law.exponent) == (pytest.approx(3.0), pytest.approx(1.0))
+
+
+@pytest.mark.parametrize("exponent", [1.0, 0.8, 1.3])
+@pytest.mark.parametrize("is_corrected", [False, True])
+def test_marginal_scores_are_the_slope_of_the_prediction(generator, exponent, is_corrected):
+    """Exactly where the law is linear, and to first order where it is not."""
+    main = _parts(made(generator))[1]
+    surrogate = Surrogate(
+        *_parts(made(generator))[:-1],
+        0.5 * main,
+        strength=0.2,
+        share=0.4,
+        law=PowerLaw(0.8, exponent),
+        correction=0.1 * main if is_corrected else None,
+    )
+    here = (0, 1, 0, 1, 0)
     marginal = surrogate.marginal(here)
-    for group, option in ((0, 1), (3, 2)):
+    summed = surrogate.quadratic([here])[0]
+    slope = 0.8 * exponent * summed ** (exponent - 1)
+    for group, option in ((0, 1), (3, 2), (4, 1)):
         there = (*here[:group], option, *here[group + 1 :])
-        difference = surrogate.predict([there])[0] - surrogate.predict([here])[0]
-        assert marginal[group][option] - marginal[group][0] == pytest.approx(difference, rel=1e-9)
+        difference = slope * (surrogate.quadratic([there])[0] - summed)
+        if is_corrected:
+            places = [surrogate.places([s])[0] for s in (here, there)]
+            difference += surrogate.correction[places[1]].sum()
+            difference -= surrogate.correction[places[0]].sum()
+        found = marginal[group][option] - marginal[group][here[group]]
+        assert found == pytest.approx(difference, rel=1e-9)
 
 
 class _Problem:
