@@ -7,8 +7,10 @@ import pytest
 from joint import FREE, driver_of, explored, summed
 
 from autoquant.errors import SourceError
+from autoquant.formats import Choice
 from autoquant.search.explore import MOST_RUNNERS_UP, Effort, most_trials
 from autoquant.search.limits import Bounds
+from autoquant.search.predictor import Predictor
 from autoquant.search.propose.scale_rules import ScaleRules
 from autoquant.search.trials import Stage
 
@@ -112,6 +114,26 @@ def test_baselines_and_optima_do_not_race_and_all_others_do(problem):
     assert stopped <= {Stage.RUNNER_UP, Stage.REFIT, Stage.SWAP}
 
 
+def test_the_bound_of_the_trials_is_reached_where_every_optimum_is_another(even):
+    """Groups prefer two scale rules by turns, one of which the joint check closes."""
+    turned = {"nvfp4/mse": "nvfp4/four_over_six", "nvfp4/four_over_six": "nvfp4/mse"}
+    layers = {group.name: group.layer for group in even.groups}
+    kl = even.sensitivity.kl
+    preferring = {
+        (name, choice): kl[name, Choice.parse(turned.get(str(choice), str(choice)))]
+        if layers.get(name, 0) % 2
+        else value
+        for (name, choice), value in kl.items()
+    }
+    estimate = {key: value * (1 + layers.get(key[0], 0)) for key, value in kl.items()}
+    sensitivity = dataclasses.replace(even.sensitivity, kl=preferring, estimate=estimate)
+    problem = dataclasses.replace(even, sensitivity=sensitivity)
+    joint = by_rules(four_over_six_mse=0.5, four_over_six_max=0.4, max_mse=0.6)
+    driver = driver_of(problem, joint)
+    explored(problem, driver, NOTHING)
+    assert len(driver.history.trials) == most_trials(problem, 0) == most_trials(problem, 9) - 9
+
+
 def test_bounds_end_the_refinement_alone(problem):
     driver = driver_of(problem, summed(problem))
     explored(problem, driver, Effort.of(24, reweight=4), Bounds(lambda: False))
@@ -126,12 +148,15 @@ def overflowing(problem, overflows):
 
 
 def test_where_the_optimum_overflows_the_most_promising_takes_its_place(problem):
-    optimum = problem.optimum()
-    driver = driver_of(problem, overflowing(problem, lambda a: a == optimum))
+    """And so does every assignment of one scale rule or none, so that no rule is to blame."""
+    driver = driver_of(problem, overflowing(problem, lambda a: len(rules_of(a)) < 2))
     found = explored(problem, driver, Effort.of(8))
-    assert math.isnan(driver.history[optimum].kl)
+    assert found.problem is problem
+    assert math.isnan(driver.history[problem.optimum()].kl)
+    assert len(found.challengers) > 1
     assert math.isfinite(found.incumbent.kl)
-    assert found.incumbent not in found.challengers
+    promising = Predictor(found.problem).by_promise(driver.history)
+    assert (found.incumbent, *found.challengers) == tuple(promising)
     assert all(math.isfinite(t.kl) for t in found.challengers)
 
 
@@ -179,3 +204,10 @@ def test_trials_are_shared_out_without_rest(trials, reweight):
     assert effort.runners_up + effort.reweight + effort.refit + effort.swaps == trials
     assert min(effort.runners_up, effort.refit, effort.swaps) >= 0
     assert effort.runners_up <= MOST_RUNNERS_UP
+
+
+def test_half_of_the_trials_are_runners_up_and_refits_and_swaps_share_the_rest():
+    assert Effort.of(30) == Effort(runners_up=15, reweight=0, refit=8, swaps=7)
+    assert Effort.of(25, reweight=4) == Effort(runners_up=11, reweight=4, refit=5, swaps=5)
+    many = Effort.of(3 * MOST_RUNNERS_UP)
+    assert many.runners_up == many.refit == many.swaps == MOST_RUNNERS_UP

@@ -126,6 +126,23 @@ def test_filling_leaves_no_better_option_that_takes_more(knapsack, data):
 def test_a_second_limit_that_nothing_takes_of_changes_nothing(knapsack):
     alone = Knapsack(knapsack.scores, knapsack.costs, knapsack.budget, finer=knapsack.finer)
     assert knapsack.solution.score == pytest.approx(alone.solution.score, rel=1e-12)
+    for selection in kept(knapsack)[:5]:
+        assert knapsack.fill(selection) == alone.fill(selection)
+
+
+def test_an_option_that_takes_a_step_less_of_one_limit_counts_by_its_score():
+    """Finer or not: it trades one limit for the other."""
+    finer = (((False, True), (False, False)),)
+    for score, chosen in ((0.8, 0), (0.2, 1)):
+        knapsack = Knapsack(((0.3, score),), ((1, 2),), 9, Constraint(((2, 1),), 9), finer)
+        assert knapsack.fill((0,)) == (chosen,)
+
+
+def test_limits_are_traded_as_long_as_that_scores_less():
+    scores, never = ((0.5, 0.3),) * 3, (((False, False),) * 2,) * 3
+    second = Constraint(((2, 1),) * 3, 6)
+    assert Knapsack(scores, ((1, 2),) * 3, 6, second, never).fill((0, 0, 0)) == (1, 1, 1)
+    assert Knapsack(scores, ((1, 2),) * 3, 5, second, never).fill((0, 0, 0)).count(1) == 2
 
 
 def test_upgrades_end_where_scores_and_costs_go_round_in_a_circle():
