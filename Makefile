@@ -15,7 +15,7 @@ demo_stamp := $(VENV)/.installed
 test_stamp := $(VENV)/.installed-$(EXTRAS)
 requirements := pyproject.toml constraints.txt $(wildcard setup.py kernels/autoquant_kernels/cpp/*)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 
 demo: $(demo_stamp)
 	$(VENV)/bin/autoquant search --budget-bpe 5.0
@@ -33,8 +33,12 @@ format: $(test_stamp)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# A link to nothing, and a name of the API that is not there, end the build.
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
 
 $(VENV)/bin/python:
 	$(or $(PYTHON),$(error AutoQuant needs Python 3.11, 3.12 or 3.13 with venv: install one, or set PYTHON)) -m venv $(VENV)
@@ -44,7 +48,7 @@ $(demo_stamp): $(VENV)/bin/python $(requirements)
 	$(VENV)/bin/python -m pip install -qq --constraint constraints.txt --editable .
 	touch $@
 
-$(test_stamp): $(VENV)/bin/python $(requirements)
-	@echo "Installing AutoQuant [$(EXTRAS)] into $(VENV): minutes the first time, then seconds"
-	$(VENV)/bin/python -m pip install -qq --constraint constraints.txt --editable '.[$(EXTRAS)]'
+$(VENV)/.installed-%: $(VENV)/bin/python $(requirements)
+	@echo "Installing AutoQuant [$*] into $(VENV): minutes the first time, then seconds"
+	$(VENV)/bin/python -m pip install -qq --constraint constraints.txt --editable '.[$*]'
 	touch $@ $(demo_stamp)

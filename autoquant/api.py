@@ -254,7 +254,7 @@ def search(
         export: write the winner as a checkpoint.
         layout: who reads it: vLLM, SGLang and TensorRT-LLM (modelopt), or vLLM, SGLang and
             transformers (compressed-tensors).
-        observer: told of every stage and trial; nobody by default.
+        observer: told of every stage and trial; the logger `autoquant` by default.
 
     Raises:
         ConfigError: a setting that cannot be meant.
@@ -291,9 +291,9 @@ def search_budgets(
 def _search(settings: Mapping[str, Any], observer: "Observer | None") -> list[Run]:
     from autoquant.run.budgets import run_searches
     from autoquant.run.config import SearchConfig
-    from autoquant.run.observer import Silent
+    from autoquant.run.observer import Logged
 
-    outcomes = run_searches(SearchConfig.of(settings), observer or Silent())
+    outcomes = run_searches(SearchConfig.of(settings), observer or Logged())
     return [load_run(outcome.path) for outcome in outcomes]
 
 

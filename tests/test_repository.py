@@ -6,17 +6,16 @@ import re
 import subprocess
 import sys
 import tomllib
-import zipfile
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
 import pytest
+import yaml
+from tracked import ROOT, tracked_files
 
 import autoquant
 from autoquant.formats import BF16, all_formats
-
-ROOT = Path(__file__).parents[1]
 
 LONGEST_FILE = 450
 MEDIAN_FILE = 130
@@ -42,19 +41,6 @@ HELP = "from autoquant.cli import cli; cli.main(['--help'], standalone_mode=Fals
 CONFIGURED = (*SLOW_IMPORTS, "pydantic")
 """What is slow where no settings are read. Help shows settings, whose types come from pydantic: it
 adds 0.15 s to the 0.05 s of `autoquant --help`, where torch would add one to two seconds."""
-
-
-def tracked_files() -> list[Path]:
-    if not (ROOT / ".git").exists():
-        pytest.skip("git: this is no checkout")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 
 
 def text_of(path: Path) -> str:
@@ -168,54 +154,17 @@ def test_every_direct_dependency_is_pinned_for_repeatable_installs():
     assert {re.match(r"[\w-]+", name)[0] for name in wanted} - pinned == set()
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel, built as a user's pip builds it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    for path in tracked_files():
-        target = source / path.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder]
-    subprocess.run([*command, source], check=True)
-    (built,) = folder.glob("*.whl")
-    return zipfile.ZipFile(built)
-
-
-@pytest.mark.slow
-def test_the_wheel_holds_every_module_and_data_file(wheel):
-    held = set(wheel.namelist())
-    for path in tracked_files():
-        name = path.relative_to(ROOT).as_posix()
-        for folder, package in {
-            "autoquant/": "autoquant/",
-            "search_spaces/": "autoquant/search_spaces/",
-            "kernels/autoquant_kernels/": "autoquant_kernels/",
-        }.items():
-            if name.startswith(folder):
-                assert package + name.removeprefix(folder) in held
-
-
-@pytest.mark.slow
-def test_the_wheel_holds_nothing_else(wheel):
-    tops = {name.partition("/")[0] for name in wheel.namelist()}
-    tops = {top for top in tops if not top.endswith(".dist-info")}
-    assert tops == {"autoquant", "autoquant_kernels"}
-
-
-@pytest.mark.slow
-def test_the_wheel_works_away_from_the_checkout(wheel, tmp_path):
-    wheel.extractall(tmp_path / "site")
-    done = subprocess.run(
-        [sys.executable, "-m", "autoquant", "spaces", "list"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "default" in done.stdout
+def test_the_workflow_runs_what_a_change_must_pass_on_every_supported_python():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8"))
+    (job,) = workflow["jobs"].values()
+    assert ".ci/run" in [step.get("run") for step in job["steps"]]
+    supported = [
+        name.rpartition(" :: ")[2]
+        for name in project["classifiers"]
+        if re.match(r"Programming Language :: Python :: 3\.\d+$", name)
+    ]
+    assert job["strategy"]["matrix"]["python"] == supported
 
 
 def test_formats_are_named_in_their_own_files_alone():

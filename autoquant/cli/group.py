@@ -11,6 +11,7 @@ from typing import IO, Any
 import click
 
 from autoquant.cli.options import write_examples
+from autoquant.cli.output import showing_warnings
 from autoquant.cli.usage import explain
 from autoquant.errors import AutoQuantError, ConfigError, OutOfMemory, SourceError, one_line
 from autoquant.files import is_full
@@ -124,7 +125,7 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an error leaves as a `Failure`, or as it is with `--debug`."""
         try:
-            with _usage_as_failure():
+            with _usage_as_failure(), showing_warnings():
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise

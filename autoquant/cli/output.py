@@ -1,7 +1,9 @@
 """What commands print: the result on standard output, everything else on standard error."""
 
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -10,6 +12,9 @@ from autoquant.errors import one_line
 from autoquant.files import to_json
 
 SCHEMA_VERSION = 1
+
+_LOGGERS = ("autoquant", "autoquant_kernels")
+"""What both packages log to; other libraries' logs are their own."""
 
 
 def print_json(result: Mapping[str, Any]) -> None:
@@ -52,6 +57,25 @@ def note(message: str) -> None:
 def warn(message: str) -> None:
     """Print a line on standard error that says what went wrong without ending the command."""
     click.echo(f"warning: {one_line(message)}", err=True)
+
+
+class _Shown(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(record.getMessage())
+
+
+@contextmanager
+def showing_warnings() -> Iterator[None]:
+    """Print what the packages log as a warning, inside, as every other warning is printed."""
+    handler = _Shown(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def _is_number(text: str) -> bool:

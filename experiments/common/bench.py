@@ -23,7 +23,7 @@ from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.plan import Plan, make_plan
 from autoquant.plan.space_file import load_space
-from autoquant.run.observer import Silent
+from autoquant.run.observer import Logged
 from autoquant.run.probes import Probes
 from autoquant.search.driver import Driver
 from autoquant.search.explore import Effort, Explored, explore
@@ -73,7 +73,7 @@ class Bench:
             mode=ActivationMode.W4A4,
             device=self.device,
             trust_remote_code=False,
-            observer=Silent(),
+            observer=Logged(),
         )
 
     @property
@@ -112,7 +112,7 @@ class Bench:
                 split=self.splits["search"],
                 keys=tuple(keys_of(self.plan.options.choices)),
                 seed=self.tokens.seed,
-                observer=Silent(),
+                observer=Logged(),
             )
             return probes.measure(method)[0]
 

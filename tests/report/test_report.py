@@ -260,9 +260,9 @@ def test_a_report_for_a_folder_that_does_not_exist_is_refused(autoquant, finishe
 
 @pytest.mark.slow
 def test_a_report_that_fails_never_loses_a_search(settings, finished, tmp_path, monkeypatch):
-    from autoquant.run.observer import Silent
+    from autoquant.run.observer import Logged
 
-    class Watcher(Silent):
+    class Watcher(Logged):
         def __init__(self) -> None:
             self.warnings: list[str] = []
 

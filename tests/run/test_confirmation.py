@@ -10,7 +10,7 @@ from autoquant.formats import FP8
 from autoquant.measure.kl import TokenScores
 from autoquant.plan.assignment import Assignment
 from autoquant.run.confirmation import confirm
-from autoquant.run.observer import Silent
+from autoquant.run.observer import Logged
 from autoquant.search.explore import Explored
 from autoquant.search.history import History
 from autoquant.search.trials import Stage, Trial
@@ -18,7 +18,7 @@ from autoquant.search.trials import Stage, Trial
 SEQUENCES = 16
 
 
-class Watching(Silent):
+class Watching(Logged):
     def __init__(self):
         self.warnings, self.steps, self.announced = [], 0, 0
 
