@@ -3,6 +3,8 @@
 VENV ?= .venv
 EXTRAS ?= test
 PYTEST_ARGS ?=
+KILLS ?= 1000
+MUTATIONS ?= 10000
 # One thread in each process of the tests is faster than all cores in one; a process takes 2 GB.
 PROCESSES ?= -n auto --maxprocesses 4 --dist loadfile
 
@@ -15,7 +17,7 @@ demo_stamp := $(VENV)/.installed
 test_stamp := $(VENV)/.installed-$(EXTRAS)
 requirements := pyproject.toml constraints.txt $(wildcard setup.py kernels/autoquant_kernels/cpp/*)
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test lint format docs robustness clean
 
 demo: $(demo_stamp)
 	$(VENV)/bin/autoquant search --budget-bpe 5.0
@@ -36,6 +38,11 @@ format: $(test_stamp)
 # A link to nothing, and a name of the API that is not there, end the build.
 docs: $(VENV)/.installed-docs
 	$(VENV)/bin/python -m mkdocs build --strict
+
+# Hours; what it has done it does not do again. KILLS and MUTATIONS say how much.
+robustness: $(test_stamp)
+	$(VENV)/bin/python tests/robustness/long_run.py build/robustness \
+		--kills $(KILLS) --mutations $(MUTATIONS)
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info

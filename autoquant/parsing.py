@@ -45,8 +45,17 @@ def read_text(path: Path, *, most: int = LARGEST_TEXT) -> str:
 
     Raises:
         OSError: it cannot be read.
-        Unreadable: no regular file (a pipe would be waited for), larger than `most` bytes, or not
-            UTF-8.
+        Unreadable: as `read_bytes`, or not UTF-8.
+    """
+    return decode(read_bytes(path, most=most))
+
+
+def read_bytes(path: Path, *, most: int) -> bytes:
+    """The content of a file.
+
+    Raises:
+        OSError: it cannot be read.
+        Unreadable: no regular file (a pipe would be waited for), or larger than `most` bytes.
     """
     with open(path, "rb", opener=_without_waiting) as file:
         found = os.fstat(file.fileno())
@@ -54,7 +63,7 @@ def read_text(path: Path, *, most: int = LARGEST_TEXT) -> str:
             raise Unreadable("is no regular file")
         if found.st_size > most:
             raise Unreadable(f"is larger than {most:,} bytes")
-        return decode(file.read())
+        return file.read()
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -5,19 +5,20 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from autoquant.errors import SourceError
 from autoquant.files import replacing
+from autoquant.source.headers import Headers
+from autoquant.source.tensors import read_tensor
 
 SUFFIX = ".safetensors"
 _SAID = "autoquant"
 """The one entry of a file's metadata: the order of several would change from file to file."""
-_CHECKSUMS, _FACTS = "sha256", "facts"
+_CHECKSUMS, _FACTS, _OF_BOTH = "sha256", "facts", "sha256 of both"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class TensorFile:
         flat = {_joined(name, part): t for name, own in moved.items() for part, t in own.items()}
         checksums = {name: _checksum(own) for name, own in moved.items()}
         said = {_CHECKSUMS: checksums, _FACTS: dict(self.facts)}
-        return save(flat, {_SAID: json.dumps(said)})
+        return save(flat, {_SAID: json.dumps(said | {_OF_BOTH: _digest(said)})})
 
 
 def write_tensors(path: Path, content: bytes) -> None:
@@ -48,37 +49,49 @@ def write_tensors(path: Path, content: bytes) -> None:
 
 
 def read_tensors(path: Path, names: Iterable[str]) -> TensorFile | None:
-    """Some entries of a file; None where one of them is absent or damaged."""
-    entries: dict[str, dict[str, Tensor]] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            said = _said_by(file)
-            checksums, facts = said[_CHECKSUMS], said[_FACTS]
-            parts: dict[str, list[str]] = {}
-            for key in file.keys():  # noqa: SIM118
-                parts.setdefault(key.rpartition(":")[0], []).append(key)
-            for name in names:
-                own = {k.rpartition(":")[2]: file.get_tensor(k) for k in parts.get(name, [])}
-                if checksums.get(name) != _checksum(own):
-                    return None
-                entries[name] = own
-    except (OSError, SafetensorError, KeyError, ValueError):
+    """Some entries of a file; None where one of them is absent or damaged.
+
+    They are read, not mapped: a file that is cut off under a mapping ends the process.
+    """
+    opened = _open(path)
+    if opened is None:
         return None
-    return TensorFile(entries, facts)
+    headers, said = opened
+    parts: dict[str, list[str]] = {}
+    for key in headers.tensors:
+        parts.setdefault(key.rpartition(":")[0], []).append(key)
+    entries: dict[str, dict[str, Tensor]] = {}
+    for name in names:
+        try:
+            own = {k.rpartition(":")[2]: read_tensor(headers[k]) for k in parts.get(name, [])}
+        except SourceError:
+            return None
+        if said[_CHECKSUMS].get(name) != _checksum(own):
+            return None
+        entries[name] = own
+    return TensorFile(entries, said[_FACTS])
 
 
 def digest_of(path: Path) -> str | None:
     """A digest of all entries by their checksums; None for a file that cannot be opened."""
+    opened = _open(path)
+    return None if opened is None else _digest(opened[1][_CHECKSUMS])
+
+
+def _open(path: Path) -> tuple[Headers, dict[str, dict[str, str]]] | None:
+    """The file's tensors, its checksums and its facts; None where it is absent or damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
-            checksums = json.dumps(_said_by(file)[_CHECKSUMS], sort_keys=True)
-            return hashlib.sha256(checksums.encode()).hexdigest()
-    except (OSError, SafetensorError, KeyError, ValueError):
+        headers = Headers.read((path,))
+        said = json.loads(headers.metadata[path].get(_SAID, "null"))
+    except (SourceError, ValueError):
         return None
+    if not isinstance(said, dict) or said.pop(_OF_BOTH, None) != _digest(said):
+        return None
+    return headers, said
 
 
-def _said_by(file: Any) -> Any:
-    return json.loads((file.metadata() or {})[_SAID])
+def _digest(said: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _by_itself(tensor: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from autoquant.errors import AutoQuantError, SourceError
 from autoquant.source.json_file import read_json_object
 
 TOKENIZER_FILE = "tokenizer.json"
+_CONFIG_FILE = "tokenizer_config.json"
 _FILES = (
     TOKENIZER_FILE,
-    "tokenizer_config.json",
+    _CONFIG_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.json",
@@ -37,6 +38,19 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
         )
         tokenizer("a")
     return tokenizer
+
+
+def require_tokenizer(path: Path) -> None:
+    """Raise if the tokenizer in `path`, where there is one without code of its own, is none.
+
+    Raises:
+        SourceError: transformers would refuse it.
+    """
+    if not any((path / name).exists() for name in _FILES):
+        return
+    config = path / _CONFIG_FILE
+    if not config.exists() or "auto_map" not in read_json_object(config):
+        load_tokenizer(path, trust_remote_code=False)
 
 
 def why_no_tokenizer(text: str) -> str | None:

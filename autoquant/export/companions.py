@@ -51,6 +51,21 @@ def companion_files(folder: Path) -> tuple[list[Path], list[Path]]:
     return copied, left_out
 
 
+def require_sound_companions(folder: Path) -> None:
+    """Raise before a search or an export begins if no server could read what comes with a model.
+
+    Raises:
+        SourceError: as `companion_files`, or a file is broken.
+    """
+    for name in companion_files(folder)[0]:
+        reason = _why_broken(folder, name)
+        if reason is not None:
+            raise SourceError(
+                f"{folder / name} {reason}: no server can read it.",
+                fix="download the file again, or remove it.",
+            )
+
+
 def companion_problems(
     checkpoint: Path, weights: Collection[Path], source: Path | None
 ) -> Iterator[str]:
@@ -68,7 +83,7 @@ def companion_problems(
         yield error.message
         return
     for name in found:
-        reason = _why_broken(checkpoint / name)
+        reason = _why_broken(checkpoint, name)
         if reason is not None:
             yield f"{name} {reason}."
     for name in left_out:  # engines read every one where no index names them
@@ -87,9 +102,11 @@ def companion_problems(
             yield f"{name} is not in the source, and servers read it."
 
 
-def _why_broken(path: Path) -> str | None:
-    """Why no server can read a file, to go on after its name; None of what is no text for them."""
-    if path.suffix not in (".json", _TEMPLATE):
+def _why_broken(folder: Path, name: Path) -> str | None:
+    """Why no server can read a file, to go on after its name; None where none reads it as text."""
+    path = folder / name
+    is_text = path.suffix in (".json", _TEMPLATE)
+    if not is_text or not _READ_BY_SERVERS.fullmatch(name.as_posix()):
         return None
     try:
         text = read_text(path)

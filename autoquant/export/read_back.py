@@ -30,9 +30,8 @@ from autoquant.plan.grouping import Groups, group_tensors
 from autoquant.plan.linears import Linear
 from autoquant.source import stored_forms
 from autoquant.source.headers import Headers, TensorHeader
-from autoquant.source.json_file import read_json_object
-from autoquant.source.shards import inside, read_checkpoint_headers
-from autoquant.source.source import CONFIG_FILE, text_config
+from autoquant.source.shards import read_checkpoint_headers
+from autoquant.source.source import CONFIG_FILE, read_config, text_config
 from autoquant.source.tensors import read_tensor
 
 _WEIGHT = ".weight"
@@ -176,7 +175,7 @@ def open_quantized(folder: str | Path) -> QuantizedCheckpoint:
         raise SourceError(
             f"{path} holds no {CONFIG_FILE}.", fix="pass the folder that export has written."
         )
-    config = read_json_object(inside(path, CONFIG_FILE))
+    config = read_config(path)
     layout = _layout(path, config.get("quantization_config"))
     hidden = text_config(config).get("hidden_size")
     headers = stored_forms.apart(read_checkpoint_headers(path), config, hidden)

@@ -268,7 +268,8 @@ class _Files:
             return read_identity(self.path)
         except OtherSchema as error:
             self._note(IDENTITY, error)
-        found = json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))
+        found.pop("checksum", None)
         known = {"autoquant": "of another version", "created": "at an unknown time", **found}
         if known.get("status") not in set(Status):
             known["status"] = Status.INTERRUPTED

@@ -1,6 +1,7 @@
 """What a configuration names, opened: the model, its plan under a search space, its limits."""
 
 from autoquant.errors import ConfigError
+from autoquant.export.companions import require_sound_companions
 from autoquant.plan.cost_table import CostTable
 from autoquant.plan.limit import Limit
 from autoquant.plan.plan import Plan, make_plan
@@ -14,9 +15,13 @@ def open_model(config: ModelConfig, *, weights: bool = True) -> Source:
     """The model of a command, the bundled one where none is named.
 
     Raises:
-        SourceError: it is missing, damaged or not understood.
+        SourceError: it is missing, damaged or not understood, or a file that comes with it is.
     """
-    return open_source(config.model or REFERENCE_MODEL, revision=config.revision, weights=weights)
+    model = config.model or REFERENCE_MODEL
+    source = open_source(model, revision=config.revision, weights=weights)
+    if weights:
+        require_sound_companions(source.path)
+    return source
 
 
 def open_plan(config: ProbeConfig | PlanConfig) -> Plan:

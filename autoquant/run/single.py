@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from autoquant.data.tokenizer import require_tokenizer
 from autoquant.export.declaration import quantized_linears, reader_warnings
 from autoquant.export.export import ExportResult, export
 from autoquant.export.layouts.recipe import modelopt_recipe
@@ -106,6 +107,7 @@ def _export(
     quantized = [g for g in groups if assignment[g.name] != BF16]
     attention = cached_attention(config.kv_cache, groups)
     if config.calibrated is not None:
+        require_tokenizer(source.path)
         keep_freed_memory()
         found = read_calibration(config.calibrated, quantized, attention)
         book = book_of_run(source, config.calibrated.parent)

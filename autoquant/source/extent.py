@@ -15,6 +15,10 @@ from autoquant.source.headers import Headers
 
 _COUNTS_OF_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
 
+_COUNT_OF_LABELS = "num_labels"
+_MOST_LABELS = 100_000
+"""transformers names every one, also for a model without a classifier."""
+
 _MODULES_PER_TENSOR = 100
 _MODULES_BESIDE = 10_000
 """A layer that multiplies has one or two tensors; experts that a file joins may be modules of
@@ -49,13 +53,17 @@ class Extent:
         """Check config.json before transformers makes lists as long as the model.
 
         Raises:
-            SourceError: more layers than may be.
+            SourceError: more layers or labels than may be.
         """
         for key, value in config.items():
             if isinstance(value, dict):
                 self.require_layers(value)
-            elif key in _COUNTS_OF_LAYERS and isinstance(value, int) and value > self.layers:
+            elif not isinstance(value, (int, float)):
+                continue
+            elif key in _COUNTS_OF_LAYERS and value > self.layers:
                 raise self._exceeded(f"{value:,} layers ({key})")
+            elif key == _COUNT_OF_LABELS and value > _MOST_LABELS:
+                raise self._exceeded(f"{value:,} labels ({key})")
 
     @contextmanager
     def building(self) -> Iterator[None]:

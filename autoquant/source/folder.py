@@ -72,7 +72,8 @@ def require_own(folder: Path, path: Path) -> None:
         ) from error
     if not stat.S_ISREG(mode):
         raise SourceError(
-            f"{path} is a pipe, a socket or a device, and no file.", fix="remove it from the model."
+            f"{path} is a folder, a pipe, a socket or a device, and no file.",
+            fix="remove it from the model.",
         )
     if not os.access(path, os.R_OK):
         raise SourceError(

@@ -269,10 +269,8 @@ def tensor_header(file: Path, name: str, value: Any, base: int) -> TensorHeader:
         SourceError: something is missing or too much, or the numbers do not fit each other.
     """
     match value:
-        case {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]} if (
-            len(value) == 3
-        ):
-            pass
+        case {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}:
+            pass  # what else it says is left alone, as by the safetensors library
         case _:
             raise _damaged(file, f"describes {name} by other than dtype, shape and data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:

@@ -96,6 +96,23 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, dict) else config
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model or a checkpoint.
+
+    Raises:
+        SourceError: missing, unreadable, no JSON object, or a model type that is no name.
+    """
+    config = read_json_object(inside(folder, CONFIG_FILE))
+    for part in (config, text_config(config)):
+        kind = part.get("model_type")
+        if kind is not None and not isinstance(kind, str):
+            raise SourceError(
+                f"{folder / CONFIG_FILE} has the model_type {kind!r}, which is no name.",
+                fix=f"download {CONFIG_FILE} again.",
+            )
+    return config
+
+
 def open_source(model: str | Path, *, revision: str | None = None, weights: bool = True) -> Source:
     """Open a folder, or fetch a hub id into the Hugging Face cache and open it.
 
@@ -127,7 +144,7 @@ def open_source(model: str | Path, *, revision: str | None = None, weights: bool
     else:
         _require_config(path)
         headers, has_weights = architecture_headers(path), False
-    config = dict(read_json_object(inside(path, CONFIG_FILE)))
+    config = read_config(path)
     require_no_redirection(path, config)
     if weights:
         require_own_files(path)

@@ -1,9 +1,10 @@
 """The run directory: what a search leaves on disk, when it may go on, and who may write.
 
-Every file is written atomically, every JSON has `schema_version`, and line files survive a kill in
-the middle of a line. One process at a time holds the directory.
+Every file is written atomically, every JSON has `schema_version` and a checksum of its content, and
+line files survive a kill in the middle of a line. One process at a time holds the directory.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from autoquant.files import (
     to_json,
     write_atomic,
 )
+from autoquant.parsing import Unreadable, read_bytes
 
 SCHEMA_VERSION = 1
 
@@ -57,6 +59,12 @@ IDENTITY = "run.json"
 _LOCK = ".lock"
 _PRELIMINARY = frozenset({IDENTITY, _LOCK, CONFIG, GROUPS, SPLITS, SECONDS, TRACKING})
 """What a search writes before it measures anything."""
+
+_CHECKSUM = "checksum"
+"""Of what else the object holds. Files of earlier versions have none, and are taken as they are."""
+
+_LARGEST_FILE = 2**32
+"""Bytes; more than any search writes."""
 
 _WORDS = {"model": "the content digest of the model"}
 """What a part of a signature is called where its key says too little."""
@@ -186,9 +194,7 @@ class RunDirectory:
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:
         """Write a JSON object whole, with its schema version; NaN and infinities become null."""
-        write_atomic(
-            self.path / name, to_json({"schema_version": SCHEMA_VERSION, **data}, indent=2) + "\n"
-        )
+        write_atomic(self.path / name, to_json(_sealed(data), indent=2) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """What `write_json` wrote under `name`, or None if nothing has.
@@ -202,7 +208,7 @@ class RunDirectory:
         """Add a line to a line file; it is on the disk when this returns."""
         path = self.path / name
         is_new = not path.exists()
-        line = to_json({"schema_version": SCHEMA_VERSION, **record}) + "\n"
+        line = to_json(_sealed(record)) + "\n"
         with path.open("ab") as file:
             file.truncate(_whole_lines(path))
             file.write(line.encode())
@@ -226,12 +232,8 @@ class RunDirectory:
 
 def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     """What `RunDirectory.write_json` wrote; see `RunDirectory.read_json`. Takes no lock."""
-    path = folder / name
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return _parse(text, str(path))
+    content = _read(folder / name)
+    return None if content is None else _parse(content, str(folder / name))
 
 
 def read_seconds(folder: Path) -> dict[str, float]:
@@ -252,9 +254,7 @@ def read_seconds(folder: Path) -> dict[str, float]:
 def read_records(folder: Path, name: str) -> list[dict[str, Any]]:
     """What `RunDirectory.append` wrote; see `RunDirectory.records`. Takes no lock."""
     path = folder / name
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
+    lines = (_read(path) or b"").split(b"\n")[:-1]
     return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
 
 
@@ -355,20 +355,53 @@ def _clear(path: Path) -> None:
         (path / name).unlink(missing_ok=True)
 
 
-def _parse(text: str | bytes, origin: str) -> dict[str, Any]:
+def _sealed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` with its schema version and its checksum."""
+    own = {key: value for key, value in data.items() if key != "schema_version"}
+    return {"schema_version": SCHEMA_VERSION, **own, _CHECKSUM: _checksum(own)}
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    """The same for what is written and for what is read back: keys keep their order."""
+    return hashlib.sha256(to_json(data).encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> bytes | None:
+    """The content of a file; None where there is none.
+
+    Raises:
+        SourceError: no regular file.
+        OSError: it cannot be read.
+    """
     try:
-        data = json.loads(text)
+        return read_bytes(path, most=_LARGEST_FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Unreadable as error:
+        raise _damaged(str(path), str(error)) from error
+
+
+def _parse(content: bytes, origin: str) -> dict[str, Any]:
+    try:
+        data = json.loads(content.decode())
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
-        raise SourceError(
-            f"{origin} is damaged: it is not a JSON object.",
-            fix="start anew with --fresh (the earlier run is set aside), or restore the file.",
-        )
+        raise _damaged(origin, "is not a JSON object")
     version = data.pop("schema_version", None)
     if version != SCHEMA_VERSION:
         raise OtherSchema(origin, version)
+    checksum = data.pop(_CHECKSUM, None)
+    if checksum is not None and checksum != _checksum(data):
+        raise _damaged(origin, "is not what was written there, by its checksum")
     return data
+
+
+def _damaged(origin: str, why: str) -> SourceError:
+    return SourceError(
+        f"{origin} is damaged: it {why}.",
+        fix="start anew with --fresh (the earlier run is set aside), or restore the file.",
+    )
 
 
 def _whole_lines(path: Path) -> int:

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from records import forget_checksums
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 import autoquant
@@ -34,7 +35,9 @@ def finished(settings, tmp_path_factory) -> Path:
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
     """A copy of the finished run, to be changed."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    forget_checksums(run)
+    return run
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ def test_a_run_knows_where_it_is_and_how_far_it_came(found, finished):
 def test_the_result_is_the_file(found, finished):
     stored = json.loads((finished / "result.json").read_text())
     assert stored.pop("schema_version") == 1
+    assert stored.pop("checksum")
     assert found.result == stored
 
 

@@ -22,7 +22,7 @@ TOKENS = (
     *("--trials", "1"),
 )
 
-OF_TIME = frozenset({"seconds", "created", "versions", "environment"})
+OF_TIME = frozenset({"seconds", "created", "versions", "environment", "checksum"})
 """Keys of JSON files that differ from run to run."""
 
 OF_A_PROCESS = frozenset({"seconds.json", "tracking.json"})

@@ -1,18 +1,20 @@
 """Commands in forks of this process, which are killed or meet a full disk at one change of a file.
 
-This process has `file_events.c` loaded before the C library (`restarted` sees to it) and everything
-that a command imports, so that a command takes no longer than its work.
+This process has `file_events.c` loaded before the C library (`environment` says how) and everything
+that a command imports (`warm`), so that a command takes no longer than its work.
 """
 
 import ctypes
+import importlib
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -29,6 +31,10 @@ class Action(IntEnum):
     TEAR = 2
     """Killed in the middle of a write."""
     FULL = 3
+    READ_ONLY = 4
+    """The file system, from the event on."""
+    DENIED = 5
+    """Every change, from the event on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +57,10 @@ class Ended:
     """How a command ended."""
 
     code: int
-    """Exit code; negative for a signal."""
+    """Exit code; negative for a signal, 124 for one that was waited for in vain."""
     stderr: str
     seconds: float
+    """Of processor time."""
     megabytes: int
     """Largest resident memory."""
 
@@ -100,6 +107,7 @@ def in_fork(
     at: int = 0,
     record: Path | None = None,
     patience: float = 120.0,
+    memory: int | None = None,
 ) -> Ended:
     """Run `autoquant` with these arguments in `folder`.
 
@@ -110,17 +118,34 @@ def in_fork(
         at: number of an event, from 1.
         record: file for one line an event.
         patience: seconds until a hanging command is killed.
+        memory: bytes of address space that it may add to this process's.
     """
+
+    def command() -> object:
+        from autoquant.cli import cli
+
+        os.environ["AUTOQUANT_CACHE"] = str(folder / "cache")
+        sys.argv = ["autoquant", *arguments]
+        _arm(folder, action, at, record)
+        return cli.main(list(arguments), prog_name="autoquant")
+
+    return call_in_fork(command, folder, patience=patience, memory=memory)
+
+
+def call_in_fork(
+    call: Callable[[], object], folder: Path, *, patience: float = 120.0, memory: int | None = None
+) -> Ended:
+    """Call in a fork of this process with `folder` as its working directory; see `in_fork`."""
     output = folder.with_suffix(".stderr")
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        _become(arguments, folder, output, action, at, record)
+        _become(call, folder, output, memory)
     status, usage = _wait(child, started + patience)
     return Ended(
         code=os.waitstatus_to_exitcode(status),
         stderr=output.read_text(errors="replace"),
-        seconds=time.monotonic() - started,
+        seconds=usage.ru_utime + usage.ru_stime,
         megabytes=usage.ru_maxrss // 1024,
     )
 
@@ -131,34 +156,39 @@ def read_events(record: Path) -> list[Event]:
     return [Event(number, name, path) for number, (name, _, path) in enumerate(lines, start=1)]
 
 
-def _become(
-    arguments: Sequence[str],
-    folder: Path,
-    output: Path,
-    action: Action,
-    at: int,
-    record: Path | None,
-) -> None:
-    """Turn this fork into the command; never returns."""
-    from autoquant.cli import cli
+def warm() -> None:
+    """Import what commands import, once for all forks, and leave pictures out of reports."""
+    import matplotlib.pyplot  # noqa: F401
+    import mlflow.tracking  # noqa: F401
+    import transformers
 
+    import autoquant.export.export
+    import autoquant.export.verify
+    import autoquant.run.stages  # noqa: F401
+    from autoquant.cli import MODULES
+    from autoquant.report import html
+
+    for module in MODULES.values():
+        importlib.import_module(module)
+    for name in ("LlamaForCausalLM", "Qwen3MoeForCausalLM", "AutoTokenizer", "GenerationConfig"):
+        getattr(transformers, name)
+    html.available = lambda record: []
+
+
+def _become(call: Callable[[], object], folder: Path, output: Path, memory: int | None) -> None:
+    """Turn this fork into what is called; never returns."""
     code = 99
     try:
         os.chdir(folder)
-        os.environ["AUTOQUANT_CACHE"] = str(folder / "cache")
         for stream, target in ((1, os.devnull), (2, output)):
             file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.dup2(file, stream)
-        sys.argv = ["autoquant", *arguments]
-        library = ctypes.CDLL(os.environ[_LOADED])
-        library.events_arm.argtypes = (
-            ctypes.c_char_p,
-            ctypes.c_long,
-            ctypes.c_int,
-            ctypes.c_char_p,
-        )
-        library.events_arm(bytes(folder), at, action, bytes(record) if record else b"")
-        cli.main(list(arguments), prog_name="autoquant")
+        if memory is not None:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + memory
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        call()
+        code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 0
     except BaseException:
@@ -166,6 +196,15 @@ def _become(
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def _arm(folder: Path, action: Action, at: int, record: Path | None) -> None:
+    """Begin to count the events of this process, where `file_events.c` is loaded."""
+    if _LOADED not in os.environ:
+        return
+    library = ctypes.CDLL(os.environ[_LOADED])
+    library.events_arm.argtypes = (ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_char_p)
+    library.events_arm(bytes(folder), at, action, bytes(record) if record else b"")
 
 
 def _wait(child: int, deadline: float) -> "tuple[int, object]":

@@ -3,7 +3,8 @@
  * Loaded with LD_PRELOAD. `events_arm` starts counting; calls of the C library that change files or
  * folders below the armed one are events, numbered from 1. A process is killed before, or in the
  * middle of, the chosen event. A disk is full from the chosen event on: what is there can be renamed
- * and removed, and nothing can be added.
+ * and removed, and nothing can be added. A read-only file system, as one becomes after an error, and
+ * a missing permission refuse every change from the chosen event on.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -20,7 +21,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum action { COUNT, KILL, TEAR, FULL };
+enum action { COUNT, KILL, TEAR, FULL, READ_ONLY, DENIED };
 
 static char folder[PATH_MAX];
 static size_t folder_length;
@@ -81,8 +82,14 @@ static int event(const char *name, const char *path, int adds, int *torn)
         kill(getpid(), SIGKILL);
     if (torn)
         *torn = number == chosen && action == TEAR;
-    if (adds && chosen && number >= chosen && action == FULL) {
+    if (!chosen || number < chosen)
+        return 0;
+    if (adds && action == FULL) {
         errno = ENOSPC;
+        return 1;
+    }
+    if ((action == READ_ONLY || action == DENIED) && strcmp(name, "sync")) {
+        errno = action == DENIED ? EACCES : EROFS;
         return 1;
     }
     return 0;
@@ -246,18 +253,21 @@ int mkdirat(int at, const char *path, mode_t mode)
 
 int unlink(const char *path)
 {
-    event_at("remove", AT_FDCWD, path, 0);
+    if (event_at("remove", AT_FDCWD, path, 0))
+        return -1;
     CALL(unlink, path);
 }
 
 int rmdir(const char *path)
 {
-    event_at("remove", AT_FDCWD, path, 0);
+    if (event_at("remove", AT_FDCWD, path, 0))
+        return -1;
     CALL(rmdir, path);
 }
 
 int unlinkat(int at, const char *path, int flags)
 {
-    event_at("remove", at, path, 0);
+    if (event_at("remove", at, path, 0))
+        return -1;
     CALL(unlinkat, at, path, flags);
 }

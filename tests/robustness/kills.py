@@ -1,13 +1,13 @@
-"""Kills and full disks at the file-system events of every command, and what is left of it.
+"""Kills and refusals at the file-system events of every command, and what is left of it.
 
-    python tests/robustness/kills.py --kills 1000
+    python tests/robustness/kills.py --kills 1000 --state kills.json
 
 Each case runs a command in a folder of its own, which is cut short at one event; then the same
 command once more, to its end. What it leaves must equal what a run that was never disturbed leaves.
+Commands take turns. Figures are in the state file after every case, from which a run goes on.
 """
 
 import argparse
-import importlib
 import json
 import os
 import shutil
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -29,10 +30,13 @@ from events import (  # noqa: E402
     environment,
     in_fork,
     read_events,
+    warm,
 )
 
-ENDS_OF_A_FULL_DISK = (0, 4)
-"""Exit codes of a command whose disk is full; 0 where only something that it does not rest on was
+REFUSALS = (Action.FULL, Action.READ_ONLY, Action.DENIED)
+ENDS = {Action.KILL: (-9, 0), Action.TEAR: (-9, 0), Action.FULL: (0, 4)}
+ENDS |= dict.fromkeys((Action.READ_ONLY, Action.DENIED), (0, 2, 4))
+"""Exit codes of a command that is cut short; 0 where only something that it does not rest on was
 lost, which it says."""
 
 
@@ -47,6 +51,22 @@ class Figures:
     """Of the longest command."""
     megabytes: int = 0
     """Of the largest command."""
+    done: dict[str, int] = field(default_factory=dict)
+    """Cases by command."""
+
+    @classmethod
+    def read(cls, state: Path | None) -> "Figures":
+        """Those of an earlier run that was cut short; none without."""
+        if state is None or not state.exists():
+            return cls()
+        return cls(**json.loads(state.read_text()))
+
+    def write(self, state: Path | None) -> None:
+        """Keep them for a run that goes on from here."""
+        if state is not None:
+            unfinished = state.with_suffix(".new")
+            unfinished.write_text(json.dumps(asdict(self), indent=2))
+            unfinished.replace(state)
 
     def add(self, ended: Ended) -> None:
         """Note how long and how large a command was."""
@@ -54,34 +74,38 @@ class Figures:
         self.megabytes = max(self.megabytes, ended.megabytes)
 
 
-def chosen(events: Sequence[Event], cases: int) -> Iterator[tuple[Event, Action]]:
-    """The first and the last event of each kind, then others evenly, each killed before it.
+def chosen(events: Sequence[Event], kills: int) -> Iterator[tuple[Event, Action]]:
+    """Where a command is killed, `kills` times, and every fourth time what the system refuses.
 
-    Writes are torn as well, and the disk is full from each kind's first event on.
+    Kills come before the first and the last event of each kind and in the middle of its writes,
+    then before other events evenly. Each kind's first event and all that follow are refused, in
+    turn because the disk is full, the file system is read-only, or a permission is missing.
     """
     first: dict[tuple[str, str], Event] = {}
     last: dict[tuple[str, str], Event] = {}
     for event in events:
         first.setdefault(event.kind, event)
         last[event.kind] = event
-    found: dict[tuple[int, Action], tuple[Event, Action]] = {}
+    found: dict[tuple[int, Action], None] = {}
     for event in (*first.values(), *last.values()):
-        found[event.number, Action.KILL] = event, Action.KILL
+        found[event.number, Action.KILL] = None
         if event.operation == "write":
-            found[event.number, Action.TEAR] = event, Action.TEAR
-    for event in first.values():
-        if event.operation in ("open", "write", "mkdir"):
-            found[event.number, Action.FULL] = event, Action.FULL
-    wanted = list(found.values())
-    if len(wanted) >= cases:
-        step = len(wanted) / cases
-        yield from (wanted[int(index * step)] for index in range(cases))
-        return
-    yield from wanted
-    others = [e for e in events if (e.number, Action.KILL) not in found]
-    step = max(1.0, len(others) / (cases - len(wanted)))
-    for index in range(min(cases - len(wanted), len(others))):
-        yield others[int(index * step)], Action.KILL
+            found[event.number, Action.TEAR] = None
+    deaths = _evenly(list(found), kills)
+    others = [e.number for e in events if (e.number, Action.KILL) not in found]
+    deaths += [(number, Action.KILL) for number in _evenly(others, kills - len(deaths))]
+    refusals = iter([(e.number, REFUSALS[i % 3]) for i, e in enumerate(first.values())])
+    for index, (number, action) in enumerate(deaths):
+        yield events[number - 1], action
+        if index % 3 == 2:
+            yield from ((events[n - 1], why) for n, why in islice(refusals, 1))
+
+
+def _evenly(items: list, count: int) -> list:
+    """At most `count` of them, from first to last."""
+    if len(items) <= count:
+        return items
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def disturb(command, expected, event, action, folder, figures) -> None:
@@ -94,7 +118,7 @@ def disturb(command, expected, event, action, folder, figures) -> None:
     figures.cases[kind] = figures.cases.get(kind, 0) + 1
     cut = in_fork(command.arguments, work, action=action, at=event.number)
     figures.add(cut)
-    if cut.code not in ((-9, 0) if action is not Action.FULL else ENDS_OF_A_FULL_DISK):
+    if cut.code not in ENDS[action]:
         figures.failures.append(f"{case}: ended with {cut.code}: {cut.stderr[-500:]}")
     again = in_fork(command.arguments, work)
     figures.add(again)
@@ -107,27 +131,46 @@ def disturb(command, expected, event, action, folder, figures) -> None:
     shutil.rmtree(work)
 
 
-def run(kills: int, only: str | None = None) -> Figures:
+def run(kills: int, only: str | None = None, state: Path | None = None) -> Figures:
     """Disturb every command, `kills` times in all."""
-    from commands import make_commands, outcome
+    from commands import make_commands
 
-    figures = Figures()
+    figures = Figures.read(state)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made = make_commands(folder, lambda arguments, path: _require_done(arguments, path))
         commands = [c for c in made if only is None or only == c.name]
+        waiting = []
         for index, command in enumerate(commands):
-            work = command.folder(folder / "undisturbed")
-            ended = in_fork(command.arguments, work, record=folder / "events")
-            figures.add(ended)
-            if ended.code != 0:
-                raise RuntimeError(f"{command.name}: {ended.stderr}")
-            expected = outcome(work)
-            shutil.rmtree(work)
-            cases = kills * (index + 1) // len(commands) - kills * index // len(commands)
-            for event, action in chosen(read_events(folder / "events"), cases):
+            expected, events = _undisturbed(command, folder, figures)
+            own = kills * (index + 1) // len(commands) - kills * index // len(commands)
+            left = islice(chosen(events, own), figures.done.get(command.name, 0), None)
+            waiting.append((command, expected, left))
+        while waiting:
+            for turn in tuple(waiting):
+                command, expected, left = turn
+                event, action = next(left, (None, None))
+                if event is None:
+                    waiting.remove(turn)
+                    continue
                 disturb(command, expected, event, action, folder, figures)
+                figures.done[command.name] = figures.done.get(command.name, 0) + 1
+                figures.write(state)
     return figures
+
+
+def _undisturbed(command, folder: Path, figures: Figures) -> tuple[dict, list[Event]]:
+    """What the command leaves, and its events."""
+    from commands import outcome
+
+    work = command.folder(folder / "undisturbed")
+    ended = in_fork(command.arguments, work, record=folder / "events")
+    figures.add(ended)
+    if ended.code != 0:
+        raise RuntimeError(f"{command.name}: {ended.stderr}")
+    expected = outcome(work)
+    shutil.rmtree(work)
+    return expected, read_events(folder / "events")
 
 
 def _require_done(arguments: Sequence[str], folder: Path) -> None:
@@ -136,31 +179,12 @@ def _require_done(arguments: Sequence[str], folder: Path) -> None:
         raise RuntimeError(f"{' '.join(arguments)}: {ended.stderr}")
 
 
-def _warm() -> None:
-    """Import what the commands import, once for all forks, and leave pictures out of reports."""
-    import autoquant.cli.search
-    import matplotlib.pyplot  # noqa: F401
-    import mlflow.tracking  # noqa: F401
-    import transformers
-
-    import autoquant.export.export
-    import autoquant.export.verify
-    import autoquant.run.stages  # noqa: F401
-    from autoquant.cli import MODULES
-    from autoquant.report import html
-
-    for module in MODULES.values():
-        importlib.import_module(module)
-    for name in ("LlamaForCausalLM", "Qwen3MoeForCausalLM", "AutoTokenizer"):
-        getattr(transformers, name)
-    html.available = lambda record: []
-
-
 def main() -> None:
     """Print the figures as JSON; exit 1 if anything was lost or different."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, required=True)
     parser.add_argument("--only", help="name of a command")
+    parser.add_argument("--state", type=Path, help="file of figures, from which a run goes on")
     given = parser.parse_args()
     if not can_run():
         raise SystemExit("this needs Linux and a C compiler (cc)")
@@ -168,8 +192,8 @@ def main() -> None:
         library = compiled(Path(tempfile.mkdtemp()))
         os.execve(sys.executable, [sys.executable, *sys.argv], environment(library))
     os.environ |= {"HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    _warm()
-    figures = run(given.kills, given.only)
+    warm()
+    figures = run(given.kills, given.only, given.state)
     print(json.dumps(asdict(figures), indent=2))
     raise SystemExit(bool(figures.failures))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from records import forget_checksums
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 from autoquant.cli import cli
@@ -35,6 +36,7 @@ def begun(folder, tmp_path) -> Path:
     """A run that has lost its result, so that it goes on."""
     run = Path(shutil.copytree(folder / "begun", tmp_path / "run"))
     (run / "result.json").unlink()
+    forget_checksums(run)
     return run
 
 

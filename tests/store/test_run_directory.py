@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from records import forget_checksums
 
 from autoquant.errors import ConfigError, RunConflict, SourceError
 from autoquant.store.run_directory import TRIALS, RunDirectory, Status
@@ -58,7 +59,9 @@ def test_what_was_never_written_is_none_or_empty(path):
 
 def test_every_json_on_disk_has_a_schema_version(path):
     make(path)
-    assert json.loads((path / "result.json").read_text()) == {"schema_version": 1, "kl": 0.25}
+    result = json.loads((path / "result.json").read_text())
+    assert result.keys() == {"schema_version", "kl", "checksum"}
+    assert (result["schema_version"], result["kl"]) == (1, 0.25)
     for name in ("run.json", TRIALS):
         assert json.loads((path / name).read_text())["schema_version"] == 1
 
@@ -233,6 +236,49 @@ def test_a_damaged_identity_is_refused(path, text):
         RunDirectory.open(path, SIGNATURE)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: re.sub(r"0\.2?5", "0.75", text),
+        lambda text: text.replace('"kl"', '"kL"'),
+        lambda text: re.sub(r"0\.2?5", '["x"]', text),
+        lambda text: text.replace("}", ', "more": 1}'),
+        lambda text: text.replace("kl", "k\udcffl"),
+        lambda text: "[" * 100_000 + "\n",
+    ],
+)
+def test_a_file_or_a_line_that_is_not_what_was_written_is_damaged(path, damage):
+    make(path)
+    for name in ("result.json", TRIALS):
+        text = damage((path / name).read_text())
+        (path / name).write_bytes(text.encode(errors="surrogateescape"))
+    with RunDirectory.open(path, SIGNATURE) as run:
+        with pytest.raises(SourceError, match=r"result\.json is damaged"):
+            run.read_json("result.json")
+        with pytest.raises(SourceError, match=r"trials\.jsonl line 1 is damaged"):
+            run.records(TRIALS)
+
+
+def test_a_file_without_a_checksum_is_taken_as_it_is(path):
+    make(path)
+    forget_checksums(path)
+    (path / "result.json").write_text('{"schema_version": 1, "kl": 0.5}')
+    with RunDirectory.open(path, SIGNATURE) as run:
+        assert run.read_json("result.json") == {"kl": 0.5}
+        assert run.records(TRIALS) == [{"number": 0, "kl": 0.5}]
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(path):
+    make(path)
+    (path / "result.json").unlink()
+    os.mkfifo(path / "result.json")
+    with (
+        RunDirectory.open(path, SIGNATURE) as run,
+        pytest.raises(SourceError, match=r"result\.json is damaged: it is no regular file"),
+    ):
+        run.read_json("result.json")
+
+
 def test_a_damaged_line_in_the_middle_is_named(path):
     with RunDirectory.open(path, SIGNATURE) as run:
         for number in range(3):
@@ -262,7 +308,8 @@ _values = st.recursive(
     lambda children: st.lists(children) | st.dictionaries(st.text(), children),
     max_leaves=8,
 )  # fmt: skip
-_records = st.dictionaries(st.text().filter(lambda key: key != "schema_version"), _values)
+_own = ("schema_version", "checksum")
+_records = st.dictionaries(st.text().filter(lambda key: key not in _own), _values)
 
 
 @pytest.mark.slow
