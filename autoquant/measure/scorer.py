@@ -46,7 +46,7 @@ class Scorer:
         self.quantized = quantized
         self.device = device
         self.trunk = Trunk(quantized.model, quantized.products, quantized.weights)
-        self.head = Head(self.trunk.head, quantized)
+        self.head = Head(self.trunk, quantized)
         self.room = Room(device)
         self._cache = Cache(cache_bytes)
         self._comparison = Comparison(self.head, self._cache)
@@ -59,7 +59,8 @@ class Scorer:
         Also finds out whether forwards may start between blocks, and how much fits a GPU.
 
         Raises:
-            SourceError: logits are not the head applied to the final hidden states.
+            SourceError: logits are not the head applied to the final hidden states, scaled or
+                capped number by number.
         """
         tokens = split.batches[0][:1].to(self.device)
         check_forward(self.trunk, self.quantized, self.room, tokens)

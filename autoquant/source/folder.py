@@ -82,9 +82,10 @@ def require_own(folder: Path, path: Path) -> None:
 
 def stays_inside(folder: Path, path: Path) -> bool:
     """Whether `path`, links resolved, is in `folder` or in the blobs of its cache entry."""
-    roots = [os.path.realpath(folder)]
-    if folder.absolute().parent.name == "snapshots":
-        roots.append(os.path.join(os.path.realpath(folder.absolute().parent.parent), "blobs"))
+    own = Path(os.path.realpath(folder))
+    roots = [own]
+    if own.parent.name == "snapshots":
+        roots.append(own.parent.parent / "blobs")
     resolved = Path(os.path.realpath(path))  # Path.resolve() raises on a link to itself
     return any(resolved.is_relative_to(root) for root in roots)
 

@@ -149,13 +149,14 @@ def test_assignment_that_quantizes_nothing_gives_the_source_back(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_other_float_sources_are_quantized_from_bf16_and_copied_as_they_are(dtype, tmp_path):
+def test_wider_sources_are_written_in_bf16_and_quantized_from_it(dtype, tmp_path):
     folder = save_model("llama", tmp_path / "source", dtype=dtype)
     source = open_source(folder)
     run(source, tmp_path / "out", NVFP4_MSE)
     assert verify(tmp_path / "out", source).problems == ()
     stored, original = load_tensors(tmp_path / "out"), load_tensors(folder)
-    assert stored["model.norm.weight"].dtype == getattr(torch, dtype)
+    for name in ("model.norm.weight", "model.embed_tokens.weight"):
+        assert torch.equal(stored[name], original[name].bfloat16())
     weight = original["model.layers.0.mlp.down_proj.weight"].bfloat16()
     scale = kernels.nvfp4_global_scale(weight.abs().max(), "mse")
     codes, _ = kernels.quantize_nvfp4(weight, scale, rule="mse")
