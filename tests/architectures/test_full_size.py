@@ -39,6 +39,12 @@ def planned(folder, *arguments):
     return json.loads(done.stdout), peak * (1 if sys.platform == "darwin" else 1024)
 
 
+def stored_as(header):
+    """Dtypes and shape of what a file holds for a tensor."""
+    scale = header.scales.header if header.scales is not None else header
+    return header.dtype, header.stored_dtype, scale.dtype, scale.shape
+
+
 def near(published):
     return pytest.approx(published, rel=0.015)
 

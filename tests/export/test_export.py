@@ -20,6 +20,7 @@ from exported import (
 )
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from searchable import TOKEN_FLAGS, save_searchable
 from tiny_models import MODELS, save_model
 
 from autoquant.errors import ConfigError, RunConflict, SourceError
@@ -135,6 +136,36 @@ def test_nothing_else_changes(tmp_path):
     for name, tensor in original.items():
         if stored[name].dtype == tensor.dtype:
             assert torch.equal(stored[name], tensor)
+
+
+def test_what_is_no_form_of_the_weights_comes_along_and_the_rest_is_named(tmp_path, autoquant):
+    folder = save_searchable("llama", tmp_path / "source")
+    shard = "model-00001-of-00001.safetensors"
+    weights = load_tensors(folder)
+    (folder / "model.safetensors").rename(folder / shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"mtp.weight": torch.zeros(4)}, folder / "mtp.safetensors")
+    companions = ("spk_dict.pt", "vocab.bin", "assets/lexicon.bin", "original/tokenizer.ckpt")
+    others = (
+        *("pytorch_model.bin", "model.pt", "original/consolidated.00.pth", "a.gguf"),
+        *("onnx/decoder.onnx", "optimizer.pt", "large.pt"),
+    )
+    for name in (*companions, *others):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    os.truncate(folder / "large.pt", 2**28 + 1)
+    assignment = tmp_path / "a.json"
+    assignment.write_text(json.dumps({"schema_version": 1, "groups": {}}))
+    out = tmp_path / "out"
+    done = autoquant("export", folder, "--assignment", assignment, "--out", out, *TOKEN_FLAGS)
+    assert done.exit_code == 0, done.stderr
+    assert {name: (out / name).read_bytes() for name in companions} == {
+        name: name.encode() for name in companions
+    }
+    assert not [name for name in (*others, "mtp.safetensors") if (out / name).exists()]
+    assert [name for name in (*others, "mtp.safetensors") if name not in done.stderr] == []
+    assert autoquant("verify", out, "--source", folder).exit_code == 0
 
 
 def test_assignment_that_quantizes_nothing_gives_the_source_back(tmp_path):
