@@ -138,4 +138,4 @@ def test_what_a_config_tells_is_what_the_weights_are(kind, tmp_path):
         other = expected[header.name]
         assert header.shape == other.shape
         if len(header.shape) > 1:
-            assert header.stored_bytes == other.stored_bytes
+            assert stored_as(header) == stored_as(other)
