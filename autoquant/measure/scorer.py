@@ -51,7 +51,7 @@ class Scorer:
         self._cache = Cache(cache_bytes)
         self._comparison = Comparison(self.head, self._cache)
         self._batches: dict[tuple[str, int], Batch] = {}
-        self._layer = {group.name: group.layer for group in quantized.groups}
+        self._layer = self._first_layers()
 
     def check(self, split: Split) -> None:
         """Verify on one sequence that block by block gives the model's own logits.
@@ -187,6 +187,24 @@ class Scorer:
             batch = self._batches.pop((split.digest, index), None)
             if batch is not None:
                 self._cache.left += batch.bytes
+
+    def _first_layers(self) -> dict[str, int | None]:
+        """The first layer that uses each group's weights, None for a head's.
+
+        Layers may share weights, and a checkpoint stores those under any of them.
+        """
+        layer_of: dict[int, int] = {}
+        for index, block in enumerate(self.trunk.blocks):
+            for module in block.modules():
+                layer_of.setdefault(id(module), index)
+        used: dict[str, list[int]] = {}
+        for name, module in self.quantized.modules():
+            if id(module) in layer_of:
+                used.setdefault(name, []).append(layer_of[id(module)])
+        return {
+            group.name: min(used[group.name]) if group.name in used else group.layer
+            for group in self.quantized.groups
+        }
 
     def _batch(self, split: Split, index: int) -> Batch:
         key = (split.digest, index)
