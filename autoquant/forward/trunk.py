@@ -147,7 +147,7 @@ class Trunk:
         """What the model makes of its head's output [T, V]: the steps of its forward behind it.
 
         Those steps are the model's own code, run for one token without a block. They take each
-        number by itself, so that any number of tokens can go through them.
+        token's logits by themselves, so that those of any number can go through them.
         """
         token = torch.zeros((1, 1), dtype=torch.long, device=output.device)
         with (

@@ -60,7 +60,7 @@ class Scorer:
 
         Raises:
             SourceError: logits are not the head applied to the final hidden states, scaled or
-                capped number by number.
+                capped token by token.
         """
         tokens = split.batches[0][:1].to(self.device)
         check_forward(self.trunk, self.quantized, self.room, tokens)

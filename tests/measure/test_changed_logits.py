@@ -5,12 +5,19 @@ import json
 import pytest
 import torch
 from searchable import TOKEN_FLAGS, save_searchable
-from test_scores import SPLIT, scorer_of
+from test_scores import SPLIT
 from torch.nn import functional
 
 from autoquant.errors import SourceError
 from autoquant.formats import FP8
+from autoquant.measure.calibration import calibrate
+from autoquant.measure.scorer import Scorer
+from autoquant.model.live import QuantizedModel
+from autoquant.model.loading import load_model
+from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
+from autoquant.plan.grouping import find_groups
+from autoquant.source.source import open_source
 
 KINDS = ("gemma2", "cohere", "granite", "gemma4_text", "falcon_h1")
 
@@ -30,8 +37,11 @@ def expected(kind, config, z):
 @pytest.fixture(scope="module", params=KINDS)
 def measured(request, tmp_path_factory):
     folder = save_searchable(request.param, tmp_path_factory.mktemp(request.param) / "source")
-    scorer = scorer_of(folder)
+    groups = find_groups(open_source(folder))
+    model = load_model(folder, torch.device("cpu")).model
+    scorer = Scorer(QuantizedModel(model, groups, mode=ActivationMode.W4A4), torch.device("cpu"))
     scorer.check(SPLIT)
+    scorer.quantized.set_input_scales(calibrate(scorer, SPLIT, lambda: None).scales())
     return request.param, folder, scorer
 
 
