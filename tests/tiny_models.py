@@ -146,6 +146,58 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2": ("Gemma2", _DENSE | _HEAD_DIM),
+    "cohere": ("Cohere", _DENSE | {"logit_scale": 0.06}),
+    "granite": ("Granite", _DENSE | {"logits_scaling": 8.0}),
+    "falcon_h1": (
+        "FalconH1",
+        _DENSE
+        | _HEAD_DIM
+        | {
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 16,
+            "lm_head_multiplier": 0.25,
+        },
+    ),
+    "gemma4_text": (
+        "Gemma4Text",
+        _DENSE
+        | _HEAD_DIM
+        | {
+            "global_head_dim": 16,
+            "enable_moe_block": False,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "zamba2": (
+        "Zamba2",
+        _DENSE
+        | {
+            "num_hidden_layers": 6,
+            "layers_block_type": ["mamba", "hybrid"] * 3,
+            "num_mem_blocks": 1,
+            "mamba_d_state": 16,
+            "mamba_headdim": 16,
+            "n_mamba_heads": 8,
+            "mamba_ngroups": 1,
+            "chunk_size": 16,
+            "attention_head_dim": 32,
+            "attention_hidden_size": 128,
+            "use_shared_attention_adapter": False,
+            "adapter_rank": 8,
+        },
+    ),
+}
+"""Models that single tests need for what is special about them."""
+
 _VISION: dict[str, dict[str, Any]] = {
     "minimax_m3_vl": {
         "vision_config": {
@@ -182,6 +234,7 @@ _VISION: dict[str, dict[str, Any]] = {
 _CLASSES = {
     "minimax_m3_vl": "MiniMaxM3SparseForConditionalGeneration",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "gemma4_text": "Gemma4ForCausalLM",
 }
 
 
@@ -198,7 +251,7 @@ def save_model(
     import torch
     import transformers
 
-    name, settings = MODELS[kind]
+    name, settings = (MODELS | SPECIAL)[kind]
     settings = settings | changes
     if kind in _VISION:
         settings = {"text_config": settings} | _VISION[kind]

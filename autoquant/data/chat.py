@@ -142,8 +142,29 @@ def _mentions(template: Any, name: str) -> bool:
 def _rendered(
     tokenizer: ChatTokenizer, turns: Sequence[tuple[str, str]], options: Mapping[str, Any]
 ) -> str | None:
-    messages = [{"role": role, "content": text} for role, text in turns]
-    return apply_template(tokenizer, messages, options)
+    """The conversation with contents as texts, or as typed parts where the texts are lost.
+
+    A template that walks the parts of a content finds single letters in a text, and none of them
+    has a type.
+    """
+    plain = [{"role": role, "content": text} for role, text in turns]
+    found = apply_template(tokenizer, plain, options)
+    if found is not None and _kept(turns, found) == len(turns):
+        return found
+    typed = [{"role": role, "content": [_part(text)]} for role, text in turns]
+    other = apply_template(tokenizer, typed, options)
+    if other is None or _kept(turns, other) <= (-1 if found is None else _kept(turns, found)):
+        return found
+    return other
+
+
+def _part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _kept(turns: Sequence[tuple[str, str]], rendered: str) -> int:
+    """How many turns a rendered conversation holds; templates may trim them."""
+    return sum(text.strip() in rendered for _, text in turns)
 
 
 def _is_text(value: Any) -> bool:

@@ -1,14 +1,14 @@
 """The files beside the weights: tokenizer, chat template, generation config, remote code."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from autoquant.data.templates import why_no_template
 from autoquant.data.tokenizer import TOKENIZER_FILE, why_no_tokenizer
 from autoquant.errors import SourceError
 from autoquant.parsing import Unreadable, parse_json, read_text, why
-from autoquant.source.folder import OTHER_WEIGHTS, files_of, require_own
+from autoquant.source.folder import files_of, holds_weights_by_name, require_own
 from autoquant.source.shards import INDEX_FILE
 
 AUTOQUANT_FILE = "autoquant.json"
@@ -19,6 +19,9 @@ _REWRITTEN = {
     "hf_quant_config.json",
     AUTOQUANT_FILE,
 }
+_LISTED = 8
+"""Names in one note."""
+
 _TEMPLATE = ".jinja"
 _READ_BY_SERVERS = re.compile(
     r"(additional_chat_templates/|chat_template).*"
@@ -32,8 +35,8 @@ _READ_BY_SERVERS = re.compile(
 def companion_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """Files to copy as they are and files to leave out, relative to `folder`.
 
-    Left out are weights: those that the export rewrites, and other forms of the same weights. Files
-    that the export writes itself, and hidden files, are in neither list.
+    Left out are weights: those that the export rewrites, other forms of the same weights, and those
+    that no index names. Files that the export writes itself, and hidden files, are in neither list.
 
     Raises:
         SourceError: a file is none of the folder's own, or cannot be read; a folder is a link.
@@ -43,7 +46,7 @@ def companion_files(folder: Path) -> tuple[list[Path], list[Path]]:
         name = path.relative_to(folder)
         if str(name) in _REWRITTEN:
             continue
-        if path.suffix in OTHER_WEIGHTS or path.name.endswith(".index.json"):
+        if holds_weights_by_name(path) or path.name.endswith(".index.json"):
             left_out.append(name)
             continue
         require_own(folder, path)
@@ -64,6 +67,18 @@ def require_sound_companions(folder: Path) -> None:
                 f"{folder / name} {reason}: no server can read it.",
                 fix="download the file again, or remove it.",
             )
+
+
+def left_out_note(files: Sequence[Path]) -> str | None:
+    """What to tell the user of files that a checkpoint lacks, or None where it lacks none."""
+    if not files:
+        return None
+    named = ", ".join(map(str, files[:_LISTED]))
+    more = f" and {len(files) - _LISTED} more" if len(files) > _LISTED else ""
+    return (
+        f"left out of the checkpoint: {named}{more}. These hold the weights in another form, or "
+        "weights that the index does not name, which engines do not load either."
+    )
 
 
 def companion_problems(

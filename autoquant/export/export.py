@@ -48,7 +48,7 @@ class ExportResult:
     uncalibrated: tuple[str, ...]
     """Stored input scales of which no calibration token reached the inputs."""
     left_out: tuple[Path, ...]
-    """Files of the source that hold the weights once more, in another form."""
+    """Files of the source with weights in another form, or with some that no index names."""
 
 
 def export(

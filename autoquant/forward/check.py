@@ -27,7 +27,8 @@ def check_forward(
         tokens: int64 [1, L].
 
     Raises:
-        SourceError: logits are not the head applied to the final hidden states.
+        SourceError: logits are not the head applied to the final hidden states, scaled or capped
+            token by token.
     """
     if not trunk.is_whole and _passes_block_by_block(trunk, quantized, room, tokens):
         return
@@ -36,8 +37,8 @@ def check_forward(
     walk(trunk, quantized, room, [flow])
     if not _is_output(trunk, flow.hidden, trunk.logits(tokens)):
         raise SourceError(
-            f"{type(trunk.model).__name__} changes its logits after the head, which scoring from "
-            "hidden states would miss.",
+            f"{type(trunk.model).__name__} does more to its logits behind the head than to scale "
+            "or cap them, which scoring from hidden states would miss.",
             fix="this architecture is not supported yet.",
         )
 
@@ -86,5 +87,12 @@ def _passes_block_by_block(
 
 
 def _is_output(trunk: Trunk, hidden: torch.Tensor, logits: torch.Tensor) -> bool:
+    """Whether the head gives a model's logits; notes in the trunk what has to happen behind it."""
     with trunk.products.active():
-        return torch.equal(logits.float(), trunk.head(hidden).float())
+        output = trunk.head(hidden)
+    trunk.changes_logits = not torch.equal(logits.float(), output.float())
+    if not trunk.changes_logits:
+        return True
+    apart = output[0].split(max(1, output.shape[1] // 2))  # no token's logits depend on others'
+    found = torch.cat([trunk.behind_head(tokens) for tokens in apart])
+    return torch.equal(logits[0].float(), found.float())

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from autoquant.forward.trunk import Trunk
 from autoquant.model.live import QuantizedModel
 
 CPU_TILE_BYTES = 1 << 26
@@ -25,12 +26,13 @@ class Head:
     """The vocabulary head of a live model.
 
     Args:
-        module: the model's own.
+        trunk: of the model, whose own head it is.
         quantized: says what the head multiplies with under the choices in force.
     """
 
-    def __init__(self, module: Any, quantized: QuantizedModel) -> None:
-        self.module = module
+    def __init__(self, trunk: Trunk, quantized: QuantizedModel) -> None:
+        self.module: Any = trunk.head
+        self._trunk = trunk
         self._quantized = quantized
 
     def spans(self, hidden: torch.Tensor) -> Iterator[slice]:
@@ -48,11 +50,11 @@ class Head:
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Float32 logits [T, V] of hidden states [T, H], by the head in BF16."""
-        return self._product(hidden, self.module.weight, out)
+        return self._finished(self._product(hidden, self.module.weight, out))
 
     def candidate_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """The same by the head under the choices in force."""
-        return self._product(*self._quantized.operands(self.module, hidden), out)
+        return self._finished(self._product(*self._quantized.operands(self.module, hidden), out))
 
     @torch.no_grad()
     def pull_back(
@@ -68,7 +70,8 @@ class Head:
         weight = weight if hidden.is_cuda else self._quantized.products.copies.of(weight)
         flat = hidden.flatten(0, 1)
         tiles = flat.split(self._tile_rows(hidden))
-        parts = [change(self._product(tile, weight)).to(weight.dtype) @ weight for tile in tiles]
+        at_head = (self._at_head(self._product(tile, weight), change) for tile in tiles)
+        parts = [factors.to(weight.dtype) @ weight for factors in at_head]
         return torch.cat(parts).to(hidden.dtype).view_as(hidden)
 
     def _tile_rows(self, hidden: torch.Tensor) -> int:
@@ -78,6 +81,20 @@ class Head:
             return max(1, CPU_TILE_BYTES // (4 * vocabulary))
         rows = max(1, GPU_TILE_BYTES // (4 * vocabulary))
         return rows - rows % GPU_TILE_TOKENS if rows > GPU_TILE_TOKENS else rows
+
+    def _finished(self, output: torch.Tensor) -> torch.Tensor:
+        """Logits [T, V] of the head's output, which some models scale or cap."""
+        return self._trunk.behind_head(output) if self._trunk.changes_logits else output
+
+    def _at_head(
+        self, output: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """The gradient at the head's output [T, V] of the sum of logits times `change`."""
+        if not self._trunk.changes_logits:
+            return change(output)
+        with torch.enable_grad():
+            logits = self._finished(output.requires_grad_())
+        return torch.autograd.grad(logits, output, change(logits.detach()))[0]
 
     def _product(
         self, hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None

@@ -73,6 +73,8 @@ class Trunk:
         self.head: Any = model.get_output_embeddings()
         self.is_whole = not self.blocks
         """Whether the model is one stage."""
+        self.changes_logits = False
+        """Whether the model scales or caps what its head gives; see `behind_head`."""
         self._on_block: _OnBlock | None = None
         self._riding: tuple[Visitor, ...] = ()
         self._returns_tuple = [False] * len(self.blocks)
@@ -141,6 +143,20 @@ class Trunk:
             self._riding = ()
         return logits
 
+    def behind_head(self, output: torch.Tensor) -> torch.Tensor:
+        """What the model makes of its head's output [T, V]: the steps of its forward behind it.
+
+        Those steps are the model's own code, run for one token without a block. They take each
+        token's logits by themselves, so that those of any number can go through them.
+        """
+        token = torch.zeros((1, 1), dtype=torch.long, device=output.device)
+        with (
+            self._standing_in(lambda _, state, *__: state),
+            self._head_forward(lambda _: output[None]),
+        ):
+            logits: torch.Tensor = self.model(input_ids=token, use_cache=False).logits
+        return logits[0]
+
     @contextmanager
     def other_attention(self) -> Iterator[bool]:
         """Compute attention by transformers' eager code inside; False where it cannot be changed.
@@ -166,14 +182,19 @@ class Trunk:
             seen.append(hidden)
             return hidden
 
+        with self._head_forward(catch), self.products.active():
+            self.model(input_ids=tokens, use_cache=False)
+        return seen[0]
+
+    @contextmanager
+    def _head_forward(self, replacement: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Another forward of the head inside."""
         forward = self.head.forward
-        self.head.forward = catch
+        self.head.forward = replacement
         try:
-            with self.products.active():
-                self.model(input_ids=tokens, use_cache=False)
+            yield
         finally:
             self.head.forward = forward
-        return seen[0]
 
     @contextmanager
     def _standing_in(self, on_block: _OnBlock) -> Iterator[None]:

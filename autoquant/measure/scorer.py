@@ -46,12 +46,12 @@ class Scorer:
         self.quantized = quantized
         self.device = device
         self.trunk = Trunk(quantized.model, quantized.products, quantized.weights)
-        self.head = Head(self.trunk.head, quantized)
+        self.head = Head(self.trunk, quantized)
         self.room = Room(device)
         self._cache = Cache(cache_bytes)
         self._comparison = Comparison(self.head, self._cache)
         self._batches: dict[tuple[str, int], Batch] = {}
-        self._layer = {group.name: group.layer for group in quantized.groups}
+        self._layer = self._first_layers()
 
     def check(self, split: Split) -> None:
         """Verify on one sequence that block by block gives the model's own logits.
@@ -59,7 +59,8 @@ class Scorer:
         Also finds out whether forwards may start between blocks, and how much fits a GPU.
 
         Raises:
-            SourceError: logits are not the head applied to the final hidden states.
+            SourceError: logits are not the head applied to the final hidden states, scaled or
+                capped token by token.
         """
         tokens = split.batches[0][:1].to(self.device)
         check_forward(self.trunk, self.quantized, self.room, tokens)
@@ -186,6 +187,24 @@ class Scorer:
             batch = self._batches.pop((split.digest, index), None)
             if batch is not None:
                 self._cache.left += batch.bytes
+
+    def _first_layers(self) -> dict[str, int | None]:
+        """The first layer that uses each group's weights, None for a head's.
+
+        Layers may share weights, and a checkpoint stores those under any of them.
+        """
+        layer_of: dict[int, int] = {}
+        for index, block in enumerate(self.trunk.blocks):
+            for module in block.modules():
+                layer_of.setdefault(id(module), index)
+        used: dict[str, list[int]] = {}
+        for name, module in self.quantized.modules():
+            if id(module) in layer_of:
+                used.setdefault(name, []).append(layer_of[id(module)])
+        return {
+            group.name: min(used[group.name]) if group.name in used else group.layer
+            for group in self.quantized.groups
+        }
 
     def _batch(self, split: Split, index: int) -> Batch:
         key = (split.digest, index)

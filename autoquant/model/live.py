@@ -99,17 +99,19 @@ class _Context:
 class _DenseForward:
     """Replaces the forward of one `nn.Linear`."""
 
-    def __init__(self, slot: DenseSlot, state: GroupState, context: _Context) -> None:
-        self.slot, self.state, self.context = slot, state, context
+    def __init__(
+        self, slot: DenseSlot, module: nn.Linear, state: GroupState, context: _Context
+    ) -> None:
+        self.slot, self.module, self.state, self.context = slot, module, state, context
         self.inputs = context.input_set(slot.input_scale_set)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(*self.operands(x), self.slot.module.bias)
+        return functional.linear(*self.operands(x), self.module.bias)
 
     def operands(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and weight that the linear multiplies at this moment."""
         x = self.context.read(x, self.inputs, self.state.choice)
-        return x, self.context.weight(self.state, self.slot.name, self.slot.module.weight)
+        return x, self.context.weight(self.state, self.slot.name, self.module.weight)
 
 
 class _ExpertsForward(ExpertsHook):
@@ -181,6 +183,7 @@ class QuantizedModel:
             mode=mode, book=self.book, decoded=Kept(decoded_bytes, self._largest_layer())
         )
         self._experts: list[_ExpertsForward] = []
+        self._uses = _uses(model, [slot for _, slot in self._slots])
         for state, slot in self._slots:
             self._install(state, slot)
 
@@ -222,7 +225,8 @@ class QuantizedModel:
     def modules(self) -> Iterator[tuple[str, Any]]:
         """Each module that multiplies with weights of a group, after the group's name."""
         for state, slot in self._slots:
-            yield state.group.name, slot.module
+            for module in self._uses[slot.name]:
+                yield state.group.name, module
 
     def forget_inputs(self) -> None:
         """Drop tensors of the last forward, so that no memory outlives it."""
@@ -282,9 +286,26 @@ class QuantizedModel:
 
     def _install(self, state: GroupState, slot: Slot) -> None:
         if isinstance(slot, DenseSlot):
-            forward = _DenseForward(slot, state, self._context)
-            slot.module.forward = forward  # type: ignore[method-assign, assignment]
+            for module in self._uses[slot.name]:
+                module.forward = _DenseForward(slot, module, state, self._context)
         else:
             hook = _ExpertsForward(slot, state, self._context)
-            slot.module.autoquant_hook = hook
+            for module in self._uses[slot.name]:
+                module.autoquant_hook = hook
             self._experts.append(hook)
+
+
+def _uses(model: Any, slots: Iterable[Slot]) -> dict[str, list[Any]]:
+    """The modules that multiply with each slot's weight, by the slot's name.
+
+    There are several where layers share a parameter, which a checkpoint stores once (Zamba2).
+    """
+    holding: dict[int, list[Any]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holding.setdefault(id(parameter), []).append(module)
+    found = {}
+    for slot in slots:
+        weight = slot.module.weight if isinstance(slot, DenseSlot) else slot.module.down_proj
+        found[slot.name] = [own for own in holding[id(weight)] if type(own) is type(slot.module)]
+    return found

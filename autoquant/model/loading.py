@@ -11,8 +11,8 @@ import torch
 from autoquant.data.tokenizer import load_tokenizer
 from autoquant.errors import ConfigError, OutOfMemory, SourceError
 from autoquant.model import experts
-from autoquant.source import stored_forms
 from autoquant.source.architecture import auto_class
+from autoquant.source.declared import QUANTIZATION
 from autoquant.source.extent import Extent
 from autoquant.source.headers import TensorHeader
 from autoquant.source.source import Source, open_source
@@ -110,7 +110,7 @@ def _read_config(path: Path, trust_remote_code: bool) -> Any:
     config: Any = AutoConfig.from_pretrained(
         path, trust_remote_code=trust_remote_code, local_files_only=True
     )
-    if hasattr(config, stored_forms.QUANTIZATION):
+    if hasattr(config, QUANTIZATION):
         del config.quantization_config
     return config
 

@@ -196,7 +196,7 @@ def _why_fixed(
         return shape_reason
     if config.get("model_type") in table.TRANSPOSED_MODELS:
         return Fixed.TRANSPOSED
-    if last in table.HEADS:
+    if table.HEAD.fullmatch(last):
         return Fixed.TIED_HEAD if ties_embeddings(config, text_config) else None
     in_block = table.LAYER.fullmatch(tensor.name.removesuffix(_WEIGHT))
     if in_block is None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.data.tokenizer import require_tokenizer
+from autoquant.export.companions import left_out_note
 from autoquant.export.declaration import quantized_linears, reader_warnings
 from autoquant.export.export import ExportResult, export
 from autoquant.export.layouts.recipe import modelopt_recipe
@@ -119,7 +120,7 @@ def _export(
         observer.warn(warning)
     source.contents.digests(observer)
     observer.stage("export", source.headers.bytes, Unit.BYTES)
-    return export(
+    result = export(
         source,
         groups,
         assignment,
@@ -131,6 +132,9 @@ def _export(
         book=book,
         on_bytes=observer.step,
     )
+    if (note := left_out_note(result.left_out)) is not None:
+        observer.note(note)
+    return result
 
 
 def _write_recipe(source: Source, assignment: Assignment, kv_cache: KvCache, file: Path) -> None:

@@ -231,6 +231,7 @@ class Search(Probing):
     ) -> str:
         from autoquant.data.text import text_title
         from autoquant.export.card import CardFacts, KlRow
+        from autoquant.export.companions import left_out_note
         from autoquant.export.declaration import reader_warnings
         from autoquant.export.export import export
         from autoquant.export.verify import verify
@@ -265,7 +266,7 @@ class Search(Probing):
         with self._timed("export"):
             if not self._has_checkpoint():
                 self.observer.stage("export", size, Unit.BYTES)
-                export(
+                exported = export(
                     source,
                     groups,
                     assignment,
@@ -278,6 +279,8 @@ class Search(Probing):
                     card=card,
                     on_bytes=self.observer.step,
                 )
+                if (note := left_out_note(exported.left_out)) is not None:
+                    self.observer.note(note)
             self.observer.stage("verify", size, Unit.BYTES)
             _require_sound(verify(target, source, on_bytes=self.observer.step))
         return str(target)

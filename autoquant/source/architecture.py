@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant.errors import SourceError
 from autoquant.source import names as table
-from autoquant.source import stored_forms
+from autoquant.source.declared import QUANTIZATION, find_declared
 from autoquant.source.extent import LARGEST
 from autoquant.source.headers import DTYPE_BYTES, Headers, TensorHeader
 from autoquant.source.json_file import read_json_object
+from autoquant.source.stored_forms import is_linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,9 +41,9 @@ def knows(model_type: object) -> bool:
 
 
 def ties_embeddings(config: Mapping[str, Any], text_config: Mapping[str, Any]) -> bool:
-    """Whether the output head is the embeddings' matrix in memory, whatever is stored beside them.
+    """Whether a config makes the output head the embeddings' matrix.
 
-    A config that does not say so means the default of its class; transformers is imported for that
+    One that does not say so means the default of its class; transformers is imported for that
     alone.
 
     Args:
@@ -58,6 +59,41 @@ def ties_embeddings(config: Mapping[str, Any], text_config: Mapping[str, Any]) -
     from transformers import CONFIG_MAPPING
 
     return bool(getattr(CONFIG_MAPPING[kind], _TIES, False))
+
+
+def has_own_head(
+    config: Mapping[str, Any], text_config: Mapping[str, Any], headers: Headers
+) -> bool:
+    """Whether a head is stored beside other embeddings although the config ties them.
+
+    transformers computes with the head then, and engines with the embeddings.
+
+    Args:
+        config: config.json.
+        text_config: the language model's part of it.
+        headers: of tensors that are there to be compared.
+    """
+    heads, embeddings = (
+        [tensor for tensor in headers if pattern.fullmatch(_module(tensor.name))]
+        for pattern in (table.HEAD, table.WORD_EMBEDDINGS)
+    )
+    if not (heads and embeddings and ties_embeddings(config, text_config)):
+        return False
+    from autoquant.source.tensors import are_equal
+
+    return not any(are_equal(head, own) for head in heads for own in embeddings)
+
+
+def _module(tensor: str) -> str:
+    """The last name of the module that a weight belongs to."""
+    return tensor.removesuffix(".weight").rpartition(".")[2]
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that says, as a whole and for its text part, that the head is a matrix apart."""
+    nested = config.get("text_config")
+    text = {"text_config": nested | {_TIES: False}} if isinstance(nested, dict) else {}
+    return {**config, **text, _TIES: False}
 
 
 def auto_class(config: Any) -> Any:
@@ -115,7 +151,7 @@ def _build(folder: Path) -> Any:
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if hasattr(config, stored_forms.QUANTIZATION):
+    if hasattr(config, QUANTIZATION):
         del config.quantization_config
     return auto_class(config).from_config(config)
 
@@ -136,29 +172,23 @@ def _tensors(
     from autoquant.source.tensors import TORCH_DTYPES
 
     names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-    block = stored_forms.block_size(config)
-    kept = (config.get(stored_forms.QUANTIZATION) or {}).get("modules_to_not_convert") or ()
+    declared = find_declared(file.parent, config)
+    block = declared.block if declared is not None and declared.is_read else None
+    kept = declared.content.get("modules_to_not_convert") or () if declared is not None else ()
     position = 0
     for name, tensor in stored.items():
         shape = tuple(tensor.shape)
         dtype = names[tensor.dtype]
         parts = [(name, dtype, shape)]
-        if block is not None and _is_linear(name, shape) and not _is_kept(name, kept):
+        if block is not None and is_linear(name, shape) and not _is_kept(name, kept):
             scales = tuple(-(-n // size) for n, size in zip(shape, block, strict=True))
-            parts = [(name, "F8_E4M3", shape), (name + stored_forms.BLOCK_SCALE, "F32", scales)]
+            parts = [(name, "F8_E4M3", shape), (f"{name}_scale_inv", "F32", scales)]
         for own, kind, sizes in parts:
             end = position + math.prod(sizes) * DTYPE_BYTES[kind]
             yield TensorHeader(
                 name=own, dtype=kind, shape=sizes, file=file, begin=position, end=end
             )
             position = end
-
-
-def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether publishers store the tensor as codes where they store a model in block FP8."""
-    components = name.removesuffix(".weight").split(".")
-    in_layer = table.LAYER.fullmatch(name) is not None
-    return in_layer and len(shape) == 2 and table.LINEAR.fullmatch(components[-1]) is not None
 
 
 def _is_kept(name: str, modules: Iterable[str]) -> bool:

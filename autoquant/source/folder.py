@@ -3,25 +3,26 @@
 import os
 import stat
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from autoquant.errors import SourceError
 
-OTHER_WEIGHTS = frozenset(
-    {
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".gguf",
-        ".h5",
-        ".msgpack",
-        ".onnx",
-        ".onnx_data",
-    }
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".ot")
+"""Endings of files that hold weights by one name and anything else by another: voices, words."""
+
+_NAMES = ("pytorch_model", "model", "consolidated", "tf_model", "flax_model", "rust_model")
+_OF_TRAINING = ("optimizer", "scheduler", "rng_state", "training_args")
+_OTHER_KINDS = (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
+
+OTHER_FORMS = (
+    *(f"{name}*{ending}" for name in (*_NAMES, *_OF_TRAINING) for ending in _PICKLED),
+    *(f"*{ending}" for ending in _OTHER_KINDS),
 )
-"""Endings of files with weights, which nothing reads but those that the checkpoint consists of."""
+"""Names of files that hold the weights in another form, or the state of their training."""
+
+_LARGEST_COMPANION = 2**28
+"""Bytes of a pickled file of another name, from which on it is taken for weights."""
 
 
 def files_of(folder: Path) -> Iterator[Path]:
@@ -48,8 +49,19 @@ def require_own_files(folder: Path) -> None:
         SourceError: as `files_of` and `require_own`.
     """
     for path in files_of(folder):
-        if path.suffix not in OTHER_WEIGHTS:
+        if not holds_weights_by_name(path):
             require_own(folder, path)
+
+
+def holds_weights_by_name(path: Path) -> bool:
+    """Whether a file's name, or a pickled file's size, is that of weights.
+
+    Nothing reads such files but those that the checkpoint consists of.
+    """
+    if path.suffix == ".safetensors" or any(fnmatchcase(path.name, own) for own in OTHER_FORMS):
+        return True
+    is_pickled = path.suffix in _PICKLED and path.is_file()
+    return is_pickled and path.stat().st_size > _LARGEST_COMPANION
 
 
 def require_own(folder: Path, path: Path) -> None:
@@ -83,9 +95,10 @@ def require_own(folder: Path, path: Path) -> None:
 
 def stays_inside(folder: Path, path: Path) -> bool:
     """Whether `path`, links resolved, is in `folder` or in the blobs of its cache entry."""
-    roots = [os.path.realpath(folder)]
-    if folder.absolute().parent.name == "snapshots":
-        roots.append(os.path.join(os.path.realpath(folder.absolute().parent.parent), "blobs"))
+    own = Path(os.path.realpath(folder))
+    roots = [own]
+    if own.parent.name == "snapshots":
+        roots.append(own.parent.parent / "blobs")
     resolved = Path(os.path.realpath(path))  # Path.resolve() raises on a link to itself
     return any(resolved.is_relative_to(root) for root in roots)
 

@@ -36,6 +36,9 @@ DTYPE_BYTES: Mapping[str, int] = {
     "C64": 8,
 }
 
+PACKED_DTYPES: Mapping[str, int] = {"F4": 2}
+"""Dtypes of which a byte holds several numbers, with how many; shapes count the numbers."""
+
 LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself."""
 
@@ -46,22 +49,28 @@ _DOWNLOAD_AGAIN = "download or save the file again."
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
-    """Where a matrix [N, K] lies inside a stored one: `stored[:, first:first + N]` transposed."""
+class Inside:
+    """Where a matrix [N, K] lies inside a stored one: `stored[first:first + N]`, or the transpose
+    of `stored[:, first:first + N]`.
+    """
 
     stored: tuple[int, int]
-    """Shape of the stored matrix, [K, at least N]."""
+    """Shape of the stored matrix: [at least N, K], or [K, at least N]."""
     first: int
+    transposed: bool
 
 
 @dataclass(frozen=True, slots=True)
-class BlockScale:
-    """The scales of a weight [N, K] that is stored as E4M3 codes."""
+class Scales:
+    """The scales of a weight that is stored as codes: number = code x scale of its block."""
 
     header: "TensorHeader"
-    """[N / rows, K / columns], rounded up."""
-    block: tuple[int, int]
-    """Rows and columns that share a scale."""
+    """One scale for each block: the codes' shape over `block`, rounded up; float32, BF16, FP16, or
+    the exponents of powers of two (`F8_E8M0`, also spelled `U8`)."""
+    block: tuple[int, ...]
+    """Codes along each axis that share a scale."""
+    transposed: bool = False
+    """Whether codes and scales are of the weight with its last two axes exchanged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +79,7 @@ class TensorHeader:
 
     name: str
     dtype: str
-    """safetensors spelling: `BF16`, `F8_E4M3`, ...; of a block-FP8 weight what it stands for."""
+    """safetensors spelling: `BF16`, `I64`, ...; of codes and wider numbers what they stand for."""
     shape: tuple[int, ...]
     file: Path
     """The safetensors file that holds it."""
@@ -78,11 +87,14 @@ class TensorHeader:
     """Offset of the first byte, from the start of the file."""
     end: int
     """Offset behind the last byte, from the start of the file."""
-    columns: Columns | None = None
+    inside: Inside | None = None
     """How the bytes between `begin` and `end` hold the tensor, where they hold more, or its
     transpose."""
-    block_scale: BlockScale | None = None
-    """Scales of a weight that is stored as codes."""
+    stored_dtype: str | None = None
+    """How the file spells the numbers or codes, where that is not `dtype`; `F4` for two E2M1 codes
+    a byte, the even one in the low half, whatever the file calls the bytes."""
+    scales: Scales | None = None
+    """Of a weight that is stored as codes."""
 
     @property
     def elements(self) -> int:
@@ -94,16 +106,9 @@ class TensorHeader:
         return self.elements * DTYPE_BYTES[self.dtype]
 
     @property
-    def stored_bytes(self) -> int:
-        """What the tensor and its block scales take in their file."""
-        if self.block_scale is None:
-            return self.bytes
-        return self.end - self.begin + self.block_scale.header.bytes
-
-    @property
     def is_plain(self) -> bool:
         """Whether the bytes between `begin` and `end` are the tensor's own."""
-        return self.columns is None and self.block_scale is None
+        return self.inside is None and self.stored_dtype is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +116,7 @@ class Headers:
     """Every tensor of a checkpoint by name, in the order of its files and byte ranges.
 
     The tensors are those that the layers compute with: weights of experts that a file holds as one
-    tensor are apart, and codes with block scales are the weights that they stand for.
+    tensor are apart, and codes with scales are the weights that they stand for.
     """
 
     tensors: Mapping[str, TensorHeader] = field(repr=False)
@@ -165,8 +170,10 @@ class Headers:
 
     @cached_property
     def stored_bytes(self) -> int:
-        """Bytes of all tensor data as the files hold it."""
-        return sum(tensor.stored_bytes for tensor in self.tensors.values())
+        """Bytes of all tensor data as the files hold it, scales of codes included."""
+        scales = (tensor.scales.header for tensor in self if tensor.scales is not None)
+        ranges = {(own.file, own.begin, own.end) for own in itertools.chain(self, scales)}
+        return sum(end - begin for _, begin, end in ranges)
 
     def to_write(self, changed: Container[str]) -> Iterator[TensorHeader]:
         """The tensors in file order, with joined ones whole where no part of theirs is changed."""
@@ -273,19 +280,19 @@ def tensor_header(file: Path, name: str, value: Any, base: int) -> TensorHeader:
             pass  # what else it says is left alone, as by the safetensors library
         case _:
             raise _damaged(file, f"describes {name} by other than dtype, shape and data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in {*DTYPE_BYTES, *PACKED_DTYPES}:
         raise SourceError(
             f"{file}: tensor {name} has dtype {dtype!r}, which is not one of "
-            f"{', '.join(DTYPE_BYTES)}.",
+            f"{', '.join((*DTYPE_BYTES, *PACKED_DTYPES))}.",
             fix="save the model in bfloat16.",
         )
     numbers = (*shape, begin, end)
     if not all(type(number) is int and 0 <= number < _TOO_LARGE for number in numbers):
         raise _damaged(file, f"gives {name} shape {shape} and offsets {begin}, {end}")
-    products = itertools.accumulate((*shape, DTYPE_BYTES[dtype]), operator.mul)
+    products = itertools.accumulate((*shape, DTYPE_BYTES.get(dtype, 1)), operator.mul)
     if any(product >= _TOO_LARGE for product in products):  # also on the way to a zero
         raise _damaged(file, f"gives {name} a shape of more than 2^64 bytes, {shape}")
-    needed = math.prod(shape) * DTYPE_BYTES[dtype]
+    needed = data_bytes(dtype, math.prod(shape))
     if end - begin != needed:
         raise _damaged(
             file,
@@ -294,6 +301,12 @@ def tensor_header(file: Path, name: str, value: Any, base: int) -> TensorHeader:
     return TensorHeader(
         name=name, dtype=dtype, shape=tuple(shape), file=file, begin=base + begin, end=base + end
     )
+
+
+def data_bytes(dtype: str, elements: int) -> int:
+    """Bytes of so many numbers in a dtype of safetensors."""
+    per_byte = PACKED_DTYPES.get(dtype)
+    return elements * DTYPE_BYTES[dtype] if per_byte is None else -(-elements // per_byte)
 
 
 def _require_no_gaps(file: Path, entries: list[TensorHeader], base: int, size: int) -> None:

@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from autoquant.errors import SourceError
+from autoquant.source.folder import OTHER_FORMS
 from autoquant.source.headers import Headers, tensor_header
 
-_OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
+_OTHER_WEIGHTS = [*OTHER_FORMS, *(f"*/{name}" for name in OTHER_FORMS)]
+"""Patterns of paths in a repository."""
 
 
 def fetch(model: str, revision: str | None, *, only: list[str] | None = None) -> Path:

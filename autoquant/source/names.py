@@ -101,7 +101,8 @@ gpt_oss and llama4 are missing: vLLM transposes every expert of theirs that it r
 layout, which packed codes do not survive."""
 
 
-HEADS = frozenset({"lm_head", "embed_out", "output"})
+HEAD = re.compile(r"lm_head|embed_out|output")
+"""Last name of an output head."""
 WORD_EMBEDDINGS = re.compile(r"embed_tokens|embed_in|wte|tokens_embed|(word_|tok_)?embeddings")
 """Last name of the embeddings that an output head may be tied to."""
 TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})

@@ -10,8 +10,10 @@ from typing import Any
 
 from autoquant.errors import ConfigError, SourceError
 from autoquant.source import hub, stored_forms
-from autoquant.source.architecture import architecture_headers
+from autoquant.source.architecture import architecture_headers, has_own_head, untied
+from autoquant.source.codes import without_codes
 from autoquant.source.contents import Contents
+from autoquant.source.declared import Declared, find_declared, without_declaration
 from autoquant.source.folder import require_own_files
 from autoquant.source.headers import Headers
 from autoquant.source.json_file import read_json_object
@@ -47,7 +49,8 @@ class Source:
     """The folder or the hub id, as the user wrote it."""
     path: Path
     config: Mapping[str, Any] = field(repr=False)
-    """config.json without the declaration of block FP8, whose weights `headers` gives in BF16."""
+    """config.json without a declaration of codes, whose weights `headers` gives in BF16, and with
+    the dtype that wider weights are computed in."""
     headers: Headers = field(repr=False)
     revision: str | None
     """Commit on the hub, or None for a plain folder."""
@@ -79,7 +82,7 @@ class Source:
     @property
     def hub_id(self) -> str | None:
         """`Qwen/Qwen3-8B` for a snapshot in the Hugging Face cache, None for a plain folder."""
-        entry = self.path.absolute().parent.parent.name
+        entry = self.path.resolve().parent.parent.name
         if self.revision is None or not entry.startswith(_CACHE_ENTRY):
             return None
         return entry.removeprefix(_CACHE_ENTRY).replace("--", "/", 1)
@@ -148,11 +151,16 @@ def open_source(model: str | Path, *, revision: str | None = None, weights: bool
     require_no_redirection(path, config)
     if weights:
         require_own_files(path)
-    block = stored_forms.block_size(config)
-    if block is not None:
-        headers = stored_forms.dequantized(headers, block)
-        del config[stored_forms.QUANTIZATION]
-    _require_unquantized(path, config, headers)
+    declared = find_declared(path, config)
+    weights_of_codes = without_codes(headers, declared)
+    if declared is not None:
+        _require_read(path, declared, weights_of_codes, has_weights)
+        config = without_declaration(config)
+    headers = stored_forms.in_bf16(weights_of_codes)
+    if any(tensor.stored_dtype in stored_forms.WIDE for tensor in headers):
+        config = stored_forms.saying_bf16(config)
+    if has_weights and has_own_head(config, text_config(config), headers):
+        config = untied(config)
     return Source(
         model=REFERENCE_NAME if path == REFERENCE_MODEL else str(model),
         path=path,
@@ -192,22 +200,21 @@ def _require_config(path: Path) -> None:
         )
 
 
-def _require_unquantized(path: Path, config: Mapping[str, Any], headers: Headers) -> None:
-    if any(tensor.name.endswith(stored_forms.BLOCK_SCALE) for tensor in headers):
-        raise SourceError(
-            f"{path} stores block scales, and its {CONFIG_FILE} declares no quant_method fp8 "
-            "with a weight_block_size.",
-            fix=f"download {CONFIG_FILE} again, or pass the BF16 version of the model.",
-        )
-    method = config.get(stored_forms.QUANTIZATION)
-    if method is not None:
-        name = method.get("quant_method") if isinstance(method, dict) else method
-        raise SourceError(
-            f"{path} is already quantized (quantization_config: {name}).",
-            fix="pass the unquantized model.",
-        )
+def _require_read(path: Path, declared: Declared, headers: Headers, has_weights: bool) -> None:
+    """Raise if a quantization is declared that the tensors do not show.
+
+    Block FP8 that has been dequantized keeps its declaration, and is the same model.
+    """
+    if any(tensor.scales is not None for tensor in headers):
+        return
+    if declared.is_read and (not has_weights or declared.block is not None):
+        return
+    raise SourceError(
+        f"{path} is already quantized ({declared}), or so it says: none of its tensors is.",
+        fix="pass the unquantized model; if these are its weights, remove the declaration.",
+    )
 
 
 def _revision(path: Path) -> str | None:
-    snapshot = path.absolute()
+    snapshot = path.resolve()
     return snapshot.name if snapshot.parent.name == "snapshots" else None

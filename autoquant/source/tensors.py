@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from autoquant.errors import SourceError
-from autoquant.source.headers import BlockScale, TensorHeader
+from autoquant.source.headers import PACKED_DTYPES, Inside, Scales, TensorHeader
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -39,26 +39,61 @@ def read_tensor(header: TensorHeader) -> Tensor:
     Raises:
         SourceError: the file has become shorter or unreadable since its header was read.
     """
-    stored = _read_bytes(header)
-    if header.block_scale is not None:
-        codes = stored.view(torch.float8_e4m3fn).view(header.shape)
-        return _dequantize_blocks(codes, header.block_scale)
-    numbers = stored.view(TORCH_DTYPES[header.dtype])
-    if header.columns is None:
-        return numbers.view(header.shape)
-    first, rows = header.columns.first, header.shape[0]
-    return numbers.view(header.columns.stored)[:, first : first + rows].t().contiguous()
+    stored, spelled = _read_bytes(header), header.stored_dtype or header.dtype
+    shape = header.shape if header.inside is None else header.inside.stored
+    if header.scales is not None:
+        tensor = _dequantized(stored, spelled, shape, header.scales)
+    else:
+        tensor = stored.view(TORCH_DTYPES[spelled]).view(shape)
+    if header.inside is not None:
+        tensor = _part(tensor, header.inside, header.shape[0])
+    return tensor.to(TORCH_DTYPES[header.dtype])
 
 
-def _dequantize_blocks(codes: Tensor, blocks: BlockScale) -> Tensor:
-    """Codes [N, K] times the scale of their block, in float32, rounded once to BF16.
+def _part(stored: Tensor, inside: Inside, rows: int) -> Tensor:
+    axis = 1 if inside.transposed else 0
+    part = stored.narrow(axis, inside.first, rows)
+    return (part.t() if inside.transposed else part).contiguous()
 
-    The arithmetic of `weight_dequant` in DeepSeek-V3's `inference/kernel.py`.
+
+def _dequantized(stored: Tensor, spelled: str, shape: tuple[int, ...], scales: Scales) -> Tensor:
+    """Codes times the scale of their block, in float32, rounded once to BF16.
+
+    The arithmetic of `weight_dequant` in DeepSeek-V3's `inference/kernel.py`. Where the scale is a
+    power of two nothing is lost, unless a product leaves BF16's range.
     """
-    scale = read_tensor(blocks.header).float()
-    for axis, size in enumerate(blocks.block):
-        scale = scale.repeat_interleave(size, dim=axis).narrow(axis, 0, codes.shape[axis])
-    return codes.float().mul_(scale).to(torch.bfloat16)
+    if scales.transposed:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    numbers = _numbers(stored, spelled).view(shape)
+    scale = _scale_numbers(scales.header).reshape(
+        [-(-n // size) for n, size in zip(shape, scales.block, strict=True)]
+    )
+    for axis, size in enumerate(scales.block):
+        if scale.shape[axis] > 1:
+            scale = scale.repeat_interleave(size, dim=axis).narrow(axis, 0, shape[axis])
+    weight = numbers.mul_(scale).to(torch.bfloat16)
+    return weight.transpose(-1, -2).contiguous() if scales.transposed else weight
+
+
+def _numbers(stored: Tensor, spelled: str) -> Tensor:
+    """What codes stand for, float32."""
+    if spelled not in PACKED_DTYPES:
+        return stored.view(TORCH_DTYPES[spelled]).float()
+    halves = torch.stack([stored & 15, stored >> 4], dim=-1).flatten()
+    return _E2M1.index_select(0, halves.int())
+
+
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+_E2M1 = torch.cat([_E2M1, -_E2M1])
+"""Numbers of the 4-bit codes, the sign in their highest bit."""
+
+
+def _scale_numbers(header: TensorHeader) -> Tensor:
+    """Scales in float32; bytes are the exponents of powers of two, as OCP's MX formats have it."""
+    scale = read_tensor(header)
+    if scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu)
+    return scale.float()
 
 
 def _read_bytes(header: TensorHeader) -> Tensor:
@@ -77,6 +112,19 @@ def _read_bytes(header: TensorHeader) -> Tensor:
     except OSError as error:
         raise _unreadable(header, error) from error
     return buffer
+
+
+def are_equal(one: TensorHeader, other: TensorHeader) -> bool:
+    """Whether two tensors hold the same bytes in the same dtype and shape; reads as far as they do.
+
+    Raises:
+        SourceError: a file has become shorter or unreadable since its header was read.
+    """
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    if not (one.is_plain and other.is_plain):
+        return torch.equal(read_tensor(one), read_tensor(other))
+    return all(a == b for a, b in zip(_pieces(one), _pieces(other), strict=True))
 
 
 def copy_bytes(header: TensorHeader, target: IO[bytes]) -> None:

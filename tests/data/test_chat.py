@@ -178,3 +178,33 @@ def test_plain_text_is_as_it_was(folder):
     )
     digests = [{n: s.digest for n, s in splits.items()} for splits in (with_template, without)]
     assert digests[0] == digests[1]
+
+
+PARTS = (
+    "{% for m in messages %}[{{ m['role'] }}] {% for p in m['content'] %}"
+    "{% if p['type'] == 'text' %}{{ p['text'] | trim }}{% endif %}{% endfor %}{{ '\\n' }}"
+    "{% endfor %}"
+)
+
+
+def test_a_template_that_walks_typed_parts_keeps_every_turn(folder):
+    rendered = CONVERSATION.render(tokenizer_with(folder, PARTS))
+    assert rendered.endswith("[user] why\n[assistant] because\n")
+
+
+def test_a_template_that_repeats_a_text_of_parts_is_given_the_text(folder):
+    """Printed as it is, a list of parts holds the text too, and the text is what is meant."""
+    rendered = CONVERSATION.render(tokenizer_with(folder, TEMPLATE))
+    assert rendered.endswith("[user] why\n[assistant] because\n")
+
+
+def test_a_template_that_drops_a_turn_either_way_is_given_texts(folder):
+    template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}"
+    rendered = CONVERSATION.render(tokenizer_with(folder, template + "{% endfor %}"))
+    assert rendered == "why"
+
+
+def test_a_template_that_refuses_texts_is_given_parts(folder):
+    refusing = "{% if messages[0]['content'] is string %}{{ raise_exception('no') }}{% endif %}"
+    rendered = CONVERSATION.render(tokenizer_with(folder, refusing + PARTS))
+    assert rendered.endswith("[user] why\n[assistant] because\n")

@@ -20,6 +20,7 @@ from exported import (
 )
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from searchable import TOKEN_FLAGS, save_searchable
 from tiny_models import MODELS, save_model
 
 from autoquant.errors import ConfigError, RunConflict, SourceError
@@ -137,6 +138,36 @@ def test_nothing_else_changes(tmp_path):
             assert torch.equal(stored[name], tensor)
 
 
+def test_what_is_no_form_of_the_weights_comes_along_and_the_rest_is_named(tmp_path, autoquant):
+    folder = save_searchable("llama", tmp_path / "source")
+    shard = "model-00001-of-00001.safetensors"
+    weights = load_tensors(folder)
+    (folder / "model.safetensors").rename(folder / shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"mtp.weight": torch.zeros(4)}, folder / "mtp.safetensors")
+    companions = ("spk_dict.pt", "vocab.bin", "assets/lexicon.bin", "original/tokenizer.ckpt")
+    others = (
+        *("pytorch_model.bin", "model.pt", "original/consolidated.00.pth", "a.gguf"),
+        *("onnx/decoder.onnx", "optimizer.pt", "large.pt"),
+    )
+    for name in (*companions, *others):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    os.truncate(folder / "large.pt", 2**28 + 1)
+    assignment = tmp_path / "a.json"
+    assignment.write_text(json.dumps({"schema_version": 1, "groups": {}}))
+    out = tmp_path / "out"
+    done = autoquant("export", folder, "--assignment", assignment, "--out", out, *TOKEN_FLAGS)
+    assert done.exit_code == 0, done.stderr
+    assert {name: (out / name).read_bytes() for name in companions} == {
+        name: name.encode() for name in companions
+    }
+    assert not [name for name in (*others, "mtp.safetensors") if (out / name).exists()]
+    assert [name for name in (*others, "mtp.safetensors") if name not in done.stderr] == []
+    assert autoquant("verify", out, "--source", folder).exit_code == 0
+
+
 def test_assignment_that_quantizes_nothing_gives_the_source_back(tmp_path):
     source = open_source(save_model("llama", tmp_path / "source", shard_size="60KB"))
     export(source, find_groups(source), Assignment.of({}), {}, tmp_path / "out")
@@ -149,13 +180,14 @@ def test_assignment_that_quantizes_nothing_gives_the_source_back(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_other_float_sources_are_quantized_from_bf16_and_copied_as_they_are(dtype, tmp_path):
+def test_wider_sources_are_written_in_bf16_and_quantized_from_it(dtype, tmp_path):
     folder = save_model("llama", tmp_path / "source", dtype=dtype)
     source = open_source(folder)
     run(source, tmp_path / "out", NVFP4_MSE)
     assert verify(tmp_path / "out", source).problems == ()
     stored, original = load_tensors(tmp_path / "out"), load_tensors(folder)
-    assert stored["model.norm.weight"].dtype == getattr(torch, dtype)
+    for name in ("model.norm.weight", "model.embed_tokens.weight"):
+        assert torch.equal(stored[name], original[name].bfloat16())
     weight = original["model.layers.0.mlp.down_proj.weight"].bfloat16()
     scale = kernels.nvfp4_global_scale(weight.abs().max(), "mse")
     codes, _ = kernels.quantize_nvfp4(weight, scale, rule="mse")

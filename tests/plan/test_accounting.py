@@ -80,9 +80,9 @@ def test_untouched_bf16_source_has_16_bits_and_searched_scope_counts_what_is_ope
     assert accounting.bpe(accounting.floor) > searched
 
 
-def test_groups_of_a_float32_source_stay_at_32_bits_unless_quantized(sources):
+def test_groups_of_a_float32_source_that_stay_take_16_bits(sources):
     accounting = accounting_of(sources["float32"])
-    assert accounting.bpe(Assignment.of({})) == 32.0
+    assert accounting.bpe(Assignment.of({})) == 16.0
     assert accounting.ceiling == Assignment.of(dict.fromkeys(accounting.choices, BF16))
 
 

@@ -102,7 +102,7 @@ def test_a_flipped_header_byte_never_crashes_nor_reads_outside_of_the_file(tmp_p
             b"1234",
             "by other than dtype, shape and data_offsets",
         ),
-        ({"a": tensor(0, 4, "F4")}, b"1234", "dtype 'F4', which is not one of"),
+        ({"a": tensor(0, 4, "F3")}, b"1234", "dtype 'F3', which is not one of"),
         ([1], b"", "not a JSON object"),
         (b"{", b"", "not JSON"),
         (b"\xff", b"", "not UTF-8 from byte 0"),

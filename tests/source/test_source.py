@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import save_model
+from tiny_models import change_tensors, save_model
 
 from autoquant.errors import SourceError
+from autoquant.plan.grouping import find_groups
 from autoquant.source.source import open_source
+from autoquant.source.tensors import read_tensor
 
 
 @pytest.fixture
@@ -72,6 +74,23 @@ def test_snapshot_in_the_hub_cache_is_followed_into_its_blobs(folder, tmp_path):
     source = open_source(snapshot)
     assert (source.revision, source.hub_id) == ("0123abc", "some-org/tiny")
     assert source.digest == open_source(folder).digest
+
+
+def test_a_link_to_a_snapshot_is_the_snapshot(folder, tmp_path, autoquant):
+    entry = tmp_path / "hub" / "models--some-org--tiny"
+    snapshot = entry / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (entry / "blobs").mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        shutil.copy(file, entry / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
+    (tmp_path / "linked").symlink_to(snapshot)
+    (tmp_path / "models").symlink_to(snapshot.parent)
+    for path in (tmp_path / "linked", tmp_path / "models" / "0123abc"):
+        source = open_source(path)
+        assert (source.revision, source.hub_id) == ("0123abc", "some-org/tiny")
+        assert source.digest == open_source(folder).digest
+        assert autoquant("plan", path).exit_code == 0
 
 
 def test_hub_id_is_found_in_the_cache_while_offline(folder, tmp_path, monkeypatch):
@@ -294,3 +313,64 @@ def test_hub_model_without_safetensors(on_the_hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.get_safetensors_metadata", refuse)
     with pytest.raises(SourceError, match="has no safetensors weights"):
         open_source("some-org/tiny", weights=False)
+
+
+WIDE = {"float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+def test_a_wider_model_is_read_in_bf16_and_its_config_says_so(tmp_path, dtype):
+    folder = save_model("llama", tmp_path / "model", dtype=dtype)
+    source = open_source(folder)
+    assert {tensor.dtype for tensor in source.headers} == {"BF16"}
+    assert source.config["dtype"] == "bfloat16"
+    assert source.headers.bytes == 2 * source.headers.elements
+    name = "model.layers.1.mlp.up_proj.weight"
+    stored = load_file(folder / "model.safetensors")[name]
+    assert stored.dtype == WIDE[dtype]
+    assert torch.equal(read_tensor(source.headers[name]), stored.bfloat16())
+
+
+def test_tensors_that_engines_keep_wide_stay_so_in_a_float32_model(tmp_path):
+    folder = save_model("qwen3_next", tmp_path / "model", dtype="float32")
+    dtypes = {
+        tensor.name.rpartition(".")[2]: tensor.dtype for tensor in open_source(folder).headers
+    }
+    assert (dtypes["A_log"], dtypes["dt_bias"], dtypes["weight"]) == ("F32", "F32", "BF16")
+
+
+def test_a_bf16_model_keeps_what_it_stores_wider_but_for_linears(folder):
+    def widen(tensors):
+        for name in ("model.norm.weight", "model.layers.0.mlp.down_proj.weight"):
+            tensors[name] = tensors[name].float()
+        tensors["model.layers.0.mlp.router.proj.weight"] = torch.ones(4, 64)
+
+    change_tensors(folder, widen)
+    source = open_source(folder)
+    assert source.headers["model.norm.weight"].dtype == "F32"
+    assert source.headers["model.layers.0.mlp.router.proj.weight"].dtype == "F32"
+    assert source.headers["model.layers.0.mlp.down_proj.weight"].dtype == "BF16"
+
+
+def head_of(folder):
+    return {group.name for group in find_groups(open_source(folder)) if group.role == "head"}
+
+
+@pytest.mark.parametrize("says", [True, None], ids=["the config", "the class"])
+def test_a_head_is_tied_by_its_tensors_whatever_says_otherwise(tmp_path, says):
+    folder = save_model("gemma2", tmp_path / "model", tie_word_embeddings=False)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(
+        json.dumps(config if says is None else config | {"tie_word_embeddings": says})
+    )
+    assert head_of(folder) == {"lm_head"}
+    assert open_source(folder).config["tie_word_embeddings"] is False
+    change_tensors(
+        folder,
+        lambda tensors: tensors.update(
+            {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+        ),
+    )
+    assert head_of(folder) == set()
+    assert open_source(folder).config.get("tie_word_embeddings") is says
