@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from autoquant.model.resident import units_of
+from autoquant.model.live_weights import units_of
 from searchable import save_searchable, save_text
 from torch import nn
 
