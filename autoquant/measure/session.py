@@ -18,7 +18,7 @@ from autoquant.measure.scorer import Scorer
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import LoadedModel, choose_device, load_model
 from autoquant.model.memory import keep_freed_memory
-from autoquant.model.placement import Allowance
+from autoquant.model.placement import ANYTHING, Allowance
 from autoquant.model.shared_inputs import input_disagreements
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.linears import LayerGroup
@@ -59,7 +59,7 @@ def open_session(
     tokens: TokenPlan,
     mode: ActivationMode,
     device: str | None,
-    allowance: Allowance,
+    allowance: Allowance = ANYTHING,
     trust_remote_code: bool,
     codes: CodeCache | None = None,
     statistics: StatisticsStore | None = None,

@@ -181,7 +181,7 @@ class QuantizedModel:
         self.book = CodeBook(
             self.weights,
             memory_bytes=packed_bytes,
-            recent_bytes=2 * recent if is_streamed else 0,
+            recent_bytes=recent if is_streamed else 0,
             cache=codes,
             statistics=statistics,
         )

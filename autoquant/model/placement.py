@@ -18,9 +18,9 @@ WORK_BYTES = 1 << 29
 """What is taken beside weights in any case: activations, states, logits."""
 WORK_SHARE = 1 / 10
 """The same in shares of the weights on the device."""
-BLOCKS_AT_ONCE = 3
-"""Blocks in memory where they are streamed: the present one, the next, and the parts that it is put
-together from."""
+BLOCKS_AT_ONCE = 5
+"""Blocks' worth of memory where blocks are streamed: the present one, the next, the parts that it is
+put together from, codes, and decoded codes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -111,7 +111,7 @@ def test_a_gpu_takes_the_fastest_that_fits(may, expected):
 
 
 def test_beside_a_cpu_the_hosts_memory_is_the_devices():
-    may = {"device_bytes": 60 * GIB, "host_bytes": 20 * GIB}
+    may = {"device_bytes": 60 * GIB, "host_bytes": 30 * GIB}
     assert choose(SIZES, CPU, Allowance(**may))[0] is Weights.DISK
     assert choose(SIZES, CPU, Allowance(device_bytes=50 * GIB, host_bytes=60 * GIB))[0] is (
         Weights.RESIDENT
@@ -123,5 +123,5 @@ def test_what_fits_nowhere_is_refused_with_what_would(weights):
     may = Allowance(weights=weights, device_bytes=8 * GIB, host_bytes=8 * GIB)
     with pytest.raises(OutOfMemory, match=r"8\.59 GB of cpu may be used") as caught:
         choose(SIZES, CPU, may)
-    assert "--weights disk takes least, 17.07 GB" in caught.value.fix
+    assert "--weights disk takes least, 26.52 GB" in caught.value.fix
     assert caught.value.exit_code == 6
