@@ -183,6 +183,7 @@ def search(
     kv_cache: KvCacheName = "bf16",
     trials: int = 30,
     reweight_trials: int = 0,
+    trials_at_once: int = 1,
     max_seconds: float | None = None,
     max_tokens: int | None = None,
     seed: int = 0,
@@ -195,6 +196,9 @@ def search(
     batch_tokens: int = 4_096,
     device: str | None = None,
     trust_remote_code: bool = False,
+    weights: Literal["auto", "resident", "host", "disk"] = "auto",
+    device_memory: int | None = None,
+    host_memory: int | None = None,
     mlflow: bool = True,
     mlflow_experiment: str = "autoquant",
     mlflow_trials: Literal["all", "best", "none"] = "all",
@@ -227,6 +231,8 @@ def search(
         trials: joint measurements beyond the baselines, the solver's optima and the check of their
             scale rules.
         reweight_trials: how many of them, at most all, Optuna proposes.
+        trials_at_once: trials that go through the weights together, which race against the best
+            before them.
         max_seconds: begin no further trial once loading, calibration, probes and trials have taken
             this long, interrupted calls included. A finished result stays: `resume=False` begins
             anew.
@@ -246,6 +252,10 @@ def search(
         batch_tokens: tokens of one forward.
         device: `cpu`, `cuda`, `cuda:1`; the first GPU by default, else the CPU.
         trust_remote_code: run code that comes with the model.
+        weights: where weights are: on the device, in the host's memory or in the files, block by
+            block; auto takes the first that fits. Results are the same.
+        device_memory: most of the memory of the device to use, bytes.
+        host_memory: most of the memory of the host to use, bytes.
         mlflow: record the search in MLflow.
         mlflow_experiment: experiment to record under.
         mlflow_trials: trials that get an MLflow run of their own.

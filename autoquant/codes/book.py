@@ -7,6 +7,7 @@ alone, never on the rest of an assignment.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from autoquant.codes.cache import CodeCache, LinearCodes
 from autoquant.codes.encoder import Encoder, rows_of
@@ -38,6 +39,7 @@ class CodeBook:
         weights: of the source model.
         memory_bytes: for codes that are kept in memory; the last ones asked for are there in any
             case. What costs little is encoded again where memory does not hold it.
+        recent_bytes: for the last ones asked for beyond that.
         cache: on disk, for codes that cost more to make than to read; None keeps none.
         statistics: for choices that need moments of the inputs.
     """
@@ -47,17 +49,26 @@ class CodeBook:
         weights: WeightSource,
         *,
         memory_bytes: int,
+        recent_bytes: int = 0,
         cache: CodeCache | None = None,
         statistics: StatisticsStore | None = None,
     ) -> None:
         self.weights = weights
         self.cache = cache
         self._encoder = Encoder(weights, statistics)
-        self._packed: Kept[Key, Packed] = Kept(memory_bytes)
+        self._packed: Kept[Key, Packed] = Kept(memory_bytes, recent_bytes)
         self._places: dict[str, dict[str, _Place]] = {}
         self._made: tuple[str, Choice, LinearCodes] | None = None
         """The costly codes that were made last: units ask for them in turn."""
         self._plain: dict[Key, Mapping[str, str]] = {}
+
+    def of_other_weights(self, weights: WeightSource) -> Self:
+        """A book over the same weights from elsewhere, which keeps nothing in memory but the
+        magnitudes that are known already.
+        """
+        other = type(self)(weights, memory_bytes=0, cache=self.cache)
+        other._encoder = self._encoder.of_other_weights(weights)
+        return other
 
     def unit(self, group: LayerGroup, unit: Unit, choice: Choice) -> Packed:
         """The codes of one unit of a group; the same whatever the choice's input.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,6 +29,12 @@ class Encoder:
         self._statistics = statistics
         self._amax: dict[str, Tensor] = {}
         self._units: dict[str, tuple[Unit, ...]] = {}
+
+    def of_other_weights(self, weights: WeightSource) -> Self:
+        """One over the same weights from elsewhere, whose magnitudes are known as far as these."""
+        other = type(self)(weights, self._statistics)
+        other._amax = self._amax
+        return other
 
     def units(self, group: LayerGroup) -> tuple[Unit, ...]:
         """How the group's weights are held."""

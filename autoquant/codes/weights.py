@@ -1,7 +1,7 @@
 """Where the weights of a block come from.
 
 A `WeightSource` gives the tensors of one block for as long as they are needed. The live model is
-one (`autoquant.model.resident`); the files of a checkpoint are another.
+one (`autoquant.model.live_weights`); the files of a checkpoint are another.
 
 Shapes: N outputs, K inputs, E experts.
 """

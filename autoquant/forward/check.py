@@ -59,7 +59,7 @@ def limit_memory(trunk: Trunk, quantized: QuantizedModel, room: Room, tokens: to
     with torch.no_grad():
         walk(trunk, quantized, room, [Flow(parts=(trunk.enter(tokens),))])
     taken = torch.cuda.max_memory_allocated(tokens.device) - before
-    weights = sum(p.numel() * p.element_size() for p in trunk.model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in trunk.model.parameters() if p.is_cuda)
     room.limit(weights, taken)
 
 

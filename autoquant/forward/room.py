@@ -1,9 +1,10 @@
 """How much of forwards is on the device, and in memory, at a time."""
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 
@@ -36,6 +37,19 @@ class Room:
     most_together: int = MOST_TOGETHER
     batches_together: int = 1
     """Batches that go through the stages together: one where weights are in memory."""
+    is_streamed: bool = False
+    """Whether weights are brought for each pass, so that as many go together as memory holds."""
+
+    @classmethod
+    def streamed(cls, device: torch.device, walk_bytes: int) -> Self:
+        """Bounds where every pass brings the weights: memory alone."""
+        return cls(
+            device,
+            walk_bytes=walk_bytes,
+            most_together=sys.maxsize,
+            batches_together=sys.maxsize,
+            is_streamed=True,
+        )
 
     def parts(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Equal parts of a batch [B, L], each small enough to run at once."""
@@ -86,4 +100,5 @@ class Room:
         activations = max(ACTIVATION_BYTES, ACTIVATION_SHARE * weights_bytes)
         self.sequences_at_once = max(1, int(activations / activation_bytes))
         self.device_bytes = int(max(STATE_BYTES, STATE_SHARE * weights_bytes))
-        self.walk_bytes = self.device_bytes
+        if not self.is_streamed:
+            self.walk_bytes = self.device_bytes

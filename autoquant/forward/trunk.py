@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from autoquant.codes.weights import WeightSource
+from autoquant.model.blocks import decoder_blocks
 from autoquant.model.products import CpuProducts
 
 
@@ -69,7 +69,7 @@ class Trunk:
         self.model = model
         self.products = products
         self.weights = weights
-        self.blocks = _decoder_blocks(model)
+        self.blocks = decoder_blocks(model)
         self.head: Any = model.get_output_embeddings()
         self.is_whole = not self.blocks
         """Whether the model is one stage."""
@@ -246,12 +246,3 @@ class Trunk:
         self._returns_tuple[index] = isinstance(result, tuple)
         state: torch.Tensor = result[0] if isinstance(result, tuple) else result
         return state
-
-
-def _decoder_blocks(model: Any) -> list[Any]:
-    """The blocks of the text decoder: the list whose length the configuration names."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and count > 0:
-            return list(module)
-    return []

@@ -38,16 +38,23 @@ class Scorer:
         quantized: the live model.
         device: where tokens go.
         cache_bytes: memory for block states and reference logits between candidates.
+        room: bounds of what goes through the blocks together; those of weights in memory by
+            default.
     """
 
     def __init__(
-        self, quantized: QuantizedModel, device: torch.device, *, cache_bytes: int = 2**28
+        self,
+        quantized: QuantizedModel,
+        device: torch.device,
+        *,
+        cache_bytes: int = 2**28,
+        room: Room | None = None,
     ) -> None:
         self.quantized = quantized
         self.device = device
         self.trunk = Trunk(quantized.model, quantized.products, quantized.weights)
         self.head = Head(self.trunk, quantized)
-        self.room = Room(device)
+        self.room = room or Room(device)
         self._cache = Cache(cache_bytes)
         self._comparison = Comparison(self.head, self._cache)
         self._batches: dict[tuple[str, int], Batch] = {}

@@ -6,23 +6,24 @@ from typing import Any
 
 import torch
 
+from autoquant.codes.book import CodeBook
 from autoquant.codes.cache import CodeCache
 from autoquant.codes.statistics import StatisticsStore
+from autoquant.codes.weights import FileWeights
 from autoquant.data.text import load_corpus
 from autoquant.data.tokens import Split, TokenPlan, make_splits, shortfalls
 from autoquant.errors import SourceError
+from autoquant.forward.room import Room
 from autoquant.measure.scorer import Scorer
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import LoadedModel, choose_device, load_model
 from autoquant.model.memory import keep_freed_memory
+from autoquant.model.placement import ANYTHING, Allowance
 from autoquant.model.shared_inputs import input_disagreements
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.linears import LayerGroup
 from autoquant.progress import Progress
 from autoquant.source.source import Source
-
-_TRACED_TOKENS = 8
-"""Tokens of the forward that shows which linears share an input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,15 @@ class Session:
     def quantized(self) -> QuantizedModel:
         return self.scorer.quantized
 
+    def book_of_export(self, source: Source) -> CodeBook:
+        """Where the codes of an export come from: the model, or its files where blocks are
+        streamed, since a writer goes through them in the files' order.
+        """
+        book = self.quantized.book
+        if not self.loaded.store.is_streamed:
+            return book
+        return book.of_other_weights(FileWeights(source.headers))
+
 
 def open_session(
     source: Source,
@@ -49,6 +59,7 @@ def open_session(
     tokens: TokenPlan,
     mode: ActivationMode,
     device: str | None,
+    allowance: Allowance = ANYTHING,
     trust_remote_code: bool,
     codes: CodeCache | None = None,
     statistics: StatisticsStore | None = None,
@@ -64,6 +75,7 @@ def open_session(
         tokens: how many tokens go to which split.
         mode: which inputs are quantized.
         device: where to load to; the first GPU, else the CPU, by default.
+        allowance: where weights may be.
         trust_remote_code: run code that comes with the model.
         codes: where codes are kept that cost more to make than to read.
         statistics: where moments of the inputs are kept, for codes that rest on them.
@@ -77,7 +89,9 @@ def open_session(
     corpus = load_corpus(calibration)
     observer.stage("load", 1)
     chosen = choose_device(device)
-    loaded = load_model(source.path, chosen, trust_remote_code=trust_remote_code)
+    loaded = load_model(
+        source.path, chosen, trust_remote_code=trust_remote_code, allowance=allowance
+    )
     plan = _shortened(tokens, loaded.max_length)
     splits = make_splits(corpus, loaded.tokenizer, plan)
     _require_vocabulary(loaded.model, splits)
@@ -87,15 +101,15 @@ def open_session(
         loaded.model,
         groups,
         mode=mode,
-        **_cache_bytes(loaded.model, chosen),
+        **_cache_bytes(loaded),
         attention=attention,
         codes=codes,
         statistics=statistics,
+        store=loaded.store,
     )
-    scorer = Scorer(quantized, chosen)
-    scorer.check(splits["calibration"])
-    first = splits["calibration"].batches[0][:1, :_TRACED_TOKENS]
-    for disagreement in input_disagreements(quantized, lambda: scorer.forward([first])):
+    scorer = Scorer(quantized, chosen, room=_room(loaded))
+    split = splits["calibration"]
+    for disagreement in input_disagreements(quantized, lambda: scorer.check(split)):
         observer.warn(disagreement)
     observer.step()
     return Session(loaded=loaded, scorer=scorer, splits=splits, statistics=statistics)
@@ -118,10 +132,21 @@ def _require_vocabulary(model: Any, splits: dict[str, Split]) -> None:
         )
 
 
-def _cache_bytes(model: torch.nn.Module, device: torch.device) -> dict[str, int]:
-    """Memory for codes and for decoded weights: a GPU decodes in no time, and keeps codes alone."""
-    if device.type != "cpu":
-        free, _ = torch.cuda.mem_get_info(device)
+def _room(loaded: LoadedModel) -> Room:
+    if loaded.store.is_streamed:
+        return Room.streamed(loaded.device, loaded.state_bytes)
+    return Room(loaded.device)
+
+
+def _cache_bytes(loaded: LoadedModel) -> dict[str, int]:
+    """Memory for codes and for decoded weights: a GPU decodes in no time, and keeps codes alone.
+
+    Where blocks are streamed, those of the last blocks stay and no others.
+    """
+    if loaded.store.is_streamed:
+        return {"packed_bytes": 0, "decoded_bytes": 0}
+    if loaded.device.type != "cpu":
+        free, _ = torch.cuda.mem_get_info(loaded.device)
         return {"packed_bytes": free // 2, "decoded_bytes": 0}
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     return {"packed_bytes": min(3 * weights, 2**31), "decoded_bytes": min(6 * weights, 2**32)}

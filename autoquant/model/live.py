@@ -22,8 +22,9 @@ from autoquant.model.attention import QuantizedCache
 from autoquant.model.binding import DenseSlot, ExpertsSlot, Names, Slot, bind
 from autoquant.model.experts import WIDE, ExpertsHook
 from autoquant.model.inputs import InputScale, InputSet
+from autoquant.model.live_weights import LiveWeights
 from autoquant.model.products import CpuProducts
-from autoquant.model.resident import ResidentWeights
+from autoquant.model.stores import BlockStore
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.linears import LayerGroup
@@ -146,6 +147,7 @@ class QuantizedModel:
         attention: names on disk of the attention modules whose keys and values are cached in FP8.
         codes: on disk, for codes that cost more to make than to read.
         statistics: of the inputs, for codes that rest on them.
+        store: brings the weights of blocks; None where all of them are in the model.
 
     Raises:
         SourceError: a group's linear cannot be found or cannot be quantized.
@@ -162,6 +164,7 @@ class QuantizedModel:
         attention: Sequence[str] = (),
         codes: CodeCache | None = None,
         statistics: StatisticsStore | None = None,
+        store: BlockStore | None = None,
     ) -> None:
         self.model = model
         self.mode = mode
@@ -173,15 +176,19 @@ class QuantizedModel:
         self._slots: list[tuple[GroupState, Slot]] = [
             (self._states[name], slot) for name, own in slots.items() for slot in own
         ]
-        self.weights: WeightSource = ResidentWeights(slots)
+        self.weights: WeightSource = LiveWeights(slots, store)
         """Weights of every block."""
+        is_streamed = store is not None and store.is_streamed
+        recent = self._largest_layer(anywhere=is_streamed)
         self.book = CodeBook(
-            self.weights, memory_bytes=packed_bytes, cache=codes, statistics=statistics
+            self.weights,
+            memory_bytes=packed_bytes,
+            recent_bytes=recent if is_streamed else 0,
+            cache=codes,
+            statistics=statistics,
         )
         """Codes of every group and choice."""
-        self._context = _Context(
-            mode=mode, book=self.book, decoded=Kept(decoded_bytes, self._largest_layer())
-        )
+        self._context = _Context(mode=mode, book=self.book, decoded=Kept(decoded_bytes, recent))
         self._experts: list[_ExpertsForward] = []
         self._uses = _uses(model, [slot for _, slot in self._slots])
         for state, slot in self._slots:
@@ -268,12 +275,14 @@ class QuantizedModel:
         for name, value in scales.items():
             self._context.input_set(name).scale = value
 
-    def _largest_layer(self) -> int:
-        """Bytes of a layer's weights, for a GPU: it may run a layer several times in turn."""
+    def _largest_layer(self, *, anywhere: bool) -> int:
+        """Bytes of a layer's weights, which may run several times in turn; of those on a GPU, or
+        of all.
+        """
         sizes: dict[int | None, int] = {}
         for state, slot in self._slots:
             for parameter in slot.module.parameters(recurse=False):
-                if parameter.is_cuda and state.group.layer is not None:
+                if (anywhere or parameter.is_cuda) and state.group.layer is not None:
                     size = parameter.numel() * parameter.element_size()
                     sizes[state.group.layer] = sizes.get(state.group.layer, 0) + size
         return max(sizes.values(), default=0)

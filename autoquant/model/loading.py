@@ -1,22 +1,26 @@
 """Open a causal language model in BF16 for measurement."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from autoquant.data.tokenizer import load_tokenizer
-from autoquant.errors import ConfigError, OutOfMemory, SourceError
+from autoquant.errors import AutoQuantError, ConfigError, OutOfMemory, SourceError
 from autoquant.model import experts
+from autoquant.model.blocks import Absent, BlockReader, Unread, by_block, require_finite
+from autoquant.model.placement import ANYTHING, Allowance, open_store
+from autoquant.model.stores import BlockStore
 from autoquant.source.architecture import auto_class
 from autoquant.source.declared import QUANTIZATION
 from autoquant.source.extent import Extent
 from autoquant.source.headers import TensorHeader
-from autoquant.source.source import Source, open_source
-from autoquant.source.tensors import read_tensor
+from autoquant.source.source import open_source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,10 @@ class LoadedModel:
     model: Any
     tokenizer: Any
     device: torch.device
+    store: BlockStore
+    """Brings the weights of blocks into the model."""
+    state_bytes: int
+    """Memory for what forwards leave between blocks, where blocks are streamed."""
     max_length: int
     """Longest sequence that the position embedding was made for."""
 
@@ -49,13 +57,25 @@ def choose_device(device: str | None) -> torch.device:
     return chosen
 
 
-def load_model(path: Path, device: torch.device, *, trust_remote_code: bool = False) -> LoadedModel:
+def load_model(
+    path: Path,
+    device: torch.device,
+    *,
+    trust_remote_code: bool = False,
+    allowance: Allowance = ANYTHING,
+) -> LoadedModel:
     """Load model and tokenizer from a local folder.
+
+    Args:
+        path: the folder.
+        device: what the model computes on.
+        trust_remote_code: run code that comes with the model.
+        allowance: where the weights of blocks may be.
 
     Raises:
         SourceError: no such architecture, no tokenizer, weights that do not fit the config, or a
-            weight that is NaN or infinite.
-        OutOfMemory: the weights do not fit the device.
+            weight that is NaN or infinite; of streamed blocks when they are first opened.
+        OutOfMemory: the weights do not fit the device, or what of it may be used.
     """
     from transformers.utils import logging
 
@@ -69,10 +89,14 @@ def load_model(path: Path, device: torch.device, *, trust_remote_code: bool = Fa
         config = _read_config(path, trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     with _loading_errors(path, device):
-        model, report = _filled(_empty(config, extent, trust_remote_code), source)
-        model = model.to(device).eval().requires_grad_(False)
+        shape = _empty(config, extent, trust_remote_code)
+        outside, inside = by_block(shape, source.headers.to_write(()))
+        model, report = _filled(shape, outside, chain.from_iterable(inside))
     _check_complete(path, report)
-    _check_finite(model)
+    with _loading_errors(path, device):
+        _move(model.eval().requires_grad_(False), device)
+        require_finite({n: p for n, p in model.named_parameters() if not p.is_meta})
+        store, state_bytes = open_store(model, BlockReader(shape, inside), device, allowance)
     if hasattr(model.config, "_experts_implementation"):
         model.set_experts_implementation(experts.IMPLEMENTATION)
     model.config.use_cache = False
@@ -80,6 +104,8 @@ def load_model(path: Path, device: torch.device, *, trust_remote_code: bool = Fa
         model=model,
         tokenizer=tokenizer,
         device=device,
+        store=store,
+        state_bytes=state_bytes,
         max_length=_max_length(model.config.get_text_config()),
     )
 
@@ -88,7 +114,7 @@ def load_model(path: Path, device: torch.device, *, trust_remote_code: bool = Fa
 def _loading_errors(path: Path, device: torch.device) -> Iterator[None]:
     try:
         yield
-    except SourceError:
+    except AutoQuantError:
         raise
     except Exception as error:  # model code and remote code raise anything
         if _is_out_of_memory(error):
@@ -118,35 +144,45 @@ def _read_config(path: Path, trust_remote_code: bool) -> Any:
 def _empty(config: Any, extent: Extent, trust_remote_code: bool) -> Any:
     """The model on the meta device, no larger than its weights can fill."""
     with torch.device("meta"), extent.building():
-        empty: Any = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        empty: Any = auto_class(config).from_config(
+            config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+        )
     extent.require_elements(empty)
     return empty
 
 
-def _filled(empty: Any, source: Source) -> tuple[Any, dict[str, Any]]:
-    """The model in BF16, and what transformers says of the weights it found.
+def _filled(
+    empty: Any, outside: Iterable[TensorHeader], inside: Iterable[TensorHeader]
+) -> tuple[Any, dict[str, Any]]:
+    """The model in BF16 without the content of its blocks, and what transformers says of it.
 
     The weights are those of the headers, which export and verify read too, and are read rather than
     mapped: a file that is cut off under a mapping ends the process without a word.
     """
+    content = {header.name: Unread(header) for header in outside}
     loaded: tuple[Any, dict[str, Any]] = type(empty).from_pretrained(
         None,
         config=empty.config,
-        state_dict={header.name: _Unread(header) for header in source.headers.to_write(())},
+        state_dict=content | {header.name: Absent(header) for header in inside},
         dtype=torch.bfloat16,
         output_loading_info=True,
     )
     return loaded
 
 
-class _Unread:
-    """A tensor that is read when transformers asks for its content, as a safetensors slice is."""
-
-    def __init__(self, header: TensorHeader) -> None:
-        self._header = header
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return read_tensor(self._header)[index]
+def _move(model: Any, device: torch.device) -> None:
+    """Bring what is outside of all blocks to the device, tied weights once."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                own = moved.setdefault(
+                    id(parameter), nn.Parameter(parameter.to(device), requires_grad=False)
+                )
+                module._parameters[name] = own
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
 
 
 def _max_length(config: Any) -> int:
@@ -173,13 +209,3 @@ def _check_complete(path: Path, report: dict[str, Any]) -> None:
             f"{len(mismatched)} have another shape, first {(missing + mismatched)[0]}.",
             fix="check that config.json belongs to these weights.",
         )
-
-
-def _check_finite(model: Any) -> None:
-    for name, parameter in model.named_parameters():
-        lowest, highest = torch.aminmax(parameter.detach())
-        if not (torch.isfinite(lowest) and torch.isfinite(highest)):
-            raise SourceError(
-                f"weight {name} holds NaN or Inf.",
-                fix="repair or download the checkpoint again; such a model has no KL.",
-            )

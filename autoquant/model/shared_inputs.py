@@ -13,8 +13,8 @@ from autoquant.model.live import QuantizedModel
 from autoquant.plan.linears import Linear
 from autoquant.source import names as table
 
-Tensors = Mapping[str, tuple[int, int]]
-"""What each linear read: address and number of elements of a tensor that is still alive."""
+Tensors = Mapping[str, int]
+"""The number of the tensor that each linear read."""
 
 
 def input_disagreements(
@@ -27,7 +27,7 @@ def input_disagreements(
 
     Args:
         quantized: the live model.
-        forward: runs it once, on a few tokens: what every linear reads stays in memory meanwhile.
+        forward: runs it, block by block.
     """
     linears = {
         linear.name: linear
@@ -41,14 +41,15 @@ def input_disagreements(
 
 
 def _trace(quantized: QuantizedModel, forward: Callable[[], object]) -> Tensors:
-    """Inputs are kept until the end, so that no address is used twice."""
-    read: dict[str, torch.Tensor] = {}
+    numbers = _Numbers()
+    read: dict[str, int] = {}
     hooks = []
     for slot in quantized.dense_slots:
 
         def keep(module: Any, inputs: tuple[Any, ...], slot: Any = slot) -> None:
-            for linear in slot.linears:
-                read[linear.name] = inputs[0]
+            match = table.LAYER.fullmatch(slot.name)
+            number = numbers.of(inputs[0], match["layer"] if match else "")
+            read.update((linear.name, number) for linear in slot.linears)
 
         hooks.append(slot.module.register_forward_pre_hook(keep))
     try:
@@ -57,7 +58,33 @@ def _trace(quantized: QuantizedModel, forward: Callable[[], object]) -> Tensors:
         for hook in hooks:
             hook.remove()
         quantized.forget_inputs()
-    return {name: (tensor.data_ptr(), tensor.numel()) for name, tensor in read.items()}
+    return read
+
+
+class _Numbers:
+    """A number for each tensor, the same for views of one.
+
+    The tensors of a layer are kept until the next one's, so that no address is used twice in it.
+    """
+
+    def __init__(self) -> None:
+        self._layer = ""
+        self._alive: list[torch.Tensor] = []
+        self._known: dict[tuple[int, int], int] = {}
+        self._count = 0
+
+    def of(self, tensor: torch.Tensor, layer: str) -> int:
+        """The number of what a linear of a layer reads."""
+        if layer != self._layer:
+            self._alive.clear()
+            self._known.clear()
+            self._layer = layer
+        key = tensor.data_ptr(), tensor.numel()
+        if key not in self._known:
+            self._known[key] = self._count
+            self._count += 1
+            self._alive.append(tensor)
+        return self._known[key]
 
 
 def _joined_by_name_alone(linears: Iterable[Linear], read: Tensors) -> Iterator[str]:
@@ -73,7 +100,7 @@ def _joined_by_name_alone(linears: Iterable[Linear], read: Tensors) -> Iterator[
 
 
 def _joined_by_input_alone(linears: Iterable[Linear], read: Tensors) -> Iterator[str]:
-    by_input: dict[tuple[str, tuple[int, int]], list[Linear]] = {}
+    by_input: dict[tuple[str, int], list[Linear]] = {}
     for linear in linears:
         parent = linear.name.rpartition(".")[0]
         by_input.setdefault((parent, read[linear.name]), []).append(linear)

@@ -54,6 +54,7 @@ def open_measuring(
         tokens=config.tokens,
         mode=mode,
         device=config.device,
+        allowance=config.allowance,
         trust_remote_code=config.trust_remote_code,
         codes=codes,
         statistics=statistics or StatisticsStore.temporary(),

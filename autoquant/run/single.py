@@ -115,7 +115,7 @@ def _export(
     else:
         session = open_measuring(config, source, quantized, attention, observer)
         found = _calibrate(config, session, assignment, observer)
-        book = session.quantized.book
+        book = session.book_of_export(source)
     for warning in reader_warnings(config.layout, groups, assignment):
         observer.warn(warning)
     source.contents.digests(observer)

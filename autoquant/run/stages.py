@@ -89,7 +89,7 @@ class Search(Probing):
         return self._trials().measure(
             self.config,
             problem,
-            LocalEvaluator(session.scorer, session.splits["search"]),
+            LocalEvaluator(session.scorer, session.splits["search"], self.config.trials_at_once),
             accounting=self.plan.accounting,
             elsewhere=self.shared.trials(),
             in_time=self._in_time(),
@@ -150,7 +150,7 @@ class Search(Probing):
         )
         result["command"] = self.command
         if self.config.export:
-            book = session.quantized.book
+            book = session.book_of_export(self.plan.source)
             result["checkpoint"] = self._export(calibration, assignment, result, book)
         return self._keep_result(result)
 

@@ -59,6 +59,7 @@ class Trials:
             accounting=accounting,
             fits=problem.fits,
             keep=lambda trial: self._keep(trial, history.best()),
+            width=config.trials_at_once,
         )
         self.observer.stage("refine", most_trials(problem, config.trials) - len(earlier))
         explored = explore(

@@ -14,7 +14,13 @@ from autoquant.cli import cli
 
 MODEL = {"[MODEL]", "--revision", "--config", "--format"}
 BUDGET = {"--budget-bpe", "--budget-scope"}
-DEVICE = {"--device", "--trust-remote-code"}
+DEVICE = {
+    "--device",
+    "--trust-remote-code",
+    "--weights",
+    "--device-memory",
+    "--host-memory",
+}
 TOKENS = {
     "--calibration",
     "--seed",
@@ -26,7 +32,7 @@ TOKENS = {
     "--batch-tokens",
 }
 TRACKING = {"--mlflow", "--no-mlflow", "--mlflow-experiment", "--mlflow-trials"}
-EFFORT = {"--trials", "--reweight-trials", "--max-seconds", "--max-tokens"}
+EFFORT = {"--trials", "--reweight-trials", "--trials-at-once", "--max-seconds", "--max-tokens"}
 RUN = {"--out", "--resume", "--fresh", "--export", "--no-export"}
 
 SURFACE = {

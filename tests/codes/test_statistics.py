@@ -11,7 +11,7 @@ from autoquant.data.tokens import TokenPlan
 from autoquant.measure.session import open_session
 from autoquant.measure.statistics import moments
 from autoquant.measure.statistics.moments import collect_moments, is_held_out
-from autoquant.model.resident import units_of
+from autoquant.model.live_weights import units_of
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.grouping import find_groups
 from autoquant.run.observer import Silent

@@ -16,8 +16,8 @@ from autoquant.formats import FP8
 from autoquant.measure import gradient
 from autoquant.measure.gradient import gradient_probe, mean_estimate
 from autoquant.measure.scorer import Scorer
+from autoquant.model.live_weights import LiveWeights
 from autoquant.model.products import CpuProducts
-from autoquant.model.resident import ResidentWeights
 
 CPU = torch.device("cpu")
 SEQUENCES, SEEDS = 256, 20
@@ -31,7 +31,7 @@ class Nudged:
     def __init__(self, model, linears):
         self.model = model
         self.products = CpuProducts(CpuPolicy.BF16)
-        self.weights = ResidentWeights({})
+        self.weights = LiveWeights({})
         self.linears = linears
         self.groups = [SimpleNamespace(name=name, layer=layer) for name, layer, _ in linears]
         self.chosen = {}

@@ -147,7 +147,8 @@ def test_settings_of_an_earlier_version_are_read(tmp_path):
     config = SearchConfig.of(read_settings(file, SearchConfig))
     assert config.budget_bpe == (4.8, 5.0)
     written = yaml.safe_load(file.read_text())
-    assert config.saved() == written | {"budget_bpe": [4.8, 5.0]}
+    later = {"weights": "auto", "trials_at_once": 1}
+    assert config.saved() == written | later | {"budget_bpe": [4.8, 5.0]}
 
 
 def alternatives(annotation: Any) -> set[Any]:
@@ -208,6 +209,9 @@ OTHER = {
     "revision": "v1",
     "device": "cpu",
     "trust_remote_code": True,
+    "weights": "disk",
+    "device_memory": "40GiB",
+    "host_memory": 2**33,
     "budget_scope": "searched",
     "cost": "active-bytes",
     "cost_table": Path("costs.yaml"),
@@ -219,6 +223,7 @@ OTHER = {
     "trials": 5,
     "sensitivity": "runs/probes",
     "reweight_trials": 2,
+    "trials_at_once": 4,
     "max_seconds": 9,
     "max_tokens": 99,
     "calibration": "text",

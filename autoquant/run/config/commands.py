@@ -147,6 +147,15 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
             "N",
         ),
     ] = 0
+    trials_at_once: Annotated[
+        Positive,
+        Setting(
+            "Search",
+            "Trials that go through the weights together: what takes most of the time where these "
+            "are streamed. They race against the best before them.",
+            "N",
+        ),
+    ] = 1
     max_seconds: Annotated[
         Seconds | None,
         Setting(

@@ -8,16 +8,18 @@ signature.
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
+from autoquant.codes.held import Weights
 from autoquant.export.layouts.base import Layout
 from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.run.config.base import Config
 from autoquant.run.config.setting import Setting
-from autoquant.run.config.types import Natural, Tokens
+from autoquant.run.config.types import Bytes, Natural, Tokens
 from autoquant.tracking import ChildRuns
 
 if TYPE_CHECKING:
     from autoquant.data.tokens import TokenPlan
+    from autoquant.model.placement import Allowance
 
 
 class ModelConfig(Config):
@@ -53,6 +55,22 @@ class LoadedConfig(ModelConfig):
     trust_remote_code: Annotated[bool, Setting("Model", "Run code that comes with the model.")] = (
         False
     )
+    weights: Annotated[
+        Weights,
+        Setting(
+            "Model",
+            "Where weights are: on the device, in the host's memory or in the files, block by "
+            "block; auto takes the first that fits. Results are the same.",
+        ),
+    ] = Weights.AUTO
+    device_memory: Annotated[
+        Bytes | None,
+        Setting("Model", "Most of the device's memory to use, such as 40GiB.", "SIZE", unset="all"),
+    ] = None
+    host_memory: Annotated[
+        Bytes | None,
+        Setting("Model", "Most of the host's memory to use.", "SIZE", unset="what is free"),
+    ] = None
     calibration: Annotated[
         str | None,
         Setting(
@@ -106,6 +124,17 @@ class LoadedConfig(ModelConfig):
         if self.sequence_length is not None:
             return self.sequence_length
         return 256 if self.model is None else 2_048
+
+    @property
+    def allowance(self) -> "Allowance":
+        """Where the weights may be."""
+        from autoquant.model.placement import Allowance
+
+        return Allowance(
+            weights=self.weights,
+            device_bytes=self.device_memory,
+            host_bytes=self.host_memory,
+        )
 
     @property
     def tokens(self) -> "TokenPlan":

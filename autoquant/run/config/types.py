@@ -1,5 +1,6 @@
 """Types of settings that check more than a type: budgets and paths."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,6 +8,13 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from autoquant.decimals import shortest
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{suffix}": base ** (power + 1)
+    for power, letter in enumerate("kmgt")
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) ?(?P<unit>([kmgt]i?)?b|)", re.IGNORECASE)
 
 
 def _existing_file(path: Path) -> Path:
@@ -33,6 +41,14 @@ def _bits(value: Any) -> float:
     except (TypeError, ValueError):
         given = value.strip() if isinstance(value, str) else value
         raise ValueError(f"{given!r} is not a valid budget") from None
+
+
+def _size(value: Any) -> int:
+    """Bytes of `40GiB`, `40GB`, `512 MiB`, or of a number of bytes."""
+    match = _SIZE.fullmatch(str(value).strip())
+    if match is None or isinstance(value, bool):
+        raise ValueError(f"{value!r} is no size, such as 40GiB, 512MiB or 40GB")
+    return int(float(match["number"]) * _UNITS[match["unit"].lower()])
 
 
 def _one_budget(value: Any) -> Any:
@@ -71,6 +87,9 @@ Budgets = Annotated[
     AfterValidator(_distinct),
 ]
 """Budgets, bits per element: one, a list, or a text with commas."""
+
+Bytes = Annotated[int, BeforeValidator(_size), Field(ge=1)]
+"""A size, bytes: a number, or a text with a unit."""
 
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]

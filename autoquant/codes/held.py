@@ -1,0 +1,16 @@
+"""Where the weights of a model are while they are measured."""
+
+from enum import StrEnum
+
+
+class Weights(StrEnum):
+    """Where the weights of blocks are while nothing computes with them."""
+
+    AUTO = "auto"
+    """The first of the others that fits."""
+    RESIDENT = "resident"
+    """On the device, all of them."""
+    HOST = "host"
+    """In the host's memory; a block at a time is on the device."""
+    DISK = "disk"
+    """In the checkpoint's files; a block at a time is on the device."""

@@ -1,0 +1,148 @@
+"""Where the weights of a model go: what is asked for, or what fits."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoquant.codes.held import Weights
+from autoquant.decimals import gigabytes
+from autoquant.errors import OutOfMemory
+from autoquant.model.blocks import BlockReader
+from autoquant.model.stores import BlockStore, Resident, Streamed
+
+_MEMORY = Path("/proc/meminfo")
+
+WORK_BYTES = 1 << 29
+"""What is taken beside weights in any case: activations, states, logits."""
+WORK_SHARE = 1 / 10
+"""The same in shares of the weights on the device."""
+BLOCKS_AT_ONCE = 5
+"""Blocks' worth of memory where blocks are streamed: the present one, the next, the parts that it
+is put together from, codes, and decoded codes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allowance:
+    """What may be used of the machine."""
+
+    weights: Weights = Weights.AUTO
+    device_bytes: int | None = None
+    """Of the device's memory; what is free by default."""
+    host_bytes: int | None = None
+    """Of the host's memory, beside a GPU; what is free by default."""
+
+
+ANYTHING = Allowance()
+"""All that is free, as it fits best."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Memory of a model's weights in BF16, bytes."""
+
+    outside: int
+    """Embeddings, head and what else is in no block."""
+    blocks: tuple[int, ...]
+
+    @property
+    def all(self) -> int:
+        return self.outside + sum(self.blocks)
+
+    def on_device(self, weights: Weights) -> int:
+        """What a search takes of the device."""
+        if weights is Weights.RESIDENT:
+            held = self.all
+        else:
+            held = self.outside + BLOCKS_AT_ONCE * max(self.blocks, default=0)
+        return int(held * (1 + WORK_SHARE)) + WORK_BYTES
+
+    def on_host(self, weights: Weights, *, is_gpu: bool) -> int:
+        """What a search takes of the host's memory; beside a CPU that is the device's."""
+        if weights is Weights.HOST:
+            return sum(self.blocks) + (WORK_BYTES if is_gpu else self.on_device(Weights.DISK))
+        return WORK_BYTES if is_gpu else self.on_device(weights)
+
+
+def open_store(
+    model: Any, reader: BlockReader, device: torch.device, allowance: Allowance
+) -> tuple[BlockStore, int]:
+    """The store of a model's blocks, and the memory that is left for states between blocks.
+
+    Args:
+        model: with all that is outside of blocks, on the device.
+        reader: of the content of blocks.
+        device: what computes.
+        allowance: what may be used.
+
+    Raises:
+        OutOfMemory: what is asked for does not fit, or nothing does.
+        SourceError: a weight is not finite, or cannot be read.
+    """
+    outside = (t for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
+    sizes = Sizes(
+        outside=sum(t.numel() * t.element_size() for t in outside),
+        blocks=tuple(map(reader.bytes, range(len(reader)))),
+    )
+    weights, left = choose(sizes, device, allowance)
+    if weights is Weights.RESIDENT:
+        return Resident(model, reader, device), left
+    return Streamed(model, reader, device, in_memory=weights is Weights.HOST), left
+
+
+def choose(sizes: Sizes, device: torch.device, allowance: Allowance) -> tuple[Weights, int]:
+    """Where weights go, and the bytes of the host's memory that states between blocks may take.
+
+    Raises:
+        OutOfMemory: what is asked for does not fit what may be used, or nothing does.
+    """
+    is_gpu = device.type == "cuda"
+    host = allowance.host_bytes if allowance.host_bytes is not None else free_host_bytes()
+    on_device = allowance.device_bytes
+    if on_device is None:
+        on_device = sizes.outside + torch.cuda.mem_get_info(device)[0] if is_gpu else host
+    if not is_gpu:
+        host = on_device = min(host, on_device)
+    for weights in _in_order(allowance.weights, is_gpu=is_gpu):
+        of_host = sizes.on_host(weights, is_gpu=is_gpu)
+        if sizes.on_device(weights) <= on_device and of_host <= host:
+            return weights, WORK_BYTES // 2 + (host - of_host) // 2
+    raise _does_not_fit(sizes, device, allowance, on_device, host)
+
+
+def _in_order(asked: Weights, *, is_gpu: bool) -> tuple[Weights, ...]:
+    """What is tried, the fastest first; beside a CPU the host's memory is the device's."""
+    if asked is not Weights.AUTO:
+        return (asked,)
+    beside = (Weights.HOST,) if is_gpu else ()
+    return (Weights.RESIDENT, *beside, Weights.DISK)
+
+
+def free_host_bytes() -> int:
+    """Memory of the host that programs may still take, bytes; unlimited where it is not known."""
+    try:
+        lines = dict(line.split(":", 1) for line in _MEMORY.read_text("ascii").splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 1 << 62
+
+
+def _does_not_fit(
+    sizes: Sizes, device: torch.device, allowance: Allowance, on_device: int, host: int
+) -> OutOfMemory:
+    is_gpu = device.type == "cuda"
+
+    def needs(weights: Weights) -> str:
+        of_host = f" and {gigabytes(sizes.on_host(weights, is_gpu=True))} of the host"
+        return f"{gigabytes(sizes.on_device(weights))} of {device}{of_host if is_gpu else ''}"
+
+    wanted = Weights.DISK if allowance.weights is Weights.AUTO else allowance.weights
+    there = f"{gigabytes(on_device)} of {device}"
+    if is_gpu:
+        there += f" and {gigabytes(host)} of the host"
+    return OutOfMemory(
+        f"weights on {wanted} take {needs(wanted)}; {there} may be used.",
+        fix=f"--weights disk takes least, {needs(Weights.DISK)}; --weights resident takes "
+        f"{needs(Weights.RESIDENT)}.",
+    )

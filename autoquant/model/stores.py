@@ -1,0 +1,150 @@
+"""Where the weights of blocks are while they are not computed with.
+
+A store brings the weights of a block into the model and takes them out again. What a model
+computes does not depend on its store.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from autoquant.model.blocks import BlockReader, decoder_blocks, places_of, require_finite
+
+
+class BlockStore(Protocol):
+    """Brings the weights of blocks into a model."""
+
+    is_streamed: bool
+    """Whether a block's weights leave the device again."""
+
+    def open(self, block: int) -> None:
+        """Bring a block's weights; those of another may leave."""
+
+
+class Resident:
+    """All weights are on the device.
+
+    Args:
+        model: without the content of its blocks, which is put in.
+        reader: of that content.
+        device: where it goes.
+
+    Raises:
+        SourceError: a weight is not finite, or cannot be read.
+    """
+
+    is_streamed = False
+
+    def __init__(self, model: Any, reader: BlockReader, device: torch.device) -> None:
+        for number, block in enumerate(decoder_blocks(model)):
+            content = {n: t.to(device) for n, t in reader.read(number).items()}
+            require_finite(content)
+            for place in places_of(model, block):
+                place.put(content[place.full_name])
+
+    def open(self, block: int) -> None:
+        """Everything is there already."""
+
+
+class Streamed:
+    """One block at a time is in the model, and the next one is on its way in a thread.
+
+    Args:
+        model: without the content of its blocks.
+        reader: of that content.
+        device: where it goes.
+        in_memory: whether the host's memory keeps it between two uses; else it is read again.
+
+    Raises:
+        SourceError: with `in_memory`, a weight cannot be read.
+    """
+
+    is_streamed = True
+
+    def __init__(
+        self, model: Any, reader: BlockReader, device: torch.device, *, in_memory: bool
+    ) -> None:
+        self._reader = reader
+        self._device = device
+        self._places = [places_of(model, block) for block in decoder_blocks(model)]
+        self._empty = [[place.tensor for place in places] for places in self._places]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="autoquant-blocks")
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._host: dict[int, Mapping[str, Tensor]] = {}
+        self._checked: set[int] = set()
+        self._present: int | None = None
+        self._coming: tuple[int, Future[Mapping[str, Tensor]]] | None = None
+        if in_memory:
+            for block in range(len(reader)):
+                self._host[block] = {n: _pinned(t, device) for n, t in reader.read(block).items()}
+
+    def open(self, block: int) -> None:
+        """Bring a block's weights, and begin to fetch those of the block behind it.
+
+        Raises:
+            SourceError: a weight is not finite, or cannot be read.
+        """
+        before = self._present
+        if block == before:
+            return
+        content = self._arrived(block)
+        if block not in self._checked:
+            require_finite(content)
+            self._checked.add(block)
+        self._remove()
+        for place in self._places[block]:
+            place.put(content[place.full_name])
+        self._present = block
+        after = block + (-1 if before is not None and before == block + 1 else 1)
+        if 0 <= after < len(self._places):
+            self._coming = after, self._thread.submit(self._fetched, after)
+
+    def _arrived(self, block: int) -> Mapping[str, Tensor]:
+        """The content of a block on the device; what comes instead of it is dropped."""
+        coming, self._coming = self._coming, None
+        if coming is not None and coming[0] == block:
+            return coming[1].result()
+        if coming is not None and not coming[1].cancel():
+            coming[1].exception()
+        del coming
+        return self._thread.submit(self._fetched, block).result()
+
+    def _remove(self) -> None:
+        """Take the present block out of the model, when nothing computes with it any more."""
+        if self._present is None:
+            return
+        if self._copies is not None:
+            torch.cuda.current_stream(self._device).synchronize()
+        for place, empty in zip(
+            self._places[self._present], self._empty[self._present], strict=True
+        ):
+            place.put(empty)
+        self._present = None
+
+    def _fetched(self, block: int) -> Mapping[str, Tensor]:
+        """In the thread: the content of a block on the device."""
+        content = self._host.get(block)
+        if content is None:
+            content = self._reader.read(block)
+        if self._copies is None:
+            return content
+        with torch.cuda.stream(self._copies):
+            copied = {
+                name: tensor.to(self._device, non_blocking=True) for name, tensor in content.items()
+            }
+        self._copies.synchronize()
+        return copied
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host that a GPU copies from at full speed.
+
+    It is pinned where it lies: PyTorch's own pinned memory comes in powers of two.
+    """
+    if device.type == "cuda":
+        tensor = tensor.contiguous()
+        torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+    return tensor
