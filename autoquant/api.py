@@ -177,6 +177,7 @@ def search(
     cost_table: Path | str | None = None,
     cost_limit: float | None = None,
     space: str = "default",
+    effort: Literal["fast", "default"] = "default",
     activation_mode: Literal["w4a4", "w4a16"] = "w4a4",
     probe: Literal["exact", "screened", "gradient"] = "screened",
     sensitivity: Path | str | None = None,
@@ -217,6 +218,8 @@ def search(
         cost_table: YAML or CSV file of what each product costs in each choice: a second limit.
         cost_limit: most that the products may cost together, in the table's unit.
         space: which layers may take which formats: a shipped space's name, or a YAML file.
+        effort: what a plain `nvfp4` of the space stands for, at the same bits: codes of the weight
+            alone (fast), or besides these codes fitted to calibration inputs (default).
         activation_mode: whether NVFP4 layers see NVFP4 inputs (w4a4) or BF16 inputs (w4a16).
         kv_cache: how engines are to keep keys and values; fp8 calibrates and stores scales for
             them, and counts what it costs in KL.
@@ -225,7 +228,7 @@ def search(
         sensitivity: run directory whose probes to take over, of `autoquant probe` or of another
             search with the same settings.
         trials: joint measurements beyond the baselines, the solver's optima and the check of their
-            scale rules.
+            scale rules and roundings.
         reweight_trials: how many of them, at most all, Optuna proposes.
         max_seconds: begin no further trial once loading, calibration, probes and trials have taken
             this long, interrupted calls included. A finished result stays: `resume=False` begins

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 
-from autoquant.formats import BF16, NEAREST, Choice, Format, all_formats
+from autoquant.formats import BF16, Choice, Format, all_formats
 from autoquant.plan.grouping import Groups, SharedExperts
 from autoquant.plan.linears import LayerGroup
 from autoquant.source.names import UNKNOWN_ROLE
@@ -67,10 +67,6 @@ class SearchSpace:
 
     name: str
     description: str
-    scale_rules: tuple[str, ...]
-    """What a format without a scale rule stands for."""
-    roundings: tuple[str, ...] = (NEAREST,)
-    """What a format without a rounding stands for."""
     shared_experts: SharedExperts
     rules: tuple[Rule, ...]
 

@@ -40,6 +40,7 @@ SURFACE = {
     | RUN
     | {
         "--space",
+        "--effort",
         "--activation-mode",
         "--kv-cache",
         "--layout",
@@ -52,8 +53,9 @@ SURFACE = {
     "probe": MODEL
     | DEVICE
     | (TOKENS - {"--report-tokens"})
-    | {"--out", "--resume", "--fresh", "--space", "--activation-mode", "--kv-cache", "--probe"},
-    "plan": MODEL | BUDGET | {"--space"},
+    | {"--out", "--resume", "--fresh", "--space", "--effort"}
+    | {"--activation-mode", "--kv-cache", "--probe"},
+    "plan": MODEL | BUDGET | {"--space", "--effort"},
     "score": MODEL
     | DEVICE
     | TOKENS

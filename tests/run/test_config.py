@@ -147,7 +147,7 @@ def test_settings_of_an_earlier_version_are_read(tmp_path):
     config = SearchConfig.of(read_settings(file, SearchConfig))
     assert config.budget_bpe == (4.8, 5.0)
     written = yaml.safe_load(file.read_text())
-    assert config.saved() == written | {"budget_bpe": [4.8, 5.0]}
+    assert config.saved() == written | {"budget_bpe": [4.8, 5.0], "effort": "default"}
 
 
 def alternatives(annotation: Any) -> set[Any]:
@@ -213,6 +213,7 @@ OTHER = {
     "cost_table": Path("costs.yaml"),
     "cost_limit": 7,
     "space": "mine.yaml",
+    "effort": "fast",
     "activation_mode": "w4a16",
     "kv_cache": "fp8",
     "probe": "exact",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from autoquant.export.layouts.base import Layout
 from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.activation_mode import ActivationMode
+from autoquant.plan.effort import Effort
 from autoquant.run.config.base import Config
 from autoquant.run.config.setting import Setting
 from autoquant.run.config.types import Natural, Tokens
@@ -147,6 +148,15 @@ class SpaceConfig(ModelConfig):
             "NAME|FILE",
         ),
     ] = "default"
+    effort: Annotated[
+        Effort,
+        Setting(
+            "Search",
+            "What a plain nvfp4 of the space stands for, at the same bits: codes of the weight "
+            "alone (fast), or besides these codes fitted to calibration inputs (default): scales "
+            "weighted by them, and rounding that compensates its errors.",
+        ),
+    ] = Effort.DEFAULT
 
 
 class InputsConfig(Config):
