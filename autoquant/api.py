@@ -190,6 +190,7 @@ def search(
     calibration: str | None = None,
     calibration_tokens: int = 8_192,
     calibrate_all_experts: bool = False,
+    input_headroom: float = 2.0,
     search_tokens: int = 16_384,
     report_tokens: int = 65_536,
     sequence_length: int | None = None,
@@ -242,6 +243,8 @@ def search(
         calibration_tokens: tokens that input ranges are taken from.
         calibrate_all_experts: take input ranges from every expert on every token; KL is measured
             with the model's own routing either way.
+        input_headroom: input scales hold so many times the largest calibration input, 1 or more;
+            less where small blocks would suffer.
         search_tokens: tokens that probes and trials are measured on.
         report_tokens: tokens that the finalists are confirmed on.
         sequence_length: longest sequence, tokens, as far as the model takes it; 256 for the

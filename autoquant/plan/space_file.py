@@ -20,8 +20,7 @@ from autoquant.formats import (
     choices_of,
 )
 from autoquant.parsing import Unreadable, parse_yaml, read_text, why
-from autoquant.plan.effort import Effort, Way
-from autoquant.plan.space import ROLE, Rule, SearchSpace
+from autoquant.plan.space import ROLE, Effort, Rule, SearchSpace, Way
 from autoquant.source.names import ROLES
 
 

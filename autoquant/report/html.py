@@ -149,6 +149,7 @@ def template(name: str) -> "Template":
         "counts_stored_bits": words.counts_stored_bits,
         "fit_terms": words.fit_terms,
         "fitted_codes": words.fitted_codes,
+        "clipped_inputs": words.clipped_inputs,
         "how_probed": words.how_probed,
     }
     return environment.get_template(name)

@@ -126,6 +126,22 @@ def fitted_codes(result: Mapping[str, Any]) -> str:
     return text + (f"; codes of the weight alone have {'; '.join(reasons)}" if reasons else "")
 
 
+def clipped_inputs(result: Mapping[str, Any]) -> str:
+    """How many input elements were beyond their scales on fresh text; empty where none is known."""
+    inputs = result.get("inputs")
+    if not inputs or not inputs["elements"]:
+        return ""
+    shares: Mapping[str, float] = inputs["groups"]
+    headroom = f"scales hold {number(inputs['headroom'])} times the largest calibration input"
+    if not shares:
+        return f"none of {inputs['elements']:,} was beyond its scale; {headroom}"
+    worst = max(shares, key=lambda name: shares[name])
+    return (
+        f"{inputs['clipped']:,} of {inputs['elements']:,} were beyond their scales, in "
+        f"{len(shares)} groups, most in {worst} ({shares[worst]:.2g} of its own); {headroom}"
+    )
+
+
 def _some(names: Sequence[str]) -> str:
     return ", ".join([*names[:LISTED], *(["..."] if len(names) > LISTED else [])])
 

@@ -20,6 +20,7 @@ TOKENS = {
     "--seed",
     "--calibration-tokens",
     "--calibrate-all-experts",
+    "--input-headroom",
     "--search-tokens",
     "--report-tokens",
     "--sequence-length",

@@ -4,8 +4,8 @@ import pytest
 from tiny_models import save_model
 
 from autoquant.formats import FP8, Choice
-from autoquant.plan.effort import Effort
 from autoquant.plan.grouping import find_groups
+from autoquant.plan.space import Effort
 from autoquant.plan.space_file import load_space, parse_space, shipped_names
 from autoquant.source.source import open_source
 

@@ -91,7 +91,7 @@ def values_of(field: SettingField) -> st.SearchStrategy[Any]:
     of_kind = {
         bool: st.booleans(),
         int: st.integers(least, 2**40),
-        float: st.floats(0, 1e9, exclude_min=True),
+        float: st.floats(least, 1e9, exclude_min=True),
         tuple: st.lists(bits, min_size=1, max_size=3, unique=True),
         str: text,
         Path: st.text("ab -_/'", min_size=1).map(Path),
@@ -147,7 +147,11 @@ def test_settings_of_an_earlier_version_are_read(tmp_path):
     config = SearchConfig.of(read_settings(file, SearchConfig))
     assert config.budget_bpe == (4.8, 5.0)
     written = yaml.safe_load(file.read_text())
-    assert config.saved() == written | {"budget_bpe": [4.8, 5.0], "effort": "default"}
+    assert config.saved() == written | {
+        "budget_bpe": [4.8, 5.0],
+        "effort": "default",
+        "input_headroom": 2.0,
+    }
 
 
 def alternatives(annotation: Any) -> set[Any]:
@@ -228,6 +232,7 @@ OTHER = {
     "batch_tokens": 64,
     "calibration_tokens": 33,
     "calibrate_all_experts": True,
+    "input_headroom": 4,
     "search_tokens": 34,
     "report_tokens": 35,
     "mlflow": False,

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 from autoquant.export.layouts.base import Layout
 from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.activation_mode import ActivationMode
-from autoquant.plan.effort import Effort
+from autoquant.plan.space import Effort
 from autoquant.run.config.base import Config
 from autoquant.run.config.setting import Setting
-from autoquant.run.config.types import Natural, Tokens
+from autoquant.run.config.types import Factor, Natural, Tokens
 from autoquant.tracking import ChildRuns
 
 if TYPE_CHECKING:
@@ -87,6 +87,15 @@ class LoadedConfig(ModelConfig):
             "KL is measured with the model's own routing either way.",
         ),
     ] = False
+    input_headroom: Annotated[
+        Factor,
+        Setting(
+            "Data",
+            "Input scales hold X times the largest calibration input, less where small blocks "
+            "would suffer: other text reaches further, and headroom costs nothing.",
+            "X",
+        ),
+    ] = 2.0
     search_tokens: Annotated[
         Tokens, Setting("Data", "Tokens that probes and trials are measured on.", "N")
     ] = 16_384
