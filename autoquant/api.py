@@ -177,6 +177,7 @@ def search(
     cost_table: Path | str | None = None,
     cost_limit: float | None = None,
     space: str = "default",
+    effort: Literal["fast", "default"] = "default",
     activation_mode: Literal["w4a4", "w4a16"] = "w4a4",
     probe: Literal["exact", "screened", "gradient"] = "screened",
     sensitivity: Path | str | None = None,
@@ -190,6 +191,7 @@ def search(
     calibration: str | None = None,
     calibration_tokens: int = 8_192,
     calibrate_all_experts: bool = False,
+    input_headroom: float = 2.0,
     search_tokens: int = 16_384,
     report_tokens: int = 65_536,
     sequence_length: int | None = None,
@@ -221,6 +223,8 @@ def search(
         cost_table: YAML or CSV file of what each product costs in each choice: a second limit.
         cost_limit: most that the products may cost together, in the table's unit.
         space: which layers may take which formats: a shipped space's name, or a YAML file.
+        effort: what a plain `nvfp4` of the space stands for, at the same bits: codes of the weight
+            alone (fast), or besides these codes fitted to calibration inputs (default).
         activation_mode: whether NVFP4 layers see NVFP4 inputs (w4a4) or BF16 inputs (w4a16).
         kv_cache: how engines are to keep keys and values; fp8 calibrates and stores scales for
             them, and counts what it costs in KL.
@@ -229,7 +233,7 @@ def search(
         sensitivity: run directory whose probes to take over, of `autoquant probe` or of another
             search with the same settings.
         trials: joint measurements beyond the baselines, the solver's optima and the check of their
-            scale rules.
+            scale rules and roundings.
         reweight_trials: how many of them, at most all, Optuna proposes.
         trials_at_once: trials that go through the weights together, which race against the best
             before them.
@@ -245,6 +249,8 @@ def search(
         calibration_tokens: tokens that input ranges are taken from.
         calibrate_all_experts: take input ranges from every expert on every token; KL is measured
             with the model's own routing either way.
+        input_headroom: input scales hold so many times the largest calibration input, 1 or more;
+            less where small blocks would suffer.
         search_tokens: tokens that probes and trials are measured on.
         report_tokens: tokens that the finalists are confirmed on.
         sequence_length: longest sequence, tokens, as far as the model takes it; 256 for the

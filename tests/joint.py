@@ -1,8 +1,9 @@
 """Problems of a small real model, and measurements that say what whole candidates cost."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from autoquant.measure.kl import TokenKl
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.budget import Budget, Scope
+from autoquant.plan.limit import Limit
+from autoquant.plan.model_costs import StoredBytes
 from autoquant.plan.plan import make_plan
-from autoquant.plan.space_file import load_space
+from autoquant.plan.space_file import load_space, parse_space
 from autoquant.search.driver import Driver
 from autoquant.search.explore import Effort, Explored, explore
 from autoquant.search.history import History
@@ -54,6 +57,21 @@ def small_problem(folder: Path, *, uneven: float = 0.0, bpe: float = 6.0) -> Pro
     return Problem(
         accounting=plan.accounting,
         limits=(plan.limit(Budget(bpe, Scope.SEARCHED)),),
+        sensitivity=Sensitivity(kl, dict.fromkeys(kl, 0.0)),
+    )
+
+
+def with_space(problem: Problem, space: str, harm: Mapping[str, float]) -> Problem:
+    """A problem's model under another space, YAML, every group in milli-nats by its choice."""
+    groups = problem.accounting.groups
+    choices = parse_space(space, "space.yaml").options(groups).choices
+    accounting = replace(problem.accounting, choices=choices)
+    kl = {key: harm[str(key[1])] * 1e-3 for key in keys_of(choices)}
+    (limit,) = problem.limits
+    cost = StoredBytes(accounting=accounting, scope=Scope.SEARCHED)
+    return Problem(
+        accounting=accounting,
+        limits=(Limit.of(cost, limit.asked),),
         sensitivity=Sensitivity(kl, dict.fromkeys(kl, 0.0)),
     )
 

@@ -125,6 +125,13 @@ class Format(ABC):
         """The static float32 scale that is stored for inputs of largest magnitude `amax`."""
         raise TypeError(f"{self} leaves inputs in BF16")
 
+    def largest_input(self, scale: float) -> float:
+        """The largest magnitude that inputs keep under a scale; larger ones are clipped.
+
+        A rounding of the scale in float32 counts as nothing.
+        """
+        return scale / self.input_scale(1.0) * (1 + 2**-20)
+
     def input(self, x: "Tensor", scale: float) -> "Tensor":
         """An input [..., K] as kernels of the format see it; the shape and dtype of `x`."""
         raise TypeError(f"{self} leaves inputs in BF16")

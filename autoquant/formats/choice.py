@@ -89,26 +89,30 @@ class Choice:
         return cls(format, rule or default, rounding or NEAREST, of_input)
 
     @classmethod
-    def parse_all(
-        cls, text: str, *, scale_rules: Iterable[str], roundings: Iterable[str]
-    ) -> list[Self]:
+    def parse_all(cls, text: str, ways: Iterable[tuple[str, str]]) -> list[Self]:
         """Every choice that `text` stands for in a search space.
 
         Args:
-            text: as for `parse`; a scale rule or a rounding that is left out stands for all of the
-                space that the format has.
-            scale_rules: of the space.
-            roundings: of the space.
+            text: as for `parse`; a scale rule or a rounding that is left out stands for those of
+                the space beside what is said, or for all rules where there are none.
+            ways: scale rules and roundings of the space, which formats may lack.
 
         Raises:
             ConfigError: as for `parse`.
         """
         format, rule, rounding, of_input = _words(text)
-        rules: list[str | None]
-        rules = [own for own in format.scale_rules if own in ([rule] if rule else scale_rules)]
-        allowed = [rounding] if rounding else roundings
-        ways = [own for own in format.roundings if own in allowed] or [NEAREST]
-        return [cls(format, own, way, of_input) for own in rules or [None] for way in ways]
+        if not format.scale_rules:
+            return [cls(format, None, rounding or NEAREST, of_input)]
+        known = [
+            (own, way) for own, way in ways if own in format.scale_rules and way in format.roundings
+        ]
+        found = [
+            (own, way) for own, way in known if rule in (None, own) and rounding in (None, way)
+        ]
+        if not found:
+            rules = [rule] if rule else dict.fromkeys(own for own, _ in known)
+            found = [(own, rounding or NEAREST) for own in rules or format.scale_rules[:1]]
+        return [cls(format, own, way, of_input) for own, way in found]
 
 
 def _words(text: str) -> tuple[Format, str | None, str | None, str | None]:

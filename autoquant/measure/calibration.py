@@ -10,7 +10,7 @@ from typing import Any, Self
 from autoquant.data.tokens import Split
 from autoquant.errors import SourceError
 from autoquant.measure.scorer import Scorer
-from autoquant.model.inputs import InputScale, fill_unseen
+from autoquant.model.inputs import InputRange, InputScale, fill_unseen
 from autoquant.plan.kv_cache import KvRange
 from autoquant.plan.linears import LayerGroup
 from autoquant.store.run_directory import read_json
@@ -45,10 +45,23 @@ class Calibration:
     """Whether every expert was shown every token, not only those routed to it."""
     kv_ranges: dict[str, KvRange] = field(default_factory=dict)
     """Largest keys and values of each attention module; empty where the cache stays in BF16."""
+    small_blocks: dict[str, float] = field(default_factory=dict)
+    """What the largest magnitude of 99 blocks of 100 is not below, by input scale set."""
+    headroom: float = 1.0
+    """How many times the largest magnitude input scales are to hold."""
+
+    def ranges(self) -> dict[str, float]:
+        """The magnitude that the static scale of each input scale set holds."""
+        return {
+            name: InputRange(amax=amax, small=self.small_blocks.get(name)).with_headroom(
+                self.headroom
+            )
+            for name, amax in self.input_amax.items()
+        }
 
     def scales(self) -> dict[str, InputScale]:
         """Static input scales, as they are exported."""
-        return {name: InputScale(amax=amax) for name, amax in self.input_amax.items()}
+        return {name: InputScale(amax=amax) for name, amax in self.ranges().items()}
 
     def coverage(self) -> "Coverage | None":
         """How well routing has covered the experts; None for a model without any."""
@@ -74,6 +87,8 @@ class Calibration:
             "tokens": self.tokens,
             "expert_tokens": self.expert_tokens,
             "all_experts": self.all_experts,
+            "small_blocks": self.small_blocks,
+            "headroom": self.headroom,
         } | ({"kv_amax": _as_lists(self.kv_ranges)} if self.kv_ranges else {})
 
     @classmethod
@@ -91,6 +106,8 @@ class Calibration:
                 expert_tokens=data["expert_tokens"],
                 all_experts=data["all_experts"],
                 kv_ranges={name: KvRange(*pair) for name, pair in data.get("kv_amax", {}).items()},
+                small_blocks=data.get("small_blocks", {}),
+                headroom=data.get("headroom", 1.0),
             )
         except KeyError as missing:
             raise SourceError(
@@ -137,7 +154,12 @@ class Coverage:
 
 
 def calibrate(
-    scorer: Scorer, split: Split, advance: Callable[[], None], *, all_experts: bool = False
+    scorer: Scorer,
+    split: Split,
+    advance: Callable[[], None],
+    *,
+    all_experts: bool = False,
+    headroom: float = 1.0,
 ) -> Calibration:
     """Observe every batch of `split`.
 
@@ -146,6 +168,7 @@ def calibrate(
         split: the calibration tokens.
         advance: called after each batch.
         all_experts: take input ranges from every expert on every token, whatever the routing.
+        headroom: how many times the largest magnitude input scales are to hold.
 
     Raises:
         SourceError: NaN or Inf at some linear's input, which is named.
@@ -164,6 +187,8 @@ def calibrate(
         expert_tokens=scorer.quantized.expert_counts(),
         all_experts=all_experts,
         kv_ranges=cache.observed_ranges() if cache is not None else {},
+        small_blocks=scorer.quantized.observed_small(),
+        headroom=headroom,
     )
 
 
@@ -189,6 +214,7 @@ def read_calibration(
                 raise SourceError(
                     f"{file} has no input range for {linear.input_scale_set}.", fix=_OF_A_SEARCH
                 )
+    _require_headroom(file, stored)
     found = stored.get("kv_amax")
     for name in attention:
         match found.get(name) if isinstance(found, dict) else None:
@@ -204,6 +230,16 @@ def read_calibration(
     return dataclasses.replace(
         calibration, kv_ranges={name: calibration.kv_ranges[name] for name in attention}
     )
+
+
+def _require_headroom(file: Path, stored: Mapping[str, Any]) -> None:
+    """Return if what widens the ranges is there as a search writes it, or not at all."""
+    headroom, small = stored.get("headroom", 1.0), stored.get("small_blocks", {})
+    is_number = isinstance(headroom, (int, float)) and 1.0 <= headroom < math.inf
+    if not is_number or not isinstance(small, dict):
+        raise SourceError(f"{file} holds no headroom from 1 up of its ranges.", fix=_OF_A_SEARCH)
+    if not all(isinstance(size, (int, float)) and size > 0 for size in small.values()):
+        raise SourceError(f"{file} holds sizes of small blocks that are none.", fix=_OF_A_SEARCH)
 
 
 def _as_lists(ranges: Mapping[str, KvRange]) -> dict[str, list[float]]:

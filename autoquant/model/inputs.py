@@ -13,13 +13,47 @@ from autoquant.errors import SourceError
 from autoquant.formats import Format
 from autoquant.source import names as table
 
+BLOCK = 16
+"""Adjacent channels that share a scale where inputs are quantized to four bits."""
+
+SMALL_SHARE = 0.01
+"""Blocks that may be smaller than what `InputRange.small` says, of those that are not zero."""
+
+NORMAL_RANGE = 28_672.0
+"""Largest over smallest normal number of E4M3, 448 / 2^-6: a block whose largest magnitude is below
+the range of the inputs over this has a subnormal scale."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputRange:
+    """What calibration saw of an input set."""
+
+    amax: float
+    """Largest magnitude."""
+    small: float | None = None
+    """What the largest magnitude of 99 blocks of 100 is not below; None without such blocks."""
+
+    def with_headroom(self, factor: float) -> float:
+        """The magnitude that a static scale is to hold, no less than the largest seen.
+
+        Other text reaches further than the calibration text did. Headroom costs nothing as long as
+        the scales of small blocks stay normal numbers, which bounds it.
+        """
+        widest = factor * self.amax
+        return max(self.amax, widest if self.small is None else min(widest, self.bound))
+
+    @property
+    def bound(self) -> float:
+        """The widest range under which the scales of 99 blocks of 100 are normal numbers."""
+        return NORMAL_RANGE * self.small if self.small is not None else float("inf")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputScale:
     """The static scale of one input set: from a calibrated range, or as a checkpoint stores it."""
 
     amax: float | None = None
-    """Largest magnitude of the calibration inputs."""
+    """Largest magnitude that it holds."""
     stored: float | None = None
 
     def of(self, format: Format) -> float:
@@ -39,6 +73,14 @@ class InputSet:
     observed: float | None = None
     """Largest magnitude seen while observing."""
     observing: bool = False
+    counting: bool = False
+    """Whether `quantize` counts what it clips."""
+    elements: int = 0
+    """Input elements that were counted."""
+    clipped: torch.Tensor | None = None
+    """How many of them were beyond what the scale holds, int64."""
+    _sizes: torch.Tensor | None = field(default=None, repr=False)
+    """Blocks seen while observing by the exponent of their largest magnitude, int64 [E]."""
     _seen: torch.Tensor | None = field(default=None, repr=False)
     _quantized: dict[Format, torch.Tensor] = field(default_factory=dict, repr=False)
 
@@ -49,8 +91,16 @@ class InputSet:
             self._seen = x
         if format not in self._quantized:
             assert self.scale is not None, f"{self.name} was not calibrated"
-            self._quantized[format] = format.input(x, self.scale.of(format))
+            scale = self.scale.of(format)
+            if self.counting:
+                self._count(x, format.largest_input(scale))
+            self._quantized[format] = format.input(x, scale)
         return self._quantized[format]
+
+    def _count(self, x: torch.Tensor, largest: float) -> None:
+        beyond = (x.abs() > largest).sum()
+        self.clipped = beyond if self.clipped is None else self.clipped + beyond
+        self.elements += x.numel()
 
     def observe(self, x: torch.Tensor) -> None:
         """Widen the range by `x`.
@@ -69,11 +119,36 @@ class InputSet:
                 fix="check the weights of the layers before it; no scale can hold such a range.",
             )
         self.observed = max(largest, self.observed or 0.0)
+        if x.shape[-1] % BLOCK == 0:
+            sizes = _blocks_by_exponent(x)
+            self._sizes = sizes if self._sizes is None else self._sizes + sizes
+
+    @property
+    def small(self) -> float | None:
+        """A power of two that the largest magnitude of 99 blocks of 100 is not below."""
+        if self._sizes is None or not (total := int(self._sizes.sum())):
+            return None
+        fewer = self._sizes.cumsum(0) <= SMALL_SHARE * total
+        return 2.0 ** (int(fewer.sum()) - _EXPONENTS - 1)
 
     def forget(self) -> None:
         """Drop the tensors of the last forward."""
         self._seen = None
         self._quantized.clear()
+
+
+_EXPONENTS = 160
+"""More than the exponents of float32 have on either side of zero."""
+
+
+def _blocks_by_exponent(x: torch.Tensor) -> torch.Tensor:
+    """Numbers of blocks that are not zero by the exponent of their largest magnitude, int64.
+
+    Magnitudes from 2^(e - 1) to 2^e count at the place `e + _EXPONENTS`.
+    """
+    largest = x.detach().unflatten(-1, (-1, BLOCK)).abs().amax(dim=-1).float().flatten()
+    exponents = torch.frexp(largest[largest > 0]).exponent
+    return torch.bincount(exponents + _EXPONENTS, minlength=2 * _EXPONENTS)
 
 
 def fill_unseen(observed: Mapping[str, float | None]) -> tuple[dict[str, float], tuple[str, ...]]:

@@ -262,6 +262,31 @@ class QuantizedModel:
         """Largest input magnitude of each input set; None where no token arrived."""
         return {name: inputs.observed for name, inputs in self._context.inputs.items()}
 
+    def observed_small(self) -> dict[str, float]:
+        """What the blocks of each input set are not below, few aside, where it is known."""
+        found = {name: inputs.small for name, inputs in self._context.inputs.items()}
+        return {name: small for name, small in found.items() if small is not None}
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count, from zero, what the forwards inside clip of their inputs."""
+        for inputs in self._context.inputs.values():
+            inputs.counting, inputs.elements, inputs.clipped = True, 0, None
+        try:
+            yield
+        finally:
+            for inputs in self._context.inputs.values():
+                inputs.counting = False
+            self.forget_inputs()
+
+    def clipped(self) -> dict[str, tuple[int, int]]:
+        """Input elements of each set that were clipped while counting, and all of them."""
+        return {
+            name: (0 if inputs.clipped is None else int(inputs.clipped), inputs.elements)
+            for name, inputs in self._context.inputs.items()
+            if inputs.elements
+        }
+
     def expert_counts(self) -> dict[str, list[int]]:
         """Tokens that each expert of each block saw while observing."""
         return {

@@ -3,16 +3,51 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import cached_property
 
-from autoquant.formats import BF16, NEAREST, Choice, Format, all_formats
+from autoquant.formats import (
+    BF16,
+    GPTQ,
+    NEAREST,
+    PLAIN_RULES,
+    Choice,
+    Format,
+    ScaleRule,
+    all_formats,
+)
 from autoquant.plan.grouping import Groups, SharedExperts
 from autoquant.plan.linears import LayerGroup
 from autoquant.source.names import UNKNOWN_ROLE
 
 ROLE = re.compile(r"[a-z_]+")
 """A pattern of this form names a role; any other is a glob over group names."""
+
+
+Way = tuple[str, str]
+"""A scale rule and a rounding, which take the same bits."""
+
+
+class Effort(StrEnum):
+    """What a search tries at equal bits."""
+
+    FAST = "fast"
+    """Codes of the weight alone."""
+    DEFAULT = "default"
+    """Codes fitted to inputs too, which calibration has to collect second moments for."""
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """Scale rules and roundings that a format without either stands for in a search space.
+
+        Fitted codes fall back to plain ones linear by linear, so that two of them are enough: on
+        the models of `experiments/codes` one of these two was the best for nine groups of ten.
+        """
+        plain = tuple((str(rule), NEAREST) for rule in PLAIN_RULES)
+        if self is Effort.FAST:
+            return plain
+        return (*plain, (str(ScaleRule.MSE), GPTQ), (str(ScaleRule.HESSIAN), GPTQ))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +102,6 @@ class SearchSpace:
 
     name: str
     description: str
-    scale_rules: tuple[str, ...]
-    """What a format without a scale rule stands for."""
-    roundings: tuple[str, ...] = (NEAREST,)
-    """What a format without a rounding stands for."""
     shared_experts: SharedExperts
     rules: tuple[Rule, ...]
 

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.resources
+from collections.abc import Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +20,7 @@ from autoquant.formats import (
     choices_of,
 )
 from autoquant.parsing import Unreadable, parse_yaml, read_text, why
-from autoquant.plan.space import ROLE, Rule, SearchSpace
+from autoquant.plan.space import ROLE, Effort, Rule, SearchSpace, Way
 from autoquant.source.names import ROLES
 
 
@@ -76,11 +77,14 @@ class SpaceFile(_Strict):
     schema_version: Literal[1]
     name: str = Field(min_length=1)
     description: str = ""
-    scale_rules: list[ScaleRule] = Field(
-        default=list(PLAIN_RULES), min_length=1, description="What a format without a rule means."
+    scale_rules: list[ScaleRule] | None = Field(
+        default=None,
+        min_length=1,
+        description="What a format without a rule means; with neither these nor roundings --effort "
+        "decides.",
     )
-    roundings: list[Literal["nearest", "gptq"]] = Field(
-        default=["nearest"], min_length=1, description="What a format without a rounding means."
+    roundings: list[Literal["nearest", "gptq"]] | None = Field(
+        default=None, min_length=1, description="The same for how codes are chosen."
     )
     shared_experts: Literal["with_routed", "separate"] = Field(
         default="with_routed",
@@ -88,34 +92,41 @@ class SpaceFile(_Strict):
     )
     rules: list[RuleFile] = Field(min_length=1, description="The first rule that matches decides.")
 
-    def to_space(self) -> SearchSpace:
+    def to_space(self, effort: Effort) -> SearchSpace:
         """The space without its YAML clothes."""
+        ways = self._ways() or effort.ways
         return SearchSpace(
             name=self.name,
             description=self.description,
-            scale_rules=tuple(map(str, self.scale_rules)),
-            roundings=tuple(self.roundings),
             shared_experts=self.shared_experts,
-            rules=tuple(self._rule(rule) for rule in self.rules),
+            rules=tuple(_rule(rule, ways) for rule in self.rules),
         )
 
-    def _rule(self, rule: RuleFile) -> Rule:
-        choices = dict.fromkeys(
-            choice
-            for text in rule.formats
-            for choice in Choice.parse_all(
-                text, scale_rules=self.scale_rules, roundings=self.roundings
-            )
-        )
-        return Rule(
-            match=tuple(rule.match),
-            choices=tuple(sorted(choices, key=lambda choice: choice.format.weight_bits)),
-            reason=rule.reason,
-        )
+    def _ways(self) -> tuple[Way, ...]:
+        """What the file itself says of scale rules and roundings; nothing where it leaves both."""
+        if self.scale_rules is None and self.roundings is None:
+            return ()
+        rules = self.scale_rules or PLAIN_RULES
+        return tuple((str(rule), way) for rule in rules for way in self.roundings or (NEAREST,))
 
 
-def load_space(name_or_path: str | Path) -> SearchSpace:
+def _rule(rule: RuleFile, ways: Sequence[Way]) -> Rule:
+    choices = dict.fromkeys(
+        choice for text in rule.formats for choice in Choice.parse_all(text, ways)
+    )
+    return Rule(
+        match=tuple(rule.match),
+        choices=tuple(sorted(choices, key=lambda choice: choice.format.weight_bits)),
+        reason=rule.reason,
+    )
+
+
+def load_space(name_or_path: str | Path, effort: Effort = Effort.FAST) -> SearchSpace:
     """A shipped space by its name, or a YAML file.
+
+    Args:
+        name_or_path: a path ends in .yaml or .yml.
+        effort: says what formats stand for where the space does not.
 
     Raises:
         ConfigError: no such space, not YAML, or a value that the schema does not allow.
@@ -128,12 +139,12 @@ def load_space(name_or_path: str | Path) -> SearchSpace:
             raise ConfigError(
                 f"search space {path} {why(error)}.", fix="check the path."
             ) from error
-        return parse_space(text, str(path))
-    return parse_space(shipped_text(str(name_or_path)), f"{name_or_path}.yaml")
+        return parse_space(text, str(path), effort)
+    return parse_space(shipped_text(str(name_or_path)), f"{name_or_path}.yaml", effort)
 
 
-def parse_space(text: str, origin: str) -> SearchSpace:
-    """The space that the YAML `text` of the file `origin` describes.
+def parse_space(text: str, origin: str, effort: Effort = Effort.FAST) -> SearchSpace:
+    """The space that the YAML `text` of the file `origin` describes under an effort.
 
     Raises:
         ConfigError: not YAML, or a value that the schema does not allow.
@@ -150,7 +161,7 @@ def parse_space(text: str, origin: str) -> SearchSpace:
             f"{origin} is not a mapping.", fix="`autoquant spaces show default` prints an example."
         )
     try:
-        return SpaceFile.model_validate(data).to_space()
+        return SpaceFile.model_validate(data).to_space(effort)
     except ValidationError as error:
         raise _explain(origin, error) from None
 

@@ -148,6 +148,8 @@ def template(name: str) -> "Template":
         "unit_of_budget": words.unit_of_budget,
         "counts_stored_bits": words.counts_stored_bits,
         "fit_terms": words.fit_terms,
+        "fitted_codes": words.fitted_codes,
+        "clipped_inputs": words.clipped_inputs,
         "how_probed": words.how_probed,
     }
     return environment.get_template(name)

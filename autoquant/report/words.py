@@ -7,6 +7,9 @@ from autoquant.decimals import shortest
 from autoquant.report.record import RunRecord
 from autoquant.store.run_directory import IDENTITY, RESULT, Status
 
+LISTED = 4
+"""Names in one sentence."""
+
 
 def size(count: float) -> str:
     """Bytes in the decimal unit of disks and of the hub."""
@@ -106,6 +109,41 @@ def further_limits(result: Mapping[str, Any]) -> list[str]:
         f"{number(limit['taken'], 4)}"
         for limit in result.get("limits", [])[1:]
     ]
+
+
+def fitted_codes(result: Mapping[str, Any]) -> str:
+    """How many linears have codes fitted to inputs, and why others have none; empty without any."""
+    fitted = result.get("fitted")
+    if not fitted:
+        return ""
+    plain: Mapping[str, str] = fitted["plain"]
+    gained = fitted["linears"] - len(plain)
+    text = f"{gained} of {fitted['linears']} linears have codes fitted to inputs"
+    names: dict[str, list[str]] = {}
+    for name, reason in plain.items():
+        names.setdefault(reason, []).append(name)
+    reasons = [f"{len(own)} because {reason} ({_some(own)})" for reason, own in names.items()]
+    return text + (f"; codes of the weight alone have {'; '.join(reasons)}" if reasons else "")
+
+
+def clipped_inputs(result: Mapping[str, Any]) -> str:
+    """How many input elements were beyond their scales on fresh text; empty where none is known."""
+    inputs = result.get("inputs")
+    if not inputs or not inputs["elements"]:
+        return ""
+    shares: Mapping[str, float] = inputs["groups"]
+    headroom = f"scales hold {number(inputs['headroom'])} times the largest calibration input"
+    if not shares:
+        return f"none of {inputs['elements']:,} was beyond its scale; {headroom}"
+    worst = max(shares, key=lambda name: shares[name])
+    return (
+        f"{inputs['clipped']:,} of {inputs['elements']:,} were beyond their scales, in "
+        f"{len(shares)} groups, most in {worst} ({shares[worst]:.2g} of its own); {headroom}"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:LISTED], *(["..."] if len(names) > LISTED else [])])
 
 
 def shortfalls(result: Mapping[str, Any]) -> list[str]:

@@ -77,11 +77,17 @@ def book_of_run(source: Source, run: Path) -> CodeBook:
     )
 
 
-def calibrate_session(session: Session, *, all_experts: bool, observer: Progress) -> Calibration:
-    """The ranges that the calibration split shows."""
+def calibrate_session(config: LoadedConfig, session: Session, observer: Progress) -> Calibration:
+    """The ranges that the calibration split shows, and their headroom."""
     split = session.splits["calibration"]
     observer.stage("calibrate", len(split.batches))
-    return calibrate(session.scorer, split, observer.step, all_experts=all_experts)
+    return calibrate(
+        session.scorer,
+        split,
+        observer.step,
+        all_experts=config.calibrate_all_experts,
+        headroom=config.input_headroom,
+    )
 
 
 def collect_statistics(

@@ -31,7 +31,7 @@ def open_plan(config: ProbeConfig | PlanConfig) -> Plan:
         ConfigError: the search space is wrong, or the model has no such cache.
         SourceError: the model is missing, damaged or not understood.
     """
-    space = load_space(config.space)
+    space = load_space(config.space, config.effort)
     if isinstance(config, PlanConfig):
         return make_plan(open_model(config, weights=False), space)
     return make_plan(open_model(config), space, config.kv_cache)

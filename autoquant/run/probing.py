@@ -144,9 +144,7 @@ class Probing:
             calibration = Calibration.from_dict(stored)
         else:
             with self._timed("calibrate"):
-                calibration = calibrate_session(
-                    session, all_experts=self.config.calibrate_all_experts, observer=self.observer
-                )
+                calibration = calibrate_session(self.config, session, self.observer)
             self.run.write_json(CALIBRATION, calibration.to_dict())
         use_calibration(session, calibration, self.observer)
         resting = groups_with_moments(self.plan.options.choices, session.quantized.groups)

@@ -9,6 +9,7 @@ from autoquant.environment import package_versions
 from autoquant.measure.calibration import Calibration
 from autoquant.measure.kl import TokenScores
 from autoquant.measure.session import Session
+from autoquant.plan.assignment import Assignment
 from autoquant.plan.budget import Scope
 from autoquant.plan.model_costs import CostKind
 from autoquant.plan.plan import Plan
@@ -78,6 +79,7 @@ def make_result(
         ],
         "resolution": confirmed.resolution,
         "counts": trial.assignment.counts(),
+        "fitted": _fitted(session, trial.assignment),
         "trials": len(history.trials),
         "stages": stage_table(history.trials),
         "solver": _solver(problem),
@@ -111,6 +113,24 @@ def _solver(problem: Problem) -> dict[str, float]:
     """
     solution = problem.knapsack.solution
     return {"predicted_kl": solution.score, "bound": solution.bound, "gap": solution.gap}
+
+
+def _fitted(session: Session, assignment: Assignment) -> dict[str, Any] | None:
+    """How many linears take a choice whose codes are fitted to inputs, and which have codes of the
+    weight alone all the same, and why; None where no group takes one.
+    """
+    book = session.quantized.book
+    groups = [
+        (group, choice)
+        for group in session.quantized.groups
+        if (choice := assignment[group.name]).format.needs_moments(choice)
+    ]
+    if not groups:
+        return None
+    plain = {
+        name: why for group, choice in groups for name, why in book.plain(group, choice).items()
+    }
+    return {"linears": sum(len(group.linears) for group, _ in groups), "plain": plain}
 
 
 def _experts(calibration: Calibration) -> dict[str, Any] | None:

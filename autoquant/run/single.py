@@ -124,7 +124,7 @@ def _export(
         source,
         groups,
         assignment,
-        found.input_amax,
+        found.ranges(),
         target,
         layout=config.layout,
         kv_ranges=found.kv_ranges,
@@ -167,7 +167,7 @@ def _groups_of(source: Source, assignment: Assignment) -> Groups:
 def _calibrate(
     config: LoadedConfig, session: Session, assignment: Assignment, observer: Observer
 ) -> Calibration:
-    found = calibrate_session(session, all_experts=config.calibrate_all_experts, observer=observer)
+    found = calibrate_session(config, session, observer)
     use_calibration(session, found, observer)
     groups = session.quantized.groups
     choices = {group.name: (assignment[group.name],) for group in groups}

@@ -18,6 +18,7 @@ from autoquant.measure.calibration import Calibration
 from autoquant.measure.evaluator import LocalEvaluator
 from autoquant.measure.kl import TokenScores
 from autoquant.measure.session import Session
+from autoquant.measure.statistics.clipping import count_clipped, describe_clipped
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.limit import Limit
 from autoquant.progress import Unit
@@ -149,10 +150,21 @@ class Search(Probing):
             self.config, self.plan, session, problem, history, calibration, confirmed
         )
         result["command"] = self.command
+        result["inputs"] = self._clipped(session, assignment, calibration)
         if self.config.export:
             book = session.book_of_export(self.plan.source)
             result["checkpoint"] = self._export(calibration, assignment, result, book)
         return self._keep_result(result)
+
+    def _clipped(
+        self, session: Session, assignment: Assignment, calibration: Calibration
+    ) -> dict[str, Any]:
+        """What the winner clips of its inputs on the report tokens."""
+        split = session.splits["report"]
+        with self._timed("inputs"):
+            self.observer.stage("inputs", len(split.batches))
+            rows = count_clipped(session.scorer, split, assignment, self.observer.step)
+        return describe_clipped(rows, calibration.headroom)
 
     def _keep_result(self, result: dict[str, Any]) -> dict[str, Any]:
         result["seconds"] = {**self.seconds, "total": sum(self.seconds.values())}
@@ -270,7 +282,7 @@ class Search(Probing):
                     source,
                     groups,
                     assignment,
-                    calibration.input_amax,
+                    calibration.ranges(),
                     target,
                     layout=self.config.layout,
                     kv_ranges=calibration.kv_ranges,

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from autoquant.errors import SourceError
-from autoquant.formats import ScaleRule
 from autoquant.search.driver import Driver
 from autoquant.search.limits import Bounds
 from autoquant.search.predictor import Predictor
@@ -16,7 +15,7 @@ from autoquant.search.propose.optima import optima
 from autoquant.search.propose.predicted import Refits, RunnersUp
 from autoquant.search.propose.proposal import Listed
 from autoquant.search.propose.reweight import Reweightings
-from autoquant.search.propose.scale_rules import ScaleRules
+from autoquant.search.propose.scale_rules import ScaleRules, ways_of
 from autoquant.search.propose.swaps import Swaps
 from autoquant.search.trials import Stage, Trial
 
@@ -53,7 +52,7 @@ class Explored:
     """What joint measurements left."""
 
     problem: Problem
-    """With the scale rules that passed the joint check."""
+    """With the scale rules and roundings that passed the joint check."""
     incumbent: Trial
     """The solver's optimum of that problem, which challengers have to beat; where the model
     overflows in it, the most promising candidate."""
@@ -63,8 +62,7 @@ class Explored:
 
 def most_trials(problem: Problem, trials: int) -> int:
     """An upper bound of the joint measurements, for a progress bar."""
-    rules = len(ScaleRule)
-    return sum(1 for _ in baselines(problem)) + 3 + rules + trials
+    return sum(1 for _ in baselines(problem)) + 3 + len(ways_of(problem)) + trials
 
 
 def explore(
@@ -76,7 +74,7 @@ def explore(
     bounds: Bounds,
     timed: Callable[[str], AbstractContextManager[None]],
 ) -> Explored:
-    """Measure baselines and the solver's optima, check the scale rules, then refine.
+    """Measure baselines and the solver's optima, check scale rules and roundings, then refine.
 
     Args:
         problem: what is searched.

@@ -135,10 +135,10 @@ class Problem:
         first, *others = self.limits
         return replace(self, limits=(Limit.of(first.cost, number), *others))
 
-    def without(self, rule: str) -> "Problem":
-        """The problem with a scale rule closed wherever it is not a group's only choice."""
+    def without(self, way: str) -> "Problem":
+        """The problem with a scale rule or rounding closed wherever a group has others."""
         choices = {
-            name: tuple(c for c in legal if c.scale_rule != rule) or legal
+            name: tuple(c for c in legal if way not in (c.scale_rule, c.rounding)) or legal
             for name, legal in self.accounting.choices.items()
         }
         return replace(self, accounting=replace(self.accounting, choices=choices))

@@ -26,6 +26,7 @@ TOKENS = {
     "--seed",
     "--calibration-tokens",
     "--calibrate-all-experts",
+    "--input-headroom",
     "--search-tokens",
     "--report-tokens",
     "--sequence-length",
@@ -46,6 +47,7 @@ SURFACE = {
     | RUN
     | {
         "--space",
+        "--effort",
         "--activation-mode",
         "--kv-cache",
         "--layout",
@@ -58,8 +60,9 @@ SURFACE = {
     "probe": MODEL
     | DEVICE
     | (TOKENS - {"--report-tokens"})
-    | {"--out", "--resume", "--fresh", "--space", "--activation-mode", "--kv-cache", "--probe"},
-    "plan": MODEL | BUDGET | {"--space"},
+    | {"--out", "--resume", "--fresh", "--space", "--effort"}
+    | {"--activation-mode", "--kv-cache", "--probe"},
+    "plan": MODEL | BUDGET | {"--space", "--effort"},
     "score": MODEL
     | DEVICE
     | TOKENS

@@ -105,7 +105,8 @@ def test_every_group_is_probed_in_every_format(exact):
     assert kl.keys() == {key for key in wanted if key[1] != "bf16"}
     assert all(value > 0.0 for value in kl.values())
     header = next(line for line in printed.stdout.splitlines() if line.startswith("group"))
-    assert header.split() == ["group", "nvfp4/max", "nvfp4/mse", "nvfp4/four_over_six", "fp8"]
+    plain, fitted = ("max", "mse", "four_over_six"), ("mse/gptq", "hessian/gptq")
+    assert header.split() == ["group", *(f"nvfp4/{own}" for own in plain + fitted), "fp8"]
     assert f"autoquant search --probe exact --budget-bpe BITS --sensitivity {run}" in printed.stdout
 
 

@@ -91,7 +91,7 @@ def values_of(field: SettingField) -> st.SearchStrategy[Any]:
     of_kind = {
         bool: st.booleans(),
         int: st.integers(least, 2**40),
-        float: st.floats(0, 1e9, exclude_min=True),
+        float: st.floats(least, 1e9, exclude_min=True),
         tuple: st.lists(bits, min_size=1, max_size=3, unique=True),
         str: text,
         Path: st.text("ab -_/'", min_size=1).map(Path),
@@ -147,7 +147,12 @@ def test_settings_of_an_earlier_version_are_read(tmp_path):
     config = SearchConfig.of(read_settings(file, SearchConfig))
     assert config.budget_bpe == (4.8, 5.0)
     written = yaml.safe_load(file.read_text())
-    later = {"weights": "auto", "trials_at_once": 1}
+    later = {
+        "weights": "auto",
+        "trials_at_once": 1,
+        "effort": "default",
+        "input_headroom": 2.0,
+    }
     assert config.saved() == written | later | {"budget_bpe": [4.8, 5.0]}
 
 
@@ -217,6 +222,7 @@ OTHER = {
     "cost_table": Path("costs.yaml"),
     "cost_limit": 7,
     "space": "mine.yaml",
+    "effort": "fast",
     "activation_mode": "w4a16",
     "kv_cache": "fp8",
     "probe": "exact",
@@ -232,6 +238,7 @@ OTHER = {
     "batch_tokens": 64,
     "calibration_tokens": 33,
     "calibrate_all_experts": True,
+    "input_headroom": 4,
     "search_tokens": 34,
     "report_tokens": 35,
     "mlflow": False,

@@ -15,6 +15,7 @@ rules: [{match: experts, formats: [nvfp4/max, nvfp4/mse, nvfp4/four_over_six, fp
 """
 
 PROBED = {
+    "input_headroom": 1,
     "space": "experts-only",
     "kv_cache": "fp8",
     "calibration_tokens": 64,
@@ -46,9 +47,12 @@ def plan(monkeypatch):
 
 def test_run_directories_of_earlier_versions_are_found_again(plan):
     """Names as 0.1.0 gave them; their end is a digest of the whole signature."""
-    plain = SearchConfig.of({"budget_bpe": 5})
+    plain = SearchConfig.of({"budget_bpe": 5, "input_headroom": 1})
     assert signature.search_name(plain, plan) == "My-Model-5bpe-b6d17603"
-    assert signature.probe_name(ProbeConfig.of({}), plan) == "My-Model-probes-f5b71b7a"
+    assert (
+        signature.probe_name(ProbeConfig.of({"input_headroom": 1}), plan)
+        == "My-Model-probes-f5b71b7a"
+    )
     assert signature.search_name(SearchConfig.of(SEARCHED), plan) == "My-Model-4.75bpe-fe8c82c8"
     assert signature.probe_name(ProbeConfig.of(PROBED), plan) == "My-Model-probes-1e81468d"
 
@@ -70,6 +74,7 @@ def test_a_search_takes_over_probes_of_the_same_settings(plan):
         ({"export": False}, False),
         ({"report_tokens": 64}, True),
         ({"activation_mode": "w4a16"}, True),
+        ({"input_headroom": 1}, True),
         ({"max_tokens": 9}, True),
         ({"budget_bpe": 5.0000001}, True),
     ],

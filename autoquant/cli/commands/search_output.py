@@ -11,10 +11,12 @@ from autoquant.report.words import (
     best_baseline,
     budget_note,
     budgeted,
+    clipped_inputs,
     counts_stored_bits,
     duration,
     exact,
     finding,
+    fitted_codes,
     further_limits,
     unit_of_budget,
 )
@@ -35,6 +37,8 @@ def print_result(result: dict[str, Any], run: Path) -> None:
             **({"limits": limits} if limits else {}),
             "size": f"{result['checkpoint_bytes']:,} bytes",
             "groups": ", ".join(f"{n} {name}" for name, n in counts.items() if n),
+            **({"codes": fitted_codes(result)} if fitted_codes(result) else {}),
+            **({"inputs": clipped_inputs(result)} if clipped_inputs(result) else {}),
             "KL": f"{kl['mean']:.5f} +- {figure(kl['stderr'], '.5f')} nats per token, "
             f"median {kl['median']:.5f}, p99 {kl['p99']:.4f} ({result['activation_mode']}, "
             f"keys and values in {result['kv_cache'].upper()})",

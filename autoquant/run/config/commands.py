@@ -134,7 +134,7 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
         Setting(
             "Search",
             "Joint measurements beyond the baselines, the solver's optima and the check of their "
-            "scale rules.",
+            "scale rules and roundings.",
             "N",
         ),
     ] = 30

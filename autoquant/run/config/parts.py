@@ -12,9 +12,10 @@ from autoquant.codes.held import Weights
 from autoquant.export.layouts.base import Layout
 from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.activation_mode import ActivationMode
+from autoquant.plan.space import Effort
 from autoquant.run.config.base import Config
 from autoquant.run.config.setting import Setting
-from autoquant.run.config.types import Bytes, Natural, Tokens
+from autoquant.run.config.types import Bytes, Factor, Natural, Tokens
 from autoquant.tracking import ChildRuns
 
 if TYPE_CHECKING:
@@ -104,6 +105,15 @@ class LoadedConfig(ModelConfig):
             "KL is measured with the model's own routing either way.",
         ),
     ] = False
+    input_headroom: Annotated[
+        Factor,
+        Setting(
+            "Data",
+            "Input scales hold X times the largest calibration input, less where small blocks "
+            "would suffer: other text reaches further, and headroom costs nothing.",
+            "X",
+        ),
+    ] = 2.0
     search_tokens: Annotated[
         Tokens, Setting("Data", "Tokens that probes and trials are measured on.", "N")
     ] = 16_384
@@ -176,6 +186,15 @@ class SpaceConfig(ModelConfig):
             "NAME|FILE",
         ),
     ] = "default"
+    effort: Annotated[
+        Effort,
+        Setting(
+            "Search",
+            "What a plain nvfp4 of the space stands for, at the same bits: codes of the weight "
+            "alone (fast), or besides these codes fitted to calibration inputs (default): scales "
+            "weighted by them, and rounding that compensates its errors.",
+        ),
+    ] = Effort.DEFAULT
 
 
 class InputsConfig(Config):
