@@ -12,6 +12,7 @@ from tiny_models import save_model
 
 from autoquant.data.tokens import Split
 from autoquant.measure.evaluator import Evaluator, LocalEvaluator
+from autoquant.measure.interactions import Interactions
 from autoquant.measure.kl import TokenKl
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.plan.assignment import Assignment
@@ -74,6 +75,14 @@ def with_space(problem: Problem, space: str, harm: Mapping[str, float]) -> Probl
         limits=(Limit.of(cost, limit.asked),),
         sensitivity=Sensitivity(kl, dict.fromkeys(kl, 0.0)),
     )
+
+
+def interacting(problem: Problem) -> Problem:
+    """The problem with correlations of random directions between all options."""
+    directions = np.random.default_rng(0).normal(size=(len(problem.keys), 4))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    interactions = Interactions(problem.keys, directions @ directions.T)
+    return replace(problem, sensitivity=replace(problem.sensitivity, interactions=interactions))
 
 
 def summed(problem: Problem, *, noise: float = 0.05) -> Joint:

@@ -217,13 +217,14 @@ def test_time_ends_the_measuring_of_what_no_process_has_measured(problem, candid
     assert driver.run(Listed(Stage.SOLVER, iter(candidates[:5])), bounds=bounds)
 
 
-def test_the_trial_that_reaches_the_tokens_is_the_last(problem, candidates):
+@pytest.mark.parametrize(("more", "trials"), [(-1, 2), (0, 2), (1, 3)])
+def test_the_trial_that_reaches_the_tokens_is_the_last(problem, candidates, more, trials):
     driver = driver_of(problem, summed(problem))
-    bounds = Bounds(lambda: True, max_tokens=2 * SPLIT.tokens + 1)
+    bounds = Bounds(lambda: True, max_tokens=2 * SPLIT.tokens + more)
     assert not driver.run(Listed(Stage.SOLVER, iter(candidates)), bounds=bounds)
-    assert len(driver.history.trials) == 3
+    assert len(driver.history.trials) == trials
     assert not driver.run(Listed(Stage.SOLVER, iter(candidates)), bounds=bounds)
-    assert len(driver.history.trials) == 3
+    assert len(driver.history.trials) == trials
 
 
 def test_most_is_no_bound_that_ends_a_search(problem, candidates):

@@ -6,8 +6,11 @@ import pytest
 from autoquant.search.knapsack import Constraint, Knapsack
 
 
-def drawn(seed, *, limits):
-    """A knapsack of few steps, where scores and what is finer follow no costs."""
+def drawn(seed, *, limits, quarters=False):
+    """A knapsack of few steps, where scores and what is finer follow no costs.
+
+    Scores in quarters make gains and rates alike.
+    """
     generator = np.random.default_rng(seed)
     sizes = generator.integers(1, 5, generator.integers(1, 6))
 
@@ -19,7 +22,11 @@ def drawn(seed, *, limits):
         int(generator.integers(sum(map(min, table)), 1 + sum(map(max, table))))
         for table in (costs, second)
     ]
-    scores = rows(lambda size: generator.uniform(0, 1, size).tolist())
+    scores = rows(
+        lambda size: (
+            generator.integers(0, 5, size) / 4 if quarters else generator.uniform(0, 1, size)
+        ).tolist()
+    )
     finer = rows(lambda size: tuple(map(tuple, (generator.random((size, size)) < 0.3).tolist())))
     return Knapsack(
         scores,
@@ -105,11 +112,11 @@ def selections(knapsack):
     return kept[:: 1 + len(kept) // 4]
 
 
-@pytest.mark.parametrize("limits", [1, 2])
-def test_upgrades_are_those_of_one_selection_at_a_time(limits):
+@pytest.mark.parametrize(("limits", "quarters"), [(1, False), (2, False), (1, True)])
+def test_upgrades_are_those_of_one_selection_at_a_time(limits, quarters):
     changed = 0
     for seed in range(200):
-        knapsack = drawn(seed, limits=limits)
+        knapsack = drawn(seed, limits=limits, quarters=quarters)
         for selection in selections(knapsack):
             assert knapsack.fill(selection) == filled(knapsack, selection)
             keep = seed % len(selection)
@@ -133,8 +140,11 @@ def test_others_give_way_as_one_selection_at_a_time(limits):
 
 
 def test_what_a_knapsack_says_of_itself_is_of_its_first_limit():
-    knapsack = Knapsack(((0.5, 0.2),) * 2, ((1, 4),) * 2, 6, Constraint(((9, 7),) * 2, 18))
+    knapsack = Knapsack(((0.5, 0.2),) * 2, ((1, 4),) * 2, 6, Constraint(((9, 7),) * 2, 16))
     assert knapsack.floor == 2
     assert knapsack.cost((0, 1)) == 5
+    assert knapsack.fits((0, 1))
+    assert not knapsack.fits((1, 1))
+    assert not Knapsack(knapsack.scores, knapsack.costs, 4).fits((0, 1))
     assert knapsack.second.floor == 14
     assert knapsack.second.cost((0, 1)) == 16

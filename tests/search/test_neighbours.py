@@ -5,8 +5,8 @@ import itertools
 
 import numpy as np
 import pytest
+from joint import interacting
 
-from autoquant.measure.interactions import Interactions
 from autoquant.search.predictor import Predictor
 from autoquant.search.propose import swaps
 from autoquant.search.surrogate import Surrogate
@@ -15,12 +15,7 @@ from autoquant.search.surrogate import Surrogate
 @pytest.fixture
 def problem(small):
     """Of one limit, whose groups interact at random."""
-    made = small(uneven=1.0)
-    directions = np.random.default_rng(0).normal(size=(len(made.keys), 4))
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    interactions = Interactions(made.keys, directions @ directions.T)
-    sensitivity = dataclasses.replace(made.sensitivity, interactions=interactions)
-    return dataclasses.replace(made, sensitivity=sensitivity)
+    return interacting(small(uneven=1.0))
 
 
 @pytest.fixture

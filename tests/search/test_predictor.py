@@ -1,10 +1,11 @@
 """Fits to what a history holds, and the order of candidates by what they promise."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
-from joint import driver_of, summed
+from joint import driver_of, interacting, summed
 
 from autoquant.search import predictions
 from autoquant.search.history import History
@@ -137,3 +138,30 @@ def test_predictions_name_their_trials_and_miss_by_what_they_say(problem):
     assert len(frontier) == predictions.FRONTIER_POINTS
     assert (np.diff([row["kl"] for row in frontier]) <= 0.0).all()
     assert (np.diff([row["bpe"] for row in frontier]) >= 0.0).all()
+
+
+def test_predictions_say_what_interactions_are_worth(problem):
+    problem = interacting(problem)
+    truth = dataclasses.replace(Surrogate.of(problem), strength=0.6)
+
+    def joint(assignment):
+        return float(truth.predict([problem.selection(assignment)])[0])
+
+    history = measured(problem, joint)
+    kl = np.array([t.kl for t in history.trials])
+    found = predictions.describe_predictions(problem, history)
+    errors = found["relative_error"]
+    selections = [problem.selection(t.assignment) for t in history.trials]
+    alone = predictions._left_out(Surrogate.of(problem, with_pairs=False), selections, kl)
+    assert errors["sum_mapped"] == pytest.approx(np.mean(np.abs(alone - kl) / kl))
+    assert errors["with_interactions"] < 0.5 * errors["sum_mapped"]
+    assert found["strength"] == pytest.approx(0.6, abs=0.1)
+    assert found["scale"] == pytest.approx(1.0, abs=0.05)
+    assert found["exponent"] == pytest.approx(1.0, abs=0.05)
+    assert found["share"] == 1.0
+
+
+def test_what_is_measured_at_zero_has_no_relative_error():
+    measured, predicted = np.array([0.0, 0.5, -1e-9, 2.0]), np.array([1.0, 1.0, 1.0, 1.0])
+    assert predictions._relative_error(predicted, measured) == pytest.approx((1.0 + 0.5) / 2)
+    assert math.isnan(predictions._relative_error(predicted[:1], measured[:1]))

@@ -110,11 +110,21 @@ def test_the_best_few_begin_with_the_optimum_and_are_distinct(knapsack, count, f
     found = knapsack.best(count)
     assert 1 <= len(found) <= count
     assert len(set(found)) == len(found)
-    assert knapsack.score(found[0]) == knapsack.score(knapsack.solve())
+    assert found[0] == knapsack.solve()
     assert list(map(knapsack.score, found)) == sorted(map(knapsack.score, found))
     for selection in found:
         left = knapsack.budget - knapsack.cost(selection)
         assert 0 <= left < cheapest_upgrade(knapsack, selection)
+
+
+def test_of_many_optima_the_one_that_is_solved_for_comes_first():
+    """Two groups that are alike, one of which takes the dearer option."""
+    for turned in (False, True):
+        scores = ((0.5, 0.25), (0.5, 0.25))
+        costs = ((1, 3), (1, 2)) if turned else ((1, 2), (1, 3))
+        knapsack = Knapsack(scores, costs, 4)
+        assert knapsack.best(5)[0] == knapsack.solve()
+        assert {knapsack.score(s) for s in knapsack.best(2)} == {0.75}
 
 
 @given(knapsacks(), st.integers(1, 12))
@@ -186,6 +196,7 @@ def test_a_gap_that_matters_is_said():
     assert Solution((0,), score=2.0, bound=1.999).caution() is None
     assert "up to 25.0% above the least" in str(Solution((0,), score=2.0, bound=1.5).caution())
     assert Solution((0,), score=1.0, bound=1.5).gap == 0.0
+    assert Solution((0,), score=0.0, bound=0.0).caution() is None
 
 
 def test_a_finer_option_is_taken_whatever_it_scores_and_another_only_if_it_scores_less():

@@ -86,6 +86,15 @@ def test_the_best_few_keep_both_limits_and_come_in_order(knapsack, count):
     assert all(map(knapsack.fits, found))
 
 
+@given(limited())
+def test_the_least_of_the_second_limit_within_the_first(knapsack):
+    every = itertools.product(*(range(len(options)) for options in knapsack.costs))
+    within = [one for one in every if knapsack.cost(one) <= knapsack.budget]
+    least = knapsack.least_of_second
+    assert knapsack.cost(least) <= knapsack.budget
+    assert knapsack.second.cost(least) == min(map(knapsack.second.cost, within))
+
+
 @given(limited(), st.data())
 def test_a_change_of_one_group_keeps_both_limits(knapsack, data):
     selections = kept(knapsack)
