@@ -122,6 +122,8 @@ def test_two_limits_that_something_keeps_pass(plan_of):
     floor = plan.floor
     limits = [Limit.of(cost, cost.number(floor)) for cost in map(plan.cost, list(CostKind)[:2])]
     require_feasible(plan.accounting, tuple(limits))
+    for limit in limits:
+        require_feasible(plan.accounting, (limit,))
 
 
 def test_two_limits_that_nothing_keeps_together_are_refused(plan_of):
