@@ -14,8 +14,11 @@ from autoquant.search.surrogate import Surrogate
 
 @pytest.fixture
 def problem(small):
-    """Of one limit, whose groups interact at random."""
-    return interacting(small(uneven=1.0))
+    """Its groups interact at random; the optimum takes all of the budget, as do many swaps."""
+    made = interacting(small(uneven=1.0))
+    (limit,) = made.limits
+    taken = dataclasses.replace(limit, at_most=limit.cost.total(made.optimum()))
+    return dataclasses.replace(made, limits=(taken,))
 
 
 @pytest.fixture
@@ -75,6 +78,8 @@ def test_neighbours_are_every_change_of_one_group_and_the_likeliest_of_two(
         return sum(marginal[g][option] - marginal[g][selection[g]] for g, option in pair)
 
     pairs = sorted(pairs_that_fit(problem, selection), key=added)
+    taken = [knapsack.cost(changed(selection, *pair)) for pair in pairs]
+    assert taken.count(knapsack.budget) > 10
     assert len(pairs) > 100
     for pair in pairs[:most]:
         expect(knapsack.fill(changed(selection, *pair)), *pair)
