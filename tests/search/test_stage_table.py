@@ -36,6 +36,11 @@ def test_a_stage_that_comes_back_has_one_row_and_gains_add_up():
     assert [r["gain"] for r in rows] == [None, pytest.approx(0.5), 0.0, 0.0]
 
 
+def test_a_gain_is_the_share_by_which_the_least_kl_fell():
+    rows = stage_table([trial("baseline", 6.0), trial("solver", 4.0), trial("swap", 4.0)])
+    assert [r["gain"] for r in rows] == [None, pytest.approx(1 / 3), 0.0]
+
+
 def test_the_first_that_may_win_has_nothing_to_gain_on():
     rows = stage_table([trial("baseline", 1.0, is_eligible=False), trial("solver", 5.0)])
     assert [r["gain"] for r in rows] == [0.0, None]

@@ -83,6 +83,14 @@ def test_few_measurements_leave_strength_and_share_as_they_are(generator, count,
     assert (fitted.share != 1.0) == is_fitted
 
 
+@pytest.mark.parametrize(("strength", "found"), [(-0.8, -0.5), (1.7, 1.2)])
+def test_a_strength_beyond_the_bounds_is_fitted_by_the_nearest(generator, strength, found):
+    surrogate = made(generator)
+    selections = every(surrogate)[::3]
+    truth = dataclasses.replace(surrogate, strength=strength)
+    assert surrogate.fitted(selections, truth.predict(selections)).strength == found
+
+
 @pytest.mark.parametrize("noise", [0.02, 0.1])
 def test_the_simplest_of_all_that_explain_about_as_well_is_taken(generator, noise):
     """Weakest interactions first, and of those the largest share: 1.1 times the least error."""
