@@ -91,6 +91,32 @@ def test_neighbours_are_every_change_of_one_group_and_the_likeliest_of_two(
     assert (np.diff(predicted) >= 0.0).all()
 
 
+def test_a_part_that_measured_better_than_bf16_interacts_with_none(problem):
+    key = problem.keys[3]
+    kl = {**problem.sensitivity.kl, key: -1e-6}
+    better = dataclasses.replace(
+        problem, sensitivity=dataclasses.replace(problem.sensitivity, kl=kl)
+    )
+    surrogate = Surrogate.of(better)
+    assert surrogate.main[3] == -1e-6
+    assert np.isfinite(surrogate.pairs).all()
+    assert not surrogate.pairs[3].any()
+    assert surrogate.pairs.any()
+
+
+def test_what_gradients_do_not_see_is_never_less_than_nothing(problem):
+    """Of one group the gradients expect more than was measured."""
+    name = problem.groups[0].name
+    kl = problem.sensitivity.kl
+    estimate = {key: value * (1.5 if key[0] == name else 0.75) for key, value in kl.items()}
+    sensitivity = dataclasses.replace(problem.sensitivity, estimate=estimate)
+    surrogate = Surrogate.of(dataclasses.replace(problem, sensitivity=sensitivity))
+    for place, key in enumerate(problem.keys):
+        expected = 0.0 if key[0] == name else 0.25 * surrogate.main[place]
+        assert surrogate.excess[place] == pytest.approx(expected)
+    assert not Surrogate.of(problem).excess.any()
+
+
 def test_interactions_are_twice_the_correlation_times_both_lengths(problem):
     """Parts that change the output by vectors a and b: |a + b|^2 = |a|^2 + |b|^2 + 2 a.b."""
     surrogate = Surrogate.of(problem)

@@ -55,7 +55,7 @@ def test_fits_find_strength_and_law_of_what_made_the_figures(generator, strength
     assert np.allclose(fitted.predict(selections), kl, rtol=0.02)
 
 
-@pytest.mark.parametrize("share", [0.2, 0.6, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 1.0])
 def test_fits_find_the_share_of_what_gradients_do_not_see(generator, share):
     parts = _parts(made(generator))[:-1]
     excess = parts[1] * generator.uniform(0.1, 0.9, len(parts[1]))
@@ -89,6 +89,21 @@ def test_a_strength_beyond_the_bounds_is_fitted_by_the_nearest(generator, streng
     selections = every(surrogate)[::3]
     truth = dataclasses.replace(surrogate, strength=strength)
     assert surrogate.fitted(selections, truth.predict(selections)).strength == found
+
+
+@pytest.mark.parametrize("kl", [0.0, -1e-9])
+def test_what_is_measured_at_no_kl_moves_no_fit(generator, kl):
+    surrogate = with_excess(generator)
+    selections = every(surrogate)[::17]
+    truth = dataclasses.replace(surrogate, strength=0.6, share=0.5, law=PowerLaw(0.9, 0.9))
+    measured = truth.predict(selections)
+    fitted = surrogate.fitted(selections, measured)
+    other = surrogate.fitted([*selections, (0, 1, 0, 1, 0)], np.append(measured, kl))
+    assert (other.strength, other.share, other.law) == (fitted.strength, fitted.share, fitted.law)
+    nothing = (2, 2, 2, 2, 2)
+    assert surrogate.quadratic([nothing])[0] == 0.0
+    other = surrogate.fitted([*selections, nothing], np.append(measured, 1e-4))
+    assert (other.strength, other.share, other.law) == (fitted.strength, fitted.share, fitted.law)
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.1])
@@ -168,6 +183,10 @@ def test_corrections_are_those_of_the_likeliest_prior_and_noise(generator):
     assert fitted.predict(selections) == pytest.approx(expected_kl)
 
 
+def test_a_law_is_a_scaled_power():
+    assert PowerLaw(2.0, 0.5)(np.array([0.0, 4.0, 9.0])).tolist() == [0.0, 4.0, 6.0]
+
+
 def test_the_law_is_monotone_and_the_identity_without_data():
     x = np.linspace(0.0, 1.0, 50)
     law = PowerLaw.fitted(x, 3.0 * x**2)
@@ -221,6 +240,11 @@ def test_marginal_scores_are_the_slope_of_the_prediction(generator, exponent, is
             difference -= surrogate.correction[places[0]].sum()
         found = marginal[group][option] - marginal[group][here[group]]
         assert found == pytest.approx(difference, rel=1e-9)
+
+
+def test_where_nothing_costs_anything_the_slope_is_finite(generator):
+    surrogate = dataclasses.replace(made(generator), law=PowerLaw(1.0, 0.5))
+    assert np.isfinite(surrogate.marginal((2, 2, 2, 2, 2))).all()
 
 
 class _Problem:
