@@ -65,7 +65,7 @@ class Run:
         return self._record.result
 
     def trials(self) -> "pd.DataFrame":
-        """Every measured mix [T, 12], indexed by trial number.
+        """Every measured assignment [T, 12], indexed by trial number.
 
         Columns: stage, name, kl and stderr (on search tokens), bpe, fits (the budget), seconds,
         predicted_kl (the sum of its groups' own), joint_kl (predicted with their interactions),
@@ -89,7 +89,7 @@ class Run:
     def groups(self) -> "pd.DataFrame":
         """Layer groups [G, 6] by name: role, layer, elements, choice, bytes, is_open.
 
-        The choice is the winner's, before the end that of the best mix measured.
+        The choice is the winner's, before the end that of the best assignment measured.
         """
         columns = ("name", "role", "layer", "elements", "choice", "bytes", "is_open")
         return _frame(map(asdict, self._record.groups), columns).set_index("name")
@@ -117,7 +117,7 @@ class Run:
         return _frame(rows, columns).sort_values("kl", ignore_index=True)
 
     def plot_frontier(self) -> "Figure":
-        """KL against BPE: confirmed mixes with 95 % intervals, every trial, and the frontier."""
+        """KL against BPE: finalists with 95 % intervals, every trial, and the frontier."""
         return html.draw(self._record, "frontier")
 
     def plot_map(self) -> "Figure":
@@ -228,20 +228,20 @@ def search(
         activation_mode: whether NVFP4 layers see NVFP4 inputs (w4a4) or BF16 inputs (w4a16).
         kv_cache: how engines are to keep keys and values; fp8 calibrates and stores scales for
             them, and counts what it costs in KL.
-        probe: how each layer's part is found out: its KL in every format; in one format, the
-            others scaled by gradients; or gradients alone.
-        sensitivity: run directory whose probes to take over, of `autoquant probe` or of another
+        probe: how the KL of each group is found: measured in every choice (exact); measured in
+            one choice and scaled to the others by gradients (screened); or by gradients alone.
+        sensitivity: run directory whose probes are used: of `autoquant probe`, or of another
             search with the same settings.
-        trials: joint measurements beyond the baselines, the solver's optima and the check of their
-            scale rules and roundings.
-        reweight_trials: how many of them, at most all, Optuna proposes.
-        trials_at_once: trials that go through the weights together, which race against the best
-            before them.
-        max_seconds: begin no further trial once loading, calibration, probes and trials have taken
-            this long, interrupted calls included. A finished result stays: `resume=False` begins
-            anew.
-        max_tokens: begin no further trial once all trials together have seen so many tokens; a
-            finished result stays here too.
+        trials: whole assignments to measure, beyond the fixed recipes, the solver's optima and the
+            check of their scale rules and roundings.
+        reweight_trials: how many of the trials Optuna proposes.
+        trials_at_once: trials that are measured in one pass over the weights. They race against
+            the best trial before them.
+        max_seconds: start no trial after so many seconds of loading, calibration, probes and
+            trials, interrupted calls included. A finished result stays; `resume=False` sets it
+            aside.
+        max_tokens: start no trial after all trials together have used so many tokens. A finished
+            result stays here too.
         seed: 0 or more; same seed, same result.
         calibration: file of text, JSONL or JSON, folder, or datasets id (`org/name:split`);
             `stdlib`, the source of Python's standard library, for the bundled model, and
@@ -253,7 +253,7 @@ def search(
             less where small blocks would suffer.
         search_tokens: tokens that probes and trials are measured on.
         report_tokens: tokens that the finalists are confirmed on.
-        sequence_length: longest sequence, tokens, as far as the model takes it; 256 for the
+        sequence_length: longest sequence, tokens; shorter if the model takes fewer. 256 for the
             bundled model and 2,048 for any other by default.
         batch_tokens: tokens of one forward.
         device: `cpu`, `cuda`, `cuda:1`; the first GPU by default, else the CPU.

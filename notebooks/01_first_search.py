@@ -48,10 +48,10 @@ pd.options.display.float_format = "{:.5g}".format
 # !{sys.executable} -m autoquant plan --budget-bpe 5.0
 
 # %% [markdown]
-# Eighteen groups in three formats are 3^18 = 387 million mixes, and the experts hold 89 % of what
-# is searched: at 5.0 bits a single layer of experts in FP8 would use up more than the whole
-# distance to the floor. So the room is in attention, and in which scale rule each group has (three
-# rules store the same bits).
+# Eighteen groups in three formats are 3^18 = 387 million assignments, and the experts hold 89 %
+# of what is searched: at 5.0 bits a single layer of experts in FP8 would use up more than the
+# whole distance to the floor. So the room is in attention, and in which scale rule each group has
+# (three rules store the same bits).
 #
 # ## The search
 
@@ -82,12 +82,12 @@ run.baselines()[["name", "bpe", "kl", "stderr", "fits"]]
 run.plot_frontier()
 
 # %% [markdown]
-# The picture answers the question "is this mix on the frontier of what I could have?". Every small
-# mark below is a measured mix (on search tokens), every mark above is one that was confirmed on
-# fresh tokens, with its interval. Two things to check before believing it:
+# The picture answers the question "is this assignment on the frontier of what I could have?".
+# Every small mark below is a measured assignment (on search tokens), every mark above is one that
+# was confirmed on fresh tokens, with its interval. Two things to check before believing it:
 #
 # * the confirmed mark of the winner lies below the line between the recipes to its left and right:
-#   then the mix is worth more than blending two recipes;
+#   then the assignment is worth more than blending two recipes;
 # * its interval does not reach the uniform NVFP4 recipe: otherwise serve that, it is simpler.
 
 # %%
@@ -141,11 +141,11 @@ run.plot_convergence()
 
 # %% [markdown]
 # The finalists are compared *paired*, token batch by token batch, which cancels what is hard about
-# a token for every mix. An interval that contains 0 is a tie, and a tie goes to the solver's own
-# choice: a difference seen on the search tokens alone is as likely a loss on fresh ones. Only a row
-# whose interval ends below 0 replaces it. Compare the columns `search_kl` and `kl` of one row: that
-# is how far the choice of tokens moves a figure (by a sixth or so here), and the rows are much
-# closer to each other.
+# a token for every assignment. An interval that contains 0 is a tie, and a tie goes to the
+# solver's own choice: a difference seen on the search tokens alone is as likely a loss on fresh
+# ones. Only a row whose interval ends below 0 replaces it. Compare the columns `search_kl` and
+# `kl` of one row: that is how far the choice of tokens moves a figure (by a sixth or so here),
+# and the rows are much closer to each other.
 #
 # ## What a user of the model would notice
 

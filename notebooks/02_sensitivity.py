@@ -13,14 +13,15 @@
 # %% [markdown]
 # # Sensitivity: what is fragile, and why
 #
-# Before it mixes formats, a search *probes*: each layer group in each choice alone, everything else
-# in BF16, and the KL of the model's output from BF16. This notebook reads those probes of the
-# bundled model and asks four questions that decide whether to trust what a search makes of them:
+# Before it chooses formats, a search *probes*: each layer group in each choice alone, everything
+# else in BF16, and the KL of the model's output from BF16. This notebook reads those probes of
+# the bundled model and asks four questions that decide whether to trust what a search makes of
+# them:
 #
 # 1. Which groups are fragile, and fragile *for what they cost*?
 # 2. Is it the weights or the activations?
 # 3. Do the NVFP4 scale rules differ by more than noise?
-# 4. Do the sensitivities of single groups say anything about a whole mix?
+# 4. Do the sensitivities of single groups say anything about a whole assignment?
 #
 # **Settings are small here**: 2,048 tokens a probe in 16 sequences, against 16,384 in 64 by
 # default. That is enough for what follows because the groups differ by factors, not by percents;
@@ -236,10 +237,10 @@ pd.DataFrame(verdicts).T
 # jointly), do not read much into *which* rule one group got, and do not expect the joint KL to fall
 # by more than the mean difference.
 #
-# ## 4. From groups to a mix
+# ## 4. From groups to an assignment
 #
 # The solver adds the groups' own KLs up. The picture sets that sum against the measured KL of whole
-# mixes.
+# assignments.
 
 # %%
 runs["w4a4"].plot_prediction()
@@ -252,11 +253,12 @@ trials[["stage", "name", "bpe", "predicted_kl", "kl", "stderr", "measured / sum"
 )
 
 # %% [markdown]
-# The sum is not the KL of the mix: measured mixes are at 0.4 to 0.8 of it, near 0.64 where most of
-# the weights are NVFP4. What a solver needs is weaker, that the *order* is right, and between mixes
-# of quite different sums it is. Between mixes whose sums are within a few percent (the runners-up
-# of a search) it is not, and that is why a search measures those jointly and confirms the finalists
-# on fresh tokens instead of returning the solver's first answer unseen.
+# The sum is not the KL of the assignment: measured ones are at 0.4 to 0.8 of it, near 0.64 where
+# most of the weights are NVFP4. What a solver needs is weaker, that the *order* is right, and
+# between assignments of quite different sums it is. Between assignments whose sums are within a
+# few percent (the runners-up of a search) it is not, and that is why a search measures those
+# jointly and confirms the finalists on fresh tokens instead of returning the solver's first
+# answer unseen.
 #
 # ## How many tokens?
 

@@ -181,9 +181,9 @@ within.groupby("proposed by").agg(
 ).sort_values("typical")
 
 # %% [markdown]
-# `closest` and `typical` are how far above the best mix of its search a trial of this kind was, as
-# a share of KL (0 is the best itself). A kind of trial that is never near 0 over many searches is
-# one to leave out; on four searches this is an illustration and no evidence.
+# `closest` and `typical` are how far above the best assignment of its search a trial of this kind
+# was, as a share of KL (0 is the best itself). A kind of trial that is never near 0 over many
+# searches is one to leave out; on four searches this is an illustration and no evidence.
 
 # %%
 COLOURS = {"5.0": "tab:blue", "5.5": "tab:orange"}
@@ -269,7 +269,8 @@ regressions(table, NEWER, OLDER)
 # %% [markdown]
 # ## What changed between two of them
 #
-# First the settings, which are parameters of the run, then the mix itself, which is an artifact.
+# First the settings, which are parameters of the run, then the assignment itself, which is an
+# artifact.
 
 # %%
 pair = ["older, 5.0 bits", "newer, 5.0 bits"]
@@ -280,7 +281,7 @@ params = params.map(lambda value: str(value).replace(str(folder), "..."))
 params[params[pair[0]] != params[pair[1]]]
 
 # %%
-mixes = pd.DataFrame(
+assignments = pd.DataFrame(
     {
         name: mlflow.artifacts.load_dict(f"runs:/{searches.loc[name, 'run_id']}/result.json")[
             "counts"
@@ -288,18 +289,19 @@ mixes = pd.DataFrame(
         for name in pair
     }
 )
-mixes
+assignments
 
 # %% [markdown]
-# Each trial has its mix too, as `assignment.json`: the one that came second can be scored on more
-# tokens or exported (`autoquant export MODEL --assignment assignment.json`) without a new search.
+# Each trial has its assignment too, as `assignment.json`: the one that came second can be scored
+# on more tokens or exported (`autoquant export MODEL --assignment assignment.json`) without a new
+# search.
 
 # %%
 close = trials[(trials["search"] == pair[1]) & (trials["params.fits"] == "True")]
 runner_up = close.sort_values("metrics.kl").iloc[1]
-mix = mlflow.artifacts.load_dict(f"runs:/{runner_up['run_id']}/assignment.json")
+assignment = mlflow.artifacts.load_dict(f"runs:/{runner_up['run_id']}/assignment.json")
 print(f"{runner_up['tags.mlflow.runName']}, proposed by {runner_up['params.origin']}")
-pd.Series(mix["groups"]).value_counts().to_frame("groups")
+pd.Series(assignment["groups"]).value_counts().to_frame("groups")
 
 # %% [markdown]
 # ## Where is the checkpoint?

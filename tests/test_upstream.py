@@ -164,6 +164,42 @@ def names_in_memory_become_names_on_disk(experts, tied):
     assert all(torch.equal(saved[name], stored[name]) for name in stored)
 
 
+@checks(
+    "transformers.core_model_loading.convert_and_load_state_dict_in_model",
+    "transformers.modeling_utils.LoadStateDictConfig",
+    "_get_dtype_plan",
+)
+def a_part_of_a_checkpoint_is_put_together_as_the_whole_is(experts, tied):
+    from safetensors.torch import load_file
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    whole = load(experts)
+    with torch.device("meta"):
+        shape = type(whole)(whole.config)
+    rules = LoadStateDictConfig(
+        dtype=torch.bfloat16,
+        dtype_plan=shape._get_dtype_plan(torch.bfloat16),
+        weight_mapping=get_model_conversion_mapping(shape),
+    )
+    stored = load_file(experts / "model.safetensors")
+    part = {name: tensor for name, tensor in stored.items() if ".layers.0." in name}
+    convert_and_load_state_dict_in_model(shape, part, rules)
+    block, expected = shape.model.layers[0].state_dict(), whole.model.layers[0].state_dict()
+    assert all(torch.equal(block[name], expected[name]) for name in expected)
+    assert all(tensor.is_meta for tensor in shape.model.layers[1].state_dict().values())
+
+
+@checks("_parameters", "_buffers")
+def a_module_has_the_tensors_that_it_is_given(experts, tied):
+    norm = torch.nn.BatchNorm1d(2)
+    weight, mean = torch.nn.Parameter(torch.tensor([2.0, 3.0])), torch.tensor([4.0, 5.0])
+    norm._parameters["weight"], norm._buffers["running_mean"] = weight, mean
+    assert norm.weight is weight
+    assert norm.running_mean is mean
+
+
 @checks("all_tied_weights_keys")
 def a_tied_head_is_named(experts, tied):
     assert "lm_head.weight" in load(tied).all_tied_weights_keys

@@ -29,6 +29,8 @@ from autoquant.source.source import CONFIG_FILE, Source, text_config
 _QUANTIZATION = "quantization_config"
 _SETS = ("ignore", "exclude_modules", "targets")
 """Keys of lists of modules, whose order says nothing."""
+_WRITER = "producer.autoquant"
+"""The version that wrote a checkpoint, which may be another than this one, or too old to say."""
 _ABSENT = object()
 _SHARED_EXPERTS: tuple[SharedExperts, ...] = ("with_routed", "separate")
 
@@ -230,6 +232,8 @@ def _differences(
         whose: who expects it, as `the source has`.
         place: keys down to `found`, joined by points.
     """
+    if place.endswith(_WRITER):
+        return
     if isinstance(found, dict) and isinstance(expected, dict):
         for key in dict.fromkeys((*expected, *found)):
             below = found.get(key, _ABSENT), expected.get(key, _ABSENT)

@@ -46,7 +46,7 @@ class Verification:
     kv_cache: KvCache
     """What engines are told to keep keys and values in."""
     problems: tuple[str, ...]
-    """One line each; none if the checkpoint is sound."""
+    """One line each; none if nothing is wrong."""
     notes: tuple[str, ...]
     """What could not be told, one line each; none of it is a problem."""
     is_foreign: bool
@@ -158,7 +158,8 @@ def _sharing_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
     for group in checkpoint.groups:
         forms = {checkpoint.choice(linear.name).form for linear in group.linears}
         if len(forms) > 1:
-            yield f"{group.name} mixes {', '.join(sorted(forms))}; its linears share a format."
+            stored = " and ".join(sorted(forms))
+            yield f"{group.name} is stored in {stored}; its linears share one format."
         elif forms != {BF16.form}:
             yield from _unequal_scalars(checkpoint, group)
 

@@ -3,8 +3,9 @@
 To second order KL(p || q) = 1/2 Var_p(dz) of the logit change dz. With v = sqrt(p) * xi -
 p <sqrt(p), xi>, xi standard normal, E[v v^T] is that variance's matrix, so that half the square of
 <v, dz> estimates the KL: v is what sampled labels' gradients of the log-likelihood tend to when
-many are combined with random signs (the Fisher factor; Martens, 2020). Pulled back to a product y
-by one backward pass, <v, dz> is the sum of g * dy over its elements.
+many are combined with random signs (the Fisher factor; Martens, 2020). One backward
+pass gives g, the gradient of <v, z> for a product y, and <v, dz> is the sum of g * dy over its
+elements.
 
 That sum is squared over windows of adjacent tokens of a sequence, of all elements of the group: per
 element, as a diagonal Fisher has it, leaves out what elements have in common and errs by a third;

@@ -50,11 +50,11 @@ def frontier(record: RunRecord) -> "Figure":
 
 
 def prediction(record: RunRecord) -> "Figure":
-    """Measured KL against the sum of the groups' own, and against the fit to measured mixes.
+    """Measured KL against the sum of the groups' own, and against the fit to measured assignments.
 
-    Both of the mixes that `predictions` of `result.json` is about, so that the errors are those of
-    its `relative_error`. Before the search is finished the second panel shows the sum again, of the
-    candidates alone.
+    Both of the assignments that `predictions` of `result.json` is about, so that the errors are
+    those of its `relative_error`. Before the search is finished the second panel shows the sum
+    again, of the candidates alone.
     """
     figure = new_figure(6.2, 3.5)
     alone, joint = figure.subplots(1, 2)
@@ -62,7 +62,7 @@ def prediction(record: RunRecord) -> "Figure":
     shown = fitted or [t for t in record.trials if not t.is_stopped]
     _draw_prediction(alone, shown, lambda t: t.predicted_kl, "sum of the groups' own KL")
     if fitted:
-        _draw_prediction(joint, fitted, lambda t: t.joint_kl, "fit to the measured mixes")
+        _draw_prediction(joint, fitted, lambda t: t.joint_kl, "fit to the measured assignments")
     else:
         near = [t for t in shown if t.fits and t.stage != "baseline"]
         _draw_prediction(joint, near, lambda t: t.predicted_kl, "the same, candidates")
@@ -178,7 +178,7 @@ def _draw_bar(
 def _draw_trials(axes: "Axes", record: RunRecord) -> None:
     from matplotlib.lines import Line2D
 
-    axes.set_title("Every mix, on tokens of the search")
+    axes.set_title("Every assignment, on search tokens")
     _scatter(axes, record.trials, lambda trial: trial.bpe)
     front = sorted((t for t in record.trials if t.is_frontier), key=lambda t: t.bpe)
     if front:
@@ -205,7 +205,7 @@ def _draw_trials(axes: "Axes", record: RunRecord) -> None:
 
 
 def _draw_near(axes: "Axes", trials: Sequence[TrialRow]) -> None:
-    """The candidates by stage: they fill the budget alike, and so are one spot among all mixes."""
+    """The candidates by stage: they fill the budget alike, and so are one spot among all trials."""
     stages = [stage for stage in STAGES if any(trial.stage == stage for trial in trials)]
     stages += sorted({trial.stage for trial in trials} - {*stages})
     places: dict[int, float] = {}

@@ -38,7 +38,7 @@ Cell = tuple[int, int]
 
 
 def format_map(record: RunRecord) -> "Figure":
-    """Formats of the best mix by layer and role, and how much the smallest would hurt there."""
+    """Formats of the best assignment by layer and role, and the KL of the smallest format there."""
     figure = new_figure(6.2, _height(record.groups))
     parts = figure.subfigures(1, 2, width_ratios=(1.08, 1), squeeze=False)
     left, right = parts[0]
@@ -104,7 +104,7 @@ def coverage(record: RunRecord) -> "Figure":
 
 
 def sizes(record: RunRecord) -> "Figure":
-    """Bytes of the best mix's checkpoint by role and format; what no format touches is grey."""
+    """Bytes of the best checkpoint by role and format; what no format touches is grey."""
     by_role: dict[str, Counter[str]] = {}
     for group in record.groups:
         if group.choice is not None and group.bytes is not None:

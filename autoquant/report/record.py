@@ -51,7 +51,7 @@ class ProbeRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRow:
-    """One mix, measured on the search split."""
+    """One assignment, measured on the search split."""
 
     number: int
     stage: str
@@ -71,7 +71,7 @@ class TrialRow:
     is_stopped: bool
     """Whether it lost its race: `kl` is the rival's plus the difference on the tokens it saw."""
     is_frontier: bool
-    """Whether no measured mix of as few bits has a lower KL."""
+    """Whether no measured assignment of as few bits has a lower KL."""
     groups: Mapping[str, str]
     """Group name to choice."""
 
@@ -83,7 +83,7 @@ class TrialRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRow:
-    """One layer group, and the choice it has in the run's best mix."""
+    """One layer group, and the choice it has in the run's best assignment."""
 
     name: str
     role: str
@@ -191,7 +191,7 @@ class RunRecord:
 
     @cached_property
     def best(self) -> TrialRow | None:
-        """The winner; before the end, the mix of least KL that keeps the budget."""
+        """The winner; before the end, the assignment of least KL that keeps the budget."""
         if self.result is not None:
             winner = self.result["winner"]["trial"]
             return next((t for t in self.trials if t.number == winner), None)

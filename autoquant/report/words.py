@@ -63,8 +63,8 @@ def finding(result: Mapping[str, Any]) -> str:
     kl = result["kl"]
     rival = best_baseline(result)
     text = (
-        f"{_size_and_budget(result)}, the chosen mix is {kl_range(kl['mean'], kl['stderr'])} nats "
-        f"per token away from BF16"
+        f"{_size_and_budget(result)}, the chosen assignment is "
+        f"{kl_range(kl['mean'], kl['stderr'])} nats per token away from BF16"
     )
     if rival is None:
         return f"{text}; no fixed recipe fits this budget."
@@ -72,7 +72,7 @@ def finding(result: Mapping[str, Any]) -> str:
 
 
 def budgeted(result: Mapping[str, Any]) -> float:
-    """What the chosen mix takes, in the unit of its budget."""
+    """What the chosen assignment takes, in the unit of its budget."""
     return float(_budget(result)["taken"])
 
 
@@ -156,7 +156,7 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
 
 
 def fit_terms(fit: Mapping[str, Any]) -> str:
-    """What the fit of measured mixes adds up; `fit` is the entry `predictions` of a result."""
+    """What the fit to the trials adds up; `fit` is the entry `predictions` of a result."""
     share, strength = fit.get("share", 1.0), round(fit["strength"], 2)
     text = "the sum"
     if share == 0:
@@ -227,7 +227,7 @@ def _budget(result: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _size_and_budget(result: Mapping[str, Any]) -> str:
-    """What the mix takes as the budget counts it, and beside it what the checkpoint stores."""
+    """What the assignment takes of the budget, and beside it what the checkpoint stores."""
     stored, budget = size(result["checkpoint_bytes"]), f"budget {exact(result['budget_bpe'])}"
     taken = f"At {budgeted(result):.3f} {unit_of_budget(result)}"
     if counts_stored_bits(result):
@@ -259,9 +259,9 @@ def _unfinished(record: RunRecord) -> str:
     }[record.status]
     text = f"This search {how} before it was confirmed on fresh tokens"
     if record.best is None:
-        return f"{text}; no mix within the budget is measured yet."
+        return f"{text}; no assignment within the budget is measured yet."
     return (
-        f"{text}. The best of {len(record.trials)} measured mixes has a KL of "
+        f"{text}. The best of {len(record.trials)} measured assignments has a KL of "
         f"{kl_range(record.best.kl, record.best.stderr)} nats per token at {record.best.bpe:.3f} "
         "bits per element, on the tokens that the search itself used."
     )

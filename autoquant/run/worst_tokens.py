@@ -1,4 +1,4 @@
-"""Which tokens a mix changes most, in text, and how KL spreads over tokens."""
+"""Which tokens an assignment changes most, in text, and how KL spreads over tokens."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,8 +26,8 @@ def describe_tokens(
     """The contents of `tokens.json`; KL in nats.
 
     Args:
-        winner: scores of the chosen mix on every token of `split`, in its order.
-        others: scores of other mixes by name, for their histograms.
+        winner: scores of the chosen assignment on every token of `split`, in its order.
+        others: scores of other assignments by name, for their histograms.
         split: the tokens.
         decode: token ids to text.
         count: how many tokens to show, worst first and at least `context` tokens apart.

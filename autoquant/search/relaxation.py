@@ -145,8 +145,8 @@ def _multiplier(scores: Floats, tables: Tables, spare: Integers) -> float:
 def _around(tables: Tables, spare: Integers) -> list[Priced]:
     """Multipliers of two limits that a bisection on the second one's share of the prices visits.
 
-    A share s mixes (1 - s) * score + s * cost, so that it runs from the scores alone to the second
-    cost alone, whatever the scales of both.
+    A weight s blends (1 - s) * score + s * cost, from the scores alone to the second cost
+    alone, whatever the scales of both.
     """
     largest = max(1, int(tables.costs[1].max()))
     visited: list[Priced] = []

@@ -53,7 +53,7 @@ def description(result: Mapping[str, Any]) -> str:
     lines = [
         finding(result),
         "",
-        "| mix | bits per element | KL, nats per token | s.e. | in budget |",
+        "| assignment | bits per element | KL, nats per token | s.e. | in budget |",
         "|---|---:|---:|---:|---|",
     ]
     lines += [

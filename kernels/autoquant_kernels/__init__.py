@@ -1,4 +1,4 @@
-"""Fused NVFP4 and FP8 fake-quantization, packing and token KL, bit-exact on every backend.
+"""Fused NVFP4 and FP8 fake-quantization and packing, bit-exact on every backend, and token KL.
 
     from autoquant_kernels import fake_quant_nvfp4_weight, nvfp4_global_scale
 
@@ -6,7 +6,8 @@
     scored = fake_quant_nvfp4_weight(weight, nvfp4_global_scale(amax))
 
 The arithmetic is IEEE float32 with every operation rounded once, so the plain PyTorch reference,
-the C++ file and the Triton kernels return the same bits. `AUTOQUANT_KERNELS` forces a backend.
+the C++ file and the Triton kernels return the same bits; sums of a KL differ in their order.
+`AUTOQUANT_KERNELS` forces a backend.
 """
 
 from autoquant_kernels.backends import active_backend

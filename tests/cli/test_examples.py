@@ -88,7 +88,7 @@ def made(tmp_path_factory) -> Path:
     )
     for name in RUNS[1:]:
         shutil.copytree(run.path, folder / name)
-    shutil.copy(run.path / "assignment.yaml", folder / "mix.yaml")
+    shutil.copy(run.path / "assignment.yaml", folder / "mine.yaml")
     page = (ROOT / "search_spaces" / "README.md").read_text(encoding="utf-8")
     space = re.search(r"(?:^ {4}.*\n)+", page, re.MULTILINE)
     assert space is not None
@@ -136,18 +136,18 @@ def test_a_line_that_a_reader_is_told_to_type_does_what_it_says(line, workspace)
         Path(target).write_text(done.stdout)
 
 
-MIXES = re.findall(
+ASSIGNMENTS = re.findall(
     r"^    schema_version: 1\n    groups:.*\n(?: {6}.*\n)*",
     (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8"),
     re.MULTILINE,
 )
 
 
-def test_a_mix_that_a_reader_is_shown_can_be_scored(workspace, tmp_path):
-    assert len(MIXES) == 2
-    for mix in MIXES:
+def test_an_assignment_that_a_reader_is_shown_can_be_scored(workspace, tmp_path):
+    assert len(ASSIGNMENTS) == 2
+    for shown in ASSIGNMENTS:
         file = tmp_path / "shown.yaml"
-        file.write_text(textwrap.dedent(mix))
+        file.write_text(textwrap.dedent(shown))
         words = ["score", "MODEL", "--assignment", str(file), "--kv-cache", "fp8"]
         done = CliRunner().invoke(cli, [*words, *quickly(["autoquant", *words])])
         assert done.exit_code == 0, done.stderr

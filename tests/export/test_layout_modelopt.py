@@ -10,6 +10,7 @@ import pytest
 from exported import NVFP4_MAX, export_mixed, mixed, uniform
 from tiny_models import MODELS, save_model
 
+import autoquant
 from autoquant.export.declaration import quantized_linears
 from autoquant.export.layouts.engine_view import modelopt_views
 from autoquant.export.layouts.modelopt import quantization_files
@@ -43,6 +44,8 @@ def test_both_files_are_written_and_agree(dense, tmp_path):
     assert view == other
     assert flat["quant_method"] == flat["producer"]["name"] == nested["producer"]["name"]
     assert flat["quant_method"] == "modelopt"
+    assert flat["producer"] == nested["producer"]
+    assert nested["producer"]["autoquant"] == autoquant.__version__
     assert flat["kv_cache_scheme"] is None
     assert nested["quantization"]["kv_cache_quant_algo"] is None
     assert nested["quantization"]["group_size"] == 16

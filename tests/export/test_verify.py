@@ -197,7 +197,7 @@ def test_group_of_two_formats(source, tmp_path):
         tensors.update({name: tensor for name, tensor in other.items() if name.startswith(Q)})
 
     change_tensors(tmp_path / "nvfp4", mix)
-    assert "model.layers.0.self_attn.qkv mixes fp8, nvfp4" in problems(tmp_path / "nvfp4")
+    assert "model.layers.0.self_attn.qkv is stored in fp8 and nvfp4" in problems(tmp_path / "nvfp4")
 
 
 @pytest.mark.parametrize("end", ["weight_scale_2", "input_scale"])

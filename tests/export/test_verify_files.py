@@ -136,6 +136,18 @@ def test_each_declaration_says_what_is_stored_without_a_source(checkpoint, file,
     assert f"{file} has no {'.'.join(keys)}" in problems(checkpoint)[-1]
 
 
+def test_another_version_may_have_written_a_checkpoint(checkpoint):
+    places = (
+        ("config.json", ("quantization_config", "producer", "autoquant")),
+        ("hf_quant_config.json", ("producer", "autoquant")),
+    )
+    for file, keys in places:
+        change(checkpoint / file, *keys, value="0.0.9")
+        assert problems(checkpoint) == []
+        change(checkpoint / file, *keys, remove=True)
+        assert problems(checkpoint) == []
+
+
 def test_block_sizes_of_compressed_tensors(compressed):
     groups = json.loads((compressed / "config.json").read_text())["quantization_config"]
     name = next(n for n, g in groups["config_groups"].items() if g["weights"]["num_bits"] == 4)

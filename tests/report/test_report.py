@@ -161,7 +161,7 @@ def test_a_run_that_failed_in_its_probes_shows_the_finished_ones(autoquant, inte
     done = autoquant("report", interrupted, "--format", "json")
     printed = json.loads(done.stdout)
     assert any(name.startswith("probes: ") for name in printed["missing"])
-    assert "no mix within the budget is measured yet" in printed["verdict"]
+    assert "no assignment within the budget is measured yet" in printed["verdict"]
     page = Page((interrupted / "report.html").read_text())
     labels = {attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"}
     assert labels == {

@@ -75,7 +75,7 @@ def test_the_figure_that_the_budget_counts_comes_first(autoquant, run, cost, sco
     stored = f"the checkpoint stores {result['bpe']['checkpoint']:.3f}"
     text = page_of(autoquant, run).text
     assert f"At {taken:.3f} {said} (budget 9; {stored}" in text
-    assert f"Budget 9 {said}, of which the mix takes {taken:.4f}" in text
+    assert f"Budget 9 {said}, of which the assignment takes {taken:.4f}" in text
     assert f"BPE is of the whole checkpoint as stored; the budget of 9 counts {said}" in text
     assert text.count("budget 9") == 1, "no line on an axis of stored bits"
     compared = run / "compared.html"

@@ -1,4 +1,4 @@
-"""Takes the pictures of docs/review.md again: python tests/review/screenshots.py runs/NAME."""
+"""Takes the pictures of README and docs/review.md: python tests/review/screenshots.py runs/NAME."""
 
 import json
 import sys
@@ -21,6 +21,9 @@ def take(run: Path) -> None:
     with chromium() as browser, mlflow_server(run.parent) as server:
         page = browser.open(report_of(run), width=900, height=1545)
         page.screenshot(path=IMAGES / "report.png")
+        below = page.get_by_text("Every assignment, on search tokens").bounding_box()
+        top = {"x": 0, "y": 0, "width": 900, "height": below["y"] - 8}
+        page.screenshot(path=IMAGES / "result.png", clip=top)  # the README's
         picture(page, LAYER_MAP).screenshot(path=IMAGES / "layer-map.png")
         for tab, name in (("", "mlflow-run"), ("/model-metrics", "mlflow-curves")):
             address = run_address(server.url, experiment, run_id, tab)

@@ -1,4 +1,4 @@
-"""Tokens that a mix changes most."""
+"""Tokens that an assignment changes most."""
 
 import numpy as np
 import pytest

@@ -57,7 +57,7 @@ def test_a_rule_that_harms_all_groups_together_is_closed(even):
     assert not found.problem.allows(optimum.assignment)
     assert (found.incumbent.kl, found.incumbent.name) == (
         pytest.approx(0.45),
-        "optimum, sound rules only",
+        "optimum, rules closed",
     )
 
 

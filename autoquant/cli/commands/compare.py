@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @out_option("FILE", "HTML file to write as well.")
 @format_option
 def command(runs: tuple[Path, ...], out: Path | None, format: str) -> None:
-    """Set run directories side by side."""
+    """Put several run directories side by side on one page."""
     from dataclasses import asdict
 
     from autoquant.files import write_atomic

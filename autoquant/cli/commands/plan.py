@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 )
 @format_option
 def command(config: PlanConfig, format: str) -> None:
-    """Print layer groups, sizes and limits, without loading a weight."""
+    """Print layer groups, sizes and possible budgets; reads no weights."""
     from autoquant.run.opening import open_plan
 
     plan, budget = open_plan(config), config.budget

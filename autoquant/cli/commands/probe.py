@@ -31,9 +31,9 @@ from autoquant.run.config import ProbeConfig
 )
 @format_option
 def command(config: ProbeConfig, format: str) -> None:
-    """Measure what each layer costs in each format; a search picks it up.
+    """Measure the KL of each layer group in each format, for later searches.
 
-    A search without --sensitivity finds what is in runs/ by itself.
+    A search without --sensitivity finds the probes in runs/ by itself.
     """
     from autoquant.cli.terminal import Terminal
     from autoquant.run.budgets import run_probes

@@ -29,7 +29,7 @@ from autoquant.run.config import ScoreConfig
 def command(config: ScoreConfig, format: str) -> None:
     """Measure KL, agreement and perplexity against the BF16 model.
 
-    With the options of a search, on exactly its tokens.
+    With the options of a search, it uses exactly the tokens of that search.
     """
     from autoquant.cli.terminal import Terminal
     from autoquant.run.single import score

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 )
 @format_option
 def command(checkpoint: Path, source: str | None, revision: str | None, format: str) -> None:
-    """Read every tensor of an exported checkpoint back."""
+    """Read every tensor of an exported checkpoint back and check it."""
     from autoquant.export.verify import require_sound, verify
     from autoquant.source.source import open_source
 

@@ -8,6 +8,7 @@ functions below leave no name whose answer differs between them.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import autoquant
 from autoquant.export.layouts.base import Layout, form_of
 from autoquant.export.layouts.modules import (
     experts_container,
@@ -21,8 +22,9 @@ from autoquant.source import names as table
 from autoquant.source.headers import Headers
 
 QUANTIZATION_FILE = "hf_quant_config.json"
-PRODUCER = {"name": "modelopt", "version": "0.47.0"}
-"""vLLM and SGLang read the files of no other producer; the version is the layout's."""
+PRODUCER = {"name": "modelopt", "version": "0.47.0", "autoquant": autoquant.__version__}
+"""vLLM and SGLang read the files of no producer with another `name`. `version` is the layout's,
+`autoquant` the version that wrote the checkpoint."""
 
 MIXED = "MIXED_PRECISION"
 KV_CACHE_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}

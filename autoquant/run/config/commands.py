@@ -64,8 +64,8 @@ class ProbeConfig(CacheConfig, InputsConfig, SpaceConfig, LoadedConfig):
         ProbeMethod,
         Setting(
             "Search",
-            "How each layer's part is found out: its KL in every format (exact); in one format, "
-            "the others scaled by gradients (screened); or gradients alone.",
+            "How the KL of each group is found: measured in every choice (exact); measured in one "
+            "choice and scaled to the others by gradients (screened); or by gradients alone.",
         ),
     ] = ProbeMethod.SCREENED
     out: Annotated[
@@ -82,7 +82,7 @@ class ProbeConfig(CacheConfig, InputsConfig, SpaceConfig, LoadedConfig):
         bool,
         Setting(
             "Output",
-            "Go on with an earlier run of the same settings, or set it aside and begin anew.",
+            "Go on with an earlier run of the same settings; --fresh sets it aside.",
             opposite="fresh",
             is_saved=False,
         ),
@@ -109,21 +109,21 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
         Path | None,
         Setting(
             "Budget",
-            "YAML or CSV file of what each product costs in each choice, such as measured "
-            "microseconds; a second limit, with --cost-limit.",
+            "YAML or CSV file that says what each product costs in each choice, for instance in "
+            "microseconds. With --cost-limit it is a second limit.",
             "FILE",
         ),
     ] = None
     cost_limit: Annotated[
         Seconds | None,
-        Setting("Budget", "Most that the products may cost together, in the table's unit.", "X"),
+        Setting("Budget", "Largest summed cost of all products, in the table's unit.", "X"),
     ] = None
     sensitivity: Annotated[
         Path | None,
         Setting(
             "Search",
-            "Run directory whose probes to take over, of `autoquant probe` or of another search "
-            "with the same settings.",
+            "Run directory whose probes are used: of `autoquant probe`, or of another search with "
+            "the same settings.",
             "RUN",
             unset="what `autoquant probe` wrote to runs/",
             is_saved=False,
@@ -133,8 +133,8 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
         Natural,
         Setting(
             "Search",
-            "Joint measurements beyond the baselines, the solver's optima and the check of their "
-            "scale rules and roundings.",
+            "Whole assignments to measure, beyond the fixed recipes, the solver's optima and the "
+            "check of their scale rules and roundings.",
             "N",
         ),
     ] = 30
@@ -142,8 +142,8 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
         Natural,
         Setting(
             "Search",
-            "How many of the trials, at most all, Optuna proposes, over weights of the "
-            "sensitivities by role and depth; the others come from predictions and swaps.",
+            "How many of the trials Optuna proposes, by weighting the sensitivities by role and "
+            "depth. The others come from predictions and swaps.",
             "N",
         ),
     ] = 0
@@ -151,8 +151,8 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
         Positive,
         Setting(
             "Search",
-            "Trials that go through the weights together: what takes most of the time where these "
-            "are streamed. They race against the best before them.",
+            "Trials that are measured in one pass over the weights. This saves time where weights "
+            "are streamed. They race against the best trial before them.",
             "N",
         ),
     ] = 1
@@ -160,9 +160,8 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
         Seconds | None,
         Setting(
             "Search",
-            "Begin no further trial once loading, calibration, probes and trials have taken S "
-            "seconds, those of an interrupted call included. A finished result stays: --fresh "
-            "begins anew.",
+            "Start no trial after S seconds of loading, calibration, probes and trials, those of "
+            "interrupted calls included. A finished result stays; --fresh begins anew.",
             "S",
         ),
     ] = None
@@ -170,8 +169,8 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
         Positive | None,
         Setting(
             "Search",
-            "Begin no further trial once all trials together have seen N tokens. A finished result "
-            "stays: --fresh begins anew.",
+            "Start no trial after all trials together have used N tokens. A finished result stays; "
+            "--fresh begins anew.",
             "N",
         ),
     ] = None

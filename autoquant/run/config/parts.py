@@ -88,7 +88,7 @@ class LoadedConfig(ModelConfig):
         Tokens | None,
         Setting(
             "Data",
-            "Longest sequence, as far as the model takes it.",
+            "Longest sequence; shorter if the model takes fewer tokens.",
             "N",
             unset="2048; 256 for the bundled model",
         ),

@@ -33,7 +33,7 @@ class ScaleRules:
         found = take(self._named(), history, count, Stage.RULES)
         if not found:
             optimum = self._without_harmful(history).optimum()
-            found = take([("optimum, sound rules only", optimum)], history, count, Stage.SOLVER)
+            found = take([("optimum, rules closed", optimum)], history, count, Stage.SOLVER)
         return found
 
     def verdict(self, history: History) -> tuple[Problem, Trial]:
