@@ -14,7 +14,7 @@ from autoquant.measure.statistics.moments import collect_moments, is_held_out
 from autoquant.model.live_weights import units_of
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.grouping import find_groups
-from autoquant.run.observer import Silent
+from autoquant.run.observer import Logged
 from autoquant.source.source import open_source
 
 
@@ -39,7 +39,7 @@ def opened(place, *, batch_tokens=256):
         mode=ActivationMode.W4A4,
         device="cpu",
         trust_remote_code=False,
-        observer=Silent(),
+        observer=Logged(),
     )
     return source, session
 

@@ -158,7 +158,8 @@ def test_what_is_no_form_of_the_weights_comes_along_and_the_rest_is_named(tmp_pa
     assignment = tmp_path / "a.json"
     assignment.write_text(json.dumps({"schema_version": 1, "groups": {}}))
     out = tmp_path / "out"
-    done = autoquant("export", folder, "--assignment", assignment, "--out", out, *TOKEN_FLAGS)
+    flags = ("--calibration", "stdlib", *TOKEN_FLAGS)
+    done = autoquant("export", folder, "--assignment", assignment, "--out", out, *flags)
     assert done.exit_code == 0, done.stderr
     assert {name: (out / name).read_bytes() for name in companions} == {
         name: name.encode() for name in companions
