@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def forget_checksums(run: Path) -> None:
-    """Take the checksums out of a run's files, which earlier versions did not write."""
+    """Make the run one of an earlier version, which wrote no checksums."""
     for path in run.glob("*.json"):
         path.write_text(json.dumps(_without(json.loads(path.read_text()))))
     for path in run.glob("*.jsonl"):
@@ -14,4 +14,4 @@ def forget_checksums(run: Path) -> None:
 
 
 def _without(record: dict) -> dict:
-    return {key: value for key, value in record.items() if key != "checksum"}
+    return {key: value for key, value in record.items() if key not in ("checksum", "sealed")}

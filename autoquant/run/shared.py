@@ -58,7 +58,7 @@ class Shared:
             run.add_environment(environment)
         for name in PROBES:
             if (donor / name).exists():
-                run.write_text(name, (donor / name).read_text(encoding="utf-8"))
+                run.adopt(donor, name)
 
     def trials(self) -> Iterator[Trial]:
         """What earlier runs measured to the end on the same search tokens."""

@@ -56,12 +56,17 @@ TRACKING = "tracking.json"
 SECONDS = "seconds.json"
 
 IDENTITY = "run.json"
+_LINES = ".jsonl"
 _LOCK = ".lock"
 _PRELIMINARY = frozenset({IDENTITY, _LOCK, CONFIG, GROUPS, SPLITS, SECONDS, TRACKING})
 """What a search writes before it measures anything."""
 
 _CHECKSUM = "checksum"
-"""Of what else the object holds. Files of earlier versions have none, and are taken as they are."""
+"""Of what else the object holds."""
+
+_SEALED = "sealed"
+"""True in the identity of a run all of whose records have checksums; not in one that an earlier
+version began, whose records are taken as they are."""
 
 _LARGEST_FILE = 2**32
 """Bytes; more than any search writes."""
@@ -139,6 +144,7 @@ class RunDirectory:
                 identity = {
                     "autoquant": autoquant.__version__,
                     "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    _SEALED: True,
                     "signature": signature,
                 }
             run = cls(path, lock, identity)
@@ -225,6 +231,18 @@ class RunDirectory:
         """
         return read_records(self.path, name)
 
+    def adopt(self, folder: Path, name: str) -> None:
+        """Write what another run directory holds under `name`, a JSON or a line file.
+
+        Raises:
+            SourceError: it is damaged or of another schema version.
+        """
+        if not name.endswith(_LINES):
+            self.write_json(name, read_json(folder, name) or {})
+            return
+        lines = (to_json(_sealed(record)) + "\n" for record in read_records(folder, name))
+        self.write_text(name, "".join(lines))
+
     def _record(self, status: Status) -> None:
         self._identity["status"] = str(status)
         self.write_json(IDENTITY, self._identity)
@@ -233,7 +251,10 @@ class RunDirectory:
 def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     """What `RunDirectory.write_json` wrote; see `RunDirectory.read_json`. Takes no lock."""
     content = _read(folder / name)
-    return None if content is None else _parse(content, str(folder / name))
+    if content is None:
+        return None
+    is_sealed = name != IDENTITY and _is_sealed(folder)
+    return _parse(content, str(folder / name), is_sealed=is_sealed)
 
 
 def read_seconds(folder: Path) -> dict[str, float]:
@@ -255,7 +276,11 @@ def read_records(folder: Path, name: str) -> list[dict[str, Any]]:
     """What `RunDirectory.append` wrote; see `RunDirectory.records`. Takes no lock."""
     path = folder / name
     lines = (_read(path) or b"").split(b"\n")[:-1]
-    return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+    is_sealed = _is_sealed(folder)
+    return [
+        _parse(line, f"{path} line {number}", is_sealed=is_sealed)
+        for number, line in enumerate(lines, start=1)
+    ]
 
 
 def _hold(path: Path) -> FileLock:
@@ -366,6 +391,11 @@ def _checksum(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(to_json(data).encode()).hexdigest()[:16]
 
 
+def _is_sealed(folder: Path) -> bool:
+    """Whether every record of the run has a checksum."""
+    return f'"{_SEALED}": true'.encode() in (_read(folder / IDENTITY) or b"")
+
+
 def _read(path: Path) -> bytes | None:
     """The content of a file; None where there is none.
 
@@ -381,7 +411,7 @@ def _read(path: Path) -> bytes | None:
         raise _damaged(str(path), str(error)) from error
 
 
-def _parse(content: bytes, origin: str) -> dict[str, Any]:
+def _parse(content: bytes, origin: str, *, is_sealed: bool) -> dict[str, Any]:
     try:
         data = json.loads(content.decode())
     except (ValueError, RecursionError):
@@ -392,7 +422,7 @@ def _parse(content: bytes, origin: str) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise OtherSchema(origin, version)
     checksum = data.pop(_CHECKSUM, None)
-    if checksum is not None and checksum != _checksum(data):
+    if (is_sealed or checksum is not None) and checksum != _checksum(data):
         raise _damaged(origin, "is not what was written there, by its checksum")
     return data
 

@@ -268,6 +268,27 @@ def test_a_file_without_a_checksum_is_taken_as_it_is(path):
         assert run.records(TRIALS) == [{"number": 0, "kl": 0.5}]
 
 
+@pytest.mark.parametrize("name", ["result.json", TRIALS])
+def test_a_record_that_has_lost_its_checksum_is_damaged(path, name):
+    make(path)
+    text = (path / name).read_text()
+    (path / name).write_text(re.sub(r',\s*"checksum": "\w+"', "", text))
+    with (
+        RunDirectory.open(path, SIGNATURE) as run,
+        pytest.raises(SourceError, match="is damaged: it is not what was written"),
+    ):
+        run.read_json(name) if name.endswith("json") else run.records(name)
+
+
+def test_a_run_that_an_earlier_version_began_goes_on(path):
+    make(path)
+    forget_checksums(path)
+    for _ in range(2):
+        with RunDirectory.open(path, SIGNATURE) as run:
+            assert run.read_json("result.json") == {"kl": 0.25}
+            run.append(TRIALS, {"number": 1})
+
+
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(path):
     make(path)
     (path / "result.json").unlink()
