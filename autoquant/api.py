@@ -178,6 +178,7 @@ def search(
     cost_limit: float | None = None,
     space: str = "default",
     effort: Literal["fast", "default"] = "default",
+    a16_share: float = 0.0,
     activation_mode: Literal["w4a4", "w4a16"] = "w4a4",
     probe: Literal["exact", "screened", "gradient"] = "screened",
     sensitivity: Path | str | None = None,
@@ -225,6 +226,8 @@ def search(
         space: which layers may take which formats: a shipped space's name, or a YAML file.
         effort: what a plain `nvfp4` of the space stands for, at the same bits: codes of the weight
             alone (fast), or besides these codes fitted to calibration inputs (default).
+        a16_share: most of the searched layers' multiply-adds that NVFP4 layers may do with inputs
+            left in BF16, from 0 to 1.
         activation_mode: whether NVFP4 layers see NVFP4 inputs (w4a4) or BF16 inputs (w4a16).
         kv_cache: how engines are to keep keys and values; fp8 calibrates and stores scales for
             them, and counts what it costs in KL.

@@ -48,6 +48,7 @@ SURFACE = {
     | {
         "--space",
         "--effort",
+        "--a16-share",
         "--activation-mode",
         "--kv-cache",
         "--layout",
@@ -60,9 +61,9 @@ SURFACE = {
     "probe": MODEL
     | DEVICE
     | (TOKENS - {"--report-tokens"})
-    | {"--out", "--resume", "--fresh", "--space", "--effort"}
+    | {"--out", "--resume", "--fresh", "--space", "--effort", "--a16-share"}
     | {"--activation-mode", "--kv-cache", "--probe"},
-    "plan": MODEL | BUDGET | {"--space", "--effort"},
+    "plan": MODEL | BUDGET | {"--space", "--effort", "--a16-share"},
     "score": MODEL
     | DEVICE
     | TOKENS

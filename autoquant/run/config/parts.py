@@ -15,7 +15,7 @@ from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.space import Effort
 from autoquant.run.config.base import Config
 from autoquant.run.config.setting import Setting
-from autoquant.run.config.types import Bytes, Factor, Natural, Tokens
+from autoquant.run.config.types import Bytes, Factor, Natural, Share, Tokens
 from autoquant.tracking import ChildRuns
 
 if TYPE_CHECKING:
@@ -195,6 +195,15 @@ class SpaceConfig(ModelConfig):
             "weighted by them, and rounding that compensates its errors.",
         ),
     ] = Effort.DEFAULT
+    a16_share: Annotated[
+        Share,
+        Setting(
+            "Search",
+            "Most of the searched layers' multiply-adds that NVFP4 layers may do with inputs left "
+            "in BF16: no byte more and less KL, and prompts are read more slowly.",
+            "X",
+        ),
+    ] = 0.0
 
 
 class InputsConfig(Config):
