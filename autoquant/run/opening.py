@@ -3,7 +3,7 @@
 from autoquant.decimals import shortest
 from autoquant.errors import ConfigError
 from autoquant.export.companions import require_sound_companions
-from autoquant.plan.activation_mode import ActivationMode
+from autoquant.plan.activation_mode import Target
 from autoquant.plan.cost_table import CostTable
 from autoquant.plan.limit import Limit
 from autoquant.plan.model_costs import CostKind
@@ -43,11 +43,11 @@ def open_plan(config: ProbeConfig | PlanConfig) -> Plan:
         space = space.with_bf16_inputs()
     if isinstance(config, PlanConfig):
         return make_plan(open_model(config, weights=False), space)
-    if config.a16_share and config.activation_mode is not ActivationMode.W4A4:
+    if config.a16_share and config.served_by is not Target.BLACKWELL:
         raise ConfigError(
-            f"--a16-share is {shortest(config.a16_share)}, and under --activation-mode "
-            f"{config.activation_mode} the inputs of NVFP4 layers are in BF16 as it is.",
-            fix="leave --a16-share out, or search for a machine that quantizes them (w4a4).",
+            f"--a16-share is {shortest(config.a16_share)}, and on {config.served_by} the inputs of "
+            "NVFP4 layers are in BF16 as it is.",
+            fix=f"leave --a16-share out, or search for --target {Target.BLACKWELL}.",
         )
     return make_plan(open_model(config), space, config.kv_cache)
 

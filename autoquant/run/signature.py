@@ -80,7 +80,7 @@ def probe_signature(config: ProbeConfig, plan: Plan) -> dict[str, Any]:
             **({"all_experts": True} if config.calibrate_all_experts else {}),
         },
         **({"input_headroom": config.input_headroom} if config.input_headroom != 1.0 else {}),
-        "activation_mode": str(config.activation_mode),
+        "activation_mode": str(config.mode),
         **({"kv_cache": str(config.kv_cache)} if config.kv_cache is not KvCache.BF16 else {}),
         "probe": str(config.probe),
         "seed": config.seed,

@@ -49,6 +49,7 @@ SURFACE = {
         "--space",
         "--effort",
         "--a16-share",
+        "--target",
         "--activation-mode",
         "--kv-cache",
         "--layout",
@@ -62,12 +63,12 @@ SURFACE = {
     | DEVICE
     | (TOKENS - {"--report-tokens"})
     | {"--out", "--resume", "--fresh", "--space", "--effort", "--a16-share"}
-    | {"--activation-mode", "--kv-cache", "--probe"},
+    | {"--target", "--activation-mode", "--kv-cache", "--probe"},
     "plan": MODEL | BUDGET | {"--space", "--effort", "--a16-share"},
     "score": MODEL
     | DEVICE
     | TOKENS
-    | {"--assignment", "--checkpoint", "--activation-mode", "--kv-cache", "--split"},
+    | {"--assignment", "--checkpoint", "--target", "--activation-mode", "--kv-cache", "--split"},
     "export": MODEL
     | DEVICE
     | TOKENS

@@ -110,6 +110,8 @@ def configs(draw: st.DrawFn) -> SearchConfig:
         if name == "budget_bpe" or draw(st.booleans())
     }
     assume(values.get("reweight_trials", 0) <= values.get("trials", 30))
+    if "target" in values:
+        values.pop("activation_mode", None)  # the same by an earlier name
     return SearchConfig.of(values)
 
 
@@ -227,6 +229,7 @@ OTHER = {
     "space": "mine.yaml",
     "effort": "fast",
     "a16_share": 0.25,
+    "target": "hopper",
     "activation_mode": "w4a16",
     "kv_cache": "fp8",
     "probe": "exact",
