@@ -27,7 +27,7 @@ from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.plan import Plan, make_plan
 from autoquant.plan.space_file import load_space
-from autoquant.run.observer import Silent
+from autoquant.run.observer import Logged
 from autoquant.source.source import open_source
 from experiments.common.record import provenance, write
 
@@ -35,6 +35,9 @@ CHOICES = (
     *("nvfp4/max", "nvfp4/mse", "nvfp4/four_over_six", "nvfp4/diagonal", "nvfp4/hessian"),
     *("nvfp4/max/gptq", "nvfp4/mse/gptq", "nvfp4/diagonal/gptq", "nvfp4/hessian/gptq"),
 )
+
+MODES = (ActivationMode.W4A4, ActivationMode.W4A16)
+"""Where the inputs of NVFP4 layers are quantized, and where they are not."""
 
 
 def main() -> None:
@@ -46,7 +49,7 @@ def main() -> None:
         study.prepare()
         rows += study.encoded(arguments.choices)
         for text in filter(None, (arguments.text, arguments.unlike)):
-            for mode in ActivationMode:
+            for mode in MODES:
                 rows += study.scored(arguments.choices, text, mode)
     settings = {name: str(value) for name, value in vars(arguments).items()}
     write(arguments.out, {"settings": settings, "rows": rows} | provenance(arguments.commit))
@@ -130,7 +133,7 @@ class Study:
             trust_remote_code=False,
             codes=self._codes,
             statistics=self._statistics,
-            observer=Silent(),
+            observer=Logged(),
         )
 
 
