@@ -51,7 +51,7 @@ def main() -> None:
         for text in filter(None, (arguments.text, arguments.unlike)):
             for mode in MODES:
                 rows += study.scored(arguments.choices, text, mode)
-    settings = {name: str(value) for name, value in vars(arguments).items()}
+    settings = {name: _said_of(value) for name, value in vars(arguments).items() if name != "out"}
     write(arguments.out, {"settings": settings, "rows": rows} | provenance(arguments.commit))
 
 
@@ -109,7 +109,7 @@ class Study:
             choice = Choice.parse(name)
             assignment = Assignment.of({group.name: choice for group in self._groups})
             (scores,) = session.scorer.score_fully([assignment], split)
-            row = {"part": "score", "choice": name, "mode": str(mode), "text": text}
+            row = {"part": "score", "choice": name, "mode": str(mode), "text": _said_of(text)}
             yield _said(
                 row | {"kl": scores.mean, "stderr": scores.stderr(), "tokens": split.tokens}
             )
@@ -135,6 +135,11 @@ class Study:
             statistics=self._statistics,
             observer=Logged(),
         )
+
+
+def _said_of(value: Any) -> Any:
+    """A setting without the folders of this machine."""
+    return Path(value).name if isinstance(value, (str, Path)) and "/" in str(value) else value
 
 
 def _said(row: dict[str, Any]) -> dict[str, Any]:
