@@ -178,7 +178,9 @@ def search(
     cost_limit: float | None = None,
     space: str = "default",
     effort: Literal["fast", "default"] = "default",
-    activation_mode: Literal["w4a4", "w4a16"] = "w4a4",
+    a16_share: float = 0.0,
+    target: Literal["blackwell", "hopper", "ampere"] | None = None,
+    activation_mode: Literal["w4a4", "w4a16"] | None = None,
     probe: Literal["exact", "screened", "gradient"] = "screened",
     sensitivity: Path | str | None = None,
     kv_cache: KvCacheName = "bf16",
@@ -225,7 +227,11 @@ def search(
         space: which layers may take which formats: a shipped space's name, or a YAML file.
         effort: what a plain `nvfp4` of the space stands for, at the same bits: codes of the weight
             alone (fast), or besides these codes fitted to calibration inputs (default).
-        activation_mode: whether NVFP4 layers see NVFP4 inputs (w4a4) or BF16 inputs (w4a16).
+        a16_share: most of the searched layers' multiply-adds that NVFP4 layers may do with inputs
+            left in BF16, from 0 to 1.
+        target: the machine that serves, hence which inputs it quantizes: those of NVFP4 and FP8
+            layers (blackwell, the default), of FP8 layers (hopper), or none (ampere).
+        activation_mode: an earlier name of `target`: w4a4 is blackwell, w4a16 hopper.
         kv_cache: how engines are to keep keys and values; fp8 calibrates and stores scales for
             them, and counts what it costs in KL.
         probe: how the KL of each group is found: measured in every choice (exact); measured in

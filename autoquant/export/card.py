@@ -47,8 +47,8 @@ class CardFacts:
     """What the checkpoint takes in that unit, where it is not what it stores."""
     further_limits: tuple[str, ...] = ()
     """Limits besides the budget, and what the checkpoint takes of each, in words."""
-    activation_mode: str
-    """`w4a4` or `w4a16`; a KL without it means nothing."""
+    target: str
+    """The machine whose inputs were measured; a KL without it means nothing."""
     kv_cache: str = "bf16"
     """Of the model that was measured."""
     text: str
@@ -68,7 +68,7 @@ class CardFacts:
             "budget_unit": self.budget_unit,
             "budgeted_bpe": self.budgeted_bpe,
             "further_limits": list(self.further_limits),
-            "activation_mode": self.activation_mode,
+            "target": self.target,
             "kv_cache": self.kv_cache,
             "text": self.text,
             "tokens": self.tokens,

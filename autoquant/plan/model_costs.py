@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
-from autoquant.formats import Choice
+from autoquant.formats import A16, Choice
 from autoquant.plan.accounting import BYTE_BITS
 from autoquant.plan.budget import Scope
 from autoquant.plan.cost import Cost, Unit
@@ -38,6 +38,8 @@ class CostKind(StrEnum):
     """Bytes that one token reads."""
     BF16_PRODUCTS = "bf16-products"
     """Multiply-adds with BF16 inputs."""
+    A16_PRODUCTS = "a16-products"
+    """Those of them whose weights are quantized and whose inputs could be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +169,33 @@ class Bf16Products(Cost):
 
     def of(self, group: str, choice: Choice) -> int:
         """Multiply-adds of the group per token if `choice` leaves its inputs in BF16, or none."""
-        return self._products(self.accounting.groups[group]) if choice.keeps_input else 0
+        return self._products(self.accounting.groups[group]) if self._counts(choice) else 0
+
+    def _counts(self, choice: Choice) -> bool:
+        return choice.keeps_input
 
     def _products(self, group: LayerGroup) -> int:
         return math.ceil(group.elements * share_of_token(group, self.text_config))
+
+
+@dataclass(frozen=True, kw_only=True)
+class A16Products(Bf16Products):
+    """Multiply-adds per token of quantized weights whose inputs stay in BF16 by choice."""
+
+    @property
+    def name(self) -> str:
+        return CostKind.A16_PRODUCTS
+
+    @property
+    def unit(self) -> Unit:
+        return replace(
+            super().unit,
+            name="multiply-adds with inputs left in BF16 per multiply-add of the searched layers",
+            meaning="those of quantized weights",
+        )
+
+    def _counts(self, choice: Choice) -> bool:
+        return choice.input == A16
 
 
 def share_of_token(group: LayerGroup, text_config: Mapping[str, Any]) -> Fraction:

@@ -17,7 +17,13 @@ from autoquant.plan.grouping import Groups, find_groups
 from autoquant.plan.kv_cache import cache_bytes
 from autoquant.plan.limit import Limit
 from autoquant.plan.linears import LayerGroup
-from autoquant.plan.model_costs import ActiveBytes, Bf16Products, CostKind, StoredBytes
+from autoquant.plan.model_costs import (
+    A16Products,
+    ActiveBytes,
+    Bf16Products,
+    CostKind,
+    StoredBytes,
+)
 from autoquant.plan.space import Options, SearchSpace
 from autoquant.source.architecture import knows
 from autoquant.source.names import UNKNOWN_ROLE, Fixed
@@ -71,7 +77,8 @@ class Plan:
         text_config = self.source.text_config
         if kind is CostKind.ACTIVE_BYTES:
             return ActiveBytes(accounting=self.accounting, scope=scope, text_config=text_config)
-        return Bf16Products(accounting=self.accounting, text_config=text_config)
+        of_inputs = A16Products if kind is CostKind.A16_PRODUCTS else Bf16Products
+        return of_inputs(accounting=self.accounting, text_config=text_config)
 
     def limit(self, budget: Budget, kind: CostKind = CostKind.BITS) -> Limit:
         """The budget of a cost, resolved for this model."""

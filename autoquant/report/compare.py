@@ -88,7 +88,7 @@ def caveats(records: Sequence[RunRecord]) -> list[str]:
     finished = [record for record in records if record.result is not None]
     for what, values in (
         ("models differ", {r.identity["signature"].get("model") for r in finished}),
-        ("activation modes differ", {(r.result or {})["activation_mode"] for r in finished}),
+        ("targets differ", {(r.result or {})["activation_mode"] for r in finished}),
         (
             "report tokens differ",
             {(r.result or {})["tokens"]["report"]["digest"] for r in finished},

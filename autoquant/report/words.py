@@ -126,6 +126,11 @@ def fitted_codes(result: Mapping[str, Any]) -> str:
     return text + (f"; codes of the weight alone have {'; '.join(reasons)}" if reasons else "")
 
 
+def target_of(result: Mapping[str, Any]) -> str:
+    """The machine that a result's KL is of; results without one name its inputs."""
+    return str(result.get("target") or result["activation_mode"])
+
+
 def clipped_inputs(result: Mapping[str, Any]) -> str:
     """How many input elements were beyond their scales on fresh text; empty where none is known."""
     inputs = result.get("inputs")

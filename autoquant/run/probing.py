@@ -105,7 +105,7 @@ class Probing:
                 [group for group in self.plan.groups if choices[group.name] != (BF16,)],
                 cached_attention(self.config.kv_cache, self.plan.groups),
                 self.observer,
-                mode=self.config.activation_mode,
+                mode=self.config.mode,
                 codes=code_cache(self.plan.source, self.run.path),
                 statistics=StatisticsStore(self.run.path / STATISTICS),
             )

@@ -51,7 +51,7 @@ def score(config: ScoreConfig, observer: Observer) -> dict[str, Any]:
         SourceError: model, text or checkpoint missing, damaged or not matching.
         ConfigError: the assignment names a group or format that the model does not allow.
     """
-    source, mode = open_model(config), config.activation_mode
+    source, mode = open_model(config), config.mode
     if config.checkpoint is not None:
         exported = open_quantized(config.checkpoint)
         groups = groups_of(exported, source)
@@ -70,6 +70,7 @@ def score(config: ScoreConfig, observer: Observer) -> dict[str, Any]:
     return _measure(session, groups, source, assignment, cache, config.split, observer) | {
         "model": source.model,
         "checkpoint": str(config.checkpoint) if config.checkpoint is not None else None,
+        "target": str(config.served_by),
         "activation_mode": str(mode),
         "kv_cache": str(cache),
     }

@@ -264,7 +264,7 @@ class Search(Probing):
             budget_unit=unit_of_budget(result),
             budgeted_bpe=None if counts_stored_bits(result) else budgeted(result),
             further_limits=tuple(further_limits(result)),
-            activation_mode=str(self.config.activation_mode),
+            target=str(self.config.served_by),
             kv_cache=str(self.config.kv_cache),
             text=text_title(self.config.text),
             tokens=result["tokens"]["report"]["tokens"],

@@ -43,7 +43,7 @@ def recipe_figures(result: Mapping[str, Any]) -> dict[str, float]:
 
 def description(result: Mapping[str, Any]) -> str:
     """What the search found, and the table of baselines, in Markdown."""
-    from autoquant.report.words import finding, fixed, number
+    from autoquant.report.words import finding, fixed, number, target_of
 
     rows = [("**this search**", result["bpe"]["checkpoint"], result["kl"], True)]
     rows += [
@@ -61,8 +61,11 @@ def description(result: Mapping[str, Any]) -> str:
         f"| {'yes' if fits else 'no'} |"
         for name, bpe, kl, fits in sorted(rows, key=lambda row: float(row[2]["mean"]))
     ]
-    mode = result["activation_mode"]
-    lines += ["", f"KL on fresh tokens, {mode}. The whole report is report.html under Artifacts."]
+    lines += [
+        "",
+        f"KL on fresh tokens, for {target_of(result)}. The whole report is report.html under "
+        "Artifacts.",
+    ]
     return "\n".join(lines)
 
 
@@ -90,6 +93,8 @@ def log_checkpoint(
     """
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 
+    from autoquant.report.words import target_of
+
     found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
     if any(model.status == LoggedModelStatus.READY for model in found):
         return
@@ -108,6 +113,7 @@ def log_checkpoint(
         params={
             "budget_bpe": str(result["budget_bpe"]),
             "budget_scope": result["budget_scope"],
+            "target": target_of(result),
             "activation_mode": result["activation_mode"],
             **{f"groups.{kind}": str(count) for kind, count in result["counts"].items()},
         },

@@ -191,14 +191,31 @@ def test_a_search_without_export_can_export_later(search, finished):
 
 
 @pytest.mark.slow
-def test_activation_modes_are_measured_as_they_say(search, finished):
-    _, run = search("--activation-mode", "w4a16", "--trials", 0, "--no-export")
+@pytest.mark.parametrize("flags", [("--activation-mode", "w4a16"), ("--target", "hopper")])
+def test_targets_are_measured_as_they_say(search, finished, flags):
+    _, run = search(*flags, "--trials", 0, "--no-export")
     result = outcome(run)[0]
-    assert result["activation_mode"] == "w4a16"
+    assert (result["target"], result["activation_mode"]) == ("hopper", "w4a16")
     kl = {row["name"]: row["kl"] for row in result["baselines"]}
     other = {row["name"]: row["kl"] for row in finished[1]["baselines"]}
     assert kl["uniform nvfp4"] < other["uniform nvfp4"]
     assert kl["uniform fp8"] == other["uniform fp8"]
+
+
+@pytest.mark.slow
+def test_ampere_multiplies_in_bf16_alone(search, finished):
+    _, run = search("--target", "ampere", "--trials", 0, "--no-export")
+    result = outcome(run)[0]
+    assert (result["target"], result["activation_mode"]) == ("ampere", "a16")
+    kl = {row["name"]: row["kl"] for row in result["baselines"]}
+    other = {row["name"]: row["kl"] for row in finished[1]["baselines"]}
+    assert kl["uniform fp8"] < other["uniform fp8"]
+
+
+def test_two_machines_are_refused(search):
+    done, _ = search("--target", "ampere", "--activation-mode", "w4a4", code=2)
+    assert "--target ampere and --activation-mode w4a4 are two machines." in done.stderr
+    assert search("--target", "blackwell", "--activation-mode", "w4a4", "--trials", -1, code=2)
 
 
 @pytest.mark.slow

@@ -48,6 +48,8 @@ SURFACE = {
     | {
         "--space",
         "--effort",
+        "--a16-share",
+        "--target",
         "--activation-mode",
         "--kv-cache",
         "--layout",
@@ -60,13 +62,13 @@ SURFACE = {
     "probe": MODEL
     | DEVICE
     | (TOKENS - {"--report-tokens"})
-    | {"--out", "--resume", "--fresh", "--space", "--effort"}
-    | {"--activation-mode", "--kv-cache", "--probe"},
-    "plan": MODEL | BUDGET | {"--space", "--effort"},
+    | {"--out", "--resume", "--fresh", "--space", "--effort", "--a16-share"}
+    | {"--target", "--activation-mode", "--kv-cache", "--probe"},
+    "plan": MODEL | BUDGET | {"--space", "--effort", "--a16-share"},
     "score": MODEL
     | DEVICE
     | TOKENS
-    | {"--assignment", "--checkpoint", "--activation-mode", "--kv-cache", "--split"},
+    | {"--assignment", "--checkpoint", "--target", "--activation-mode", "--kv-cache", "--split"},
     "export": MODEL
     | DEVICE
     | TOKENS

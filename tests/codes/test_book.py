@@ -30,7 +30,8 @@ class Counting:
 
     def _counted(self, encode):
         def counted(format, weight, choice, statistics):
-            self.calls[weight.data_ptr(), tuple(weight.shape), choice] += 1
+            content = hash(weight.view(torch.uint8).numpy().tobytes())
+            self.calls[content, tuple(weight.shape), choice] += 1
             return encode(format, weight, choice, statistics)
 
         return counted

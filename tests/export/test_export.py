@@ -395,7 +395,7 @@ def test_card_of_a_hub_model_names_its_base_and_inherits_the_license(tmp_path):
     facts = CardFacts(
         command="autoquant search some-org/tiny --budget-bpe 7",
         budget_bpe=7.0,
-        activation_mode="w4a4",
+        target="blackwell",
         text="held-out prose",
         tokens=4096,
         rows=(

@@ -13,7 +13,7 @@ from tiny_models import save_model
 
 from autoquant.export.declaration import quantized_linears
 from autoquant.export.layouts.recipe import modelopt_recipe
-from autoquant.formats import FP8
+from autoquant.formats import FP8, Choice
 from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
@@ -57,6 +57,22 @@ def test_recipe_turns_on_the_quantizers_of_the_assignment_and_no_others(tmp_path
             assert enabled(recipe, f"{linear.name}.{tensor}_quantizer") == expected
         assert enabled(recipe, f"{linear.name}.output_quantizer") is None
     assert enabled(recipe, "model.layers.0.self_attn.k_bmm_quantizer") is None
+
+
+@pytest.mark.parametrize(
+    ("choice", "loses"),
+    [
+        ("fp8", False),
+        ("nvfp4/max", False),
+        ("nvfp4/max/a16", False),
+        ("nvfp4/mse", True),
+        ("nvfp4/max/gptq", True),
+    ],
+)
+def test_a_recipe_says_that_it_cannot_carry_codes(choice, loses):
+    choices = {"q": FP8, "o": Choice.parse(choice)}
+    recipe = modelopt_recipe(choices, KvCache.BF16)
+    assert ("cannot carry codes" in recipe["metadata"]["description"]) == loses
 
 
 def test_names_that_memory_spells_otherwise_are_matched():

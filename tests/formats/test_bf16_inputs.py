@@ -15,7 +15,7 @@ from autoquant.export.layouts.base import Layout
 from autoquant.export.read_back import open_quantized
 from autoquant.export.verify import verify
 from autoquant.formats import A16, BF16, FP8, NVFP4, Choice, all_formats, choices_of
-from autoquant.plan.activation_mode import ActivationMode
+from autoquant.plan.activation_mode import ActivationMode, Target
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
 from autoquant.source.source import open_source
@@ -68,8 +68,9 @@ def test_inputs_stay_in_bf16_on_every_machine():
     for mode in ActivationMode:
         assert not mode.quantizes_input(NVFP4_A16)
         assert not mode.quantizes_input(BF16)
-        assert mode.quantizes_input(FP8)
-    assert [mode.quantizes_input(NVFP4) for mode in ActivationMode] == [True, False]
+    assert [mode.quantizes_input(NVFP4) for mode in ActivationMode] == [True, False, False]
+    assert [mode.quantizes_input(FP8) for mode in ActivationMode] == [True, True, False]
+    assert [Target.of(target.mode) for target in Target] == list(Target)
 
 
 def test_codes_are_those_of_quantized_inputs(model):

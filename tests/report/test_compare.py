@@ -41,7 +41,7 @@ def test_runs_whose_kl_does_not_compare_say_so(autoquant, finished, run):
     done = autoquant("compare", finished, run)
     assert done.exit_code == 0
     assert "warning: report tokens differ: KL compares only among" in done.stderr
-    assert "warning: activation modes differ" in done.stderr
+    assert "warning: targets differ" in done.stderr
 
 
 def test_an_unfinished_run_stands_beside_a_finished_one(autoquant, finished, interrupted, tmp_path):

@@ -74,6 +74,8 @@ def test_a_search_takes_over_probes_of_the_same_settings(plan):
         ({"export": False}, False),
         ({"report_tokens": 64}, True),
         ({"activation_mode": "w4a16"}, True),
+        ({"target": "ampere"}, True),
+        ({"target": "blackwell"}, False),
         ({"input_headroom": 1}, True),
         ({"max_tokens": 9}, True),
         ({"budget_bpe": 5.0000001}, True),

@@ -49,7 +49,7 @@ def _print(result: dict[str, Any]) -> None:
             "BPE": f"{result['bpe']:.4f} of the checkpoint",
             "groups": ", ".join(f"{n} {name}" for name, n in result["counts"].items() if n),
             "KL": f"{kl['mean']:.6f} +- {figure(kl['stderr'], '.6f')} nats per token "
-            f"({result['activation_mode']}, keys and values in {result['kv_cache'].upper()})",
+            f"({result['target']}, keys and values in {result['kv_cache'].upper()})",
             "median": f"{kl['median']:.6f}",
             "p99, p99.9, max": f"{kl['p99']:.4f}, {kl['p999']:.4f}, {kl['max']:.4f}",
             "top-1": f"{result['top1_agreement']:.2%} agree",

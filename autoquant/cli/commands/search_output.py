@@ -18,6 +18,7 @@ from autoquant.report.words import (
     finding,
     fitted_codes,
     further_limits,
+    target_of,
     unit_of_budget,
 )
 from autoquant.store.run_directory import REPORT
@@ -40,7 +41,7 @@ def print_result(result: dict[str, Any], run: Path) -> None:
             **({"codes": fitted_codes(result)} if fitted_codes(result) else {}),
             **({"inputs": clipped_inputs(result)} if clipped_inputs(result) else {}),
             "KL": f"{kl['mean']:.5f} +- {figure(kl['stderr'], '.5f')} nats per token, "
-            f"median {kl['median']:.5f}, p99 {kl['p99']:.4f} ({result['activation_mode']}, "
+            f"median {kl['median']:.5f}, p99 {kl['p99']:.4f} ({target_of(result)}, "
             f"keys and values in {result['kv_cache'].upper()})",
             "top-1": f"{result['top1_agreement']:.2%} agree",
             "perplexity": f"{result['perplexity']['bf16']:.3f} in BF16, "

@@ -4,8 +4,8 @@
 entries name quantizers by module, later ones over earlier ones; none is meant for more than the
 linears of one name, but for experts, whose quantizers are called otherwise where they are fused.
 
-Scale rules are left out: one calibration algorithm holds for the whole model there, and block
-scales follow the weights once these are trained.
+Codes are left out, and the recipe says so: one calibration algorithm holds for the whole model
+there, and codes and block scales follow the weights once these are trained.
 """
 
 import copy
@@ -14,7 +14,7 @@ from typing import Any
 
 from autoquant.export.layouts.base import Layout, form_of
 from autoquant.export.layouts.modules import experts_container, spellings
-from autoquant.formats import FP8, Choice, Format
+from autoquant.formats import FP8, NEAREST, Choice, Format, ScaleRule
 from autoquant.formats.kv_cache import KvCache
 
 _IN_MEMORY = (
@@ -24,6 +24,11 @@ _IN_MEMORY = (
 )
 """How transformers renames the start of some names while it loads a checkpoint."""
 
+_LOST = (
+    " A recipe cannot carry codes: the scale rules and roundings of the assignment are lost, and "
+    "ModelOpt rounds to the nearest under max scales. AutoQuant's own export keeps them."
+)
+
 
 def modelopt_recipe(choices: Mapping[str, Choice], kv_cache: KvCache) -> dict[str, Any]:
     """The recipe as YAML types.
@@ -32,6 +37,7 @@ def modelopt_recipe(choices: Mapping[str, Choice], kv_cache: KvCache) -> dict[st
         choices: of every quantized linear, by its name on disk.
         kv_cache: what keys and values are rounded to.
     """
+    lost = _LOST if any(map(_has_own_codes, choices.values())) else ""
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name, format in _patterns(choices).items():
         entries.append({"quantizer_name": name, "cfg": _quantizer(format)})
@@ -41,10 +47,15 @@ def modelopt_recipe(choices: Mapping[str, Choice], kv_cache: KvCache) -> dict[st
         "metadata": {
             "recipe_type": "ptq",
             "description": "Formats that AutoQuant chose, layer by layer, with ModelOpt's own "
-            "calibration of scales.",
+            f"calibration of scales.{lost}",
         },
         "quantize": {"algorithm": "max", "quant_cfg": entries},
     }
+
+
+def _has_own_codes(choice: Choice) -> bool:
+    """Whether ModelOpt's calibration would choose other codes."""
+    return choice.scale_rule not in (None, ScaleRule.MAX) or choice.rounding != NEAREST
 
 
 def _quantizer(format: Format) -> dict[str, Any]:

@@ -6,16 +6,19 @@ signature.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import model_validator
 
 from autoquant.codes.held import Weights
+from autoquant.errors import ConfigError
 from autoquant.export.layouts.base import Layout
 from autoquant.formats.kv_cache import KvCache
-from autoquant.plan.activation_mode import ActivationMode
+from autoquant.plan.activation_mode import ActivationMode, Target
 from autoquant.plan.space import Effort
 from autoquant.run.config.base import Config
 from autoquant.run.config.setting import Setting
-from autoquant.run.config.types import Bytes, Factor, Natural, Tokens
+from autoquant.run.config.types import Bytes, Factor, Natural, Share, Tokens
 from autoquant.tracking import ChildRuns
 
 if TYPE_CHECKING:
@@ -195,18 +198,59 @@ class SpaceConfig(ModelConfig):
             "weighted by them, and rounding that compensates its errors.",
         ),
     ] = Effort.DEFAULT
+    a16_share: Annotated[
+        Share,
+        Setting(
+            "Search",
+            "Most of the searched layers' multiply-adds that NVFP4 layers may do with inputs left "
+            "in BF16: no byte more and less KL, and prompts are read more slowly.",
+            "X",
+        ),
+    ] = 0.0
 
 
 class InputsConfig(Config):
     """What quantized layers multiply with."""
 
-    activation_mode: Annotated[
-        ActivationMode,
+    target: Annotated[
+        Target | None,
         Setting(
             "Search",
-            "Whether NVFP4 layers see NVFP4 inputs (Blackwell) or BF16 inputs (Hopper).",
+            "The machine that serves, hence which inputs it quantizes: those of NVFP4 and FP8 "
+            "layers, of FP8 layers, or none.",
+            unset="blackwell",
         ),
-    ] = ActivationMode.W4A4
+    ] = None
+    activation_mode: Annotated[
+        Literal[ActivationMode.W4A4, ActivationMode.W4A16] | None,
+        Setting(
+            "Search",
+            "An earlier name of --target: w4a4 is blackwell, w4a16 hopper.",
+            unset="that of the target",
+        ),
+    ] = None
+
+    @property
+    def served_by(self) -> Target:
+        """The machine, by whichever name it was given."""
+        if self.target is not None:
+            return self.target
+        return Target.BLACKWELL if self.activation_mode is None else Target.of(self.activation_mode)
+
+    @property
+    def mode(self) -> ActivationMode:
+        """Which inputs that machine quantizes."""
+        return self.served_by.mode
+
+    @model_validator(mode="after")
+    def _require_one_machine(self) -> Self:
+        if self.activation_mode not in (None, self.mode):
+            raise ConfigError(
+                f"--target {self.target} and --activation-mode {self.activation_mode} are two "
+                "machines.",
+                fix="leave --activation-mode out: --target says which inputs are quantized.",
+            )
+        return self
 
 
 class CacheConfig(Config):

@@ -1,0 +1,168 @@
+"""What NVFP4 codes are worth at equal bits: every searched linear of a model in one choice.
+
+    python -m experiments.codes.run MODEL --text TEXT [--unlike TEXT] --out RESULT.json
+
+Codes are encoded once from the calibration tokens of TEXT and then scored with quantized inputs and
+without, on its report tokens and on those of a text unlike it. KL in nats per token over the full
+vocabulary, standard errors over documents.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoquant.codes.cache import CodeCache
+from autoquant.codes.statistics import StatisticsStore
+from autoquant.data.tokens import TokenPlan
+from autoquant.formats import BF16, Choice
+from autoquant.measure.calibration import calibrate
+from autoquant.measure.session import Session, open_session
+from autoquant.measure.statistics.moments import collect_moments
+from autoquant.plan.activation_mode import ActivationMode
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.plan import Plan, make_plan
+from autoquant.plan.space_file import load_space
+from autoquant.run.observer import Logged
+from autoquant.source.source import open_source
+from experiments.common.record import provenance, write
+
+CHOICES = (
+    *("nvfp4/max", "nvfp4/mse", "nvfp4/four_over_six", "nvfp4/diagonal", "nvfp4/hessian"),
+    *("nvfp4/max/gptq", "nvfp4/mse/gptq", "nvfp4/diagonal/gptq", "nvfp4/hessian/gptq"),
+)
+
+MODES = (ActivationMode.W4A4, ActivationMode.W4A16)
+"""Where the inputs of NVFP4 layers are quantized, and where they are not."""
+
+
+def main() -> None:
+    arguments = _arguments()
+    plan = make_plan(open_source(arguments.model), load_space("default"))
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study(plan, arguments, Path(folder))
+        study.prepare()
+        rows += study.encoded(arguments.choices)
+        for text in filter(None, (arguments.text, arguments.unlike)):
+            for mode in MODES:
+                rows += study.scored(arguments.choices, text, mode)
+    settings = {name: _said_of(value) for name, value in vars(arguments).items() if name != "out"}
+    write(arguments.out, {"settings": settings, "rows": rows} | provenance(arguments.commit))
+
+
+class Study:
+    """One model, with its codes and statistics in a folder that every session shares.
+
+    Args:
+        plan: of the model.
+        arguments: of the command line.
+        folder: for codes and statistics.
+    """
+
+    def __init__(self, plan: Plan, arguments: argparse.Namespace, folder: Path) -> None:
+        self._plan, self._arguments = plan, arguments
+        self._groups = [
+            group for group in plan.groups if plan.options.choices[group.name] != (BF16,)
+        ]
+        self._statistics = StatisticsStore(folder / "statistics")
+        self._codes = CodeCache(folder / "codes", made_from=plan.source.digest, most_bytes=1 << 40)
+        self._first = self._open(arguments.text, ActivationMode.W4A4)
+
+    def prepare(self) -> None:
+        """Calibrate on the text that codes are fitted to."""
+        split, scorer = self._first.splits["calibration"], self._first.scorer
+        self._calibration = calibrate(scorer, split, lambda: None, headroom=2.0)
+        started = time.monotonic()
+        collect_moments(scorer, split, self._groups, self._statistics, lambda: None)
+        self._seconds = time.monotonic() - started
+
+    def encoded(self, choices: list[str]) -> Iterator[dict[str, Any]]:
+        """Encode every group in each choice; seconds and linears with plain codes."""
+        yield {"part": "statistics", "seconds": self._seconds}
+        book = self._first.quantized.book
+        for text in choices:
+            choice, started = Choice.parse(text), time.monotonic()
+            for group in self._groups:
+                for unit in book.units(group):
+                    book.unit(group, unit, choice)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds = time.monotonic() - started
+            plain = sum(len(book.plain(group, choice)) for group in self._groups)
+            linears = sum(len(group.linears) for group in self._groups)
+            row = {"part": "encode", "choice": text, "seconds": seconds}
+            yield _said(row | {"linears": linears, "plain": plain})
+
+    def scored(
+        self, choices: list[str], text: str, mode: ActivationMode
+    ) -> Iterator[dict[str, Any]]:
+        """KL of every choice on the report tokens of a text."""
+        session = self._open(text, mode)
+        session.quantized.set_input_scales(self._calibration.scales())
+        split = session.splits["report"]
+        for name in choices:
+            choice = Choice.parse(name)
+            assignment = Assignment.of({group.name: choice for group in self._groups})
+            (scores,) = session.scorer.score_fully([assignment], split)
+            row = {"part": "score", "choice": name, "mode": str(mode), "text": _said_of(text)}
+            yield _said(
+                row | {"kl": scores.mean, "stderr": scores.stderr(), "tokens": split.tokens}
+            )
+
+    def _open(self, text: str, mode: ActivationMode) -> Session:
+        arguments = self._arguments
+        return open_session(
+            self._plan.source,
+            self._groups,
+            calibration=text,
+            tokens=TokenPlan(
+                calibration=arguments.calibration_tokens,
+                search=1,
+                report=arguments.report_tokens,
+                sequence_length=arguments.sequence_length,
+                batch_tokens=arguments.batch_tokens,
+                seed=arguments.seed,
+            ),
+            mode=mode,
+            device=arguments.device,
+            trust_remote_code=False,
+            codes=self._codes,
+            statistics=self._statistics,
+            observer=Logged(),
+        )
+
+
+def _said_of(value: Any) -> Any:
+    """A setting without the folders of this machine."""
+    return Path(value).name if isinstance(value, (str, Path)) and "/" in str(value) else value
+
+
+def _said(row: dict[str, Any]) -> dict[str, Any]:
+    print(row, flush=True)
+    return row
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--text", required=True, help="calibration and report tokens")
+    parser.add_argument("--unlike", help="report tokens unlike them")
+    parser.add_argument("--choices", nargs="+", default=list(CHOICES))
+    parser.add_argument("--calibration-tokens", type=int, default=49_152)
+    parser.add_argument("--report-tokens", type=int, default=32_768)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device")
+    parser.add_argument("--commit", help="of the code, where there is no repository")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
