@@ -125,6 +125,13 @@ def test_upgrades_are_those_of_one_selection_at_a_time(limits, quarters):
     assert changed > 100
 
 
+def test_of_upgrades_at_one_rate_the_cheaper_comes_first():
+    """It leaves too little for the other, which would score less."""
+    scores, costs = ((0.5, 0.25), (0.5, 0.0)), ((1, 2), (1, 3))
+    assert Knapsack(scores, costs, 4).fill((0, 0)) == (1, 0)
+    assert Knapsack(scores[::-1], costs[::-1], 4).fill((0, 0)) == (0, 1)
+
+
 @pytest.mark.parametrize("limits", [1, 2])
 def test_others_give_way_as_one_selection_at_a_time(limits):
     found = []
