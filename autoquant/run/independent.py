@@ -7,6 +7,7 @@ import torch
 
 from autoquant.data.tokens import Split
 from autoquant.errors import SourceError
+from autoquant.formats.kv_cache import KvCache
 from autoquant.independent.forward import Agreement, Evidence, run_checkpoint
 from autoquant.measure.session import Session
 from autoquant.plan.assignment import Assignment
@@ -32,7 +33,7 @@ def make_evidence(session: Session, assignment: Assignment, split: Split) -> Evi
         sequences=tuple(map(tuple, rows.tolist())),
         kl=tuple(scores.by_sequence().tolist()),
         activation_mode=str(session.quantized.mode),
-        kv_cache="bf16" if session.quantized.kv_cache is None else "fp8",
+        kv_cache=str(KvCache.of(quantized=session.quantized.kv_cache is not None)),
     )
 
 
@@ -44,7 +45,7 @@ def check_by_forward(
     Raises:
         SourceError: an FP8 cache, or a model that transformers cannot load.
     """
-    if evidence.kv_cache != "bf16":
+    if KvCache(evidence.kv_cache).is_quantized:
         raise SourceError(
             f"{checkpoint} keeps keys and values in {evidence.kv_cache.upper()}, which "
             "transformers' own forward does not.",
