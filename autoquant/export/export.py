@@ -63,6 +63,7 @@ def export(
     uncalibrated: Collection[str] = (),
     book: CodeBook | None = None,
     card: CardFacts | None = None,
+    evidence: Mapping[str, Any] | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> ExportResult:
     """Write `source` under `assignment` to the new folder `target`.
@@ -82,6 +83,7 @@ def export(
         uncalibrated: input scale sets that no calibration token reached.
         book: where codes come from; made from the files of `source` by default.
         card: what the model card says beyond the formats.
+        evidence: what scoring has measured on a few tokens, for another forward to be held against.
         on_bytes: called with the number of source bytes whose export has just been written; they
             add up to the size of the source.
 
@@ -123,7 +125,7 @@ def export(
         files = dict(declared.files) if declared else {}
         files[CONFIG_FILE] = exported_config(source.config, declared)
         files[AUTOQUANT_FILE] = _provenance(
-            source, groups, assignment, result, weights, served, card
+            source, groups, assignment, result, weights, served, card, evidence
         )
         fitted = fitted_linears(groups, assignment, codes.book)
         if fitted:
@@ -240,6 +242,7 @@ def _provenance(
     weights: _Weights,
     served: Served,
     card: CardFacts | None,
+    evidence: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """What autoquant.json says: enough to make the checkpoint again and to check it."""
     complete = Assignment.of({group.name: assignment[group.name] for group in groups})
@@ -258,4 +261,5 @@ def _provenance(
         "assignment": complete.to_dict()["groups"],
         "uncalibrated_inputs": list(result.uncalibrated),
         "measured": card.to_dict() if card is not None else None,
+        "forward": evidence,
     }

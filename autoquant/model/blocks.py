@@ -73,19 +73,33 @@ class Place:
 
 
 def places_of(model: nn.Module, block: nn.Module) -> tuple[Place, ...]:
-    """Where a model keeps the stored tensors of one of its modules."""
+    """Where a model keeps the stored tensors of one of its modules, which no other block has."""
     (prefix,) = [name for name, module in model.named_modules() if module is block]
-    return tuple(
+    places = (
         Place(block.get_submodule(owner), name, f"{prefix}.{full}")
         for full in block.state_dict()
         for owner, _, name in [full.rpartition(".")]
     )
+    shared = _shared(model)
+    return tuple(place for place in places if id(place.tensor) not in shared)
+
+
+def _shared(model: Any) -> set[int]:
+    """Identities of parameters that several blocks hold (Zamba2); a checkpoint stores them once.
+
+    They stay in memory like what is outside of all blocks.
+    """
+    holders: dict[int, set[int]] = {}
+    for index, block in enumerate(decoder_blocks(model)):
+        for parameter in block.parameters():
+            holders.setdefault(id(parameter), set()).add(index)
+    return {own for own, blocks in holders.items() if len(blocks) > 1}
 
 
 def by_block(
     model: Any, headers: Iterable[TensorHeader]
 ) -> tuple[list[TensorHeader], list[list[TensorHeader]]]:
-    """The tensors of a checkpoint outside of all blocks, and those of each block.
+    """The tensors of a checkpoint outside of all blocks or in several, and those of each block.
 
     Args:
         model: of that architecture, with or without weights.
@@ -101,8 +115,18 @@ def by_block(
     outside: list[TensorHeader] = []
     inside: list[list[TensorHeader]] = [[] for _ in blocks]
     depth = {prefix.count(".") for prefix in prefixes}
+    shared = _shared(model)
+    common = {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in shared
+    }
     for header in headers:
-        parts = names.locate(header.name)[0].split(".")
+        place = names.locate(header.name)[0]
+        if place in common:
+            outside.append(header)
+            continue
+        parts = place.split(".")
         heads = (".".join(parts[:count]) + "." for count in depth)
         index = next((prefixes[head] for head in heads if head in prefixes), None)
         (outside if index is None else inside[index]).append(header)

@@ -26,6 +26,7 @@ from autoquant.plan.kv_cache import cache_bytes, cached_attention
 from autoquant.progress import Unit
 from autoquant.run.config import ExportConfig, ScoreConfig
 from autoquant.run.config.parts import LoadedConfig
+from autoquant.run.independent import check_export, make_evidence
 from autoquant.run.measuring import (
     book_of_run,
     calibrate_session,
@@ -113,10 +114,12 @@ def _export(
         keep_freed_memory()
         found = read_calibration(config.calibrated, quantized, attention)
         book = book_of_run(source, config.calibrated.parent)
+        evidence = None
     else:
         session = open_measuring(config, source, quantized, attention, observer)
         found = _calibrate(config, session, assignment, observer)
         book = session.book_of_export(source)
+        evidence = make_evidence(session, assignment, session.splits["calibration"])
     for warning in reader_warnings(config.layout, groups, assignment):
         observer.warn(warning)
     source.contents.digests(observer)
@@ -131,8 +134,11 @@ def _export(
         kv_ranges=found.kv_ranges,
         uncalibrated=found.unseen,
         book=book,
+        evidence=None if evidence is None else evidence.to_dict(),
         on_bytes=observer.step,
     )
+    if evidence is not None:
+        check_export(result.path, source, evidence, session.loaded.device, observer)
     if (note := left_out_note(result.left_out)) is not None:
         observer.note(note)
     return result

@@ -14,6 +14,7 @@ from autoquant.codes.book import CodeBook
 from autoquant.data.tokens import FEWEST_UNITS
 from autoquant.errors import SourceError
 from autoquant.files import set_aside
+from autoquant.independent.forward import Evidence
 from autoquant.measure.calibration import Calibration
 from autoquant.measure.evaluator import LocalEvaluator
 from autoquant.measure.kl import TokenScores
@@ -24,6 +25,7 @@ from autoquant.plan.limit import Limit
 from autoquant.progress import Unit
 from autoquant.run.config import SearchConfig
 from autoquant.run.confirmation import Confirmed, confirm
+from autoquant.run.independent import check_export, make_evidence
 from autoquant.run.measuring import book_of_run
 from autoquant.run.probing import Probing
 from autoquant.run.result import make_result, make_tokens
@@ -152,8 +154,17 @@ class Search(Probing):
         result["command"] = self.command
         result["inputs"] = self._clipped(session, assignment, calibration)
         if self.config.export:
+            evidence = make_evidence(session, assignment, session.splits["report"])
             book = session.book_of_export(self.plan.source)
-            result["checkpoint"] = self._export(calibration, assignment, result, book)
+            result["checkpoint"] = self._export(calibration, assignment, result, book, evidence)
+            found = check_export(
+                self.run.path / CHECKPOINT,
+                self.plan.source,
+                evidence,
+                session.loaded.device,
+                self.observer,
+            )
+            result["forward"] = None if found is None else found.to_dict()
         return self._keep_result(result)
 
     def _clipped(
@@ -240,6 +251,7 @@ class Search(Probing):
         assignment: Assignment,
         result: dict[str, Any],
         book: CodeBook,
+        evidence: Evidence | None = None,
     ) -> str:
         from autoquant.data.text import text_title
         from autoquant.export.card import CardFacts, KlRow
@@ -289,6 +301,7 @@ class Search(Probing):
                     uncalibrated=calibration.unseen,
                     book=book,
                     card=card,
+                    evidence=None if evidence is None else evidence.to_dict(),
                     on_bytes=self.observer.step,
                 )
                 if (note := left_out_note(exported.left_out)) is not None:

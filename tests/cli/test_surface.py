@@ -73,7 +73,7 @@ SURFACE = {
     | DEVICE
     | TOKENS
     | {"--assignment", "--calibrated", "--kv-cache", "--layout", "--modelopt-recipe", "--out"},
-    "verify": {"CHECKPOINT", "--source", "--revision", "--format"},
+    "verify": {"CHECKPOINT", "--source", "--forward", "--revision", "--format"},
     "report": {"RUN", "--out", "--png", "--format"},
     "compare": {"RUN...", "--out", "--format"},
     "spaces": set(),

@@ -1,0 +1,1 @@
+"""A checkpoint run by transformers' own model, with no code that scoring, export or verify use."""

@@ -1,0 +1,146 @@
+"""`verify --forward`: faults that scoring, export and verify agree on, since they share them."""
+
+import json
+
+import pytest
+import torch
+from searchable import save_searchable
+from tiny_models import change_tensors
+
+from autoquant.errors import SourceError
+from autoquant.independent.forward import Evidence, run_checkpoint
+from autoquant.independent.products import Products
+from autoquant.plan.grouping import find_groups
+from autoquant.run import independent as checking
+from autoquant.source.source import open_source
+from autoquant.source.tensors import TORCH_DTYPES
+
+TOKENS = (
+    *("--calibration", "stdlib", "--sequence-length", 64, "--batch-tokens", 1024),
+    *("--calibration-tokens", 1024, "--search-tokens", 256),
+)
+
+
+@pytest.fixture
+def exported(tmp_path, autoquant, monkeypatch):
+    """Export a model with every second open group in NVFP4, the rest in FP8, as far as it goes."""
+
+    def export(kind, *arguments, unchecked=False, **changes):
+        source = save_searchable(kind, tmp_path / "source", **changes)
+        return run(source, *arguments, unchecked=unchecked)
+
+    def run(source, *arguments, unchecked=False):
+        if unchecked:
+            monkeypatch.setattr("autoquant.run.single.check_export", lambda *_: None)
+        groups = [group for group in find_groups(open_source(source)) if not group.closed]
+        choices = {own.name: ("nvfp4", "fp8")[i % 2] for i, own in enumerate(groups)}
+        assignment = tmp_path / "assignment.json"
+        assignment.write_text(json.dumps({"schema_version": 1, "groups": choices}))
+        out = tmp_path / "out"
+        done = autoquant(
+            *("export", source, "--assignment", assignment, "--out", out, *TOKENS, *arguments)
+        )
+        return source, out, done
+
+    export.run = run
+    return export
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "qwen3_vl_moe", "gemma2"])
+def test_a_right_export_is_confirmed(exported, autoquant, kind, layout):
+    source, out, done = exported(kind, "--layout", layout)
+    assert done.exit_code == 0, done.stderr
+    assert "not run" not in done.stderr
+    found = autoquant("verify", out, "--source", source, "--forward", "--format", "json")
+    assert found.exit_code == 0, found.stderr
+    forward = json.loads(found.stdout)["forward"]
+    assert forward["said"] > 1e-4
+    assert forward["kl"] == pytest.approx(forward["said"], rel=0.05)
+
+
+def disagrees(autoquant, source, out):
+    """Plain verify finds nothing, and the forward does."""
+    assert autoquant("verify", out, "--source", source).exit_code == 0
+    found = autoquant("verify", out, "--source", source, "--forward")
+    assert found.exit_code == 4
+    return found.stderr
+
+
+@pytest.mark.slow
+def test_a_hook_that_misses_uses_of_a_shared_weight(exported, autoquant, monkeypatch):
+    first = lambda model, slots: {slot.name: [slot.module] for slot in slots}  # noqa: E731
+    monkeypatch.setattr("autoquant.model.live._uses", first)
+    source, out, done = exported("zamba2", unchecked=True)
+    assert done.exit_code == 0, done.stderr
+    assert "does not compute what was measured" in disagrees(autoquant, source, out)
+
+
+@pytest.mark.slow
+def test_a_table_that_takes_gate_for_up(exported, autoquant, monkeypatch):
+    wrong = {"gate_up_proj": ("up_proj", "gate_proj"), "down_proj": ("down_proj",)}
+    monkeypatch.setattr("autoquant.source.names.JOINED_EXPERTS", wrong)
+    source, out, done = exported("qwen3_vl_moe", unchecked=True)
+    assert done.exit_code == 0, done.stderr
+    assert "does not compute what was measured" in disagrees(autoquant, source, out)
+
+
+@pytest.mark.slow
+def test_a_reader_that_takes_float16_for_bfloat16(exported, autoquant, monkeypatch, tmp_path):
+    source = save_searchable("llama", tmp_path / "source", dtype="float16")
+    monkeypatch.setitem(TORCH_DTYPES, "F16", torch.bfloat16)
+    source, out, done = exported.run(source, unchecked=True)
+    assert done.exit_code == 0, done.stderr
+    assert "does not compute what was measured" in disagrees(autoquant, source, out)
+
+
+@pytest.mark.slow
+def test_an_export_that_does_not_compute_what_was_measured_is_an_error(
+    exported, autoquant, monkeypatch
+):
+    first = lambda model, slots: {slot.name: [slot.module] for slot in slots}  # noqa: E731
+    monkeypatch.setattr("autoquant.model.live._uses", first)
+    _, _, done = exported("zamba2")
+    assert done.exit_code == 4
+    assert "does not compute what was measured" in done.stderr
+
+
+@pytest.mark.slow
+def test_other_codes_and_linears_that_nothing_multiplies_with_are_seen(exported, monkeypatch):
+    source, out, done = exported("llama")
+    assert done.exit_code == 0, done.stderr
+    evidence = Evidence.of(json.loads((out / "autoquant.json").read_text())["forward"])
+    cpu = torch.device("cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(Products, "_names", lambda self, weight: [])
+        unused = run_checkpoint(out, source, evidence, device=cpu).problems[-1]
+    assert "quantized linears take part in no product of the model, such as lm_head" in unused
+
+    codes = "model.layers.1.self_attn.v_proj.weight"
+    change_tensors(out, lambda tensors: tensors.update({codes: torch.zeros_like(tensors[codes])}))
+    found = run_checkpoint(out, source, evidence, device=cpu)
+    assert len(found.problems) == 1
+    assert found.kl > found.said + found.allowed
+
+
+def test_what_cannot_be_run_is_a_note(monkeypatch, tmp_path):
+    notes = []
+    monkeypatch.setattr(checking, "_free_bytes", lambda device: 10)
+    source = open_source(save_searchable("llama", tmp_path / "source"))
+    evidence = Evidence(sequences=((1, 2),), kl=(0.1,), activation_mode="w4a4", kv_cache="bf16")
+    observer = type("Observer", (), {"note": lambda self, text: notes.append(text)})()
+    cpu = torch.device("cpu")
+    assert checking.check_export(tmp_path, source, evidence, cpu, observer) is None
+    assert "10 are free" in notes[0]
+
+
+def test_a_damaged_measurement_is_refused():
+    with pytest.raises(SourceError, match="damaged measurement"):
+        Evidence.of({"sequences": [[1, 2]]})
+
+
+def test_forward_needs_a_source_and_a_measurement(autoquant, tmp_path):
+    done = autoquant("verify", tmp_path, "--forward")
+    assert done.exit_code == 2
+    assert "--forward without --source" in done.stderr
