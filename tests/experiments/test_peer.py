@@ -3,28 +3,30 @@
 import pytest
 import torch
 
-pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
-
-import modelopt.torch.quantization as mtq
-from autoquant.model.weights import fake_quantize
-from modelopt.torch.quantization.config import QuantizerAttributeConfig
-from modelopt.torch.quantization.nn import TensorQuantizer
-
 from autoquant.formats import FP8, NVFP4
+from autoquant.formats.packed import Statistics
 from autoquant.model.inputs import InputScale, InputSet
-from experiments.vs_modelopt.peer import BACKEND
 
-CONFIGS = {NVFP4: mtq.NVFP4_DEFAULT_CFG, FP8: mtq.FP8_DEFAULT_CFG}
+pytestmark = pytest.mark.slow
+CONFIGS = {NVFP4: "NVFP4_DEFAULT_CFG", FP8: "FP8_DEFAULT_CFG"}
 
 
 @pytest.mark.parametrize("choice", CONFIGS, ids=str)
 def test_weights_and_inputs_are_rounded_as_the_engine_rounds_them(choice):
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    from experiments.vs_modelopt.peer import BACKEND
+
     torch.manual_seed(0)
     x = torch.randn(64, 128, dtype=torch.bfloat16)
-    entry = next(e for e in CONFIGS[choice]["quant_cfg"] if e.get("cfg"))
+    config = getattr(mtq, CONFIGS[choice])
+    entry = next(e for e in config["quant_cfg"] if e.get("cfg"))
     quantizer = TensorQuantizer(QuantizerAttributeConfig(**entry["cfg"], backend=BACKEND))
     quantizer.amax = x.float().abs().max()
-    amax = float(quantizer.amax)
-    ours = InputSet("x", InputScale(amax=amax)).quantize(x, choice.format)
-    assert torch.equal(quantizer(x), ours)
-    assert torch.equal(quantizer(x), fake_quantize(x, amax, choice))
+    rounded = quantizer(x)
+    as_input = InputSet("x", InputScale(amax=float(quantizer.amax))).quantize(x, choice.format)
+    assert torch.equal(rounded, as_input)
+    as_weight = choice.format.encode(x, choice, Statistics(weight_amax=quantizer.amax)).decode()
+    assert torch.equal(rounded, as_weight)
