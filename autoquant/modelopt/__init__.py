@@ -8,5 +8,6 @@ values, with AutoQuant's search behind it. Both need the extra `modelopt`.
 """
 
 from autoquant.modelopt.quantizers import apply
+from autoquant.modelopt.searching import auto_quantize
 
-__all__ = ["apply"]
+__all__ = ["apply", "auto_quantize"]

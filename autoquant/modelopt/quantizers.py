@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from autoquant.api import Run, load_run
 from autoquant.codes.book import CodeBook
+from autoquant.environment import modelopt
 from autoquant.errors import ConfigError
 from autoquant.export.declaration import quantized_linears
 from autoquant.export.layouts.base import Layout, form_of
@@ -36,7 +37,6 @@ from autoquant.formats.packed import Packed
 from autoquant.measure.calibration import Calibration, read_calibration
 from autoquant.model.binding import DenseSlot, Names, Slot, bind
 from autoquant.model.experts import parameter_name
-from autoquant.modelopt.extra import imported
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import Groups, find_groups
 from autoquant.plan.kv_cache import cached_attention
@@ -112,11 +112,11 @@ def set_quantizers(
         ConfigError: ModelOpt is not installed.
         SourceError: the model has no module for a group.
     """
-    mtq = imported()
+    mtq = modelopt("torch.quantization")
     names = Names(model)
     slots = {g.name: bind(names, g) for g in groups if assignment[g.name] != BF16}
     attention = {name: _attention(model, names, name) for name in calibration.kv_ranges}
-    ranges = _ranges(slots.values())
+    ranges, inputs = _ranges(slots.values()), calibration.ranges()
     kv_cache = KvCache.of(quantized=bool(calibration.kv_ranges))
     recipe = modelopt_recipe(quantized_linears(groups, assignment), kv_cache)["quantize"]
     model = mtq.quantize(model, recipe | {"algorithm": None})
@@ -124,10 +124,11 @@ def set_quantizers(
         for group in groups:
             for slot in slots.get(group.name, ()):
                 for place in _places(slot):
-                    _set(place, group, assignment[group.name], calibration, ranges, book)
+                    _set(place, group, assignment[group.name], inputs, ranges, book)
         for name, kv in calibration.kv_ranges.items():
-            attention[name].k_bmm_quantizer.amax = torch.tensor(kv.keys)
-            attention[name].v_bmm_quantizer.amax = torch.tensor(kv.values)
+            device = attention[name].k_proj.weight.device
+            attention[name].k_bmm_quantizer.amax = torch.tensor(kv.keys, device=device)
+            attention[name].v_bmm_quantizer.amax = torch.tensor(kv.values, device=device)
     return model
 
 
@@ -151,7 +152,8 @@ class _Place:
     def quantizers(self) -> Sequence[Any]:
         """Of each matrix."""
         if self.is_stack:
-            return getattr(self.module, f"{self.parameter}_weight_quantizers")
+            own: Sequence[Any] = getattr(self.module, f"{self.parameter}_weight_quantizers")
+            return own
         return [self.module.weight_quantizer]
 
     @property
@@ -191,7 +193,7 @@ def _set(
     place: _Place,
     group: LayerGroup,
     choice: Choice,
-    calibration: Calibration,
+    inputs: Mapping[str, float],
     ranges: Mapping[str, Tensor],
     book: CodeBook,
 ) -> None:
@@ -207,8 +209,8 @@ def _set(
             weight.copy_(packed.decode())
         _fix_block_scales(quantizer, choice, packed, amax)
     if not choice.keeps_input:
-        largest = calibration.input_amax[place.matrices[0][0].input_scale_set]
-        place.input_quantizer.amax = torch.tensor(largest or 1.0, device=place.weights[0].device)
+        held = inputs[place.matrices[0][0].input_scale_set]
+        place.input_quantizer.amax = torch.tensor(held or 1.0, device=place.weights[0].device)
 
 
 def _follows_the_weight(choice: Choice) -> bool:
@@ -218,7 +220,7 @@ def _follows_the_weight(choice: Choice) -> bool:
 
 def _fix_block_scales(quantizer: Any, choice: Choice, packed: Packed, amax: Tensor) -> None:
     """Make the quantizer a static one that rounds and exports with the block scales of `packed`."""
-    static = imported("modelopt.torch.quantization.nn").NVFP4StaticQuantizer
+    static = modelopt("torch.quantization.nn").NVFP4StaticQuantizer
     declared = form_of(Layout.MODELOPT, choice.format).declared["quantizer"]
     attributes = copy.deepcopy(dict(declared))
     attributes["num_bits"] = tuple(attributes["num_bits"])
@@ -227,7 +229,7 @@ def _fix_block_scales(quantizer: Any, choice: Choice, packed: Packed, amax: Tens
     if choice.scale_rule == ScaleRule.FOUR_OVER_SIX:
         blocks["four_over_six"] = 1
     quantizer.set_from_attribute_config(attributes | {"block_sizes": blocks})
-    scale = packed.parts[SCALE].float() * packed.parts[GLOBAL_SCALE].to(amax.device)
+    scale = packed.parts[SCALE].float().cpu() * packed.parts[GLOBAL_SCALE].cpu()
     quantizer.amax = (scale * E2M1_MAX).view(-1, 1).to(amax.device)
     static.from_tensor_quantizer(quantizer, global_amax=amax)
 

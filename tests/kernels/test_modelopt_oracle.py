@@ -1,22 +1,16 @@
 """Formats and scale rules against ModelOpt's own quantizers, calibrators and packing.
 
-Everything here runs on a CPU, where ModelOpt asserts CUDA for its NVFP4 kernels. Its kernels are
-Triton's, so Triton's interpreter runs them, with two repairs of the interpreter: it rounds halves
-of E4M3 up instead of to even, and it cannot call the CUDA library's `isnan`; and the kernel that
-takes a program for each block is put together from ModelOpt's kernel that rounds 1,024 numbers at
-once. On a GPU nothing is repaired.
+See `modelopt_kernels` for how its kernels run on a CPU.
 """
 
-import contextlib
-from types import SimpleNamespace
 from typing import Any
 
 import autoquant_kernels as ak
-import numpy as np
 import pytest
 import torch
 from golden.regenerate import weights
 from kernel_cases import assert_same_bits
+from modelopt_kernels import running_kernels
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.slow
@@ -36,53 +30,8 @@ def mtq() -> Any:
     """`modelopt.torch.quantization`, with kernels that run where there is no GPU."""
     import modelopt.torch.quantization as quantization
 
-    if torch.cuda.is_available():
+    with running_kernels():
         yield quantization
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        _interpret(patch)
-        yield quantization
-
-
-def _interpret(patch: pytest.MonkeyPatch) -> None:
-    import modelopt.torch.kernels.quantization.gemm as gemm
-    from modelopt.torch.kernels.quantization.common import nvfp4_quant
-    from modelopt.torch.kernels.quantization.gemm import fp4_kernel, fp4_kernel_hopper
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def to_nearest_even(values: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if source.name == "fp32" and target.name == "fp8e4nv":
-            codes = torch.from_numpy(np.ascontiguousarray(values)).to(torch.float8_e4m3fn)
-            return codes.view(torch.uint8).numpy()
-        return convert(values, source, target, rounding)
-
-    patch.setattr(interpreter, "_convert_float", to_nearest_even)
-    patch.setattr(nvfp4_quant, "libdevice", SimpleNamespace(isnan=lambda x: x != x))
-    patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    patch.setattr(gemm, "IS_AVAILABLE", True)
-    kernel = fp4_kernel_hopper.fp4_fake_quant_block
-    patch.setattr(gemm, "fp4_fake_quant_block", kernel, raising=False)
-
-    def in_few_programs(
-        x: Tensor,
-        amax: Tensor,
-        global_amax: Tensor | None = None,
-        quantize_block_scales: bool = True,
-        fp8_max_for_normalization: float = 448.0,
-        out_dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """`static_blockwise_fp4_fake_quant`, whose kernel is one program for each block."""
-        scale = fp4_kernel.compute_fp4_scales(
-            amax, global_amax, quantize_block_scales, fp8_max_for_normalization
-        ).view(-1, 1)
-        safe = torch.where(scale == 0, 1.0, scale)
-        blocks = x.float().view(len(scale), -1)
-        y = fp4_kernel.static_blockwise_fp4_cast(blocks / safe) * safe
-        return torch.where(scale == 0, 0.0, y).view(x.shape).to(out_dtype or x.dtype)
-
-    patch.setattr(gemm, "static_blockwise_fp4_fake_quant", in_few_programs, raising=False)
 
 
 def quantized(mtq: Any, config: str, w: Tensor) -> Any:

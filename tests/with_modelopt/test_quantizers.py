@@ -1,11 +1,14 @@
 """ModelOpt's quantizers for a search's assignment: what they export, compute and save is ours."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
 from exported_models import exported_by_modelopt, load_tensors
+from modelopt_kernels import running_kernels
+from records import forget_checksums
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 from tiny_models import save_model
 
@@ -20,7 +23,8 @@ from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 
 pytestmark = pytest.mark.slow
-TOKENS = torch.arange(3, 35).reshape(2, 16)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOKENS = torch.arange(3, 35, device=DEVICE).reshape(2, 16)
 
 SPACE = """\
 schema_version: 1
@@ -83,20 +87,46 @@ def without_signs_of_zeros(codes):
     return torch.where(low == 8, 0, low) | (torch.where(high == 8, 0, high) << 4)
 
 
-def test_fp8_models_compute_what_was_measured(tmp_path):
+@pytest.mark.parametrize("choice", [FP8, NVFP4], ids=str)
+def test_models_compute_what_was_measured(choice, tmp_path):
     folder = save_model("llama", tmp_path / "m", initializer_range=0.2)
     source, groups = opened(folder)
-    assignment = Assignment.of({g.name: FP8 if g.layer == 0 else BF16 for g in groups})
+    assignment = Assignment.of({g.name: choice if g.layer == 0 else BF16 for g in groups})
     calibration = calibrated(groups)
-    model = set_quantizers(load(folder), groups, assignment, calibration, book_of(source))
-    ours = QuantizedModel(load(folder), groups, mode=ActivationMode.W4A4)
+    ours = QuantizedModel(load(folder).to(DEVICE), groups, mode=ActivationMode.W4A4)
     ours.set_input_scales(calibration.scales())
     ours.apply(assignment)
-    with torch.no_grad():
+    model = load(folder).to(DEVICE)
+    model = set_quantizers(model, groups, assignment, calibration, book_of(source))
+    with torch.no_grad(), running_kernels():
         theirs = model(TOKENS).logits
         assert torch.equal(theirs, ours.model(TOKENS).logits)
         ours.apply(Assignment.of({}))
         assert not torch.equal(theirs, ours.model(TOKENS).logits)
+
+
+def test_training_goes_on_from_what_was_applied(tmp_path):
+    """A few steps of quantization-aware training lower the loss and keep the block scales."""
+    folder = save_model("llama", tmp_path / "m", initializer_range=0.1)
+    source, groups = opened(folder)
+    cycle = [Choice(NVFP4.format, ScaleRule.MSE), FP8, NVFP4]
+    assignment = Assignment.of({g.name: cycle[n % 3] for n, g in enumerate(groups) if g.layer})
+    model = load(folder).to(DEVICE)
+    model = set_quantizers(model, groups, assignment, calibrated(groups), book_of(source))
+    static = [m for m in model.modules() if getattr(m, "_is_nvfp4_static_quantizer", False)]
+    before = [quantizer.amax.clone() for quantizer in static]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    with running_kernels():
+        for _ in range(6):
+            loss = model(TOKENS, labels=TOKENS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert static
+    assert all(torch.equal(a, q.amax) for a, q in zip(before, static, strict=True))
 
 
 def test_experts_multiply_with_the_weights_that_were_measured(tmp_path):
@@ -136,8 +166,10 @@ def test_a_saved_model_comes_back_with_its_quantizers(tmp_path):
 
 def test_a_run_without_a_winner_and_a_model_of_another_shape_are_refused(searched, tmp_path):
     folder, run = searched
-    identity = json.loads((run.path / "run.json").read_text())
     (tmp_path / "begun").mkdir()
+    shutil.copy(run.path / "run.json", tmp_path / "begun")
+    forget_checksums(tmp_path / "begun")
+    identity = json.loads((tmp_path / "begun" / "run.json").read_text())
     (tmp_path / "begun" / "run.json").write_text(json.dumps(identity | {"status": "interrupted"}))
     with pytest.raises(ConfigError, match="is interrupted: there is no winner"):
         apply(load(folder), tmp_path / "begun")
