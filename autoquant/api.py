@@ -237,7 +237,8 @@ def search(
         probe: how the KL of each group is found: measured in every choice (exact); measured in
             one choice and scaled to the others by gradients (screened); or by gradients alone.
         sensitivity: run directory whose probes are used: of `autoquant probe`, or of another
-            search with the same settings.
+            search with the same settings; or `modelopt:FILE`, the scores that ModelOpt's
+            `auto_quantize` saved.
         trials: whole assignments to measure, beyond the fixed recipes, the solver's optima and the
             check of their scale rules and roundings.
         reweight_trials: how many of the trials Optuna proposes.

@@ -1,9 +1,11 @@
 """Facts of the machine and the installation that a bug report or a run record needs."""
 
+import importlib
 import os
 import platform
 import re
 import subprocess
+import warnings
 from collections.abc import Mapping
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
@@ -228,3 +230,20 @@ def _read(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError:
         return ""
+
+
+def modelopt(module: str) -> Any:
+    """A module of NVIDIA ModelOpt, `torch.quantization` for one; the first takes seconds.
+
+    Raises:
+        ConfigError: it is not installed, or does not work with what is.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="transformers .* is not tested")
+            return importlib.import_module(f"modelopt.{module}")
+    except ImportError as error:
+        raise ConfigError(
+            f"NVIDIA ModelOpt cannot be imported: {error}.",
+            fix="install it with AutoQuant's extra: pip install 'autoquant[modelopt]'.",
+        ) from error

@@ -29,6 +29,7 @@ class Fp8(Format):
                 "algorithm": {None: "FP8"},
                 "numbers": {"dynamic": False, "num_bits": 8, "type": "float"},
                 "quantizer": {"num_bits": [4, 3], "axis": None},
+                "presets": {"FP8_DEFAULT_CFG": "fp8"},
             },
         ),
         "compressed-tensors": LayoutForm(

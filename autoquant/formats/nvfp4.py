@@ -75,6 +75,14 @@ class Nvfp4(Format):
                     "block_sizes": {-1: NVFP4_BLOCK, "type": "dynamic", "scale_bits": [4, 3]},
                     "effective_bits": 4.5,
                 },
+                "presets": {
+                    "NVFP4_DEFAULT_CFG": "nvfp4/max",
+                    "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG": "nvfp4/mse",
+                    "NVFP4_FOUR_OVER_SIX_CFG": "nvfp4/four_over_six",
+                    "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG": "nvfp4/hessian",
+                    "W4A16_NVFP4_CFG": "nvfp4/max/a16",
+                },
+                "near": ("NVFP4_AWQ_LITE_CFG", "NVFP4_AWQ_CLIP_CFG", "NVFP4_AWQ_FULL_CFG"),
             },
         ),
         "compressed-tensors": LayoutForm(

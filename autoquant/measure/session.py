@@ -97,6 +97,41 @@ def open_session(
     _require_vocabulary(loaded.model, splits)
     for shortfall in shortfalls(splits, plan):
         observer.warn(f"little text, wide intervals: {shortfall}.")
+    session = make_session(
+        loaded,
+        splits,
+        groups,
+        attention=attention,
+        mode=mode,
+        codes=codes,
+        statistics=statistics,
+        observer=observer,
+    )
+    observer.step()
+    return session
+
+
+def make_session(
+    loaded: LoadedModel,
+    splits: dict[str, Split],
+    groups: Iterable[LayerGroup],
+    *,
+    attention: Sequence[str] = (),
+    mode: ActivationMode,
+    codes: CodeCache | None = None,
+    statistics: StatisticsStore | None = None,
+    observer: Progress,
+) -> Session:
+    """Make a loaded model ready to be measured, and check that scoring is exact.
+
+    Args:
+        loaded: changed in place.
+        splits: `calibration`, `search` and `report`.
+        groups, attention, mode, codes, statistics, observer: as for `open_session`.
+
+    Raises:
+        SourceError: a group's linear cannot be found, or scoring is not exact.
+    """
     quantized = QuantizedModel(
         loaded.model,
         groups,
@@ -107,11 +142,10 @@ def open_session(
         statistics=statistics,
         store=loaded.store,
     )
-    scorer = Scorer(quantized, chosen, room=_room(loaded))
+    scorer = Scorer(quantized, loaded.device, room=_room(loaded))
     split = splits["calibration"]
     for disagreement in input_disagreements(quantized, lambda: scorer.check(split)):
         observer.warn(disagreement)
-    observer.step()
     return Session(loaded=loaded, scorer=scorer, splits=splits, statistics=statistics)
 
 

@@ -63,6 +63,7 @@ def load_model(
     *,
     trust_remote_code: bool = False,
     allowance: Allowance = ANYTHING,
+    tokenizer: Any = None,
 ) -> LoadedModel:
     """Load model and tokenizer from a local folder.
 
@@ -71,6 +72,7 @@ def load_model(
         device: what the model computes on.
         trust_remote_code: run code that comes with the model.
         allowance: where the weights of blocks may be.
+        tokenizer: takes the place of the folder's.
 
     Raises:
         SourceError: no such architecture, no tokenizer, weights that do not fit the config, or a
@@ -87,7 +89,8 @@ def load_model(
     extent.require_layers(source.config)
     with _loading_errors(path, device):
         config = _read_config(path, trust_remote_code)
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     with _loading_errors(path, device):
         shape = _empty(config, extent, trust_remote_code)
         outside, inside = by_block(shape, source.headers.to_write(()))

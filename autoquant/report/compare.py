@@ -1,7 +1,7 @@
 """Several runs side by side: models, budgets, seeds."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,9 +41,53 @@ class RunRow:
     seconds: float | None
 
 
-def rows_of(records: Sequence[RunRecord]) -> list[RunRow]:
-    """The runs' lines of the table."""
-    return [_row(record, label) for record, label in zip(records, labels(records), strict=True)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rival:
+    """What another program picked for a run's model, budget and tokens."""
+
+    run: RunRecord
+    method: str
+    bpe: float
+    checkpoint_bytes: int
+    kl: float
+    """Mean on the run's report split, nats per token."""
+    stderr: float | None
+    tried: int
+    """Picks that were measured; the one of least KL is this."""
+    seconds: float
+    """That the program took."""
+    groups: Mapping[str, str]
+    """Group name to choice."""
+
+    @property
+    def name(self) -> str:
+        return f"ModelOpt {self.method}"
+
+
+def rows_of(records: Sequence[RunRecord], rivals: Sequence[Rival] = ()) -> list[RunRow]:
+    """The runs' lines of the table, each with those of its rivals after it."""
+    rows = []
+    for record, label in zip(records, labels(records), strict=True):
+        own = _row(record, label)
+        rows.append(own)
+        rows += [_rival_row(rival, own) for rival in rivals if rival.run is record]
+    return rows
+
+
+def _rival_row(rival: Rival, own: RunRow) -> RunRow:
+    return replace(
+        own,
+        run=f"{own.run}: {rival.name}",
+        bpe=rival.bpe,
+        kl=rival.kl,
+        stderr=rival.stderr,
+        baseline=None,
+        baseline_kl=None,
+        top1_agreement=None,
+        checkpoint_bytes=rival.checkpoint_bytes,
+        trials=rival.tried,
+        seconds=rival.seconds,
+    )
 
 
 def labels(records: Sequence[RunRecord]) -> list[str]:
@@ -112,27 +156,57 @@ def budget_notes(records: Sequence[RunRecord]) -> list[str]:
     return [f"{label}: {note}" for label, note in notes.items() if note]
 
 
-def plot_runs(records: Sequence[RunRecord]) -> "Figure":
-    """Confirmed KL against BPE, a colour for each model and a mark for each run."""
+def rival_notes(records: Sequence[RunRecord], rivals: Sequence[Rival]) -> list[str]:
+    """For each rival: where its choice differs from the run's own, and by how much its KL."""
+    named = dict(zip(map(id, records), labels(records), strict=True))
+    return [_rival_note(rival, named[id(rival.run)]) for rival in rivals]
+
+
+def _rival_note(rival: Rival, label: str) -> str:
+    result, best = rival.run.result or {}, rival.run.best
+    own = dict(best.groups) if best is not None else {}
+    differing = [name for name in own if _format(own[name]) != _format(rival.groups[name])]
+    return (
+        f"{label}: {rival.name} gives {len(differing)} of {len(own)} groups another format; its KL "
+        f"is {rival.kl / result['kl']['mean']:.3f} times this run's"
+    )
+
+
+def _format(choice: str) -> str:
+    return choice.partition("/")[0]
+
+
+def plot_runs(records: Sequence[RunRecord], rivals: Sequence[Rival] = ()) -> "Figure":
+    """Confirmed KL against BPE, a colour for each model and a mark for each run.
+
+    The marks of rivals are hollow.
+    """
     named = zip(records, labels(records), strict=True)
     finished = {label: record for record, label in named if record.result is not None}
     models = list(dict.fromkeys(r.identity["signature"].get("model") for r in finished.values()))
-    figure = new_figure(6.2, 3.6 + 0.1 * len(finished))
+    figure = new_figure(6.2, 3.6 + 0.1 * (len(finished) + len(rivals)))
     axes = figure.subplots()
     for index, (label, record) in enumerate(finished.items()):
         result = record.result or {}
-        stderr = result["kl"]["stderr"]
         model = models.index(record.identity["signature"].get("model"))
-        axes.errorbar(
-            result["bpe"]["checkpoint"],
-            result["kl"]["mean"],
-            yerr=None if stderr is None else NORMAL_95 * stderr,
-            fmt=_MARKERS[index % len(_MARKERS)],
-            color=LIGHT[_COLORS[model % len(_COLORS)]],
-            capsize=3,
-            lw=1,
-            label=label,
-        )
+        marks = [(label, result["bpe"]["checkpoint"], result["kl"]["mean"], result["kl"]["stderr"])]
+        marks += [
+            (f"{label}: {rival.name}", rival.bpe, rival.kl, rival.stderr)
+            for rival in rivals
+            if rival.run is record
+        ]
+        for shift, (name, bpe, kl, stderr) in enumerate(marks):
+            axes.errorbar(
+                bpe,
+                kl,
+                yerr=None if stderr is None else NORMAL_95 * stderr,
+                fmt=_MARKERS[(index + shift) % len(_MARKERS)],
+                color=LIGHT[_COLORS[model % len(_COLORS)]],
+                markerfacecolor="none" if shift else None,
+                capsize=3,
+                lw=1,
+                label=name,
+            )
     axes.set_xlabel("bits per element of the checkpoint")
     axes.set_ylabel("KL on fresh tokens, nats per token")
     plain_log(axes, "y")
@@ -140,18 +214,19 @@ def plot_runs(records: Sequence[RunRecord]) -> "Figure":
     return figure
 
 
-def render_comparison(records: Sequence[RunRecord]) -> str:
+def render_comparison(records: Sequence[RunRecord], rivals: Sequence[Rival] = ()) -> str:
     """The comparison as HTML text."""
-    rows = rows_of(records)
+    rows = rows_of(records, rivals)
     picture = ""
     if any(row.kl is not None for row in rows):
         with project_style():
-            figure = plot_runs(records)
+            figure = plot_runs(records, rivals)
             picture = to_svg(figure, "runs", "KL of each run against bits per element")
     return template("compare.html.j2").render(
         rows=rows,
         caveats=caveats(records),
-        notes=budget_notes(records),
+        runs=len(records),
+        notes=[*budget_notes(records), *rival_notes(records, rivals)],
         picture=picture,
         palette=PALETTE,
     )

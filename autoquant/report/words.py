@@ -186,6 +186,10 @@ def how_probed(method: str) -> str:
             "together stay below the noise of BF16 have their gradients' estimates"
         ),
         "gradient": "all else in BF16: estimated by gradients, not measured",
+        "modelopt": (
+            "as ModelOpt scored it, scaled to what the cheapest formats of all groups were "
+            "measured to do together"
+        ),
     }[method]
 
 

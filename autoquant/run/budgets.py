@@ -191,6 +191,8 @@ def _refuse_probes_alone(path: Path) -> None:
 
 def _probes_of(config: SearchConfig, plan: Plan) -> Path | None:
     wanted = probe_signature(config, plan)
+    if config.modelopt_state is not None:
+        return None
     if config.sensitivity is not None:
         return finished_probes(config.sensitivity, wanted)
     path = RUNS / probe_name(config, plan)

@@ -154,6 +154,18 @@ class Probing:
         return calibration
 
     def _probe(self, session: Session) -> Sensitivity:
+        with self._timed("probe"):
+            sensitivity, method = self._sensitivity(session)
+        self.run.write_json(SENSITIVITY, {"method": method, **sensitivity.to_dict()})
+        for group, choice in sensitivity.overflowing():
+            self.observer.warn(
+                f"{group} in {choice} overflows: its KL is not finite, and it is taken only where "
+                "the budget leaves nothing else."
+            )
+        return sensitivity
+
+    def _sensitivity(self, session: Session) -> tuple[Sensitivity, str]:
+        """What every open choice does alone, and how that was found out."""
         probes = Probes(
             run=self.run,
             scorer=session.scorer,
@@ -162,15 +174,8 @@ class Probing:
             seed=self.config.seed,
             observer=self.observer,
         )
-        with self._timed("probe"):
-            sensitivity, method = probes.measure(self.config.probe)
-        self.run.write_json(SENSITIVITY, {"method": str(method), **sensitivity.to_dict()})
-        for group, choice in sensitivity.overflowing():
-            self.observer.warn(
-                f"{group} in {choice} overflows: its KL is not finite, and it is taken only where "
-                "the budget leaves nothing else."
-            )
-        return sensitivity
+        sensitivity, method = probes.measure(self.config.probe)
+        return sensitivity, str(method)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.decimals import shortest
+from autoquant.errors import SourceError
 from autoquant.export.layouts.base import Layout
 from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.model_costs import CostKind
@@ -44,8 +45,10 @@ def search_signature(config: SearchConfig, plan: Plan) -> dict[str, Any]:
     after the first version is in it where it is not the default, so that earlier runs go on.
     """
     probes = probe_signature(config, plan)
+    state = config.modelopt_state
     return {
         **probes,
+        **({"probe": _digest_of_state(state)} if state is not None else {}),
         "tokens": {**probes["tokens"], "report": config.report_tokens},
         "budget_bpe": config.budget.bpe,
         "budget_scope": str(config.budget.scope),
@@ -114,6 +117,16 @@ def _name(plan: Plan, what: str, signature: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(signature, sort_keys=True).encode()).hexdigest()
     model = Path(plan.source.model).name.strip(".") or "model"
     return f"{model}-{what}-{digest[:8]}"
+
+
+def _digest_of_state(file: Path) -> str:
+    try:
+        return f"modelopt:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    except OSError as error:
+        raise SourceError(
+            f"the state of ModelOpt's auto_quantize, {file}, cannot be read: {error.strerror}.",
+            fix="pass the file that its argument `checkpoint` named.",
+        ) from error
 
 
 def _table_part(config: SearchConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from autoquant.independent.forward import Evidence
 from autoquant.measure.calibration import Calibration
 from autoquant.measure.evaluator import LocalEvaluator
 from autoquant.measure.kl import TokenScores
+from autoquant.measure.sensitivity import Sensitivity
 from autoquant.measure.session import Session
 from autoquant.measure.statistics.clipping import count_clipped, describe_clipped
 from autoquant.plan.assignment import Assignment
@@ -86,6 +87,17 @@ class Search(Probing):
             self.observer.warn(caution)
         confirmed = self._confirm(session, history, explored)
         return self._finish(session, explored.problem, history, calibration, confirmed)
+
+    def _sensitivity(self, session: Session) -> tuple[Sensitivity, str]:
+        state = self.config.modelopt_state
+        if state is None:
+            return super()._sensitivity(session)
+        from autoquant.run.modelopt_scores import METHOD, modelopt_sensitivity
+
+        self.observer.stage("probe", 1)
+        found = modelopt_sensitivity(state, session, self.plan)
+        self.observer.step()
+        return found, METHOD
 
     def _measure(self, session: Session, problem: Problem) -> tuple[History, Explored]:
         """Everything that is measured jointly on the search split."""

@@ -200,7 +200,7 @@ class RunDirectory:
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:
         """Write a JSON object whole, with its schema version; NaN and infinities become null."""
-        write_atomic(self.path / name, to_json(_sealed(data), indent=2) + "\n")
+        write_json(self.path, name, data)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """What `write_json` wrote under `name`, or None if nothing has.
@@ -246,6 +246,11 @@ class RunDirectory:
     def _record(self, status: Status) -> None:
         self._identity["status"] = str(status)
         self.write_json(IDENTITY, self._identity)
+
+
+def write_json(folder: Path, name: str, data: Mapping[str, Any]) -> None:
+    """What `RunDirectory.write_json` does, for files that no stage of a search writes or reads."""
+    write_atomic(folder / name, to_json(_sealed(data), indent=2) + "\n")
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from autoquant.api import Run, search_budgets
 from autoquant.data.tokens import Split, TokenPlan
 from autoquant.formats import BF16
 from autoquant.measure.kl import TokenKl
+from autoquant.modelopt.peer import METHODS, Peer
 from autoquant.plan.assignment import Assignment
 from autoquant.search.confirm import paired_difference
 from autoquant.search.problem import Problem
@@ -26,7 +27,6 @@ from autoquant.store.run_directory import ASSIGNMENT
 from experiments.common import record
 from experiments.common.bench import Bench
 from experiments.common.subjects import MAX_ONLY, add_arguments, subject
-from experiments.vs_modelopt.peer import Peer
 
 SPACES = {"all": "default", "max": str(MAX_ONLY)}
 """Scale rules that are open, and the space that opens them."""
@@ -51,7 +51,7 @@ def main() -> None:
     )
     bench = Bench(chosen, SPACES["all"], tokens, arguments.device)
     fresh = bench.fresh(arguments.fresh_tokens)
-    peers = {method: Peer(bench, method) for method in ("gradient", "kl_div")}
+    peers = {method: Peer(bench.plan, bench.session, method) for method in METHODS}
     result = record.provenance(arguments.commit) | {
         "subject": chosen.name,
         "seed": arguments.seed,

@@ -15,10 +15,10 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 from autoquant.api import search
 from autoquant.data.tokens import TokenPlan
+from autoquant.modelopt.peer import METHODS, Peer
 from experiments.common import record
 from experiments.common.bench import Bench
 from experiments.common.subjects import MAX_ONLY, Subject, add_arguments, subject
-from experiments.vs_modelopt.peer import SEARCHERS, Peer
 
 SEARCHES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -53,8 +53,8 @@ def main() -> None:
         record.write(arguments.out, result)
     bench = Bench(chosen, "default", tokens, arguments.device)
     result["groups"] = len(bench.plan.accounting.searched)
-    for method in SEARCHERS:
-        peer = Peer(bench, method)
+    for method in METHODS:
+        peer = Peer(bench.plan, bench.session, method)
         list(peer.choices(bench.unmeasured_problem(chosen.bpes[0])))
         result["modelopt"][method] = peer.seconds
         record.write(arguments.out, result)

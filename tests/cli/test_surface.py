@@ -75,7 +75,7 @@ SURFACE = {
     | {"--assignment", "--calibrated", "--kv-cache", "--layout", "--modelopt-recipe", "--out"},
     "verify": {"CHECKPOINT", "--source", "--forward", "--revision", "--format"},
     "report": {"RUN", "--out", "--png", "--format"},
-    "compare": {"RUN...", "--out", "--format"},
+    "compare": {"RUN...", "--with", "--out", "--format"},
     "spaces": set(),
     "spaces list": {"--format"},
     "spaces show": {"NAME"},

@@ -1,4 +1,4 @@
-"""Assignments as recipes of NVIDIA ModelOpt, and ModelOpt itself where it is installed."""
+"""Assignments as recipes of NVIDIA ModelOpt, and ModelOpt itself on them."""
 
 import fnmatch
 import json
@@ -102,7 +102,7 @@ def test_names_that_memory_spells_otherwise_are_matched():
 @pytest.mark.parametrize("kind", MIX)
 def test_modelopt_enables_exactly_these_quantizers(kind, autoquant, tmp_path):
     """ModelOpt simulates NVFP4 on GPUs alone, but inserts and sets up its quantizers anywhere."""
-    mtq = pytest.importorskip("modelopt.torch.quantization", reason="nvidia-modelopt is missing")
+    import modelopt.torch.quantization as mtq
     from modelopt.recipe import load_recipe
     from transformers import AutoModelForCausalLM
 
@@ -137,7 +137,7 @@ def test_modelopt_enables_exactly_these_quantizers(kind, autoquant, tmp_path):
                 for e in range(4)
             ],
         }.get(last, [f"{group}.weight_quantizer"])
-        expected |= dict.fromkeys(names, BITS[choice.format])
+        expected |= dict.fromkeys(names, BITS[str(choice.format)])
     assert weights == expected
     for name, (bits, blocks) in found.items():
         assert name.startswith("model.layers.0.")

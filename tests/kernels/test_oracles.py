@@ -74,8 +74,8 @@ def test_fp8_differs_from_modelopt_only_by_its_double_rounding(name: str) -> Non
     assert_same_bits(twice, theirs)
 
 
+@pytest.mark.slow
 def test_modelopt_still_exports_the_golden_tensors() -> None:
-    pytest.importorskip("modelopt.torch.quantization.qtensor")
     from golden.regenerate import exported
 
     for name in NAMES:

@@ -1,15 +1,16 @@
 """`autoquant compare`: runs side by side."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from autoquant.cli.options import HeadedCommand, format_option, out_option
+from autoquant.cli.options import HeadedCommand, format_option, option, out_option
 from autoquant.cli.output import print_json, print_table, warn
 
 if TYPE_CHECKING:
-    from autoquant.report.compare import RunRow
+    from autoquant.report.compare import Rival, RunRow
+    from autoquant.report.record import RunRecord
 
 
 @click.command(
@@ -18,36 +19,69 @@ if TYPE_CHECKING:
     examples=[
         ("autoquant compare runs/a runs/b", "A table of budgets, seeds or models:"),
         ("autoquant compare runs/a runs/b --out compared.html", "And a page with a picture:"),
+        ("autoquant compare runs/a --with modelopt", "Beside what ModelOpt's search picks:"),
     ],
 )
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@option(
+    "--with",
+    "peer",
+    heading="Output",
+    type=click.Choice(["modelopt"]),
+    help="Run this program's own search on each run's model, tokens and formats, and set its "
+    "choice beside the run's; what it picks is kept in the run directory.",
+)
 @out_option("FILE", "HTML file to write as well.")
 @format_option
-def command(runs: tuple[Path, ...], out: Path | None, format: str) -> None:
+def command(runs: tuple[Path, ...], peer: str | None, out: Path | None, format: str) -> None:
     """Put several run directories side by side on one page."""
     from dataclasses import asdict
 
     from autoquant.files import write_atomic
-    from autoquant.report.compare import caveats, render_comparison, rows_of
+    from autoquant.report.compare import caveats, render_comparison, rival_notes, rows_of
     from autoquant.report.html import writing
     from autoquant.report.record import RunRecord
 
     records = [RunRecord.read(path) for path in runs]
-    rows = rows_of(records)
+    rivals = _rivals(records) if peer is not None else ()
+    rows = rows_of(records, rivals)
     notes = caveats(records)
     if out is not None:
-        page = render_comparison(records)
+        page = render_comparison(records, rivals)
         with writing(out):
             write_atomic(out, page)
     if format == "json":
         listed = {"runs": [asdict(row) for row in rows], "caveats": notes}
+        if peer is not None:
+            listed["rivals"] = [_listed(rival) for rival in rivals]
         print_json(listed | ({"report": str(out)} if out is not None else {}))
         return
     _print(rows)
+    for note in rival_notes(records, rivals):
+        click.echo(f"{note}.")
     if out is not None:
         click.echo(f"\nreport  {out}")
     for note in notes:
         warn(f"{note}.")
+
+
+def _rivals(records: "list[RunRecord]") -> "tuple[Rival, ...]":
+    from autoquant.cli.terminal import Terminal
+    from autoquant.modelopt.comparing import rivals_of
+
+    with Terminal() as terminal:
+        return tuple(rival for record in records for rival in rivals_of(record, terminal))
+
+
+def _listed(rival: "Rival") -> dict[str, Any]:
+    """A rival as JSON types."""
+    return {
+        "run": str(rival.run.path),
+        "method": rival.method,
+        "bpe": rival.bpe,
+        "kl": rival.kl,
+        "groups": dict(rival.groups),
+    }
 
 
 def _print(rows: "list[RunRow]") -> None:

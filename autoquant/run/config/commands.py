@@ -123,7 +123,7 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
         Setting(
             "Search",
             "Run directory whose probes are used: of `autoquant probe`, or of another search with "
-            "the same settings.",
+            "the same settings. Or modelopt:FILE, the scores that ModelOpt's auto_quantize saved.",
             "RUN",
             unset="what `autoquant probe` wrote to runs/",
             is_saved=False,
@@ -190,6 +190,12 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
         """The budget of a search that has one."""
         (bpe,) = self.budget_bpe
         return Budget(bpe, self.budget_scope)
+
+    @property
+    def modelopt_state(self) -> Path | None:
+        """The file that `--sensitivity modelopt:FILE` names; None for anything else."""
+        kind, _, file = str(self.sensitivity or "").partition(":")
+        return Path(file) if kind == "modelopt" and file else None
 
     def of_each_budget(self) -> list[Self]:
         """The same search under each of its budgets."""
