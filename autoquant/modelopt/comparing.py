@@ -76,7 +76,7 @@ def _measured(run: RunRecord, result: Mapping[str, Any], observer: Observer) -> 
         [group for group in plan.groups if plan.options.choices[group.name] != (BF16,)],
         cached_attention(config.kv_cache, plan.groups),
         observer,
-        mode=config.activation_mode,
+        mode=config.mode,
     )
     found = {name: split.digest for name, split in session.splits.items()}
     if plan.source.digest != result["source"]["digest"] or found != _subject(result)["tokens"]:

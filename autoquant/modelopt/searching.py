@@ -152,7 +152,7 @@ def auto_quantize(
                 load_model(source.path, model.device, tokenizer=_Numbers()),
                 splits,
                 [g for g in plan.groups if plan.options.choices[g.name] != (BF16,)],
-                mode=config.activation_mode,
+                mode=config.mode,
                 codes=code_cache(source, directory.path),
                 statistics=StatisticsStore(directory.path / STATISTICS),
                 observer=watcher,

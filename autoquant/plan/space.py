@@ -43,8 +43,9 @@ class Effort(StrEnum):
     def ways(self) -> tuple[Way, ...]:
         """Scale rules and roundings that a format without either stands for in a search space.
 
-        Fitted codes fall back to plain ones linear by linear, so that few of them are enough: in the
-        search of the bundled model at 5 bits every NVFP4 group of the winner takes one of these two.
+        Fitted codes fall back to plain ones linear by linear, so that few of them are enough: in
+        the search of the bundled model at 5 bits every NVFP4 group of the winner takes one of
+        these two.
         """
         plain = tuple((str(rule), NEAREST) for rule in PLAIN_RULES)
         if self is Effort.FAST:
