@@ -28,7 +28,8 @@ class Moments:
     """Sums of x x^T over the inputs of M matrices."""
 
     sums: Tensor
-    """float32 [2, M, K, K]: of tokens to fit, and of tokens held out."""
+    """float32 [2, M, K, K]: of tokens to fit, and of tokens held out. [2, 0, K, K] of experts whose
+    layer's alone are kept."""
     tokens: Tensor
     """int64 [2, M]."""
     layer_sums: Tensor | None = None
@@ -43,10 +44,12 @@ class Moments:
         fewer tokens than channels say nothing of some directions.
         """
         seen = self.tokens[tokens].sum(dim=0)
-        own = _mean(self.sums[tokens].sum(dim=0), seen)
         if self.layer_sums is None or self.layer_tokens is None:
-            return own
+            return _mean(self.sums[tokens].sum(dim=0), seen)
         layer = _mean(self.layer_sums[tokens].sum(dim=0), self.layer_tokens[tokens].sum(dim=0))
+        if not self.sums.shape[1]:
+            return layer.expand(len(seen), -1, -1)
+        own = _mean(self.sums[tokens].sum(dim=0), seen)
         weight = (seen / (seen + own.shape[-1])).to(own)[:, None, None]
         return own * weight + layer * (1 - weight)
 
@@ -62,7 +65,7 @@ class Moments:
         found = self.mean(tokens)
         size = found.shape[-1] // BLOCK
         squares = found.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None, None]
-        tiled = found.view(-1, size, BLOCK, size, BLOCK)
+        tiled = found.reshape(-1, size, BLOCK, size, BLOCK)
         blocks = tiled.diagonal(dim1=1, dim2=3).movedim(-1, 1) / squares
         known = blocks.isfinite().flatten(1).all(dim=1)[:, None, None, None]
         identity = torch.eye(BLOCK, device=found.device)
@@ -72,6 +75,8 @@ class Moments:
     def why_plain(self) -> tuple[str | None, ...]:
         """Of each matrix why codes cannot be fitted to these moments; None if they can."""
         finite = self.sums.isfinite().flatten(2).all(dim=2).all(dim=0)
+        if self.layer_sums is not None and not self.sums.shape[1]:
+            finite = self.layer_sums.isfinite().all().expand(self.tokens.shape[1])
         return tuple(map(_why_plain, finite.tolist(), *self.tokens.tolist()))
 
     def of(self, matrices: slice) -> "Moments":

@@ -253,3 +253,33 @@ def test_experts_that_are_modules_are_told_apart(tmp_path):
     found = taps.moments()[name]
     assert found.tokens.tolist() == [[0, 0, 0, 5], [2, 0, 0, 0]]
     assert torch.allclose(found.sums[0, 3], rows.mT @ rows)
+
+
+def test_experts_whose_sums_take_too_much_have_those_of_their_layer(tmp_path, monkeypatch):
+    place = save_searchable("qwen3_moe", tmp_path / "model"), save_text(tmp_path / "text")
+    source, session = opened(place)
+    each = collect(session, tmp_path / "each")
+    monkeypatch.setattr(moments, "MOST_BYTES_OF_A_SET", 0)
+    shared = collect(session, tmp_path / "shared")
+    assert sum(map(len, content(tmp_path / "shared").values())) < sum(
+        map(len, content(tmp_path / "each").values())
+    )
+    files = FileWeights(source.headers)
+    for group, unit in units(session):
+        own, of_layer = each.moments(unit), shared.moments(unit)
+        if not unit.is_stack:
+            assert torch.equal(own.sums, of_layer.sums)
+            continue
+        experts = len(unit.matrices)
+        assert torch.equal(own.tokens, of_layer.tokens)
+        assert torch.allclose(own.layer_sums, of_layer.layer_sums, rtol=1e-4, atol=1e-4)
+        found = of_layer.mean()
+        assert found.shape[0] == experts
+        expected = own.layer_sums.sum(dim=0) / own.layer_tokens.sum()
+        assert torch.allclose(found, expected.expand_as(found), rtol=1e-4, atol=1e-5)
+        assert of_layer.why_plain() == own.why_plain()
+        names = {linear.name: n for n, matrix in enumerate(unit.matrices) for linear in matrix}
+        alone = next(u for u in files.units(group) if names.get(u.name) == experts - 1)
+        last = shared.moments(alone)
+        assert torch.equal(last.mean()[0], found[-1])
+        assert last.tokens.tolist() == of_layer.tokens[:, -1:].tolist()

@@ -15,6 +15,7 @@ from fitting import (
     same,
     scales,
     uneven,
+    usual,
 )
 
 from autoquant.formats import fitted
@@ -155,3 +156,26 @@ def test_experts_of_few_tokens_lean_on_their_layer():
         for m in (layer, own)
     ]
     assert harms[0] < 0.9 * harms[1]
+
+
+def test_experts_that_share_their_layers_moments_are_fitted_to_them():
+    own = usual(2)
+    layer_sums, layer_tokens = own.sums.sum(dim=1), own.tokens.sum(dim=1)
+    shared = Moments(
+        sums=own.sums[:, :0], tokens=own.tokens, layer_sums=layer_sums, layer_tokens=layer_tokens
+    )
+    alone = Moments(sums=layer_sums[:, None], tokens=layer_tokens[:, None])
+    weight = random(2, OUTPUTS, INPUTS).bfloat16()
+    found, plain = run(weight, "hessian", shared)
+    assert plain == {}
+    for matrix in range(2):
+        one, _ = run(weight[matrix : matrix + 1], "hessian", alone)
+        assert torch.equal(found.codes[matrix], one.codes[0])
+    broken = Moments(
+        sums=own.sums[:, :0],
+        tokens=own.tokens,
+        layer_sums=layer_sums * torch.inf,
+        layer_tokens=layer_tokens,
+    )
+    _, plain = run(weight, "hessian", broken)
+    assert set(plain.values()) == {"the second moments of its inputs are not finite"}

@@ -30,6 +30,10 @@ from autoquant.source.names import ROUTED_EXPERT
 HELD_OUT_OF = 4
 """One sequence of so many is held out."""
 
+MOST_BYTES_OF_A_SET = 1 << 30
+"""Where the sums of all experts of a layer would take more, the layer's alone are kept: experts of
+many channels see fewer tokens than channels, and lean on their layer in any case."""
+
 
 def collect_moments(
     scorer: Scorer,
@@ -145,7 +149,7 @@ class _Sums:
     """What one input set has shown so far."""
 
     sums: Tensor
-    """float32 [2, M, K, K]."""
+    """float32 [2, M, K, K], or [2, 1, K, K] for all experts of a layer together."""
     tokens: list[list[int]]
     """[2, M]."""
     of_experts: bool
@@ -153,20 +157,33 @@ class _Sums:
     @classmethod
     def zeros(cls, matrices: int | None, inputs: int, device: torch.device) -> "_Sums":
         size = matrices or 1
-        sums = torch.zeros(2, size, inputs, inputs, device=device)
+        kept = size if 8 * size * inputs**2 <= MOST_BYTES_OF_A_SET else 1
+        sums = torch.zeros(2, kept, inputs, inputs, device=device)
         return cls(sums, [[0] * size, [0] * size], matrices is not None)
+
+    @property
+    def of_layer(self) -> bool:
+        """Whether experts share their sums."""
+        return self.sums.shape[1] < len(self.tokens[0])
 
     def add(self, rows: Tensor, part: int, matrix: int) -> None:
         """Add the products of rows [R, K] with themselves."""
         if len(rows):
             wide = rows.float()
-            self.sums[part, matrix].addmm_(wide.t(), wide)
+            self.sums[part, 0 if self.of_layer else matrix].addmm_(wide.t(), wide)
             self.tokens[part][matrix] += len(rows)
 
     def moments(self) -> Moments:
         tokens = torch.tensor(self.tokens)
         if not self.of_experts:
             return Moments(sums=self.sums, tokens=tokens)
+        if self.of_layer:
+            return Moments(
+                sums=self.sums[:, :0],
+                tokens=tokens,
+                layer_sums=self.sums[:, 0],
+                layer_tokens=tokens.sum(dim=1),
+            )
         finite = self.sums.isfinite().flatten(2).all(dim=2)[:, :, None, None]
         return Moments(
             sums=self.sums,
