@@ -33,8 +33,12 @@ DENSE = ("my-model", "MODEL", "BIG-MODEL", "Qwen/Qwen3-8B")
 WITH_EXPERTS = ("my-moe", "Qwen/Qwen3-30B-A3B")
 RUNS = ("run", *(f"runs/{name}" for name in ("demo", "mine", "big", "a", "b", "A", "B", "NAME")))
 FLAGS = zip(TOKEN_FLAGS[::2], TOKEN_FLAGS[1::2], strict=True)
-QUICK = {"trials": 2, **{flag[2:].replace("-", "_"): value for flag, value in FLAGS}}
-"""Settings under which an example that does not name them takes a second."""
+QUICK = {
+    "trials": 2,
+    "calibration": "texts",
+    **{flag[2:].replace("-", "_"): value for flag, value in FLAGS},
+}
+"""Settings under which an example that does not name them takes a second, and needs no hub."""
 
 
 def examples_of_the_help(command: click.Command = cli) -> Iterator[str]:
@@ -84,7 +88,11 @@ def made(tmp_path_factory) -> Path:
         )
     save_text(folder / "texts")
     run = autoquant.search(
-        folder / "MODEL", budget_bpe=5.0, out=folder / RUNS[0], mlflow=False, **QUICK
+        folder / "MODEL",
+        budget_bpe=5.0,
+        out=folder / RUNS[0],
+        mlflow=False,
+        **QUICK | {"calibration": str(folder / "texts")},
     )
     for name in RUNS[1:]:
         shutil.copytree(run.path, folder / name)
