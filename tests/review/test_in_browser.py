@@ -95,6 +95,18 @@ def test_runs_side_by_side_read_on_a_screen_and_a_phone(run, autoquant, browser,
     assert browser.errors == []
 
 
+def test_a_winner_with_a_long_name_pushes_no_column_out_of_sight(run, browser):
+    page = browser.open(report_of(run), width=900)
+    page.evaluate(
+        """() => document.querySelector("tr.lead td").textContent =
+            "the winner: swap: model.layers.4.block_sparse_moe.experts to nvfp4/mse/gptq, "
+            + "model.layers.5.self_attn.qkv to nvfp4/mse/gptq" """
+    )
+    table = page.locator(".scroll").first
+    assert table.evaluate("t => t.scrollWidth <= t.clientWidth")
+    assert browser.errors == []
+
+
 def test_mlflow_shows_the_result_the_baselines_the_checkpoint_and_the_report(
     run, baselines, browser
 ):
