@@ -120,7 +120,7 @@ def probe(
     batches = range(len(split.batches)) if batches is None else batches
     missing = {batch: [key for key in keys if (batch, *key) not in results] for batch in batches}
     wanted = [(batch, key) for batch, left in missing.items() for key in left]
-    scores = scorer.probe(split, wanted, sketch)
+    scores = scorer.probe(split, wanted, sketch) if wanted else iter(())
     for batch, left in missing.items():
         for key in left:
             score, change = next(scores)
