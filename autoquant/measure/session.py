@@ -85,13 +85,14 @@ def open_session(
         SourceError: text or model missing, damaged or not understood.
         OutOfMemory: the model does not fit the device.
     """
-    keep_freed_memory()
     corpus = load_corpus(calibration)
     observer.stage("load", 1)
     chosen = choose_device(device)
     loaded = load_model(
         source.path, chosen, trust_remote_code=trust_remote_code, allowance=allowance
     )
+    if not loaded.store.is_streamed:  # blocks that come and go would leave holes
+        keep_freed_memory()
     plan = _shortened(tokens, loaded.max_length)
     splits = make_splits(corpus, loaded.tokenizer, plan)
     _require_vocabulary(loaded.model, splits)

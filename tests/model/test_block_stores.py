@@ -16,14 +16,21 @@ from autoquant.model.placement import Allowance, Sizes, choose
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 200, (2, 16), generator=torch.Generator().manual_seed(0))
-KINDS = ["llama", "qwen3", "qwen2_moe", "minimax_m2", "deepseek_v3", "glm4_moe", "gpt_oss"]
+KINDS = [
+    "llama",
+    "qwen3",
+    "qwen2_moe",
+    "minimax_m2",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "zamba2",
+]
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def folder(request, tmp_path_factory):
-    return save_searchable(
-        request.param, tmp_path_factory.mktemp(request.param) / "source", num_hidden_layers=2
-    )
+    return save_searchable(request.param, tmp_path_factory.mktemp(request.param) / "source")
 
 
 def loaded(folder, weights):
@@ -36,7 +43,7 @@ def test_weights_are_those_that_transformers_loads(folder, weights):
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
     found = loaded(folder, weights)
     seen = set()
-    for block in range(2):
+    for block in range(found.model.config.num_hidden_layers):
         found.store.open(block)
         present = {n: t for n, t in found.model.state_dict().items() if not t.is_meta}
         seen |= present.keys()
