@@ -87,21 +87,25 @@ class Agreement:
     """Largest difference of the two that is no fault, nats per token."""
 
     @property
-    def problems(self) -> tuple[str, ...]:
-        """One line each; none where all agrees."""
-        found = []
-        if not abs(self.kl - self.said) <= self.allowed:
-            found.append(
-                f"transformers' own forward of the stored weights gives KL {self.kl:.6g} on "
-                f"{self.tokens} tokens, and scoring said {self.said:.6g} "
-                f"(up to {self.allowed:.2g} apart is noise)."
-            )
-        if self.unused:
-            found.append(
-                f"{len(self.unused)} quantized linears take part in no product of the model, such "
-                f"as {self.unused[0]}."
-            )
-        return tuple(found)
+    def problem(self) -> str | None:
+        """What is wrong, in a line; None where the two agree."""
+        if abs(self.kl - self.said) <= self.allowed:
+            return None
+        return (
+            f"transformers' own forward of the stored weights gives KL {self.kl:.6g} on "
+            f"{self.tokens} tokens, and scoring said {self.said:.6g} (up to {self.allowed:.2g} "
+            "apart is noise)."
+        )
+
+    @property
+    def note(self) -> str | None:
+        """What is no fault, and worth knowing."""
+        if not self.unused:
+            return None
+        return (
+            f"{len(self.unused)} quantized linears took part in no product of transformers' own "
+            f"forward, such as {self.unused[0]}: these tokens say nothing of them."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; KL in nats per token."""

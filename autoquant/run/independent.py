@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from autoquant.data.tokens import Split
-from autoquant.errors import SourceError
+from autoquant.errors import AutoQuantError, SourceError
 from autoquant.formats.kv_cache import KvCache
 from autoquant.independent.forward import Agreement, Evidence, run_checkpoint
 from autoquant.measure.session import Session
@@ -43,7 +43,7 @@ def check_by_forward(
     """Run a checkpoint and its source by transformers' own model.
 
     Raises:
-        SourceError: an FP8 cache, or a model that transformers cannot load.
+        SourceError: an FP8 cache, or a model that transformers cannot load or run.
     """
     if KvCache(evidence.kv_cache).is_quantized:
         raise SourceError(
@@ -57,7 +57,16 @@ def check_by_forward(
         if is_coded
         else None
     )
-    return run_checkpoint(checkpoint, source.path, evidence, device=device, weights=weights)
+    try:
+        return run_checkpoint(checkpoint, source.path, evidence, device=device, weights=weights)
+    except AutoQuantError:
+        raise
+    except Exception as error:  # model code raises anything, memory that is missing too
+        line = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise SourceError(
+            f"transformers' own forward of {checkpoint} or its source fails: {line}",
+            fix="leave --forward out.",
+        ) from error
 
 
 def check_export(
@@ -82,6 +91,8 @@ def check_export(
         observer.note(f"not run by transformers' own forward: {error.message}")
         return None
     observer.step()
+    if found.note is not None:
+        observer.note(found.note)
     require_agreement(checkpoint, found)
     return found
 
@@ -92,9 +103,9 @@ def require_agreement(checkpoint: Path, found: Agreement) -> None:
     Raises:
         SourceError: it does not.
     """
-    if found.problems:
+    if found.problem is not None:
         raise SourceError(
-            f"{checkpoint} does not compute what was measured: {found.problems[0]}",
+            f"{checkpoint} does not compute what was measured: {found.problem}",
             fix="this is a fault of AutoQuant or of transformers: report the architecture, and do "
             "not serve the checkpoint.",
         )

@@ -82,6 +82,8 @@ def command(
                 {"KL, independent": f"{found.kl:.6g} nats per token on {found.tokens} tokens"}
                 | {"KL, as measured": f"{found.said:.6g}, {found.allowed:.2g} apart is noise"}
             )
+            if found.note is not None:
+                click.echo(f"note: {found.note}")
         require_agreement(checkpoint, found)
 
 
