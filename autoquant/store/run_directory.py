@@ -184,6 +184,11 @@ class RunDirectory:
         return signature
 
     @property
+    def created(self) -> datetime:
+        """When the search of this directory was begun, to the second."""
+        return datetime.fromisoformat(self._identity["created"])
+
+    @property
     def environments(self) -> list[dict[str, str]]:
         """What the measurements of this directory were made with, each once, the first first."""
         return environments_of(self._identity)

@@ -19,6 +19,7 @@ from autoquant.tracking.tracker import ChildRuns, NullTracker, Tracker
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+_RUN_DIRECTORY = "autoquant.run_directory"
 _LONGEST_PARAM = 6000
 
 _ENVIRONMENT = {
@@ -64,7 +65,7 @@ def track(
         "autoquant.version": autoquant.__version__,
         "autoquant.model": model,
         "autoquant.source_digest": source_digest,
-        "autoquant.run_directory": str(run.path.resolve()),
+        _RUN_DIRECTORY: str(run.path.resolve()),
     }
     if (commit := git_commit()) is not None:
         tags["mlflow.source.git.commit"] = commit
@@ -109,7 +110,11 @@ def _open(
         client = MlflowClient(tracking_uri=uri or _store_beside(runs))
         artifacts = None if uri else (runs / "mlartifacts").as_uri()
         experiment_id = _experiment(client, experiment, artifacts)
-    continued = _continued(client, run.read_json(TRACKING))
+    tracking = run.read_json(TRACKING)
+    if tracking is None:
+        continued = _unnamed(client, experiment_id, run)
+    else:
+        continued = _continued(client, tracking)
     if continued is None:
         run_id = client.create_run(
             experiment_id, tags=resolve_tags(tags), run_name=run.path.resolve().name
@@ -167,17 +172,27 @@ def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str
     return str(client.create_experiment(name, artifact_location=artifacts, tags=_MODEL_TRAINING))
 
 
-def _continued(
-    client: "MlflowClient", tracking: Mapping[str, Any] | None
+def _unnamed(
+    client: "MlflowClient", experiment_id: str, run: RunDirectory
 ) -> tuple[str, str] | None:
-    """Ids of the earlier process's MLflow run and of the experiment that it lies in, or None.
+    """The MLflow run of an earlier process that was killed before it wrote down which it is.
 
-    There is none in a new search, or the store has lost it.
+    It names this run directory, and is not older: that of a search before `--fresh` is.
+    """
+    since = int(run.created.timestamp() * 1000)
+    for found in client.search_runs([experiment_id], f"attributes.start_time >= {since}"):
+        if found.data.tags.get(_RUN_DIRECTORY) == str(run.path.resolve()):
+            return str(found.info.run_id), experiment_id
+    return None
+
+
+def _continued(client: "MlflowClient", tracking: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Ids of the earlier process's MLflow run and of the experiment that it lies in.
+
+    None where the store has lost it.
     """
     from mlflow.exceptions import MlflowException
 
-    if tracking is None:
-        return None
     try:
         info = client.get_run(tracking["run_id"]).info
     except MlflowException:

@@ -82,6 +82,22 @@ def chosen(events: Sequence[Event], kills: int) -> Iterator[tuple[Event, Action]
     turn because the disk is full, the file system is read-only, or a permission is missing.
     """
     first: dict[tuple[str, str], Event] = {}
+    for event in events:
+        first.setdefault(event.kind, event)
+    found = _ends_of_kinds(events)
+    deaths = _evenly(list(found), kills)
+    others = [e.number for e in events if (e.number, Action.KILL) not in found]
+    deaths += [(number, Action.KILL) for number in _evenly(others, kills - len(deaths))]
+    refusals = iter([(e.number, REFUSALS[i % 3]) for i, e in enumerate(first.values())])
+    for index, (number, action) in enumerate(deaths):
+        yield events[number - 1], action
+        if index % 3 == 2:
+            yield from ((events[n - 1], why) for n, why in islice(refusals, 1))
+
+
+def _ends_of_kinds(events: Sequence[Event]) -> dict[tuple[int, Action], None]:
+    """The first and the last event of each kind, and the middle of those that write."""
+    first: dict[tuple[str, str], Event] = {}
     last: dict[tuple[str, str], Event] = {}
     for event in events:
         first.setdefault(event.kind, event)
@@ -91,14 +107,23 @@ def chosen(events: Sequence[Event], kills: int) -> Iterator[tuple[Event, Action]
         found[event.number, Action.KILL] = None
         if event.operation == "write":
             found[event.number, Action.TEAR] = None
-    deaths = _evenly(list(found), kills)
-    others = [e.number for e in events if (e.number, Action.KILL) not in found]
-    deaths += [(number, Action.KILL) for number in _evenly(others, kills - len(deaths))]
-    refusals = iter([(e.number, REFUSALS[i % 3]) for i, e in enumerate(first.values())])
-    for index, (number, action) in enumerate(deaths):
-        yield events[number - 1], action
-        if index % 3 == 2:
-            yield from ((events[n - 1], why) for n, why in islice(refusals, 1))
+    return found
+
+
+def places(events: Sequence[Event]) -> int:
+    """How many kills `chosen` can choose among."""
+    found = _ends_of_kinds(events)
+    return len({event.number for event in events} | {number for number, _ in found}) + sum(
+        action is Action.TEAR for _, action in found
+    )
+
+
+def shares(kills: int, most: Sequence[int]) -> list[int]:
+    """Kills of each command: the same for all, and what some have no place for to the others."""
+    given = [0] * len(most)
+    for turn, index in enumerate(sorted(range(len(most)), key=most.__getitem__)):
+        given[index] = min(most[index], (kills - sum(given)) // (len(most) - turn))
+    return given
 
 
 def _evenly(items: list, count: int) -> list:
@@ -140,12 +165,12 @@ def run(kills: int, only: str | None = None, state: Path | None = None) -> Figur
         folder = Path(name)
         made = make_commands(folder, lambda arguments, path: _require_done(arguments, path))
         commands = [c for c in made if only is None or only == c.name]
-        waiting = []
-        for index, command in enumerate(commands):
-            expected, events = _undisturbed(command, folder, figures)
-            own = kills * (index + 1) // len(commands) - kills * index // len(commands)
-            left = islice(chosen(events, own), figures.done.get(command.name, 0), None)
-            waiting.append((command, expected, left))
+        found = [(command, *_undisturbed(command, folder, figures)) for command in commands]
+        own = shares(kills, [places(events) for _, _, events in found])
+        waiting = [
+            (command, expected, islice(chosen(events, n), figures.done.get(command.name, 0), None))
+            for (command, expected, events), n in zip(found, own, strict=True)
+        ]
         while waiting:
             for turn in tuple(waiting):
                 command, expected, left = turn

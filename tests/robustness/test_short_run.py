@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 from events import can_run
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not can_run(), reason="needs Linux and a C compiler"),
-]
+from kills import shares
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not can_run(), reason="needs Linux and a C compiler")
 @pytest.mark.parametrize(
     "call",
     [
@@ -30,3 +28,9 @@ def test_nothing_is_wrong(call, tmp_path):
     assert figures["failures"] == []
     assert done.returncode == 0, done.stderr
     assert sum((figures.get("mutations") or figures["cases"]).values()) >= 6
+
+
+def test_commands_have_equal_shares_and_what_one_has_no_place_for_goes_to_the_others():
+    assert shares(1000, [600, 12, 700, 9]) == [489, 12, 490, 9]
+    assert shares(8, [100, 100]) == [4, 4]
+    assert shares(100, [3, 2]) == [3, 2]

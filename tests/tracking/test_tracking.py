@@ -1,5 +1,6 @@
 """Searches in MLflow: what is recorded, and that it goes on."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 from recorded import KLS, RESULT, SETTINGS, Search, all_runs, client, history, mix, the_run
+from records import forget_checksums
 
 from autoquant.plan.assignment import Assignment
 from autoquant.tracking import Tracker
@@ -122,6 +124,26 @@ def test_a_resumed_search_continues_its_run_and_records_each_trial_once(runs, se
     assert history(runs, "kl") == [(0, 0.5), (1, 0.25), (2, 0.375), (3, 0.125)]
     assert history(runs, "best_kl") == [(0, 0.5), (1, 0.25), (2, 0.25), (3, 0.125)]
     assert run.data.params["trials"] == "4"
+
+
+def test_a_search_killed_before_it_wrote_down_its_run_continues_it(runs, search):
+    search(KLS[:2])
+    (search.folder / "tracking.json").unlink()
+    search()
+    assert search.warnings == []
+    assert len(history(runs, "kl")) == len(KLS), "of the one run"
+
+
+def test_a_search_begun_later_in_the_same_folder_is_another_run(runs, search):
+    search(KLS[:2])
+    forget_checksums(search.folder)
+    (search.folder / "tracking.json").unlink()
+    identity = json.loads((search.folder / "run.json").read_text())
+    (search.folder / "run.json").write_text(
+        json.dumps(identity | {"created": "2222-01-01T00:00:00+00:00"})
+    )
+    search()
+    assert len(all_runs(runs)) == 2
 
 
 def test_a_setting_that_changed_on_resuming_is_no_failure(runs, search):
