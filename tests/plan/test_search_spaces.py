@@ -182,6 +182,7 @@ def test_wrong_rule_is_located_with_its_value_and_the_nearest_spelling(rule, mes
     ("name", "value", "message", "fix"),
     [
         ("scale_rules", "[]", r"scale_rules is \[\]", "correct"),
+        ("roundings", "[]", r"roundings is \[\]", "correct"),
         ("scale_rules", "[msee]", r"scale_rules\[0\] is 'msee'", "'mse'"),
         ("shared_experts", "apart", "shared_experts is 'apart'", "correct"),
         ("shared_expert", "separate", "shared_expert is not a setting", "'shared_experts'"),
