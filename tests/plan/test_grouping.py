@@ -329,6 +329,12 @@ def test_names_join_what_the_engines_of_an_architecture_do_not_know():
     assert reasons(groups) == {"model.layers.0.mixer.strange.weight": Fixed.UNKNOWN}
 
 
+def test_names_join_nothing_across_modules():
+    names = ("feed.w1", "memory.w3")
+    groups = grouped({f"model.layers.0.{name}.weight": (16, 16) for name in names}).groups
+    assert [group.name for group in groups] == [f"model.layers.0.{name}" for name in names]
+
+
 def test_a_linear_of_a_shared_expert_that_nothing_knows_stays_out_of_the_experts():
     groups = grouped(
         {

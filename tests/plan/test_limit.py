@@ -1,5 +1,7 @@
 """Budgets as integers: exact, resolved once, and refused where nothing keeps them."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,7 +87,12 @@ def test_infeasible_budget_names_the_floor_and_what_holds_it_up(plan, scope, kin
     assert ("embeddings fixed at BF16 take" in message) == (is_whole and kind is CostKind.BITS)
     assert ("weights of the output head fixed at BF16 take" in message) == is_whole
     assert "layers in NVFP4 take" in message
+    taken = [float(number) for number in re.findall(r"take (\d+\.\d+) bits", message)]
+    assert len(taken) == (3 if is_whole else 1)
+    assert taken == sorted(taken, reverse=True)
+    assert 0.9 * lowest < sum(taken) < lowest + 0.02
     advised = float(caught.value.fix.split("at least ")[1].split()[0])
+    assert lowest <= advised < lowest + 0.0101
     plan.limit(Budget(advised, scope), kind).require_feasible(choices)
 
 

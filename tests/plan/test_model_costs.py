@@ -104,6 +104,7 @@ def test_products_with_bf16_inputs_are_a_share_of_those_that_are_searched(plan):
         for group in searched
     )
     assert products.unit.one == whole
+    assert products.unit.name == "BF16 multiply-adds per multiply-add of the searched layers"
     for quantized in (NVFP4, FP8):
         assert products.number(Assignment.of({g.name: quantized for g in searched})) == 0.0
     for kept in (BF16, A16):

@@ -115,6 +115,13 @@ def test_what_nothing_knows_is_opened_by_its_role_or_its_name_alone(pattern, ope
         assert reason.startswith("no engine's table and no rule knows this linear")
 
 
+def test_a_group_of_two_choices_is_open_and_one_of_one_is_not(dense):
+    options = space("{match: qkv, formats: [fp8, bf16]}", "{match: o, formats: [fp8]}").options(
+        dense
+    )
+    assert options.open == tuple(group.name for group in dense if group.role == "qkv")
+
+
 def test_choices_come_cheapest_first_and_once(dense):
     options = space(
         "{match: '*', formats: [bf16, fp8, nvfp4, nvfp4/max]}", scale_rules="[max]"
@@ -174,6 +181,8 @@ def test_wrong_rule_is_located_with_its_value_and_the_nearest_spelling(rule, mes
 @pytest.mark.parametrize(
     ("name", "value", "message", "fix"),
     [
+        ("scale_rules", "[]", r"scale_rules is \[\]", "correct"),
+        ("roundings", "[]", r"roundings is \[\]", "correct"),
         ("scale_rules", "[msee]", r"scale_rules\[0\] is 'msee'", "'mse'"),
         ("shared_experts", "apart", "shared_experts is 'apart'", "correct"),
         ("shared_expert", "separate", "shared_expert is not a setting", "'shared_experts'"),
@@ -194,6 +203,7 @@ def test_wrong_setting_is_located(name, value, message, fix):
         ("schema_version: 2\nname: x\nrules: []", "schema_version is 2"),
         ("name: x\nrules: [{match: qkv, formats: [fp8]}]", "schema_version is missing"),
         ("schema_version: 1\nname: x", "rules is missing"),
+        ("schema_version: 1\nname: ''\nrules: [{match: qkv, formats: [fp8]}]", "name is ''"),
         ("schema_version: 1\nname: x\nrules: []", r"rules is \[\]"),
     ],
 )
