@@ -15,8 +15,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from autoquant.codes.weights import WeightSource
-from autoquant.model.blocks import decoder_blocks
 from autoquant.model.products import CpuProducts
+from autoquant.model.streaming.blocks import decoder_blocks
 
 
 class Visitor(Protocol):

@@ -18,8 +18,8 @@ from autoquant.measure.scorer import Scorer
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import LoadedModel, choose_device, load_model
 from autoquant.model.memory import keep_freed_memory
-from autoquant.model.placement import ANYTHING, Allowance
 from autoquant.model.shared_inputs import input_disagreements
+from autoquant.model.streaming.placement import ANYTHING, Allowance
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.linears import LayerGroup
 from autoquant.progress import Progress

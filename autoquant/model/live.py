@@ -24,7 +24,7 @@ from autoquant.model.experts import WIDE, ExpertsHook
 from autoquant.model.inputs import InputScale, InputSet
 from autoquant.model.live_weights import LiveWeights
 from autoquant.model.products import CpuProducts
-from autoquant.model.stores import BlockStore
+from autoquant.model.streaming.stores import BlockStore
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.linears import LayerGroup

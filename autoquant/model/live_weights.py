@@ -10,7 +10,7 @@ from torch import Tensor
 from autoquant.codes.weights import Block, Unit
 from autoquant.model.binding import DenseSlot, ExpertsSlot, Slot
 from autoquant.model.experts import parameter_name
-from autoquant.model.stores import BlockStore
+from autoquant.model.streaming.stores import BlockStore
 from autoquant.plan.linears import LayerGroup
 
 

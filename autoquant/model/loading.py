@@ -13,9 +13,9 @@ from torch import nn
 from autoquant.data.tokenizer import load_tokenizer
 from autoquant.errors import AutoQuantError, ConfigError, OutOfMemory, SourceError
 from autoquant.model import experts
-from autoquant.model.blocks import Absent, BlockReader, Unread, by_block, require_finite
-from autoquant.model.placement import ANYTHING, Allowance, open_store
-from autoquant.model.stores import BlockStore
+from autoquant.model.streaming.blocks import Absent, BlockReader, Unread, by_block, require_finite
+from autoquant.model.streaming.placement import ANYTHING, Allowance, open_store
+from autoquant.model.streaming.stores import BlockStore
 from autoquant.source.architecture import auto_class
 from autoquant.source.declared import QUANTIZATION
 from autoquant.source.extent import Extent

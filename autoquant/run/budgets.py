@@ -15,7 +15,7 @@ from autoquant.run.config import ProbeConfig, SearchConfig
 from autoquant.run.config.file import settings_text
 from autoquant.run.observer import Observer
 from autoquant.run.opening import limits_of, open_plan
-from autoquant.run.probing import Probing
+from autoquant.run.sensitivity.probing import Probing
 from autoquant.run.shared import Shared, finished_probes
 from autoquant.run.signature import (
     budget_name,

@@ -28,8 +28,8 @@ from autoquant.run.config import SearchConfig
 from autoquant.run.confirmation import Confirmed, confirm
 from autoquant.run.independent import check_export, make_evidence
 from autoquant.run.measuring import book_of_run
-from autoquant.run.probing import Probing
 from autoquant.run.result import make_result, make_tokens
+from autoquant.run.sensitivity.probing import Probing
 from autoquant.run.signature import FINALISTS
 from autoquant.run.trials import Trials
 from autoquant.search.explore import Explored
@@ -92,7 +92,7 @@ class Search(Probing):
         state = self.config.modelopt_state
         if state is None:
             return super()._sensitivity(session)
-        from autoquant.run.modelopt_scores import METHOD, modelopt_sensitivity
+        from autoquant.run.sensitivity.modelopt_scores import METHOD, modelopt_sensitivity
 
         self.observer.stage("probe", 1)
         found = modelopt_sensitivity(state, session, self.plan)

@@ -24,7 +24,7 @@ from autoquant.plan.assignment import Assignment
 from autoquant.plan.plan import Plan, make_plan
 from autoquant.plan.space_file import load_space
 from autoquant.run.observer import Logged
-from autoquant.run.probes import Probes
+from autoquant.run.sensitivity.probes import Probes
 from autoquant.search.driver import Driver
 from autoquant.search.explore import Effort, Explored, explore
 from autoquant.search.history import History

@@ -5,7 +5,7 @@ import json
 import pytest
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
-from autoquant.model.blocks import BlockReader
+from autoquant.model.streaming.blocks import BlockReader
 
 SAME = ("assignment.yaml", "calibration.json", "sensitivity.json", "noise.json", "groups.json")
 

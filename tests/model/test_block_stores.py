@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from autoquant.codes.held import Weights
 from autoquant.errors import OutOfMemory, SourceError
-from autoquant.model.blocks import BlockReader
 from autoquant.model.loading import load_model
-from autoquant.model.placement import Allowance, Sizes, choose
+from autoquant.model.streaming.blocks import BlockReader
+from autoquant.model.streaming.placement import Allowance, Sizes, choose
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 200, (2, 16), generator=torch.Generator().manual_seed(0))

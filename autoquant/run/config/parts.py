@@ -23,7 +23,7 @@ from autoquant.tracking import ChildRuns
 
 if TYPE_CHECKING:
     from autoquant.data.tokens import TokenPlan
-    from autoquant.model.placement import Allowance
+    from autoquant.model.streaming.placement import Allowance
 
 
 class ModelConfig(Config):
@@ -141,7 +141,7 @@ class LoadedConfig(ModelConfig):
     @property
     def allowance(self) -> "Allowance":
         """Where the weights may be."""
-        from autoquant.model.placement import Allowance
+        from autoquant.model.streaming.placement import Allowance
 
         return Allowance(
             weights=self.weights,

@@ -25,7 +25,7 @@ from autoquant.run.measuring import (
     use_calibration,
 )
 from autoquant.run.observer import Observer
-from autoquant.run.probes import Probes
+from autoquant.run.sensitivity.probes import Probes
 from autoquant.run.shared import Shared
 from autoquant.run.signature import NUMERICS_VERSION
 from autoquant.store.run_directory import (

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from autoquant.model.blocks import BlockReader, decoder_blocks, places_of, require_finite
+from autoquant.model.streaming.blocks import BlockReader, decoder_blocks, places_of, require_finite
 
 
 class BlockStore(Protocol):

@@ -9,8 +9,8 @@ import torch
 from autoquant.codes.held import Weights
 from autoquant.decimals import gigabytes
 from autoquant.errors import OutOfMemory
-from autoquant.model.blocks import BlockReader
-from autoquant.model.stores import BlockStore, Resident, Streamed
+from autoquant.model.streaming.blocks import BlockReader
+from autoquant.model.streaming.stores import BlockStore, Resident, Streamed
 
 _MEMORY = Path("/proc/meminfo")
 
