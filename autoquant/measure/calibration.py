@@ -9,8 +9,9 @@ from typing import Any, Self
 
 from autoquant.data.tokens import Split
 from autoquant.errors import SourceError
+from autoquant.formats.input_range import InputRange
 from autoquant.measure.scorer import Scorer
-from autoquant.model.inputs import InputRange, InputScale, fill_unseen
+from autoquant.model.inputs import InputScale, fill_unseen
 from autoquant.plan.kv_cache import KvRange
 from autoquant.plan.linears import LayerGroup
 from autoquant.store.run_directory import read_json

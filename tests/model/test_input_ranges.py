@@ -10,8 +10,9 @@ from searchable import TOKEN_FLAGS, save_searchable, save_text
 from autoquant.cli import cli
 from autoquant.errors import SourceError
 from autoquant.formats import FP8, NVFP4
+from autoquant.formats.input_range import InputRange
 from autoquant.measure.calibration import Calibration, read_calibration
-from autoquant.model.inputs import InputRange, InputScale, InputSet
+from autoquant.model.inputs import InputScale, InputSet
 
 
 @pytest.mark.parametrize(
