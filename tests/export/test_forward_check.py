@@ -10,6 +10,7 @@ from tiny_models import change_tensors
 from autoquant.errors import SourceError
 from autoquant.independent.forward import Evidence, run_checkpoint
 from autoquant.independent.products import Products
+from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.grouping import find_groups
 from autoquant.run import independent as checking
 from autoquant.source.source import open_source
@@ -23,17 +24,18 @@ TOKENS = (
 
 @pytest.fixture
 def exported(tmp_path, autoquant, monkeypatch):
-    """Export a model with every second open group in NVFP4, the rest in FP8, as far as it goes."""
+    """Export a model with every second open group in NVFP4 and the rest in FP8, or `only` some in
+    NVFP4; unchecked right after it or not."""
 
-    def export(kind, *arguments, unchecked=False, **changes):
-        source = save_searchable(kind, tmp_path / "source", **changes)
-        return run(source, *arguments, unchecked=unchecked)
+    def export(kind, *arguments, **how):
+        return run(save_searchable(kind, tmp_path / "source"), *arguments, **how)
 
-    def run(source, *arguments, unchecked=False):
+    def run(source, *arguments, unchecked=False, only=""):
         if unchecked:
             monkeypatch.setattr("autoquant.run.single.check_export", lambda *_: None)
-        groups = [group for group in find_groups(open_source(source)) if not group.closed]
-        choices = {own.name: ("nvfp4", "fp8")[i % 2] for i, own in enumerate(groups)}
+        groups = [own for own in find_groups(open_source(source)) if not own.closed]
+        named = [own.name for own in groups if only in own.name]
+        choices = {name: "nvfp4" if only or i % 2 == 0 else "fp8" for i, name in enumerate(named)}
         assignment = tmp_path / "assignment.json"
         assignment.write_text(json.dumps({"schema_version": 1, "groups": choices}))
         out = tmp_path / "out"
@@ -72,16 +74,15 @@ def disagrees(autoquant, source, out):
 def test_a_hook_that_misses_uses_of_a_shared_weight(exported, autoquant, monkeypatch):
     first = lambda model, slots: {slot.name: [slot.module] for slot in slots}  # noqa: E731
     monkeypatch.setattr("autoquant.model.live._uses", first)
-    source, out, done = exported("zamba2", unchecked=True)
+    source, out, done = exported("zamba2", unchecked=True, only="shared_transformer")
     assert done.exit_code == 0, done.stderr
     assert "does not compute what was measured" in disagrees(autoquant, source, out)
 
 
 @pytest.mark.slow
-def test_a_table_that_takes_gate_for_up(exported, autoquant, monkeypatch):
-    wrong = {"gate_up_proj": ("up_proj", "gate_proj"), "down_proj": ("down_proj",)}
-    monkeypatch.setattr("autoquant.source.names.JOINED_EXPERTS", wrong)
-    source, out, done = exported("qwen3_vl_moe", unchecked=True)
+def test_a_table_of_targets_that_leaves_inputs_alone(exported, autoquant, monkeypatch):
+    monkeypatch.setattr(ActivationMode, "quantizes_input", lambda self, choice: False)
+    source, out, done = exported("llama", unchecked=True)
     assert done.exit_code == 0, done.stderr
     assert "does not compute what was measured" in disagrees(autoquant, source, out)
 
@@ -101,7 +102,7 @@ def test_an_export_that_does_not_compute_what_was_measured_is_an_error(
 ):
     first = lambda model, slots: {slot.name: [slot.module] for slot in slots}  # noqa: E731
     monkeypatch.setattr("autoquant.model.live._uses", first)
-    _, _, done = exported("zamba2")
+    _, _, done = exported("zamba2", only="shared_transformer")
     assert done.exit_code == 4
     assert "does not compute what was measured" in done.stderr
 
