@@ -72,7 +72,9 @@ def draw(scores: dict[str, Any], path: Path) -> None:
         axes.set_title(name)
         axes.set_xlabel(f"KL over that of {BASE}")
         axes.axvline(1.0, color="black", linewidth=0.8)
-    labelled = panels[0][0].get_legend_handles_labels()
+    labelled = max(
+        (axes.get_legend_handles_labels() for axes in panels[0]), key=lambda own: len(own[1])
+    )
     figure.legend(*labelled, loc="lower center", ncols=len(labelled[1]), fontsize="small")
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=150)
