@@ -36,6 +36,7 @@ FLAGS = zip(TOKEN_FLAGS[::2], TOKEN_FLAGS[1::2], strict=True)
 QUICK = {
     "trials": 2,
     "calibration": "texts",
+    "effort": "fast",
     **{flag[2:].replace("-", "_"): value for flag, value in FLAGS},
 }
 """Settings under which an example that does not name them takes a second, and needs no hub."""
