@@ -27,10 +27,10 @@ from experiments.mutants.mutants import Mutant, mutants
 ROOT = Path.cwd()
 SLOWER, PATIENCE = 3, 3
 """A test hangs that takes so many times its seconds unchanged, and so many more."""
-STATES = {0: "survived", FAILED: "error", 3: "error", 4: "error", 5: "error"} | dict.fromkeys(
+STATES = {0: "survived", FAILED: "error", 3: "error", 5: "error"} | dict.fromkeys(
     (None, -signal.SIGPROF), "timed out"
 )
-"""By the status of a fork; any other is that of a mutant that is killed."""
+"""By the status of a fork; any other is a mutant's that fails a test or cannot be imported."""
 
 
 def main() -> None:
