@@ -244,7 +244,7 @@ def test_help_lists_options_under_headings_in_order():
 
 def test_help_says_default_range_and_what_must_be_given():
     words = " ".join(run("--help", command=sweep).stdout.split())
-    assert "--trials N Joint measurements" in words
+    assert "--trials N Whole assignments to measure" in words
     assert "scale rules and roundings. [default: 30; x>=0]" in words
     assert "one set of probes. [required]" in words
     assert "--resume / --fresh" in words
