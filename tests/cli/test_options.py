@@ -248,9 +248,9 @@ def test_help_says_default_range_and_what_must_be_given():
     assert "scale rules and roundings. [default: 30; x>=0]" in words
     assert "one set of probes. [required]" in words
     assert "--resume / --fresh" in words
-    assert "begin anew. [default: resume]" in words
+    assert "sets it aside. [default: resume]" in words
     assert "--max-tokens N" in words
-    assert "stays: --fresh begins anew. [x>=1]" in words
+    assert "A finished result stays; --fresh begins anew. [x>=1]" in words
     assert "[default: checkpoint]" in words
     assert "[default: the first GPU, else the CPU]" in words
 

@@ -28,8 +28,8 @@ from autoquant.cli import MODULES
         (
             "search --budget-bpe 5 --trials -1",
             "Invalid value for '--trials': -1 is not in the range x>=0.",
-            "write `--trials N`: whole assignments to measure, beyond the fixed recipes, the solver's optima and "
-            "the check of their scale rules and roundings.",
+            "write `--trials N`: whole assignments to measure, beyond the fixed recipes, the "
+            "solver's optima and the check of their scale rules and roundings.",
         ),
         (
             "search --budget-bpe 5 --seed -1",
