@@ -21,11 +21,12 @@ from autoquant.forward.flow import BF16_MODEL, Flow, walk
 from autoquant.forward.head import Head
 from autoquant.forward.room import Room
 from autoquant.forward.trunk import Part, Trunk
-from autoquant.measure.compare import Batch, Cache, Comparison
+from autoquant.measure.compare import Batch, Cache, Comparison, bytes_of
 from autoquant.measure.interactions import Key
 from autoquant.measure.kl import TokenKl, TokenScores
 from autoquant.measure.sketch import LogitSketch
 from autoquant.model.live import QuantizedModel
+from autoquant.model.memory import return_freed_memory
 from autoquant.plan.assignment import Assignment
 
 _Scores = TypeVar("_Scores")
@@ -109,7 +110,11 @@ class Scorer:
         """The KL of each assignment on the split, with agreement and likelihoods."""
         waves = self.waves(split, range(len(split.batches)), forwards=len(assignments))
         compare = self._comparison.fully
-        batches = [b for wave in waves for b in self._measure(assignments, split, wave, compare)]
+        batches = []
+        for wave in waves:
+            batches += self._measure(assignments, split, wave, compare)
+            self._drop_logits(split, wave)  # nobody asks for these tokens again
+            return_freed_memory()
         return [TokenScores.joined(scores) for scores in zip(*batches, strict=True)]
 
     def probe(
@@ -194,6 +199,17 @@ class Scorer:
             batch = self._batches.pop((split.digest, index), None)
             if batch is not None:
                 self._cache.left += batch.bytes
+
+    def _drop_logits(self, split: Split, indices: Sequence[int]) -> None:
+        """Give back the reference logits of batches.
+
+        Kept, they would lie between the buffers that are freed, and memory would grow by a
+        multiple of them.
+        """
+        for index in indices:
+            batch = self._batch(split, index)
+            self._cache.left += sum(map(bytes_of, batch.logits.values()))
+            batch.logits.clear()
 
     def _first_layers(self) -> dict[str, int | None]:
         """The first layer that uses each group's weights, None for a head's.

@@ -14,10 +14,24 @@ def keep_freed_memory() -> None:
     Forwards allocate and free the same tensors over and over; fetching fresh pages each time costs
     up to a third of a forward. Other C libraries are left alone.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    libc = _libc()
     if libc is not None and hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Tell glibc to return the pages that lie free between what is kept.
+
+    Small results that outlive large buffers leave holes that the next buffers do not fit.
+    """
+    libc = _libc()
+    if libc is not None and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _libc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:

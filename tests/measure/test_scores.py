@@ -120,6 +120,16 @@ def test_kl_does_not_depend_on_what_was_measured_before(folder, scorer, candidat
         assert np.array_equal(reused.kl, fully.kl)
 
 
+def test_the_last_word_keeps_no_logits(scorer, candidates):
+    """They would lie between freed buffers, and memory would grow batch by batch."""
+    fresh = split_of("report", seed=7)
+    before = scorer._cache.left
+    scorer.score_fully(candidates[:2], fresh)
+    assert scorer._cache.left == before
+    assert not any(scorer._batch(fresh, index).logits for index in range(len(fresh.batches)))
+    scorer.forget(fresh)
+
+
 def test_a_probe_is_the_score_of_its_group_alone(scorer):
     keys = [(group.name, choice) for group in scorer.quantized.groups for choice in (NVFP4, FP8)]
     wanted = [(index, key) for index in range(len(SPLIT.batches)) for key in keys]
