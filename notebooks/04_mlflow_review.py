@@ -208,8 +208,8 @@ figure.tight_layout()
 # %% [markdown]
 # ## Is the newer version worse?
 #
-# KL compares only between searches of the same model that report on the same tokens in the same
-# activation mode. The store knows all three: a tag, the digest of a data set input, a parameter.
+# KL compares only between searches of the same model that report on the same tokens for the same
+# target. The store knows all three: a tag, the digest of a data set input, a parameter.
 
 # %%
 compared = {
@@ -220,7 +220,7 @@ compared = {
             for used in found.inputs.dataset_inputs
             if any(tag.value == "report" for tag in used.tags)
         ),
-        "mode": found.data.params["activation_mode"],
+        "target": found.data.params.get("target", "blackwell"),
     }
     for name, run_id in searches["run_id"].items()
     for found in [client.get_run(run_id)]

@@ -171,7 +171,7 @@ def test_an_assignment_that_a_reader_is_shown_can_be_scored(workspace, tmp_path)
 )
 def test_python_that_a_reader_is_shown_runs(text, workspace, monkeypatch):
     quick = functools.partial(autoquant.search, **QUICK)
-    monkeypatch.setattr(autoquant, "search", quick)
+    monkeypatch.setattr(autoquant.api, "search", quick)
     names: dict[str, object] = {}
     exec(python_of(text), names)
     assert isinstance(names["run"], autoquant.Run)

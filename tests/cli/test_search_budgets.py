@@ -9,7 +9,7 @@ import autoquant as package
 
 pytestmark = pytest.mark.slow
 
-OWN = ("run", "seconds", "versions", "command")
+OWN = ("run", "seconds", "versions", "command", "checksum")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,8 @@ def search(autoquant, folder):
 
 def trials(run):
     lines = (run / "trials.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    own = ("seconds", "checksum")
+    return [{k: v for k, v in json.loads(line).items() if k not in own} for line in lines]
 
 
 def outcome(run):

@@ -41,15 +41,15 @@ def score(autoquant, model, text):
 
 
 def outcome(run):
-    """What the same search must find again: everything but times, and where it was told to go."""
+    """What the same search must find again: not times, places, and the check of its export."""
     result = json.loads((run / "result.json").read_text())
-    for name in ("seconds", "checkpoint", "command"):
+    for name in ("seconds", "checkpoint", "command", "checksum", "forward"):
         result.pop(name, None)
     for row in result["stages"]:
         row.pop("seconds")
     trials = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
     for trial in trials:
-        trial.pop("seconds")
+        del trial["seconds"], trial["checksum"]
     return result, trials, (run / "assignment.yaml").read_text()
 
 
