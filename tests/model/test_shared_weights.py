@@ -76,7 +76,7 @@ def test_inputs_of_every_use_are_observed(folder, scorer):
     plain(TOKENS, use_cache=False)
     assert uses == 3 * len(linears)
     observed = calibrate(scorer, SPLIT, lambda: None).input_amax
-    assert {name: observed[name] for name in largest} == pytest.approx(largest, rel=0.01)
+    assert {name: observed[name] for name in largest} == pytest.approx(largest, rel=0.02)
 
 
 def test_a_candidate_runs_from_the_first_layer_that_uses_what_changed(scorer):

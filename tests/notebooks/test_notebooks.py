@@ -1,6 +1,7 @@
 """Notebooks run from nothing, and what is shown of them is their text."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -50,7 +51,8 @@ def test_the_outputs_belong_to_the_text(source):
     for cell in shown.cells:
         if cell.cell_type == "code":
             assert cell.execution_count
-            assert not [o for o in cell.outputs if o.get("name") == "stderr"]
+            said = "".join(o.text for o in cell.outputs if o.get("name") == "stderr")
+            assert not re.search("Warning|Traceback|packages/", said), "noise of a library"
 
 
 def test_a_notebook_with_its_outputs_is_small(source):
