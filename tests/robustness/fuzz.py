@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
 
 from events import Ended, call_in_fork, in_fork, warm  # noqa: E402
+from figures import Figures  # noqa: E402
 from fuzzed import Fuzzed, make_fuzzed  # noqa: E402
 
 LONGEST = 10.0
@@ -40,33 +41,14 @@ A_TURN = 20
 
 
 @dataclass(slots=True)
-class Found:
+class Found(Figures):
     """What a run of the fuzzer has found."""
 
     mutations: dict[str, int] = field(default_factory=dict)
     """By file."""
     codes: dict[str, int] = field(default_factory=dict)
     """Commands by exit code."""
-    failures: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    """Of the command that took the most processor time."""
-    megabytes: int = 0
-    """Of the largest command, and what this process has loaded for it."""
     turns: int = 0
-
-    @classmethod
-    def read(cls, state: Path | None) -> "Found":
-        """What an earlier run that was cut short has found; nothing without."""
-        if state is None or not state.exists():
-            return cls()
-        return cls(**json.loads(state.read_text()))
-
-    def write(self, state: Path | None) -> None:
-        """Keep it for a run that goes on from here."""
-        if state is not None:
-            unfinished = state.with_suffix(".new")
-            unfinished.write_text(json.dumps(asdict(self), indent=2))
-            unfinished.replace(state)
 
 
 def drawn(strategy: st.SearchStrategy[bytes], count: int, number: int) -> list[bytes]:
@@ -122,8 +104,7 @@ def check(fuzzed: Fuzzed, content: bytes, folder: Path, found: Found) -> list[st
         work = copied(fuzzed, content, folder / "work")
         ended = in_fork(command, work, patience=PATIENCE, memory=LARGEST)
         found.codes[str(ended.code)] = found.codes.get(str(ended.code), 0) + 1
-        found.seconds = max(found.seconds, ended.seconds)
-        found.megabytes = max(found.megabytes, ended.megabytes)
+        found.add(ended)
         reason = wrong(ended)
         if reason is None and ended.code == 0 and fuzzed.accepts and command[0] != "plan":
             reader = call_in_fork(partial(fuzzed.accepts, work), work, patience=PATIENCE)

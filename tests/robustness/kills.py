@@ -23,7 +23,6 @@ sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
 
 from events import (  # noqa: E402
     Action,
-    Ended,
     Event,
     can_run,
     compiled,
@@ -32,6 +31,7 @@ from events import (  # noqa: E402
     read_events,
     warm,
 )
+from figures import Figures  # noqa: E402
 
 REFUSALS = (Action.FULL, Action.READ_ONLY, Action.DENIED)
 ENDS = {Action.KILL: (-9, 0), Action.TEAR: (-9, 0), Action.FULL: (0, 4)}
@@ -41,37 +41,13 @@ lost, which it says."""
 
 
 @dataclass(slots=True)
-class Figures:
+class Found(Figures):
     """What a run of the harness has found."""
 
     cases: dict[str, int] = field(default_factory=dict)
     """By command and action."""
-    failures: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    """Of the longest command."""
-    megabytes: int = 0
-    """Of the largest command."""
     done: dict[str, int] = field(default_factory=dict)
     """Cases by command."""
-
-    @classmethod
-    def read(cls, state: Path | None) -> "Figures":
-        """Those of an earlier run that was cut short; none without."""
-        if state is None or not state.exists():
-            return cls()
-        return cls(**json.loads(state.read_text()))
-
-    def write(self, state: Path | None) -> None:
-        """Keep them for a run that goes on from here."""
-        if state is not None:
-            unfinished = state.with_suffix(".new")
-            unfinished.write_text(json.dumps(asdict(self), indent=2))
-            unfinished.replace(state)
-
-    def add(self, ended: Ended) -> None:
-        """Note how long and how large a command was."""
-        self.seconds = max(self.seconds, ended.seconds)
-        self.megabytes = max(self.megabytes, ended.megabytes)
 
 
 def chosen(events: Sequence[Event], kills: int) -> Iterator[tuple[Event, Action]]:
@@ -156,11 +132,11 @@ def disturb(command, expected, event, action, folder, figures) -> None:
     shutil.rmtree(work)
 
 
-def run(kills: int, only: str | None = None, state: Path | None = None) -> Figures:
+def run(kills: int, only: str | None = None, state: Path | None = None) -> Found:
     """Disturb every command, `kills` times in all."""
     from commands import make_commands
 
-    figures = Figures.read(state)
+    figures = Found.read(state)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made = make_commands(folder, lambda arguments, path: _require_done(arguments, path))
@@ -184,7 +160,7 @@ def run(kills: int, only: str | None = None, state: Path | None = None) -> Figur
     return figures
 
 
-def _undisturbed(command, folder: Path, figures: Figures) -> tuple[dict, list[Event]]:
+def _undisturbed(command, folder: Path, figures: Found) -> tuple[dict, list[Event]]:
     """What the command leaves, and its events."""
     from commands import outcome
 
