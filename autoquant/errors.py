@@ -4,6 +4,11 @@ LONGEST_LINE = 2000
 """Characters; more lose their middle."""
 
 
+def first_line(error: BaseException) -> str:
+    """First line of what an error of a library says, or its type where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def one_line(text: str) -> str:
     r"""`text` with line ends, control characters and lone surrogates written as `\n`, `\x1b`, ...
 

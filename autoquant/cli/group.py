@@ -13,7 +13,14 @@ import click
 from autoquant.cli.options import write_examples
 from autoquant.cli.output import showing_warnings
 from autoquant.cli.usage import explain
-from autoquant.errors import AutoQuantError, ConfigError, OutOfMemory, SourceError, one_line
+from autoquant.errors import (
+    AutoQuantError,
+    ConfigError,
+    OutOfMemory,
+    SourceError,
+    first_line,
+    one_line,
+)
 from autoquant.files import is_full
 
 INTERRUPTED_EXIT_CODE = 130
@@ -159,7 +166,7 @@ def _show_interrupt(interrupt: KeyboardInterrupt) -> None:
 def _failure(error: Exception) -> Failure:
     if isinstance(error, AutoQuantError):
         return Failure(error.message, error.fix, error.exit_code)
-    line = str(error).strip().partition("\n")[0] or type(error).__name__
+    line = first_line(error)
     if _is_out_of_memory(error):
         return Failure(
             f"out of memory: {line}",

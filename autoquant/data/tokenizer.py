@@ -62,7 +62,7 @@ def why_no_tokenizer(text: str) -> str | None:
     except BaseException as error:
         if not _is_of_files(error):
             raise
-        return f"is no tokenizer: {' '.join(str(error).split()) or type(error).__name__}"
+        return f"is no tokenizer: {_reason(error)}"
     return None
 
 
@@ -80,12 +80,15 @@ def tokenizer_errors(path: Path) -> Iterator[None]:
     except BaseException as error:
         if not _is_of_files(error):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(
-            f"{path} has no tokenizer that transformers can use: {reason}",
+            f"{path} has no tokenizer that transformers can use: {_reason(error)}",
             fix="put the model's own tokenizer.json and tokenizer_config.json beside its weights; "
             "pass --trust-remote-code if it comes as code.",
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _is_of_files(error: BaseException) -> bool:

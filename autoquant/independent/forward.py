@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from autoquant.errors import SourceError
+from autoquant.errors import SourceError, first_line
 from autoquant.independent.products import Products
 from autoquant.independent.stored import StoredModel, read_stored, read_tensors
 
@@ -212,7 +212,7 @@ def _model(folder: Path, state: Mapping[str, Tensor], device: torch.device) -> A
             output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # model code raises anything
-        line = str(error).strip().partition("\n")[0] or type(error).__name__
+        line = first_line(error)
         raise SourceError(
             f"transformers cannot load {folder}: {line}", fix="leave --forward out."
         ) from error

@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from autoquant.data.tokens import Split
-from autoquant.errors import AutoQuantError
+from autoquant.errors import AutoQuantError, first_line
 from autoquant.forward.backward import Backward
 from autoquant.forward.flow import Flow, loop
 from autoquant.measure.interactions import Key
@@ -155,7 +155,7 @@ def _effects(
     except Exception as error:  # model code and custom kernels raise anything
         if "DefaultCPUAllocator" in str(error):
             raise
-        raise NoGradient(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+        raise NoGradient(first_line(error)) from error
     for group, choice in keys:
         if any((group, choice) not in tap.effects for own in taps for tap in own):
             raise NoGradient(f"no gradient reaches {group}")

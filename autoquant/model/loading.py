@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from autoquant.data.tokenizer import load_tokenizer
-from autoquant.errors import AutoQuantError, ConfigError, OutOfMemory, SourceError
+from autoquant.errors import AutoQuantError, ConfigError, OutOfMemory, SourceError, first_line
 from autoquant.model import experts
 from autoquant.model.streaming.blocks import Absent, BlockReader, Unread, by_block, require_finite
 from autoquant.model.streaming.placement import ANYTHING, Allowance, open_store
@@ -51,7 +51,7 @@ def choose_device(device: str | None) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device {device!r} cannot be used: {_one_line(error)}",
+            f"device {device!r} cannot be used: {first_line(error)}",
             fix="pass --device cpu, or leave it out.",
         ) from error
     return chosen
@@ -122,11 +122,11 @@ def _loading_errors(path: Path, device: torch.device) -> Iterator[None]:
     except Exception as error:  # model code and remote code raise anything
         if _is_out_of_memory(error):
             raise OutOfMemory(
-                f"{path} does not fit the memory of {device}: {_one_line(error)}",
+                f"{path} does not fit the memory of {device}: {first_line(error)}",
                 fix="use a larger machine or device.",
             ) from error
         raise SourceError(
-            f"transformers cannot load {path}: {_one_line(error)}",
+            f"transformers cannot load {path}: {first_line(error)}",
             fix="check that config.json names an architecture of this transformers version; "
             "pass --trust-remote-code if its code comes with the model.",
         ) from error
@@ -197,10 +197,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         "DefaultCPUAllocator" in str(error)
     )
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _check_complete(path: Path, report: dict[str, Any]) -> None:

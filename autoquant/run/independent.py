@@ -1,15 +1,15 @@
 """An export run by independent eyes: what it is held against, and whether that can be done."""
 
-import math
 from pathlib import Path
 
 import torch
 
 from autoquant.data.tokens import Split
-from autoquant.errors import AutoQuantError, SourceError
+from autoquant.errors import AutoQuantError, SourceError, first_line
 from autoquant.formats.kv_cache import KvCache
 from autoquant.independent.forward import Agreement, Evidence, run_checkpoint
 from autoquant.measure.session import Session
+from autoquant.model.streaming.placement import free_host_bytes
 from autoquant.plan.assignment import Assignment
 from autoquant.progress import Progress
 from autoquant.source.source import Source
@@ -62,7 +62,7 @@ def check_by_forward(
     except AutoQuantError:
         raise
     except Exception as error:  # model code raises anything, memory that is missing too
-        line = str(error).strip().partition("\n")[0] or type(error).__name__
+        line = first_line(error)
         raise SourceError(
             f"transformers' own forward of {checkpoint} or its source fails: {line}",
             fix="leave --forward out.",
@@ -111,13 +111,6 @@ def require_agreement(checkpoint: Path, found: Agreement) -> None:
         )
 
 
-def _free_bytes(device: torch.device) -> float:
-    """Memory that is free on a device; of a host that does not say, without limit."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        line = next(line for line in text.splitlines() if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return math.inf
+def _free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()

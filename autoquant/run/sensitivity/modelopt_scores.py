@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.environment import modelopt
-from autoquant.errors import ConfigError, SourceError
+from autoquant.errors import ConfigError, SourceError, first_line
 from autoquant.export.layouts.presets import presets
 from autoquant.formats import BF16, Choice
 from autoquant.measure.interactions import Key
@@ -81,7 +81,7 @@ def _read(file: Path) -> list[_Stat]:
         *(OSError, EOFError, RuntimeError, pickle.UnpicklingError),
         *(KeyError, TypeError, AttributeError, ValueError),
     ) as error:
-        what = str(error).strip().partition("\n")[0] or type(error).__name__
+        what = first_line(error)
         raise SourceError(
             f"{file} is no whole state of ModelOpt's auto_quantize: {what}.", fix=_OF_THIS_MODEL
         ) from error
