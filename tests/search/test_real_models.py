@@ -16,9 +16,10 @@ def test_a_trained_model_is_searched_exported_and_verified(name, autoquant, tmp_
         pytest.skip(f"no trained model at ../shared/models/{name}")
     floor = json.loads(autoquant("plan", model, "--format", "json").stdout)["floor"]
     budget = round(floor["bpe"]["checkpoint"] + 1.0, 2)
-    flags = ("--calibration-tokens", 512, "--search-tokens", 512, "--report-tokens", 2048)
+    tokens = ("--calibration-tokens", 512, "--search-tokens", 512, "--report-tokens", 2048)
+    text = ("--calibration", "stdlib", *tokens, "--sequence-length", 128)
     result = autoquant(
-        *("search", model, "--budget-bpe", budget, *flags, "--sequence-length", 128),
+        *("search", model, "--budget-bpe", budget, *text),
         *("--trials", 4, "--no-mlflow", "--out", tmp_path / "run", "--format", "json"),
     )
     assert result.exit_code == 0, result.stderr
