@@ -43,6 +43,7 @@ def test_held_out_text_costs_at_most_two_bits_per_byte(loaded: LoadedModel, toke
     assert 0.5 < bits_per_byte <= 2.0
 
 
+@pytest.mark.slow
 def test_no_expert_is_dead(loaded: LoadedModel, tokens: Split) -> None:
     plan = make_plan(open_source(REFERENCE_MODEL), load_space("default"))
     quantized = QuantizedModel(loaded.model, plan.groups, mode=ActivationMode.W4A4)

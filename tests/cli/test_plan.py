@@ -147,6 +147,7 @@ def test_linears_that_nothing_knows_stay_and_are_named(autoquant, gpt_neo):
     assert len(groups["transformer.h.0.attn.attention.qkv"]["choices"]) > 1
 
 
+@pytest.mark.slow
 def test_a_space_opens_what_nothing_knows_and_it_is_exported(autoquant, gpt_neo, tmp_path):
     space = tmp_path / "mine.yaml"
     rule = '{match: ["*.c_fc", qkv], formats: [fp8, bf16]}'

@@ -26,7 +26,7 @@ def call(*arguments):
     return done
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3_moe"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def searched(request, tmp_path_factory):
     """Arguments of a finished search and its run directory, which no test changes."""
     folder = tmp_path_factory.mktemp(request.param)
