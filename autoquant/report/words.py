@@ -68,7 +68,9 @@ def finding(result: Mapping[str, Any]) -> str:
     )
     if rival is None:
         return f"{text}; no fixed recipe fits this budget."
-    return f"{text}; {_against(kl['mean'], rival)}"
+    fitting = sum(row["fits"] for row in result["baselines"])
+    which = "the best" if fitting > 1 else "the only"
+    return f"{text}; {_against(kl['mean'], rival, which)}"
 
 
 def budgeted(result: Mapping[str, Any]) -> float:
@@ -244,11 +246,11 @@ def _size_and_budget(result: Mapping[str, Any]) -> str:
     return f"{taken} ({budget}; the checkpoint stores {result['bpe']['checkpoint']:.3f}, {stored})"
 
 
-def _against(mean: float, rival: dict[str, Any]) -> str:
+def _against(mean: float, rival: dict[str, Any], which: str) -> str:
     share = 1 - mean / rival["kl"] if rival["kl"] else 0.0
     compared = f"{abs(share):.0%} {'less' if share >= 0 else 'more'}"
     return (
-        f"that is {compared} than {rival['name']}, the best fixed recipe within the budget "
+        f"that is {compared} than {rival['name']}, {which} fixed recipe within the budget "
         f"({rival['kl']:.5f} at {rival['bpe']:.3f} bits)."
     )
 

@@ -53,6 +53,18 @@ def test_a_result_with_limits_says_what_its_first_one_counts():
     assert counts_stored_bits(result | {"limits": stored})
 
 
+def test_the_best_of_several_recipes_within_the_budget_is_called_so():
+    one = {"name": "uniform nvfp4", "kl": 0.25, "bpe": 4.5, "fits": True}
+    other = one | {"name": "experts nvfp4", "kl": 0.5}
+    said = finding(RESULT | {"baselines": [one, other | {"fits": False}]})
+    assert said.endswith(
+        "50% less than uniform nvfp4, the only fixed recipe within the budget "
+        "(0.25000 at 4.500 bits)."
+    )
+    said = finding(RESULT | {"baselines": [other, one]})
+    assert "50% less than uniform nvfp4, the best fixed recipe within" in said
+
+
 def test_codes_that_were_not_fitted_are_named_by_their_reason():
     assert fitted_codes(RESULT) == fitted_codes(RESULT | {"fitted": None}) == ""
     every = {"linears": 7, "plain": {}}

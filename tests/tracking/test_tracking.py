@@ -64,7 +64,7 @@ def test_the_result_is_metrics_and_a_description_with_the_baselines(runs, search
         "recipe/experts nvfp4 rest fp8": 0.0625,
     }
     said = run.data.tags["mlflow.note.content"]
-    assert "50% less than uniform nvfp4, the best fixed recipe within the budget" in said
+    assert "50% less than uniform nvfp4, the only fixed recipe within the budget" in said
     assert [line.split(" | ")[0] for line in said.splitlines() if line.startswith("| ")] == [
         "| assignment",
         "| experts nvfp4, rest fp8",
