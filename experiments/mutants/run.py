@@ -13,9 +13,10 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import Phase, settings
@@ -23,6 +24,8 @@ from hypothesis import Phase, settings
 from experiments.mutants.covering import OPTIONS, Covering, trace
 from experiments.mutants.forks import FAILED, Changed, forked, functions_of, patch
 from experiments.mutants.mutants import Mutant, mutants
+
+T = TypeVar("T")
 
 ROOT = Path.cwd()
 SLOWER, PATIENCE = 3, 3
@@ -39,6 +42,12 @@ def main() -> None:
     parser.add_argument("--tests", nargs="+", required=True, help="files or folders of tests")
     parser.add_argument("--out", type=Path, required=True, help="goes on where it was stopped")
     parser.add_argument("--again", type=Path, help="results whose survivors alone are tested")
+    parser.add_argument(
+        "--most-seconds",
+        type=float,
+        default=float("inf"),
+        help="a mutant meets no more tests, the likeliest first, than take so long together",
+    )
     arguments = parser.parse_args()
     settings.register_profile("mutants", phases=set(Phase) - {Phase.shrink, Phase.explain})
     settings.load_profile("mutants")
@@ -60,7 +69,7 @@ def main() -> None:
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             todo = [m for m in mutants(ROOT, str(file)) if m.key not in done]
             todo = [m for m in todo if _but_line(m.key) in wanted] if again else todo
-            InForks(str(file), covering, arguments.out).run(todo)
+            InForks(str(file), covering, arguments.out, arguments.most_seconds).run(todo)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -97,10 +106,11 @@ class InForks:
 
     For each mutant it runs the tests that execute the changed statement, until one fails: the
     fastest first, where one that has killed n mutants of the file counts as n + 1 times as fast.
+    `most` seconds of tests are enough for a mutant that none of them fails.
     """
 
-    def __init__(self, file: str, covering: Covering, out: Path) -> None:
-        self._file, self._covering, self._out = file, covering, out
+    def __init__(self, file: str, covering: Covering, out: Path, most: float) -> None:
+        self._file, self._covering, self._out, self._most = file, covering, out, most
         self._killer = Killer(out.with_suffix(".killer"))
         self._kills: Counter[str] = Counter()
         self._inside: list[Mutant] = []
@@ -143,7 +153,17 @@ class InForks:
                 seconds[test] / (1 + self._kills[test]),
             )
 
-        return sorted((item for item in items if item.nodeid in tests), key=order)
+        ordered = sorted((item for item in items if item.nodeid in tests), key=order)
+        return self._within(ordered, [seconds[item.nodeid] for item in ordered])
+
+    def _within(self, tests: list[T], seconds: list[float]) -> list[T]:
+        """The first tests that take no more than the most seconds together, one at least."""
+        ends = accumulate(seconds)
+        return [
+            test
+            for number, (test, end) in enumerate(zip(tests, ends, strict=True))
+            if number == 0 or end <= self._most
+        ]
 
     def _seconds(self, tests: set[str]) -> Counter[str]:
         """What the tests of each file take together."""
@@ -172,6 +192,8 @@ class InForks:
     def _anew(self, mutant: Mutant, files: list[str]) -> int:
         Changed(ROOT, self._file, mutant.source).install()
         files = sorted(files, key=lambda file: -self._kills[file])  # stable: then the fastest
+        of_files = self._seconds(set(self._covering.seconds))
+        files = self._within(files, [of_files[file] for file in files])
         return pytest.main([*OPTIONS, "-x", *files], plugins=[self._killer]) if files else 0
 
     def _record(self, mutant: Mutant, work: Callable[[], int], limit: float) -> None:
