@@ -2,7 +2,7 @@
 
     import autoquant
 
-    run = autoquant.search("Qwen/Qwen3-8B", budget_bpe=5.0)
+    run = autoquant.search("Qwen/Qwen3-30B-A3B", budget_bpe=5.0)
     run = autoquant.load_run("runs/NAME")
     run.trials().sort_values("kl").head()
     run.plot_frontier()

@@ -28,7 +28,7 @@ MODULES = {
     modules=MODULES,
     examples=[
         ("autoquant search --budget-bpe 5.0", "Search the bundled reference model:"),
-        ("autoquant search Qwen/Qwen3-8B --budget-bpe 5.0", "Search a model of the hub:"),
+        ("autoquant search Qwen/Qwen3-30B-A3B --budget-bpe 5.0", "Search a model of the hub:"),
         ("autoquant plan ./my-model", "See sizes and limits, no weights read:"),
     ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -29,7 +29,7 @@ PAGES = (
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
 )
 
-DENSE = ("my-model", "MODEL", "BIG-MODEL", "Qwen/Qwen3-8B")
+DENSE = ("my-model", "MODEL", "BIG-MODEL")
 WITH_EXPERTS = ("my-moe", "Qwen/Qwen3-30B-A3B")
 RUNS = ("run", *(f"runs/{name}" for name in ("demo", "mine", "big", "a", "b", "A", "B", "NAME")))
 FLAGS = zip(TOKEN_FLAGS[::2], TOKEN_FLAGS[1::2], strict=True)

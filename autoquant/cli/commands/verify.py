@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     cls=HeadedCommand,
     examples=[
         ("autoquant verify run/checkpoint", "Names, shapes, scales, declarations, sizes:"),
-        ("autoquant verify run/checkpoint --source Qwen/Qwen3-8B", "Every code and byte as well:"),
+        ("autoquant verify run/checkpoint --source ./my-model", "Every code and byte as well:"),
         (
-            "autoquant verify run/checkpoint --source Qwen/Qwen3-8B --forward",
+            "autoquant verify run/checkpoint --source ./my-model --forward",
             "And what transformers' own model computes with them:",
         ),
     ],
