@@ -48,6 +48,14 @@ def test_a_measurement_is_that_of_the_joined_batches(scored):
     assert found.stderr == pytest.approx(np.std(found.sequence_kl, ddof=1) / math.sqrt(32))
 
 
+def test_requests_of_one_pass_share_its_seconds(scored, monkeypatch):
+    clock = iter([100.0, 106.0])
+    monkeypatch.setattr("autoquant.measure.evaluator.time.monotonic", lambda: next(clock))
+    requests = [Request(assignment=a) for a in (BAD, GOOD)]
+    found = LocalEvaluator(scored, SPLIT, together=2).measure(requests)
+    assert [m.seconds for m in found] == [3.0, 3.0]
+
+
 def test_a_loser_is_measured_on_the_batches_that_it_took(scored):
     rival = tuple(
         np.concatenate([scored.score_batch(GOOD, SPLIT, b).by_sequence() for b in range(4)])

@@ -124,6 +124,8 @@ def test_the_same_seed_gives_the_same_and_an_interrupted_run_goes_on(scorer, key
     assert [record.batch for record in kept] == [0, 1, 2]
     assert [record.batch for record in rest] == [1, 2]
     assert resumed == whole
+    for record in kept[0].probes:
+        assert sum(record.sequence_kl) * SPLIT.batches[0].shape[1] == pytest.approx(record.kl_sum)
     assert estimate(scorer, keys, seed=4)[0].kl != whole.kl
     assert [type(kept[0]).from_dict(record.to_dict()) for record in kept] == kept
 
@@ -162,7 +164,7 @@ def test_a_kernel_without_a_derivative_is_quoted(scorer, keys, monkeypatch):
 
 def test_a_gradient_that_is_not_finite_is_refused(scorer, keys, monkeypatch):
     monkeypatch.setattr(gradient, "_factor", lambda logits, _: logits * float("nan"))
-    with pytest.raises(NoGradient, match="is not finite"):
+    with pytest.raises(NoGradient, match=f"the gradient at {keys[0][0]} is not finite"):
         estimate(scorer, keys)
 
 
