@@ -1,0 +1,95 @@
+"""One search with its weights on the device, on the host and on the disk: time, memory, result.
+
+Each runs in a process of its own, so that the peak of one says nothing of another.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import autoquant
+from autoquant.files import to_json, write_atomic
+
+LEFT_OUT = ("seconds", "command", "checkpoint", "stages")
+"""Of a result: what holds times, and names of folders."""
+
+
+def search(model: Path, out: Path, weights: Any, allowed: int | None, bpe: float) -> dict[str, Any]:
+    """Seconds by stage, peak bytes of the device, and the result without times."""
+    started = time.monotonic()
+    run = autoquant.search(
+        model,
+        budget_bpe=bpe,
+        calibration="stdlib",
+        calibration_tokens=4_096,
+        search_tokens=8_192,
+        report_tokens=4_096,
+        sequence_length=512,
+        effort="fast",
+        trials=8,
+        trials_at_once=8,
+        weights=weights,
+        device_memory=allowed,
+        mlflow=False,
+        export=False,
+        out=out,
+    )
+    result = run.result or {}
+    gpu = torch.cuda.is_available()
+    return {
+        "weights": weights,
+        "allowed_bytes": allowed,
+        "peak_bytes": torch.cuda.max_memory_allocated() if gpu else None,
+        "total_seconds": time.monotonic() - started,
+        "seconds": result["seconds"],
+        "result": {name: value for name, value in result.items() if name not in LEFT_OUT},
+    }
+
+
+def compare(model: Path, work: Path, allowed: int, bpe: float) -> dict[str, Any]:
+    """All three, and whether their results are the same."""
+    found = []
+    for weights in ("resident", "host", "disk"):
+        words = [sys.executable, __file__, str(model), "--work", str(work), "--one", weights]
+        words += ["--budget-bpe", str(bpe)]
+        words += [] if weights == "resident" else ["--allowed", str(allowed)]
+        done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    results = [each.pop("result") for each in found]
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "model_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
+        "same_result": all(result == results[0] for result in results),
+        "searches": found,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, help="as make.py writes it")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--allowed", type=int, help="bytes of the device for streamed weights")
+    parser.add_argument("--budget-bpe", type=float, default=5.5)
+    parser.add_argument("--one", help="run this search alone")
+    parser.add_argument("--out", type=Path, help="file for the figures")
+    arguments = parser.parse_args()
+    if arguments.one:
+        run = arguments.work / arguments.one
+        found = search(arguments.model, run, arguments.one, arguments.allowed, arguments.budget_bpe)
+        print(json.dumps(found))
+        return
+    figures = compare(arguments.model, arguments.work, arguments.allowed, arguments.budget_bpe)
+    text = to_json(figures, indent=2)
+    if arguments.out is not None:
+        write_atomic(arguments.out, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
