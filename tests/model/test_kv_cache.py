@@ -10,6 +10,7 @@ import torch
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 from tiny_models import save_model
 
+from autoquant.data.tokens import Split
 from autoquant.errors import ConfigError, SourceError
 from autoquant.export.export import export
 from autoquant.export.layouts.base import Layout
@@ -17,6 +18,7 @@ from autoquant.export.read_back import open_quantized
 from autoquant.export.verify import verify
 from autoquant.formats import FP8, NVFP4
 from autoquant.formats.kv_cache import KvCache
+from autoquant.measure.scorer import Scorer
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
 from autoquant.plan.activation_mode import ActivationMode
@@ -90,6 +92,18 @@ def test_keys_and_values_are_rounded_as_a_cache_of_transformers_would(model, sou
     found = logits(model, with_cache=True)
     assert torch.equal(found, expected)
     assert not torch.equal(found, logits(model, with_cache=False))
+
+
+def test_every_candidate_is_measured_with_the_cache_and_noise_without(model):
+    assert model.kv_cache is not None
+    scorer = Scorer(model, torch.device("cpu"))
+    split = Split.unrelated("search", (TOKENS,), digest="cache")
+    model.kv_cache.set_ranges(RANGES)
+    exact = logits(model, with_cache=False).double().log_softmax(-1)
+    rounded = logits(model, with_cache=True).double().log_softmax(-1)
+    expected = (exact.exp() * (exact - rounded)).sum(-1).mean()
+    assert scorer.score(NOTHING, split).mean == pytest.approx(expected.item(), rel=0.05)
+    assert scorer.noise(split, 0).mean < 0.1 * expected
 
 
 def test_ranges_are_those_of_transformers_own_cache(model, source):
