@@ -14,6 +14,7 @@ from autoquant.measure.screen import (
     EXCESS,
     anchors,
     carried_over,
+    measured_batches,
     negligible,
     scaled,
 )
@@ -106,3 +107,8 @@ def test_half_of_the_tokens_are_carried_over_in_proportion_to_the_estimates():
     assert whole.stderr["a", MSE] == pytest.approx(0.006 * 0.04 / 0.05)
     assert whole["b", FP8] == 0.03
     assert whole.estimate == ESTIMATE.kl
+
+
+def test_exact_probes_run_on_every_second_batch():
+    assert [*measured_batches(5)] == [0, 2, 4]
+    assert [*measured_batches(1)] == [0]

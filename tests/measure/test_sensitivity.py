@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from autoquant.data.tokens import Split
-from autoquant.formats import Choice
-from autoquant.measure.sensitivity import BatchProbe, summarize
+from autoquant.formats import BF16, FP8, NVFP4, Choice
+from autoquant.measure.sensitivity import BatchProbe, keys_of, summarize
 
 KEY = ("a", Choice.parse("fp8"))
 SPLIT = Split(
@@ -80,3 +80,8 @@ def test_a_batch_of_one_document_has_no_standard_error():
         digest="0",
     )
     assert math.isnan(summarize([KEY], whole, [probe_of(0, 1.0, 2.0, 3.0)])[1][KEY])
+
+
+def test_a_group_with_one_choice_is_not_probed():
+    choices = {"closed": (BF16,), "kept": (FP8,), "open": (NVFP4, FP8, BF16)}
+    assert [*keys_of(choices)] == [("open", NVFP4), ("open", FP8)]
