@@ -15,6 +15,9 @@ MIXTURE = "mixture"
 MAX_DOCUMENTS = 100_000
 """Documents taken from a streamed data set: far more than any search reads."""
 
+ANSWER_SECONDS = 10.0
+"""How long the hub may take to answer at all."""
+
 PART_DOCUMENTS = 512
 """Documents taken from each part of the mixture: together some two million tokens."""
 
@@ -50,6 +53,20 @@ PARTS = (
 )
 """Conversations, prose, code and mathematics. Equal parts serve a general model; text of one's own
 use serves that use better."""
+
+
+def is_reachable() -> bool:
+    """Whether the hub answers, whatever it says of the first part of the mixture."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(PARTS[0].name, timeout=ANSWER_SECONDS)
+    except HfHubHTTPError:
+        return True
+    except Exception:  # the hub client raises a dozen unrelated types where nothing answers
+        return False
+    return True
 
 
 def mixture_documents() -> Iterator[str | Conversation]:

@@ -86,7 +86,9 @@ def _read_by_engines(
     if nested is None:
         view = compressed_tensors_view(flat)
     else:
-        view, other = modelopt_views(flat, nested)
+        names = {own.name: own.engine_names for own in checkpoint.groups.linears}
+        joined = {name: own for name, own in names.items() if own}
+        view, other = modelopt_views(flat, nested, joined)
         if view != other:
             yield f"quantization_config and {QUANTIZATION_FILE} disagree."
     yield from _view_problems(checkpoint, view)

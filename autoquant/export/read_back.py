@@ -26,7 +26,7 @@ from autoquant.formats import (
     all_formats,
 )
 from autoquant.formats.packed import Packed
-from autoquant.plan.grouping import Groups, group_tensors
+from autoquant.plan.grouping import Groups, engine_names, group_tensors
 from autoquant.plan.linears import Linear
 from autoquant.source import stored_forms
 from autoquant.source.headers import Headers, TensorHeader
@@ -179,7 +179,8 @@ def open_quantized(folder: str | Path) -> QuantizedCheckpoint:
     layout = _layout(path, config.get("quantization_config"))
     hidden = text_config(config).get("hidden_size")
     headers = stored_forms.apart(read_checkpoint_headers(path), config, hidden)
-    view = view_of(layout, config.get("quantization_config"))
+    names = engine_names((h.name.rpartition(".")[0] for h in headers), config, text_config(config))
+    view = view_of(layout, config.get("quantization_config"), names)
     choices, attention = _choices(headers, layout, view), _attention(headers, layout)
     if not choices and not attention and not (path / AUTOQUANT_FILE).exists():
         raise SourceError(

@@ -16,7 +16,7 @@ from autoquant.plan.grouping import Groups, find_groups
 from autoquant.plan.linears import LayerGroup
 from autoquant.plan.plan import Plan, make_plan
 from autoquant.plan.space import ROLE, Rule, SearchSpace
-from autoquant.source.names import UNKNOWN_ROLE
+from autoquant.source.names import LEFT_ROLES
 from autoquant.source.source import Source
 
 DEFAULT_BITS = 4.8
@@ -136,7 +136,7 @@ def plan_of(source: Source, model: Any, wishes: Wishes) -> tuple[Plan, dict[str,
             reason="",
         )
         for group in groups
-        if group.role != UNKNOWN_ROLE
+        if group.role not in LEFT_ROLES
     ]
     space = SearchSpace(
         name=NAME,

@@ -130,10 +130,32 @@ def group_tensors(
         routed = table.ROUTED_EXPERT.fullmatch(name)
         place = _place(name, seats.get(name), hosts)
         seat = seats.get(routed["container"] if routed else name)
-        members.setdefault((place.group, place.role), []).append((_linear(tensor, place), seat))
+        linear = _linear(tensor, place, () if routed else _engine_names(name, seat))
+        members.setdefault((place.group, place.role), []).append((linear, seat))
     groups = [_group(name, role, own) for (name, role), own in members.items()]
     groups.sort(key=_forward_order)
     return Groups(groups=tuple(groups), fixed=tuple(fixed))
+
+
+def engine_names(
+    linears: Iterable[str], config: Mapping[str, Any], text_config: Mapping[str, Any]
+) -> dict[str, tuple[str, ...]]:
+    """What engines call the matrices in which they join linears, by the linear's name on disk.
+
+    Args:
+        linears: names of all modules that may be linears.
+        config: of the whole model.
+        text_config: of its language model.
+    """
+    seats = _seats(linears, engine_tables(config, text_config))
+    return {name: own for name, seat in seats.items() if (own := _engine_names(name, seat))}
+
+
+def _engine_names(linear: str, seat: Matrix | None) -> tuple[str, ...]:
+    layer = table.LAYER.fullmatch(linear)
+    if layer is None or seat is None:
+        return ()
+    return tuple(f"{layer['layer']}.{name}" for name in seat.engine_names)
 
 
 def _seats(names: Iterable[str], engines: tuple[EngineTable, ...]) -> dict[str, Matrix]:
@@ -231,7 +253,7 @@ def _place(name: str, matrix: Matrix | None, hosts_of_shared: frozenset[str]) ->
     group = f"{layer['layer']}.{matrix.name}" if layer else name
     if table.SHARED_EXPERT.fullmatch(name):
         container = f"{name.rpartition('.')[0].rpartition('.')[0]}.experts"
-        is_usual = matrix.role != table.UNKNOWN_ROLE and not matrix.closed
+        is_usual = matrix.role not in table.LEFT_ROLES and not matrix.closed
         if container in hosts_of_shared and is_usual:
             return _Place(container, "experts", group, group)
         role = table.SHARED_EXPERT_ROLES.get(matrix.role, matrix.role)
@@ -252,13 +274,14 @@ def _routed_containers(modules: Iterable[str]) -> frozenset[str]:
     return frozenset(match["container"] for match in matches if match)
 
 
-def _linear(tensor: TensorHeader, place: _Place) -> Linear:
+def _linear(tensor: TensorHeader, place: _Place, engine_names: tuple[str, ...]) -> Linear:
     return Linear(
         name=tensor.name.removesuffix(_WEIGHT),
         out_features=tensor.shape[0],
         in_features=tensor.shape[1],
         weight_scale_set=place.weight_scale_set,
         input_scale_set=place.input_scale_set,
+        engine_names=engine_names,
     )
 
 

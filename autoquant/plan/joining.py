@@ -3,7 +3,7 @@
 The engines' own tables decide wherever they know a linear; the table of names is for the rest.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from autoquant.source import names as table
@@ -19,10 +19,32 @@ class Matrix:
     parts: tuple[str, ...] = field(repr=False)
     """Its linears by their names inside of the block."""
     role: str
+    engine_names: tuple[str, ...] = field(default=(), repr=False)
+    """What engines call it, as a module beside its first linear; none if nothing is joined."""
     closed: str = ""
     """Why it stays in BF16 under every space."""
     caution: str = ""
     """The engine that does not load it quantized, although another one does."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """Linears that something joins."""
+
+    name: str
+    """Ours."""
+    engine_names: tuple[str, ...]
+    parts: tuple[str, ...]
+
+    @classmethod
+    def with_all(cls, overlapping: Iterable["_Joined"], last: "_Joined") -> "_Joined":
+        """One for all of them, by the first one's name."""
+        joined = [*overlapping, last]
+        return cls(
+            joined[0].name,
+            tuple(dict.fromkeys(name for own in joined for name in own.engine_names)),
+            tuple(dict.fromkeys(part for own in joined for part in own.parts)),
+        )
 
 
 def matrices(block: Collection[str], engines: tuple[EngineTable, ...]) -> dict[str, Matrix]:
@@ -33,22 +55,19 @@ def matrices(block: Collection[str], engines: tuple[EngineTable, ...]) -> dict[s
         engines: tables of the engines that know the architecture; where they disagree on what can
             be quantized, the first that knows the linear decides.
     """
-    fused: list[tuple[str, dict[str, None]]] = []
-    for name, parts in (*_by_engines(block, engines), *_by_names(block, engines)):
-        overlapping = [own for own in fused if not own[1].keys().isdisjoint(parts)]
+    fused: list[_Joined] = []
+    for joined in (*_by_engines(block, engines), *_by_names(block, engines)):
+        overlapping = [own for own in fused if not {*own.parts}.isdisjoint(joined.parts)]
         fused = [own for own in fused if own not in overlapping]
-        together = {part: None for own in overlapping for part in own[1]} | dict.fromkeys(parts)
-        fused.append((overlapping[0][0] if overlapping else name, together))
-    members = {part for _, parts in fused for part in parts}
-    alone = [(name, {name: None}) for name in block if name not in members]
+        fused.append(_Joined.with_all(overlapping, joined))
+    members = {part for own in fused for part in own.parts}
+    alone = [_Joined(name, (), (name,)) for name in block if name not in members]
     refusing = [(engine, engine.unquantized_in(block)) for engine in engines]
-    made = [_matrix(name, tuple(parts), refusing) for name, parts in (*fused, *alone)]
+    made = [_matrix(own, refusing) for own in (*fused, *alone)]
     return {part: matrix for matrix in made for part in matrix.parts}
 
 
-def _by_engines(
-    block: Collection[str], engines: tuple[EngineTable, ...]
-) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _by_engines(block: Collection[str], engines: tuple[EngineTable, ...]) -> Iterator[_Joined]:
     """What engines join, under our name where the table of names has one."""
     for engine in engines:
         for joined in engine.joined_in(block):
@@ -56,12 +75,11 @@ def _by_engines(
             parts = {part.rpartition(".")[2] for part in joined.parts}
             rows = (row for row in table.FUSED if row.engine_name == last)
             name = next((row.name for row in rows if parts <= {*row.parts}), last)
-            yield _beside(joined.parts[0], name), joined.parts
+            first = joined.parts[0]
+            yield _Joined(_beside(first, name), (_beside(first, last),), joined.parts)
 
 
-def _by_names(
-    block: Collection[str], engines: tuple[EngineTable, ...]
-) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _by_names(block: Collection[str], engines: tuple[EngineTable, ...]) -> Iterator[_Joined]:
     """What the table of names joins, of linears that no engine knows."""
     by_parent: dict[str, list[str]] = {}
     for name in block:
@@ -71,7 +89,8 @@ def _by_names(
         for row in table.FUSED:
             parts = tuple(name for name in names if name.rpartition(".")[2] in row.parts)
             if len(parts) > 1:
-                yield _beside(parts[0], row.name), parts
+                engine_name = _beside(parts[0], row.engine_name)
+                yield _Joined(_beside(parts[0], row.name), (engine_name,), parts)
 
 
 def _beside(linear: str, name: str) -> str:
@@ -80,12 +99,13 @@ def _beside(linear: str, name: str) -> str:
     return f"{parent}{dot}{name}"
 
 
-def _matrix(
-    name: str, parts: tuple[str, ...], refusing: list[tuple[EngineTable, frozenset[str]]]
-) -> Matrix:
+def _matrix(joined: _Joined, refusing: list[tuple[EngineTable, frozenset[str]]]) -> Matrix:
     """Args: refusing: what each engine holds unquantized."""
+    parts = joined.parts
     lasts = [part.rpartition(".")[2] for part in parts]
     role = next(filter(None, map(_role, lasts)), "")
+    if all(map(table.INSIDE_INDEXER.fullmatch, parts)):
+        role = table.INDEXER_ROLE
     knowing = [e.engine for e, _ in refusing if any(e.module(part) for part in parts)]
     no = [engine.engine for engine, names in refusing if not names.isdisjoint(parts)]
     closed = next((table.CLOSED[last] for last in lasts if last in table.CLOSED), "")
@@ -93,8 +113,9 @@ def _matrix(
         closed = closed or f"{no[0]} builds it without a quantization"
     is_known = refusing and refusing[0][0].engine in knowing
     return Matrix(
-        name=name,
+        name=joined.name,
         parts=parts,
+        engine_names=joined.engine_names,
         role=role or ("other" if is_known else table.UNKNOWN_ROLE),
         closed=closed,
         caution="" if closed else ", ".join(no),

@@ -18,6 +18,8 @@ class Linear:
     """Linears of the same set share a bit-identical weight scale (`weight_scale_2`)."""
     input_scale_set: str
     """Linears of the same set share a bit-identical `input_scale`."""
+    engine_names: tuple[str, ...] = ()
+    """What engines call the matrix in which they join it with others; empty if they do not."""
     tensor: str = ""
     """Tensor name on disk; `{name}.weight` unless the checkpoint says otherwise."""
 

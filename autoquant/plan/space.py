@@ -21,7 +21,7 @@ from autoquant.formats import (
 )
 from autoquant.plan.grouping import Groups, SharedExperts
 from autoquant.plan.linears import LayerGroup
-from autoquant.source.names import UNKNOWN_ROLE
+from autoquant.source.names import LEFT_ROLES
 
 ROLE = re.compile(r"[a-z_]+")
 """A pattern of this form names a role; any other is a glob over group names."""
@@ -66,14 +66,14 @@ class Rule:
     def matches(self, group: LayerGroup) -> bool:
         """Whether some pattern names the group's role or fits its name.
 
-        What nothing is known of is reached by its role or by its own name, and not by a pattern
-        that takes whatever is there, such as `*` or `model.layers.0.*`.
+        What nothing is known of, and an indexer, is reached by its role or by its own name, and
+        not by a pattern that takes whatever is there, such as `*` or `model.layers.0.*`.
         """
         return any(
             pattern == group.role
             if ROLE.fullmatch(pattern)
             else fnmatchcase(group.name, pattern)
-            and not (group.role == UNKNOWN_ROLE and pattern.rpartition(".")[2] == "*")
+            and not (group.role in LEFT_ROLES and pattern.rpartition(".")[2] == "*")
             for pattern in self.match
         )
 
@@ -147,11 +147,8 @@ class SearchSpace:
         return reasons
 
     def _unnamed(self, group: LayerGroup) -> str:
-        if group.role == UNKNOWN_ROLE:
-            return (
-                "no engine's table and no rule knows this linear, and the space "
-                f"{self.name} does not name it"
-            )
+        if group.role in LEFT_ROLES:
+            return f"{LEFT_ROLES[group.role]}, and the space {self.name} does not name it"
         return f"no rule of the space {self.name} names the group"
 
     def _without_effect(self, used: set[int]) -> tuple[str, ...]:

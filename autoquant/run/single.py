@@ -36,6 +36,7 @@ from autoquant.run.measuring import (
 )
 from autoquant.run.observer import Observer
 from autoquant.run.opening import open_model
+from autoquant.run.text import with_text
 from autoquant.source.source import Source
 
 
@@ -53,6 +54,7 @@ def score(config: ScoreConfig, observer: Observer) -> dict[str, Any]:
         ConfigError: the assignment names a group or format that the model does not allow.
     """
     source, mode = open_model(config), config.mode
+    config = with_text(config, observer)
     if config.checkpoint is not None:
         exported = open_quantized(config.checkpoint)
         groups = groups_of(exported, source)
@@ -116,6 +118,7 @@ def _export(
         book = book_of_run(source, config.calibrated.parent)
         evidence = None
     else:
+        config = with_text(config, observer)
         session = open_measuring(config, source, quantized, attention, observer)
         found = _calibrate(config, session, assignment, observer)
         book = session.book_of_export(source)

@@ -13,6 +13,7 @@ ROLES = (
     "qkv_a",
     "q_b",
     "qkv",
+    "indexer",
     "gdn_in",
     "in",
     "o",
@@ -28,8 +29,12 @@ ROLES = (
 )
 """Every role, in the order in which a forward pass reaches it."""
 
-UNKNOWN_ROLE = "unknown"
-"""Of linears that no engine's table and no row here knows; a space opens them by name only."""
+UNKNOWN_ROLE, INDEXER_ROLE = "unknown", "indexer"
+LEFT_ROLES = {
+    UNKNOWN_ROLE: "no engine's table and no rule knows this linear",
+    INDEXER_ROLE: "an indexer chooses what sparse attention reads at all",
+}
+"""Roles whose linears stay in BF16 unless a space opens them by role or name, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,5 +154,7 @@ FIXED_MODULES = (
 )
 """Matrices by the last name of their module."""
 
-INSIDE_ROUTER = re.compile(r"(.+\.)?(router|gate)\.[^.]+")
-"""Linear of a router that is a module of its own: `router.proj`."""
+INSIDE_ROUTER = re.compile(r"(.+\.)?(router|gate)\..+")
+"""Linear of a router that is a module of its own: `router.proj`, `router.mlp.fc1`."""
+INSIDE_INDEXER = re.compile(r"(.+\.)?\w*indexer\w*\..+")
+"""Linear of the indexer of sparse attention: `self_attn.indexer.wq_b`."""

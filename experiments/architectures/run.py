@@ -29,7 +29,7 @@ from cells import LAYOUTS, Journey  # noqa: E402
 from published import ARCHITECTURES, BLOCK_FP8, save_published  # noqa: E402
 
 from autoquant.cli import cli  # noqa: E402
-from autoquant.export.layouts.modules import engine_name, experts_container  # noqa: E402
+from autoquant.export.layouts.modules import experts_container  # noqa: E402
 from autoquant.plan.assignment import Assignment  # noqa: E402
 from autoquant.plan.grouping import find_groups  # noqa: E402
 from autoquant.source.source import open_source  # noqa: E402
@@ -156,7 +156,8 @@ def _require_formats(methods: Mapping[str, str], own: Journey, assignment: Assig
     wanted = {}
     for group in find_groups(open_source(own.source)):
         for linear in group.linears:
-            names = (experts_container(linear.name) or engine_name(linear.name), linear.name)
+            container = experts_container(linear.name)
+            names = (*linear.engine_names, *([container] if container else ()), linear.name)
             place = next((p for p in map(_place, names) if p in found), names[0])
             wanted[place] = str(assignment[group.name].format)
     for place in wanted.keys() | found.keys():

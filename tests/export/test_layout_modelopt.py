@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from autoquant.export.layouts.engine_view import modelopt_views
 from autoquant.export.layouts.modelopt import quantization_files
 from autoquant.formats import BF16, FP8, NVFP4
 from autoquant.plan.assignment import Assignment
-from autoquant.plan.grouping import find_groups, group_tensors
+from autoquant.plan.grouping import Groups, engine_names, find_groups, group_tensors
 from autoquant.source.headers import Headers, TensorHeader
 from autoquant.source.source import Source, open_source
 
@@ -24,6 +23,10 @@ from autoquant.source.source import Source, open_source
 def files_of(source: Source, assignment: Assignment) -> tuple[dict[str, Any], dict[str, Any]]:
     groups = find_groups(source)
     return quantization_files(source.headers, groups, quantized_linears(groups, assignment))
+
+
+def names_of(groups: Groups) -> dict[str, tuple[str, ...]]:
+    return {own.name: own.engine_names for own in groups.linears if own.engine_names}
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def test_both_files_are_written_and_agree(dense, tmp_path):
     export_mixed(dense, tmp_path / "out")
     flat = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     nested = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
-    view, other = modelopt_views(flat, nested)
+    view, other = modelopt_views(flat, nested, names_of(find_groups(dense)))
     assert view == other
     assert flat["quant_method"] == flat["producer"]["name"] == nested["producer"]["name"]
     assert flat["quant_method"] == "modelopt"
@@ -57,7 +60,7 @@ def test_every_linear_has_its_format_in_the_engines_eyes(kind, tmp_path):
     groups = find_groups(source)
     assignment = mixed(groups)
     flat, nested = files_of(source, assignment)
-    for view in modelopt_views(flat, nested):
+    for view in modelopt_views(flat, nested, names_of(groups)):
         for group in groups:
             for linear in group.linears:
                 assert view.form(linear.name) == assignment[group.name].form
@@ -153,28 +156,55 @@ def test_bf16_experts_beside_a_quantized_shared_expert_are_excluded(tmp_path):
     assert "model.layers.1.mlp.experts" in flat["ignore"]
 
 
-def test_no_excluded_name_is_part_of_a_quantized_one(tmp_path):
-    """vLLM excludes `mlp.gate_up_proj` where `mlp.gate` is excluded."""
-    shapes = {
-        "model.layers.0.mlp.gate.weight": (4, 16),
-        "model.layers.0.mlp.gate_proj.weight": (16, 16),
-        "model.layers.0.mlp.up_proj.weight": (16, 16),
-        "model.layers.0.mlp.down_proj.weight": (16, 16),
-    }
+def block(*linears: str, **config: Any) -> tuple[Headers, Groups]:
+    """One layer of these linears, [16, 16] each."""
+    names = [f"model.layers.0.{linear}.weight" for linear in linears]
     tensors = {
         name: TensorHeader(
-            name=name, dtype="BF16", shape=shape, file=Path("x"), begin=0, end=2 * math.prod(shape)
+            name=name, dtype="BF16", shape=(16, 16), file=Path("x"), begin=0, end=512
         )
-        for name, shape in shapes.items()
+        for name in names
     }
-    groups = group_tensors(tensors, {}, {})
-    headers = Headers(tensors=tensors, metadata={})
-    assignment = Assignment.of({"model.layers.0.mlp.gate_up": NVFP4_MAX})
+    return Headers(tensors=tensors, metadata={}), group_tensors(tensors, config, config)
+
+
+@pytest.mark.parametrize(
+    ("parts", "config"),
+    [
+        (("gate_proj", "up_proj"), {}),
+        (("c_fc_0", "c_fc_1"), {"architectures": ["ExaoneForCausalLM"]}),
+    ],
+)
+def test_no_excluded_name_is_part_of_what_an_engine_calls_a_quantized_one(parts, config):
+    """vLLM excludes `mlp.gate_up_proj` where `mlp.gate` is excluded."""
+    linears = [f"mlp.{name}" for name in ("gate", *parts, "down_proj")]
+    headers, groups = block(*linears, **config)
+    name = next(group.name for group in groups if len(group.linears) == 2)
+    assignment = Assignment.of({name: NVFP4_MAX})
     made = quantization_files(headers, groups, quantized_linears(groups, assignment))
     flat, _ = made
     assert flat["quant_algo"] == "MIXED_PRECISION"
     assert flat["ignore"] == ["model.layers.0.mlp.down_proj", "lm_head"]
-    assert modelopt_views(*made)[0].form("model.layers.0.mlp.gate_proj") == NVFP4.form
+    view, _ = modelopt_views(*made, names_of(groups))
+    assert view.form(f"model.layers.0.mlp.{parts[0]}") == NVFP4.form
+
+
+def test_a_matrix_is_excluded_with_any_linear_that_an_engine_joins_in_it():
+    parts = ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj")
+    headers, groups = block(
+        *(f"self_attn.{part}" for part in parts), architectures=["KimiLinearForCausalLM"]
+    )
+    (group,) = groups
+    assignment = Assignment.of({group.name: FP8})
+    flat, nested = quantization_files(headers, groups, quantized_linears(groups, assignment))
+    names = names_of(groups)
+    joined = "model.layers.0.self_attn.in_proj_qkvgfab"
+    assert all(joined in own for own in names.values())
+    assert engine_names(names, {"architectures": ["KimiLinearForCausalLM"]}, {}) == names
+    assert modelopt_views(flat, nested, names)[0].form(group.linears[0].name) == FP8.form
+    flat["ignore"].append("model.layers.0.self_attn.b_proj")
+    view, _ = modelopt_views(flat, nested, names)
+    assert {view.form(linear.name) for linear in group.linears} == {BF16.form}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2_moe", "deepseek_v3"])

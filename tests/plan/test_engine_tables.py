@@ -3,16 +3,20 @@
 The tables are read here a second time, without the package's own reader.
 """
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from common_architectures import NEEDS_MORE, TRANSPOSED, built, common_kinds, engine_table
 
 from autoquant.errors import SourceError
-from autoquant.plan.grouping import Groups, find_groups
+from autoquant.plan.grouping import Groups, find_groups, group_tensors
+from autoquant.source.engines import FILE
+from autoquant.source.headers import TensorHeader
 
 IN_BLOCK = re.compile(r"(.*?(?:layers|h|blocks)\.\d+)\.(.+)")
 EXPERT = re.compile(r".+\.experts\.\d+\..+")
@@ -90,6 +94,51 @@ def _are_joined(members: set[str], matrices: list[set[str]]) -> bool:
             if matrix & reached:
                 reached |= matrix & members
     return reached == members
+
+
+def blocks_of(table: dict[str, Any]) -> dict[str, list[str]]:
+    """Linears on disk of each matrix of a table, by its path."""
+    joined = {
+        path: [part.partition("|")[0] for part in parts] for path, parts in table["joined"].items()
+    }
+    return joined | {path: [path] for path in table["alone"]}
+
+
+@pytest.mark.parametrize("engine", ["vLLM", "SGLang"])
+def test_groups_follow_every_table_of_an_engine(engine):
+    """A layer for each matrix of each architecture, also of those that transformers lacks."""
+    architectures = json.loads(FILE.read_text())["engines"][engine]["architectures"]
+    first = json.loads(FILE.read_text())["engines"]["vLLM"]["architectures"]
+    walked, found = 0, []
+    for architecture in architectures:
+        if engine != "vLLM" and architecture in first:
+            continue
+        table = engine_table(engine, architecture)
+        matrices = list(blocks_of(table).items())
+        names = {
+            number: [f"model.layers.{number}.{part.replace('*', '0')}" for part in parts]
+            for number, (_, parts) in enumerate(matrices)
+        }
+        headers = [header(f"{name}.weight") for own in names.values() for name in own]
+        config = {"architectures": [architecture]}
+        groups = group_tensors({h.name: h for h in headers}, config, config)
+        group_of = {linear.name: group for group in groups for linear in group.linears}
+        walked += len(matrices)
+        for number, (path, _) in enumerate(matrices):
+            held = {group_of[name].name for name in names[number] if name in group_of}
+            is_open = any(not group_of[name].closed for name in names[number] if name in group_of)
+            if len(held) > 1:
+                found.append(f"{architecture}: {path} is {sorted(held)}")
+            if path in table["unquantized"] and is_open:
+                found.append(f"{architecture}: {path} is open")
+    assert found == []
+    assert walked > (1500 if engine == "vLLM" else 500)
+
+
+def header(name: str) -> TensorHeader:
+    return TensorHeader(
+        name=name, dtype="BF16", shape=(64, 64), file=Path("x"), begin=0, end=2 * 64 * 64
+    )
 
 
 @pytest.mark.slow

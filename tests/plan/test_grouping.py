@@ -8,8 +8,9 @@ import pytest
 from tiny_models import MODELS, change_tensors, save_model
 
 from autoquant.errors import ConfigError, SourceError
-from autoquant.formats import FP8, NVFP4
+from autoquant.formats import BF16, FP8, NVFP4
 from autoquant.plan.grouping import Groups, find_groups, group_tensors
+from autoquant.plan.space_file import load_space
 from autoquant.source.headers import TensorHeader
 from autoquant.source.names import ROLES, Fixed
 from autoquant.source.source import open_source
@@ -185,6 +186,7 @@ def test_why_tensors_of_real_models_are_fixed(tmp_path):
         ("model.layers.0.linear_attn.q_conv1d.weight", (16, 4), Fixed.CONVOLUTION),
         ("model.layers.0.mlp.router.weight", (4, 16), Fixed.ROUTER),
         ("model.layers.0.router.proj.weight", (4, 16), Fixed.ROUTER),
+        ("model.layers.0.mlp.router.mlp.fc1.weight", (4, 16), Fixed.ROUTER),
         ("model.layers.0.mlp.gate.linear.weight", (4, 16), Fixed.ROUTER),
         ("model.layers.0.mystery.weight", (16, 16), Fixed.UNKNOWN),
         ("model.layers.0.mixer.short_convs.0.weight", (16, 1, 4), Fixed.CONVOLUTION),
@@ -295,6 +297,20 @@ def test_what_an_engine_builds_unquantized_stays_and_says_whose_word_that_is():
     assert joined.why_illegal(FP8.format) == joined.closed
     assert len(joined.linears) == 2
     assert not groups["model.layers.0.self_attn.indexer.wq_b"].closed
+
+
+@pytest.mark.parametrize("architecture", ["GlmMoeDsaForCausalLM", "HouseMadeForCausalLM"])
+def test_an_indexer_stays_until_a_space_names_it(architecture):
+    groups = grouped(
+        {f"model.layers.0.self_attn.{p}.weight": (16, 16) for p in ("indexer.q_proj", "o_proj")},
+        architectures=[architecture],
+    )
+    name = "model.layers.0.self_attn.indexer.q_proj"
+    assert groups[name].role == "indexer"
+    options = load_space("default").options(groups)
+    assert options.choices[name] == (BF16,)
+    assert "sparse attention" in options.closed[name][FP8.format]
+    assert options.open == ("model.layers.0.self_attn.o_proj",)
 
 
 def test_an_engine_that_refuses_what_vllm_loads_is_named():

@@ -16,7 +16,7 @@ from typing import Any
 from autoquant.export.layouts import compressed_tensors as ct
 from autoquant.export.layouts.base import Layout
 from autoquant.export.layouts.modelopt import form_of_algorithm
-from autoquant.export.layouts.modules import engine_name, is_head, layer_of, spellings
+from autoquant.export.layouts.modules import is_head, layer_of, spellings
 from autoquant.formats import BF16
 from autoquant.source import names as table
 
@@ -38,8 +38,13 @@ class EngineView(ABC):
         """What a linear is taken for, by its name on disk: `nvfp4`, `nvfp4/a16`, `fp8`, `bf16`."""
 
 
+Names = Mapping[str, tuple[str, ...]]
+"""What engines call the matrices in which they join linears, by the linear's name on disk; see
+`plan.grouping.engine_names`."""
+
+
 def modelopt_views(
-    flat: Mapping[str, Any], nested: Mapping[str, Any]
+    flat: Mapping[str, Any], nested: Mapping[str, Any], names: Names
 ) -> tuple["ModeloptView", "ModeloptView"]:
     """What `quantization_config` and hf_quant_config.json say, which is to be the same.
 
@@ -49,8 +54,9 @@ def modelopt_views(
     """
     inner = _mapping("quantization", nested["quantization"])
     return (
-        _flat_view(flat),
+        _flat_view(flat, names),
         ModeloptView(
+            names=names,
             algorithm=_text("quant_algo", inner["quant_algo"]),
             layers=_layers(inner.get("quantized_layers")),
             excluded=_names("exclude_modules", inner["exclude_modules"]),
@@ -59,8 +65,9 @@ def modelopt_views(
     )
 
 
-def _flat_view(flat: Mapping[str, Any]) -> "ModeloptView":
+def _flat_view(flat: Mapping[str, Any], names: Names) -> "ModeloptView":
     return ModeloptView(
+        names=names,
         algorithm=_text("quant_algo", _mapping("quantization_config", flat)["quant_algo"]),
         layers=_layers(flat.get("quantized_layers")),
         excluded=_names("ignore", flat["ignore"]),
@@ -111,11 +118,12 @@ def _expression(target: str) -> re.Pattern[str]:
         raise TypeError(f"the expression {text!r} cannot be read ({error})") from None
 
 
-def view_of(layout: Layout, config: Mapping[str, Any] | None) -> "EngineView | None":
+def view_of(layout: Layout, config: Mapping[str, Any] | None, names: Names) -> "EngineView | None":
     """What `quantization_config` of config.json says; None where it lacks what engines need."""
     try:
-        is_modelopt = layout is Layout.MODELOPT
-        return _flat_view(config or {}) if is_modelopt else compressed_tensors_view(config or {})
+        if layout is Layout.MODELOPT:
+            return _flat_view(config or {}, names)
+        return compressed_tensors_view(config or {})
     except (KeyError, TypeError):
         return None
 
@@ -147,6 +155,7 @@ def compressed_tensors_view(config: Mapping[str, Any]) -> "CompressedTensorsView
 class ModeloptView(EngineView):
     """What one of the two ModelOpt files declares."""
 
+    names: Names = field(repr=False)
     algorithm: str
     """Of all layers, or that each has its own."""
     layers: Mapping[str, Mapping[str, Any]] | None
@@ -157,7 +166,8 @@ class ModeloptView(EngineView):
 
     def form(self, module: str) -> str:
         expert = table.ROUTED_EXPERT.fullmatch(module)
-        if self._is_excluded(expert["container"] if expert else engine_name(module)):
+        held = (expert["container"],) if expert else self.names.get(module, (module,))
+        if any(map(self._is_excluded, held)):
             return _PLAIN
         if self.layers is None:
             return form_of_algorithm(self.algorithm) or _PLAIN
@@ -173,15 +183,22 @@ class ModeloptView(EngineView):
             nearby.setdefault(layer_of(name), []).append(name)
         return nearby
 
+    @cached_property
+    def _parts(self) -> dict[str, set[str]]:
+        """The linears that a matrix of the engine's holds."""
+        parts: dict[str, set[str]] = {}
+        for linear, names in self.names.items():
+            for name in names:
+                parts.setdefault(name, set()).add(linear)
+        return parts
+
     def _is_excluded(self, name: str) -> bool:
         if name not in self._answers:
             layer = layer_of(name)
             entries = self._excluded_in_layer.get(layer, [])
             if layer:
                 entries = entries + self._excluded_in_layer.get("", [])
-            parent, _, last = name.rpartition(".")
-            rows = (row for row in table.FUSED if row.engine_name == last)
-            parts = {f"{parent}.{part}" for row in rows for part in row.parts}
+            parts = self._parts.get(name, ())
             self._answers[name] = any(entry in name or entry in parts for entry in entries)
         return self._answers[name]
 

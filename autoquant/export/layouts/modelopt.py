@@ -5,7 +5,7 @@ Engines look modules up by exact name, by fused name and, in exclusion lists, by
 functions below leave no name whose answer differs between them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import autoquant
@@ -18,7 +18,7 @@ from autoquant.export.layouts.modules import (
 )
 from autoquant.formats import Choice, all_formats
 from autoquant.plan.grouping import Groups
-from autoquant.source import names as table
+from autoquant.plan.linears import Linear
 from autoquant.source.headers import Headers
 
 QUANTIZATION_FILE = "hf_quant_config.json"
@@ -42,7 +42,7 @@ def quantization_files(
         fp8_kv_cache: whether the checkpoint holds scales of an FP8 cache.
     """
     ignore = unquantized_modules(headers, groups, choices)
-    safe = _without_traps(ignore, choices)
+    safe = _without_traps(ignore, groups, choices)
     algorithms = {_algorithm(choice)["quant_algo"] for choice in choices.values()}
     if len(algorithms) > 1 or safe != ignore or _keeps_inputs(choices):
         algorithm, layers = MIXED, _quantized_layers(choices)
@@ -71,7 +71,7 @@ def _keeps_inputs(choices: Mapping[str, Choice]) -> bool:
     return any(choice.input for choice in choices.values())
 
 
-def _without_traps(ignore: list[str], choices: Mapping[str, Choice]) -> list[str]:
+def _without_traps(ignore: list[str], groups: Groups, choices: Mapping[str, Choice]) -> list[str]:
     """Drop names that are part of a quantized module's name.
 
     vLLM excludes a module if an entry occurs anywhere in its name: `mlp.gate` would exclude
@@ -79,7 +79,8 @@ def _without_traps(ignore: list[str], choices: Mapping[str, Choice]) -> list[str
     """
     in_layer: dict[str, str] = {}
     everywhere = ""
-    for taken in {spelling for name in choices for spelling in _engine_names(name)}:
+    quantized = (linear for linear in groups.linears if linear.name in choices)
+    for taken in {name for linear in quantized for name in _looked_up(linear)}:
         layer = layer_of(taken)
         in_layer[layer] = f"{in_layer.get(layer, '')}\n{taken}"
         everywhere += f"\n{taken}"
@@ -90,13 +91,11 @@ def _without_traps(ignore: list[str], choices: Mapping[str, Choice]) -> list[str
     ]
 
 
-def _engine_names(name: str) -> Iterable[str]:
-    parent, _, last = name.rpartition(".")
-    yield from spellings(name)
-    for row in table.FUSED:
-        if last in row.parts and not table.ROUTED_EXPERT.fullmatch(name):
-            yield f"{parent}.{row.engine_name}"
-    container = experts_container(name)
+def _looked_up(linear: Linear) -> Iterator[str]:
+    """Every name under which an engine looks the linear up."""
+    yield from spellings(linear.name)
+    yield from linear.engine_names
+    container = experts_container(linear.name)
     if container is not None:
         yield from spellings(container)
 

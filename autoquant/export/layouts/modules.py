@@ -56,13 +56,6 @@ def spellings(name: str) -> tuple[str, ...]:
     return (name,) if other == name else (name, other)
 
 
-def engine_name(module: str) -> str:
-    """The name of the fused matrix in which engines hold the module, or its own."""
-    parent, _, last = module.rpartition(".")
-    row = next((row for row in table.FUSED if last in row.parts), None)
-    return f"{parent}.{row.engine_name}" if row else module
-
-
 def layer_of(name: str) -> str:
     """`model.layers.3`, or nothing for a module outside of the layers."""
     match = table.LAYER.fullmatch(name)
