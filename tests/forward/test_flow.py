@@ -166,3 +166,9 @@ def test_measurements_do_not_depend_on_what_goes_together(scorer, monkeypatch, b
     assert any(m["gap"] is not None and len(m["sequence_kl"]) < 12 for m in alone)
     monkeypatch.setattr(scorer.room, "batches_together", batches_together)
     assert measured(1) == measured(3) == measured(5) == alone
+
+
+def test_blocks_that_return_their_state_in_a_tuple_are_stages(tmp_path):
+    scorer = scorer_of(save_searchable("falcon_h1", tmp_path / "source"))
+    scorer.check(SPLIT)
+    assert not scorer.trunk.is_whole
