@@ -41,6 +41,15 @@ def autoquant() -> Callable[..., Result]:
     return call
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """Makes problems of one small model."""
+    from joint import small_problem
+
+    folder = tmp_path_factory.mktemp("small") / "model"
+    return lambda **changes: small_problem(folder, **changes)
+
+
 # A runner in the background of a script is started with interrupts ignored, and so would be the
 # commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

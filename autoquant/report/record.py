@@ -18,6 +18,7 @@ from autoquant.files import read_number
 from autoquant.formats import all_formats
 from autoquant.parsing import Unreadable, parse_yaml, read_text, why
 from autoquant.search.stage_table import stage_table
+from autoquant.store.records import SCHEMA_VERSION, OtherSchema
 from autoquant.store.run_directory import (
     CALIBRATION,
     CONFIG,
@@ -25,12 +26,11 @@ from autoquant.store.run_directory import (
     GROUPS,
     IDENTITY,
     RESULT,
-    SCHEMA_VERSION,
     SENSITIVITY,
     SENSITIVITY_LOG,
+    STUDY,
     TOKENS,
     TRIALS,
-    OtherSchema,
     Status,
     read_identity,
     read_json,
@@ -150,7 +150,7 @@ class RunRecord:
         log = [] if stored else files.records(SENSITIVITY_LOG)
         gradients = 0 if stored else len(files.records(GRADIENT_LOG))
         probes = _probes(stored["probes"]) if stored else _unfinished_probes(log)
-        records = files.records(TRIALS)
+        records = files.trials()
         calibration, tokens = files.json(CALIBRATION), files.json(TOKENS)
         absent = {
             "the plan (groups.json)": plan is None,
@@ -260,6 +260,18 @@ class _Files:
             return read_records(self.path, name)
         except OtherSchema as error:
             self._note(name, error)
+            return []
+
+    def trials(self) -> list[dict[str, Any]]:
+        """Of the study, or of the log of an earlier version; a record each."""
+        if not (self.path / STUDY).exists():
+            return self.records(TRIALS)
+        from autoquant.study.journal import read_trials
+
+        try:
+            return [trial.to_dict() for trial in read_trials(self.path)]
+        except OtherSchema as error:
+            self._note(STUDY, error)
             return []
 
     def identity(self) -> dict[str, Any] | None:

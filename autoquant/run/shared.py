@@ -19,13 +19,11 @@ from autoquant.store.run_directory import (
     SENSITIVITY,
     SENSITIVITY_LOG,
     SPLITS,
-    TRIALS,
     RunDirectory,
     differences,
     environments_of,
     read_identity,
     read_json,
-    read_records,
 )
 
 PROBES = (CALIBRATION, GRADIENT_LOG, NOISE, SENSITIVITY_LOG, SENSITIVITY)
@@ -62,11 +60,10 @@ class Shared:
 
     def trials(self) -> Iterator[Trial]:
         """What earlier runs measured to the end on the same search tokens."""
+        from autoquant.study.journal import read_trials
+
         for path in self.runs:
-            for record in read_records(path, TRIALS):
-                trial = Trial.from_dict(record)
-                if not trial.is_stopped:
-                    yield trial
+            yield from (trial for trial in read_trials(path) if not trial.is_stopped)
 
 
 def finished_probes(path: Path, wanted: Mapping[str, Any]) -> Path:

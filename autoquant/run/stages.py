@@ -30,7 +30,7 @@ from autoquant.run.independent import check_export, make_evidence
 from autoquant.run.measuring import book_of_run
 from autoquant.run.result import make_result, make_tokens
 from autoquant.run.sensitivity.probing import Probing
-from autoquant.run.signature import FINALISTS
+from autoquant.run.signature import FINALISTS, search_name
 from autoquant.run.trials import Trials
 from autoquant.search.explore import Explored
 from autoquant.search.history import History
@@ -105,6 +105,7 @@ class Search(Probing):
             self.config,
             problem,
             LocalEvaluator(session.scorer, session.splits["search"], self.config.trials_at_once),
+            split=session.splits["search"],
             accounting=self.plan.accounting,
             elsewhere=self.shared.trials(),
             in_time=self._in_time(),
@@ -112,7 +113,12 @@ class Search(Probing):
         )
 
     def _trials(self) -> Trials:
-        return Trials(run=self.run, tracker=self.tracker, observer=self.observer)
+        return Trials(
+            run=self.run,
+            study_name=search_name(self.config, self.plan),
+            tracker=self.tracker,
+            observer=self.observer,
+        )
 
     def _confirm(self, session: Session, history: History, explored: Explored) -> Confirmed:
         """Finalists and baselines on the report split."""

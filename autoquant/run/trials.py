@@ -1,9 +1,11 @@
-"""The trials stage: candidates measured jointly, each trial on disk before the next begins."""
+"""The trials stage: candidates measured jointly, each trial in the study before the next begins."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from autoquant.data.tokens import Split
 from autoquant.measure.evaluator import Evaluator
 from autoquant.plan.accounting import Accounting
 from autoquant.run.config import SearchConfig
@@ -14,15 +16,19 @@ from autoquant.search.history import History
 from autoquant.search.limits import Bounds
 from autoquant.search.problem import Problem
 from autoquant.search.trials import Trial
-from autoquant.store.run_directory import TRIALS, RunDirectory
+from autoquant.store.run_directory import RunDirectory
 from autoquant.tracking import Tracker, TrialRecord
+
+if TYPE_CHECKING:
+    from autoquant.study.journal import StudyLog
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trials:
-    """The trials of one run, in its log, its tracker and before its observer."""
+    """The trials of one run, in its study, its tracker and before its observer."""
 
     run: RunDirectory
+    study_name: str
     tracker: Tracker
     observer: Observer
 
@@ -32,6 +38,7 @@ class Trials:
         problem: Problem,
         evaluator: Evaluator,
         *,
+        split: Split,
         accounting: Accounting,
         elsewhere: Iterable[Trial],
         in_time: Callable[[], bool],
@@ -43,22 +50,26 @@ class Trials:
             config: of the search.
             problem: its knapsack.
             evaluator: measures candidates.
+            split: the search tokens.
             accounting: of the checkpoint.
             elsewhere: whole trials of other budgets on the same tokens.
             in_time: whether another trial may begin.
             timed: charges the time of a block to a stage.
 
         Raises:
-            SourceError: no assignment within the budget has a finite KL.
+            SourceError: no assignment within the budget has a finite KL, or the study is damaged.
+            RunConflict: the study is another search's.
         """
-        earlier = self.track()
+        study = self._study(problem, accounting, split)
+        earlier = study.trials()
+        self._record(earlier)
         history = History(earlier, elsewhere)
         driver = Driver(
             history=history,
             evaluator=evaluator,
             accounting=accounting,
             fits=problem.fits,
-            keep=lambda trial: self._keep(trial, history.best()),
+            keep=lambda trial: self._keep(study, trial, history.best()),
             width=config.trials_at_once,
         )
         self.observer.stage("refine", most_trials(problem, config.trials) - len(earlier))
@@ -72,16 +83,32 @@ class Trials:
         )
         return history, explored
 
-    def track(self) -> list[Trial]:
-        """Record the trials on disk, which the tracker may lack; these trials, in their order."""
-        trials = [Trial.from_dict(record) for record in self.run.records(TRIALS)]
+    def track(self) -> None:
+        """Record the trials on disk, which the tracker may lack."""
+        from autoquant.study.journal import read_trials
+
+        self._record(read_trials(self.run.path))
+
+    def _record(self, trials: Iterable[Trial]) -> None:
         for trial in trials:
             self.tracker.trial(_record(trial))
-        return trials
 
-    def _keep(self, trial: Trial, best: Trial | None) -> None:
-        self.run.append(TRIALS, trial.to_dict())
-        self.tracker.trial(_record(trial))
+    def _study(self, problem: Problem, accounting: Accounting, split: Split) -> "StudyLog":
+        from autoquant.study.journal import StudyLog
+        from autoquant.study.record import Sequences
+        from autoquant.study.space import StudySpace
+
+        return StudyLog.open(
+            self.run,
+            self.study_name,
+            space=StudySpace.of(accounting),
+            limits=problem.limits,
+            sequences=Sequences.of(split),
+        )
+
+    def _keep(self, study: "StudyLog", trial: Trial, best: Trial | None) -> None:
+        study.add(trial)
+        self._record([trial])
         self.observer.trial(trial, best)
 
 

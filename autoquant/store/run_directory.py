@@ -4,9 +4,7 @@ Every file is written atomically, every JSON has `schema_version` and a checksum
 line files survive a kill in the middle of a line. One process at a time holds the directory.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -18,18 +16,15 @@ from filelock import FileLock, Timeout
 
 import autoquant
 from autoquant.errors import ConfigError, RunConflict, SourceError
-from autoquant.files import (
-    clear_litter,
-    is_full,
-    is_litter,
-    set_aside,
-    sync_folder,
-    to_json,
-    write_atomic,
+from autoquant.files import clear_litter, is_full, is_litter, set_aside, to_json, write_atomic
+from autoquant.store.records import (
+    append_line,
+    parse_object,
+    read_content,
+    read_lines,
+    sealed,
+    unsealed,
 )
-from autoquant.parsing import Unreadable, read_bytes
-
-SCHEMA_VERSION = 1
 
 CONFIG = "config.resolved.yaml"
 GROUPS = "groups.json"
@@ -42,7 +37,10 @@ CODES = "codes"
 """Codes that cost more to make than to read."""
 STATISTICS = "statistics"
 """Second moments of inputs, which such codes are made from."""
+STUDY = "study.log"
+"""The journal of the Optuna study whose trials are the search's."""
 TRIALS = "trials.jsonl"
+"""Where earlier versions kept the trials."""
 ASSIGNMENT = "assignment.yaml"
 RESULT = "result.json"
 SPLITS = "splits.json"
@@ -61,34 +59,12 @@ _LOCK = ".lock"
 _PRELIMINARY = frozenset({IDENTITY, _LOCK, CONFIG, GROUPS, SPLITS, SECONDS, TRACKING})
 """What a search writes before it measures anything."""
 
-_CHECKSUM = "checksum"
-"""Of what else the object holds."""
-
 _SEALED = "sealed"
 """True in the identity of a run all of whose records have checksums; not in one that an earlier
 version began, whose records are taken as they are."""
 
-_LARGEST_FILE = 2**32
-"""Bytes; more than any search writes."""
-
 _WORDS = {"model": "the content digest of the model"}
 """What a part of a signature is called where its key says too little."""
-
-
-class OtherSchema(SourceError):
-    """A file of a run directory that another version of AutoQuant wrote.
-
-    Args:
-        origin: the file, or a line of it.
-        version: the schema version found.
-    """
-
-    def __init__(self, origin: str, version: object) -> None:
-        super().__init__(
-            f"{origin} has schema_version {version!r}, this version reads {SCHEMA_VERSION}.",
-            fix="use the version of AutoQuant that wrote it, or start anew with --fresh.",
-        )
-        self.version = version
 
 
 class Status(StrEnum):
@@ -217,16 +193,7 @@ class RunDirectory:
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add a line to a line file; it is on the disk when this returns."""
-        path = self.path / name
-        is_new = not path.exists()
-        line = to_json(_sealed(record)) + "\n"
-        with path.open("ab") as file:
-            file.truncate(_whole_lines(path))
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        if is_new:
-            sync_folder(self.path)
+        append_line(self.path / name, record)
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """Every record appended to `name`, in order; a line torn by a kill was never appended.
@@ -245,7 +212,7 @@ class RunDirectory:
         if not name.endswith(_LINES):
             self.write_json(name, read_json(folder, name) or {})
             return
-        lines = (to_json(_sealed(record)) + "\n" for record in read_records(folder, name))
+        lines = (to_json(sealed(record)) + "\n" for record in read_records(folder, name))
         self.write_text(name, "".join(lines))
 
     def _record(self, status: Status) -> None:
@@ -255,16 +222,17 @@ class RunDirectory:
 
 def write_json(folder: Path, name: str, data: Mapping[str, Any]) -> None:
     """What `RunDirectory.write_json` does, for files that no stage of a search writes or reads."""
-    write_atomic(folder / name, to_json(_sealed(data), indent=2) + "\n")
+    write_atomic(folder / name, to_json(sealed(data), indent=2) + "\n")
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     """What `RunDirectory.write_json` wrote; see `RunDirectory.read_json`. Takes no lock."""
-    content = _read(folder / name)
+    content = read_content(folder / name)
     if content is None:
         return None
-    is_sealed = name != IDENTITY and _is_sealed(folder)
-    return _parse(content, str(folder / name), is_sealed=is_sealed)
+    origin = str(folder / name)
+    must_be_sealed = name != IDENTITY and is_sealed(folder)
+    return unsealed(parse_object(content, origin), origin, is_sealed=must_be_sealed)
 
 
 def read_seconds(folder: Path) -> dict[str, float]:
@@ -284,13 +252,12 @@ def read_seconds(folder: Path) -> dict[str, float]:
 
 def read_records(folder: Path, name: str) -> list[dict[str, Any]]:
     """What `RunDirectory.append` wrote; see `RunDirectory.records`. Takes no lock."""
-    path = folder / name
-    lines = (_read(path) or b"").split(b"\n")[:-1]
-    is_sealed = _is_sealed(folder)
-    return [
-        _parse(line, f"{path} line {number}", is_sealed=is_sealed)
-        for number, line in enumerate(lines, start=1)
-    ]
+    return read_lines(folder / name, is_sealed=is_sealed(folder))
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether every record of the run has a checksum."""
+    return f'"{_SEALED}": true'.encode() in (read_content(folder / IDENTITY) or b"")
 
 
 def _hold(path: Path) -> FileLock:
@@ -388,62 +355,3 @@ def _clear_litter(path: Path) -> None:
 def _clear(path: Path) -> None:
     for name in _PRELIMINARY - {_LOCK}:
         (path / name).unlink(missing_ok=True)
-
-
-def _sealed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` with its schema version and its checksum."""
-    own = {key: value for key, value in data.items() if key != "schema_version"}
-    return {"schema_version": SCHEMA_VERSION, **own, _CHECKSUM: _checksum(own)}
-
-
-def _checksum(data: Mapping[str, Any]) -> str:
-    """The same for what is written and for what is read back: keys keep their order."""
-    return hashlib.sha256(to_json(data).encode()).hexdigest()[:16]
-
-
-def _is_sealed(folder: Path) -> bool:
-    """Whether every record of the run has a checksum."""
-    return f'"{_SEALED}": true'.encode() in (_read(folder / IDENTITY) or b"")
-
-
-def _read(path: Path) -> bytes | None:
-    """The content of a file; None where there is none.
-
-    Raises:
-        SourceError: no regular file.
-        OSError: it cannot be read.
-    """
-    try:
-        return read_bytes(path, most=_LARGEST_FILE)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except Unreadable as error:
-        raise _damaged(str(path), str(error)) from error
-
-
-def _parse(content: bytes, origin: str, *, is_sealed: bool) -> dict[str, Any]:
-    try:
-        data = json.loads(content.decode())
-    except (ValueError, RecursionError):
-        data = None
-    if not isinstance(data, dict):
-        raise _damaged(origin, "is not a JSON object")
-    version = data.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
-        raise OtherSchema(origin, version)
-    checksum = data.pop(_CHECKSUM, None)
-    if (is_sealed or checksum is not None) and checksum != _checksum(data):
-        raise _damaged(origin, "is not what was written there, by its checksum")
-    return data
-
-
-def _damaged(origin: str, why: str) -> SourceError:
-    return SourceError(
-        f"{origin} is damaged: it {why}.",
-        fix="start anew with --fresh (the earlier run is set aside), or restore the file.",
-    )
-
-
-def _whole_lines(path: Path) -> int:
-    """Bytes up to and including the last newline."""
-    return path.read_bytes().rfind(b"\n") + 1

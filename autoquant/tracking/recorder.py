@@ -19,8 +19,8 @@ from autoquant.store.run_directory import (
     REPORT,
     RESULT,
     SENSITIVITY,
+    STUDY,
     TOKENS,
-    TRIALS,
 )
 from autoquant.tracking.outcome import (
     description,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 ARTIFACTS = (
-    *(CONFIG, GROUPS, CALIBRATION, SENSITIVITY, TRIALS),
+    *(CONFIG, GROUPS, CALIBRATION, SENSITIVITY, STUDY),
     *(ASSIGNMENT, RESULT, TOKENS, REPORT),
 )
 

@@ -4,6 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from autoquant.search.trials import Trial
+from autoquant.store.run_directory import RunDirectory
+from autoquant.study.journal import StudyLog, read_trials
+from autoquant.study.record import Sequences
+from autoquant.study.space import StudySpace
+
+MOST_SEQUENCES = 10_000
+"""Of the search tokens of the small run; a document each."""
+
 SPREAD = 0.5
 """How far the last round of repeated trials is above the first, so that no two marks coincide."""
 
@@ -19,7 +28,7 @@ def grow(run: Path, *, layers: int, groups: int, trials: int) -> None:
     """
     plan = json.loads((run / "groups.json").read_text())
     sensitivity = json.loads((run / "sensitivity.json").read_text())
-    records = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    records = [trial.to_dict() for trial in read_trials(run)]
     first = [group for group in plan["groups"] if group["layer"] == 0]
     names = {group["name"] for group in first}
     copies = [
@@ -51,7 +60,24 @@ def grow(run: Path, *, layers: int, groups: int, trials: int) -> None:
         )
     _write(run / "groups.json", plan)
     _write(run / "sensitivity.json", sensitivity)
-    (run / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _write_study(run, plan, [Trial.from_dict(line) for line in lines])
+
+
+def _write_study(run: Path, plan: dict[str, Any], trials: list[Trial]) -> None:
+    space = {group["name"]: list(group["choices"]) for group in plan["groups"]}
+    (run / "study.log").unlink(missing_ok=True)
+    with RunDirectory.open(run, json.loads((run / "run.json").read_text())["signature"]) as held:
+        log = StudyLog.open(
+            held,
+            "large",
+            space=StudySpace.from_dict(space),
+            limits=(),
+            sequences=Sequences(
+                document=tuple(range(MOST_SEQUENCES)), tokens=(1,) * MOST_SEQUENCES
+            ),
+        )
+        for trial in trials:
+            log.add(trial)
 
 
 def _write(path: Path, data: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from records import trials_of
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 import autoquant as package
@@ -34,9 +35,7 @@ def search(autoquant, folder):
 
 
 def trials(run):
-    lines = (run / "trials.jsonl").read_text().splitlines()
-    own = ("seconds", "checksum")
-    return [{k: v for k, v in json.loads(line).items() if k not in own} for line in lines]
+    return [{k: v for k, v in trial.items() if k != "seconds"} for trial in trials_of(run)]
 
 
 def outcome(run):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import yaml
+from records import trials_of
 from safetensors import safe_open
 from searchable import TOKEN_FLAGS
 
@@ -23,7 +24,7 @@ FILES = {
     "sensitivity.json",
     "sensitivity.jsonl",
     "splits.json",
-    "trials.jsonl",
+    "study.log",
 }
 BUDGET = 8.5
 
@@ -47,7 +48,7 @@ def outcome(run):
         result.pop(name, None)
     for row in result["stages"]:
         row.pop("seconds")
-    trials = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    trials = trials_of(run)
     for trial in trials:
         del trial["seconds"], trial["checksum"]
     return result, trials, (run / "assignment.yaml").read_text()
@@ -348,7 +349,7 @@ def test_a_search_on_one_document_says_what_it_resamples(search, one_document, t
 @pytest.mark.slow
 def test_optuna_proposes_on_request_and_fills_the_budget(search):
     _, run = search("--trials", 6, "--reweight-trials", 6, "--no-export")
-    trials = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    trials = trials_of(run)
     asked = [trial for trial in trials if trial["stage"] == "reweight"]
     assert 0 < len(asked) <= 6
     assert all(trial["fits"] and {"depth", "exponent"} < trial["params"].keys() for trial in asked)

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from records import trials_of
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 from autoquant.cli.terminal import Terminal
@@ -79,7 +80,7 @@ def test_a_search_goes_on_after_an_overflow_and_never_takes_it(search, tmp_path,
     with monkeypatch.context() as patched:
         patched.setattr(Terminal, "trial", stop)
         assert search().exit_code == 130
-    lines = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    lines = trials_of(run)
     assert [line["kl"] for line in lines].count("Infinity") >= 1
     probes = [json.loads(line) for line in (run / "sensitivity.jsonl").read_text().splitlines()]
     assert {p["group"] for p in probes if p["kl_sum"] == "Infinity"} == {BROKEN}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from mlflow.tracking import MlflowClient
+from records import trials_of
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 from autoquant.cli.terminal import Terminal
@@ -77,7 +78,7 @@ def require_whole(run):
 def outcome(run):
     """What a search found and measured, times left out."""
     result = json.loads((run / "result.json").read_text())
-    trials = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    trials = trials_of(run)
     keys = ("number", "stage", "name", "kl", "stderr", "digest", "params")
     return (
         {name: result[name] for name in ("kl", "bpe", "winner", "finalists", "baselines")},
@@ -113,16 +114,16 @@ def test_a_search_that_was_stopped_three_times_ends_as_if_it_had_not_been(folder
     assert not (run / "sensitivity.json").exists()
     require_whole(run)
 
-    code, errors = Process(folder, resumed[1:]).stop(signal.SIGTERM, run / "trials.jsonl", 8)
+    code, errors = Process(folder, resumed[1:]).stop(signal.SIGTERM, run / "study.log", 10)
     assert code == 130
     assert errors.splitlines()[-1].strip() == resume.strip()
     require_whole(run)
 
-    code, _ = Process(folder, resumed[1:]).stop(signal.SIGKILL, run / "trials.jsonl", 20)
+    code, _ = Process(folder, resumed[1:]).stop(signal.SIGKILL, run / "study.log", 22)
     assert code == -signal.SIGKILL
     assert status_of(run) == "running"
-    with (run / "trials.jsonl").open("ab") as trials:
-        trials.write(b'{"schema_version": 1, "number": 99, "kl"')
+    with (run / "study.log").open("ab") as trials:
+        trials.write(b'{"schema_version": 1, "op_code": 4, "study_id"')
 
     last = autoquant(*arguments(folder, "--no-mlflow", "--out", run))
     assert last.exit_code == 0, last.stderr

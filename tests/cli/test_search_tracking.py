@@ -5,6 +5,7 @@ import time
 
 import pytest
 from mlflow.tracking import MlflowClient
+from records import trials_of
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 from servers import mlflow_server
 
@@ -72,5 +73,4 @@ def test_a_search_outlives_its_tracking_server_and_is_recorded_later(
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["result/kl"] == found(tmp_path / "run")["kl"]["mean"]
-    trials = (tmp_path / "run" / "trials.jsonl").read_text().splitlines()
-    assert recorded() == list(range(len(trials)))
+    assert recorded() == list(range(len(trials_of(tmp_path / "run"))))

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from records import trials_of
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 from autoquant.model.streaming.blocks import BlockReader
@@ -37,7 +38,7 @@ def outcome(run):
     result = json.loads((run / "result.json").read_text())
     for row in result["stages"]:
         row.pop("seconds")
-    trials = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    trials = trials_of(run)
     exported = json.loads((run / "checkpoint" / "autoquant.json").read_text())
     left_out = ("seconds", "command", "checkpoint", "checksum")
     return (

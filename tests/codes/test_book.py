@@ -189,7 +189,7 @@ def test_a_resumed_search_reads_costly_codes_from_its_run_directory(
     first = autoquant(*call, *flags, "--no-mlflow", "--no-export", "--format", "json")
     assert first.exit_code == 0, first.stderr
     assert list((run / "codes").iterdir())
-    for name in ("result.json", "trials.jsonl", "sensitivity.json", "sensitivity.jsonl"):
+    for name in ("result.json", "study.log", "sensitivity.json", "sensitivity.jsonl"):
         (run / name).unlink()
     counting = Counting(monkeypatch)
     again = autoquant(*call, *flags, "--no-mlflow", "--no-export", "--format", "json")

@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from records import forget_checksums
+from records import forget_checksums, trials_of, write_trials
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 import autoquant
@@ -34,9 +34,10 @@ def finished(settings, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
-    """A copy of the finished run, to be changed."""
+    """A copy of the finished run as an earlier version left it, to be changed."""
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     forget_checksums(run)
+    write_trials(run, trials_of(run))
     return run
 
 

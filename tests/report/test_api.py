@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from records import trials_of
 
 import autoquant
 from autoquant.errors import ConfigError, InfeasibleBudget
@@ -29,7 +30,7 @@ def test_the_result_is_the_file(found, finished):
 
 def test_trials_are_those_on_disk_with_the_sum_of_their_groups(found, finished):
     trials = found.trials()
-    records = [json.loads(line) for line in (finished / "trials.jsonl").read_text().splitlines()]
+    records = trials_of(finished)
     assert list(trials["kl"]) == [record["kl"] for record in records]
     alone = found.sensitivity().set_index(["group", "choice"])["kl"]
     for trial in trials.itertuples():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from records import timeless
 from searchable import save_searchable, save_text
 
 TOKENS = (
@@ -118,6 +119,8 @@ def _content(path: Path) -> Any:
         return "a page" if path.read_text().rstrip().endswith("</html>") else "half a page"
     if path.suffix == ".json":
         return _timeless(json.loads(path.read_text()))
+    if path.name == "study.log":
+        return timeless(path)
     if path.suffix == ".jsonl":
         return [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
     if path.suffix == ".yaml":

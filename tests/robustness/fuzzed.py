@@ -121,8 +121,8 @@ def make_fuzzed(folder: Path, run: Callable[[tuple[str, ...], Path], None]) -> l
             add(f"run/{name}", mutated_file, *pages, resume)
             if name not in ("result.json", "tokens.json"):
                 add(f"run/{name}", mutated_file, resume, where=interrupted)
-    add("run/trials.jsonl", mutated_lines, *pages, resume)
-    add("run/trials.jsonl", mutated_lines, resume, where=interrupted)
+    add("run/study.log", mutated_lines, *pages, resume)
+    add("run/study.log", mutated_lines, resume, where=interrupted)
     add("run/assignment.yaml", mutated_yaml, *pages, resume)
     add("model/chat_template.jinja", mutated_text, chats)
     return made

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from records import forget_checksums
+from records import forget_checksums, trials_of
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 from autoquant.cli import cli
@@ -108,10 +108,12 @@ def test_probes_of_elsewhere_that_are_taken_over_are_told_too(folder, begun, tmp
 
 def test_a_trial_that_is_asked_for_later_than_elsewhere_keeps_its_number(folder, begun):
     """Elsewhere another order led to the second trial first, which was number 0 there."""
-    log = begun / "trials.jsonl"
-    trials = [json.loads(line) for line in log.read_text().splitlines()]
-    log.write_text(json.dumps(trials[1] | {"number": 0}) + "\n")
+    log = begun / "study.log"
+    trials, lines = trials_of(begun), log.read_text().splitlines(keepends=True)
+    second = json.loads(lines[3])
+    second["user_attrs"]["number"] = 0
+    log.write_text("".join(lines[:2]) + json.dumps(second) + "\n")
     search(folder, begun)
-    after = [json.loads(line) for line in log.read_text().splitlines()]
+    after = trials_of(begun)
     assert sorted(trial["number"] for trial in after) == list(range(len(trials)))
     assert {trial["digest"] for trial in after} == {trial["digest"] for trial in trials}

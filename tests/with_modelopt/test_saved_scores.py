@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from records import trials_of
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 import autoquant
@@ -77,7 +78,7 @@ def test_scores_of_modelopt_take_the_place_of_probes(folder, search, tmp_path):
     assert kl.keys() == theirs.keys()
     ratios = torch.tensor([kl[name] / theirs[name] for name in kl])
     assert torch.allclose(ratios, ratios[0].expand(len(ratios)), rtol=1e-9)
-    trials = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    trials = trials_of(run)
     all_fp8 = next(trial for trial in trials if trial["name"] == "uniform fp8")
     assert sum(kl.values()) == pytest.approx(all_fp8["kl"], rel=1e-6)
     page = autoquant.load_run(run).write_report().read_text()
