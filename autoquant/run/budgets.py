@@ -25,7 +25,6 @@ from autoquant.run.signature import (
     search_signature,
 )
 from autoquant.run.stages import Search
-from autoquant.run.text import with_text
 from autoquant.search.problem import require_feasible
 from autoquant.search.trials import Stage
 from autoquant.store.run_directory import (
@@ -80,12 +79,10 @@ def run_searches(config: SearchConfig, observer: Observer) -> list[Outcome]:
         SourceError: model or text missing, damaged or not understood.
     """
     plan = _open_plan(config)
-    for search in config.of_each_budget():
+    searches = config.of_each_budget()
+    for search in searches:
         require_feasible(plan.accounting, limits_of(search, plan))
     plan.source.contents.digests(observer)
-    begun = _paths(config.of_each_budget(), plan, config.out) if config.resume else ()
-    config = with_text(config, observer, begun)
-    searches = config.of_each_budget()
     paths = _paths(searches, plan, config.out)
     for path in paths:
         _refuse_probes_alone(path)
@@ -113,8 +110,7 @@ def run_probes(config: ProbeConfig, observer: Observer) -> Outcome:
     """
     plan = _open_plan(config)
     plan.source.contents.digests(observer)
-    config = with_text(config, observer, [_path_of_probes(config, plan)] if config.resume else ())
-    path = _path_of_probes(config, plan)
+    path = config.out if config.out is not None else RUNS / probe_name(config, plan)
     with RunDirectory.open(path, probe_signature(config, plan), resume=config.resume) as run:
         observer.note(f"run directory: {path}")
         if run.read_json(SENSITIVITY) is None:
@@ -213,10 +209,6 @@ def _open_plan(config: ProbeConfig) -> Plan:
             fix="`autoquant plan` says why; open some layers, or export an assignment.",
         )
     return plan
-
-
-def _path_of_probes(config: ProbeConfig, plan: Plan) -> Path:
-    return config.out if config.out is not None else RUNS / probe_name(config, plan)
 
 
 def _paths(searches: Sequence[SearchConfig], plan: Plan, out: Path | None) -> list[Path]:

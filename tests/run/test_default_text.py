@@ -7,7 +7,7 @@ import pytest
 from searchable import TOKEN_FLAGS, save_searchable
 
 from autoquant.data import hub
-from autoquant.run.config import ScoreConfig, SearchConfig
+from autoquant.run.config import SearchConfig
 from autoquant.run.text import with_text
 
 TOKENS = [
@@ -28,9 +28,9 @@ class Told:
         self.warnings.append(message)
 
 
-def text_of(config, begun=()):
+def text_of(config):
     told = Told()
-    return with_text(config, told, begun).text, told.warnings
+    return with_text(config, told).text, told.warnings
 
 
 @pytest.fixture
@@ -79,19 +79,13 @@ def test_an_answer_of_the_hub_counts_whatever_it_says(monkeypatch):
     assert hub.is_reachable()
 
 
-@pytest.mark.slow
-def test_a_run_keeps_the_text_that_it_began_with(autoquant, tmp_path, monkeypatch):
-    source, out = save_searchable("llama", tmp_path / "source"), tmp_path / "run"
-    command = ("probe", source, *TOKENS, "--out", out)
-    done = autoquant(*command)
-    assert done.exit_code == 0, done.stderr
-    assert "the hub does not answer" in done.stderr
-    assert "calibration: stdlib" in (out / "config.resolved.yaml").read_text()
-    monkeypatch.setattr("autoquant.run.text.is_reachable", lambda: True)
-    again = autoquant(*command)
-    assert again.exit_code == 0, again.stderr
-    assert "the hub does not answer" not in again.stderr
-    assert text_of(ScoreConfig(model="m", checkpoint=out), [tmp_path / "absent"])[0] == "mixture"
+@pytest.mark.parametrize("command", [("search", "--budget-bpe", 9), ("probe",)])
+def test_what_decides_by_its_text_does_not_take_another(command, autoquant, tmp_path):
+    source = save_searchable("llama", tmp_path / "source")
+    done = autoquant(command[0], source, *command[1:], *TOKENS, "--out", tmp_path / "run")
+    assert done.exit_code == 4
+    assert "calibration text is by default a mixture from the hub" in done.stderr
+    assert "--calibration stdlib" in done.stderr
 
 
 @pytest.mark.slow
@@ -103,6 +97,12 @@ def test_an_export_and_a_score_need_no_hub(autoquant, tmp_path):
     done = autoquant("export", source, "--assignment", assignment, "--out", out, *TOKENS)
     assert done.exit_code == 0, done.stderr
     assert "the hub does not answer" in done.stderr
+    flags = ("--assignment", assignment, "--format", "json", *TOKENS)
+    scored = autoquant("score", source, *flags)
+    assert scored.exit_code == 0, scored.stderr
+    assert "the hub does not answer" in scored.stderr
+    named = autoquant("score", source, *flags, "--calibration", "stdlib")
+    assert json.loads(scored.stdout)["kl"] == json.loads(named.stdout)["kl"]
 
 
 def test_earlier_names_of_what_is_imported_are_kept():
