@@ -59,6 +59,8 @@ def test_memory_is_bounded_by_taking_fewer_tokens():
     probes, tokens = 2400, 32768
     sketch = LogitSketch.within_memory(probes=probes, tokens=tokens)
     assert 4 * probes * sketch.width * tokens / sketch.every <= MOST_BYTES
+    assert 4 * probes * sketch.width * tokens / (sketch.every - 1) > MOST_BYTES
+    assert LogitSketch.within_memory(probes=1, tokens=8) == LogitSketch()
 
 
 def test_a_book_goes_on_where_a_killed_one_stopped(tmp_path):

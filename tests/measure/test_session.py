@@ -1,0 +1,62 @@
+"""What a session makes of a loaded model: memory for codes, room for states, and refused tokens."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from autoquant.data.tokens import Split
+from autoquant.errors import SourceError
+from autoquant.measure import session
+
+MIB = 2**20
+
+
+def loaded(*, device="cpu", is_streamed=False, rows=1, **more):
+    model = SimpleNamespace(
+        parameters=lambda: iter([torch.empty(rows, MIB, dtype=torch.bfloat16, device="meta")] * 2)
+    )
+    store = SimpleNamespace(is_streamed=is_streamed)
+    return SimpleNamespace(model=model, store=store, device=torch.device(device), **more)
+
+
+@pytest.mark.parametrize(
+    ("rows", "packed", "decoded"), [(1, 12 * MIB, 24 * MIB), (4096, 2**31, 2**32)]
+)
+def test_codes_may_take_a_few_times_the_weights_on_a_cpu(rows, packed, decoded):
+    expected = {"packed_bytes": packed, "decoded_bytes": decoded}
+    assert session._cache_bytes(loaded(rows=rows)) == expected
+
+
+def test_codes_may_take_half_of_what_is_free_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1001, 9999))
+    expected = {"packed_bytes": 500, "decoded_bytes": 0}
+    assert session._cache_bytes(loaded(device="cuda")) == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_of_blocks_that_come_and_go_no_codes_stay(device):
+    expected = {"packed_bytes": 0, "decoded_bytes": 0}
+    assert session._cache_bytes(loaded(device=device, is_streamed=True)) == expected
+
+
+def test_room_for_states_is_what_streamed_weights_leave():
+    streamed = session._room(loaded(is_streamed=True, state_bytes=12345))
+    assert streamed.is_streamed
+    assert streamed.walk_bytes == 12345
+    assert not session._room(loaded()).is_streamed
+
+
+@pytest.mark.parametrize(("token", "is_refused"), [(8, True), (9, True), (7, False)])
+def test_a_token_that_the_model_does_not_embed_is_refused(token, is_refused):
+    model = SimpleNamespace(get_input_embeddings=lambda: nn.Embedding(8, 4))
+    splits = {
+        "calibration": Split.unrelated("calibration", (torch.tensor([[1, token]]),), digest="a"),
+        "search": Split.unrelated("search", (torch.tensor([[1, 2]]),), digest="b"),
+    }
+    if not is_refused:
+        session._require_vocabulary(model, splits)
+        return
+    with pytest.raises(SourceError, match=f"gives token {token}, and the model embeds 8 tokens"):
+        session._require_vocabulary(model, splits)
