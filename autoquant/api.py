@@ -177,7 +177,7 @@ def search(
     cost_table: Path | str | None = None,
     cost_limit: float | None = None,
     space: str = "default",
-    effort: Literal["fast", "default"] = "default",
+    effort: Literal["fast", "default", "max"] = "default",
     a16_share: float = 0.0,
     target: Literal["blackwell", "hopper", "ampere"] | None = None,
     activation_mode: Literal["w4a4", "w4a16"] | None = None,
@@ -226,7 +226,8 @@ def search(
         cost_limit: most that the products may cost together, in the table's unit.
         space: which layers may take which formats: a shipped space's name, or a YAML file.
         effort: what a plain `nvfp4` of the space stands for, at the same bits: codes of the weight
-            alone (fast), or besides these codes fitted to calibration inputs (default).
+            alone (fast), or besides these codes fitted to calibration inputs (default); max
+            polishes the winner too.
         a16_share: most of the searched layers' multiply-adds that NVFP4 layers may do with inputs
             left in BF16, from 0 to 1.
         target: the machine that serves, hence which inputs it quantizes: those of NVFP4 and FP8

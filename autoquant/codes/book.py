@@ -12,9 +12,10 @@ from typing import Self
 from autoquant.codes.cache import CodeCache, LinearCodes
 from autoquant.codes.encoder import Encoder, rows_of
 from autoquant.codes.kept import Kept
-from autoquant.codes.statistics import StatisticsStore
+from autoquant.codes.statistics import InputStatistics, StatisticsStore
 from autoquant.codes.weights import Unit, WeightSource
-from autoquant.formats import Choice
+from autoquant.errors import SourceError
+from autoquant.formats import REFIT, Choice
 from autoquant.formats.packed import Packed
 from autoquant.plan.linears import LayerGroup, Linear
 
@@ -55,6 +56,8 @@ class CodeBook:
     ) -> None:
         self.weights = weights
         self.cache = cache
+        self.polish: str | None = None
+        """What names the assignment that refitted codes belong to."""
         self._encoder = Encoder(weights, statistics)
         self._packed: Kept[Key, Packed] = Kept(memory_bytes, recent_bytes)
         self._places: dict[str, dict[str, _Place]] = {}
@@ -68,7 +71,27 @@ class CodeBook:
         """
         other = type(self)(weights, memory_bytes=0, cache=self.cache)
         other._encoder = self._encoder.of_other_weights(weights)
+        other.polish = self.polish
         return other
+
+    def use_polish(self, key: str) -> None:
+        """Give the refitted codes of another assignment from now on."""
+        if key != self.polish:
+            self.polish, self._made = key, None
+            self._packed.drop(lambda own: own[1].rounding == REFIT)
+            for own in [own for own in self._plain if own[1].rounding == REFIT]:
+                del self._plain[own]
+
+    def refit(self, group: LayerGroup, choice: Choice, statistics: InputStatistics) -> None:
+        """Make the refitted codes of a group of the assignment in use, and keep them on disk.
+
+        Args:
+            group: all of its linears.
+            choice: with the rounding `refit`.
+            statistics: of the inputs that the quantized blocks before it give.
+        """
+        choice = choice.of_weight
+        self._keep(group, choice, self._encoder.group(group, choice, statistics))
 
     def unit(self, group: LayerGroup, unit: Unit, choice: Choice) -> Packed:
         """The codes of one unit of a group; the same whatever the choice's input.
@@ -136,19 +159,34 @@ class CodeBook:
     def _costly(self, group: LayerGroup, choice: Choice, names: Iterable[str]) -> LinearCodes:
         """Codes of these linears of a group, and perhaps of others: read, or made and kept."""
         found = self._kept(group, choice, names)
+        if found is None and choice.rounding == REFIT:
+            raise SourceError(
+                f"the refitted codes of {group.name} are not there: the polish of a search made "
+                "them, for one assignment.",
+                fix="name the checkpoint instead of the assignment, or repeat the search.",
+            )
         if found is None:
             found = self._encoder.group(group, choice)
-            self._made = group.name, choice, found
-            digest = self._encoder.digest(group, choice)
-            if self.cache is not None and digest is not None:
-                self.cache.write(group.name, choice, digest, found)
+            self._keep(group, choice, found)
         self._plain[group.name, choice] = found.plain
         return found
+
+    def _keep(self, group: LayerGroup, choice: Choice, found: LinearCodes) -> None:
+        self._made = group.name, choice, found
+        digest = self._digest(group, choice)
+        if self.cache is not None and digest is not None:
+            self.cache.write(group.name, choice, digest, found)
+
+    def _digest(self, group: LayerGroup, choice: Choice) -> str | None:
+        """Of what codes rest on besides the weight and the choice; None where that is missing."""
+        if choice.rounding == REFIT:
+            return self.polish
+        return self._encoder.digest(group, choice)
 
     def _kept(self, group: LayerGroup, choice: Choice, names: Iterable[str]) -> LinearCodes | None:
         if self._made is not None and self._made[:2] == (group.name, choice):
             return self._made[2]
-        digest = self._encoder.digest(group, choice)
+        digest = self._digest(group, choice)
         if self.cache is None or digest is None:
             return None
         return self.cache.read(group.name, choice, digest, names)

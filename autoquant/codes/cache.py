@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,7 +62,8 @@ class CodeCache:
         found = read_tensors(path, linears)
         if found is None:
             return None
-        os.utime(path)
+        with suppress(OSError):  # of a run that may only be read
+            os.utime(path)
         packed = {name: Packed(choice, parts) for name, parts in found.entries.items()}
         return LinearCodes(packed, found.facts)
 

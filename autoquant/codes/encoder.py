@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autoquant.codes.cache import LinearCodes
-from autoquant.codes.statistics import StatisticsStore
+from autoquant.codes.statistics import InputStatistics, StatisticsStore
 from autoquant.codes.weights import Block, Unit, WeightSource
 from autoquant.errors import SourceError
 from autoquant.formats import Choice
@@ -57,10 +57,17 @@ class Encoder:
         with self._weights.block(unit.layer) as block:
             return self._encoded(group, unit, block.weight(unit), choice, block)
 
-    def group(self, group: LayerGroup, choice: Choice) -> LinearCodes:
+    def group(
+        self, group: LayerGroup, choice: Choice, statistics: InputStatistics | None = None
+    ) -> LinearCodes:
         """The codes of a group, those of one input and one scale set made together.
 
         So they do not depend on which of its linears the source joins.
+
+        Args:
+            group: all of its linears.
+            choice: of the codes.
+            statistics: of other inputs than the BF16 model's.
 
         Raises:
             SourceError: as for `unit`.
@@ -72,7 +79,7 @@ class Encoder:
                 unit = _joined(together)
                 weights = [block.weight(own) for own in together]
                 weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-                found = self._encoded(group, unit, weight, choice, block)
+                found = self._encoded(group, unit, weight, choice, block, statistics)
                 for number, matrix in enumerate(unit.matrices):
                     own = found.of_expert(number) if unit.is_stack else found
                     for place, (linear, first, last) in enumerate(rows_of(matrix)):
@@ -82,13 +89,22 @@ class Encoder:
         return LinearCodes(packed, plain)
 
     def _encoded(
-        self, group: LayerGroup, unit: Unit, weight: Tensor, choice: Choice, block: Block
+        self,
+        group: LayerGroup,
+        unit: Unit,
+        weight: Tensor,
+        choice: Choice,
+        block: Block,
+        inputs: InputStatistics | None = None,
     ) -> Packed:
         statistics = Statistics(weight_amax=self._amax_of(group, unit, block))
         if choice.format.needs_moments(choice):
+            inputs = inputs or self._moments()
+            drift = inputs.drift(unit)
             statistics = replace(
                 statistics,
-                moments=self._moments().moments(unit).to(weight.device),
+                moments=inputs.moments(unit).to(weight.device),
+                drift=None if drift is None else drift.to(weight.device),
                 rows=tuple(linear.out_features for linear in unit.matrices[0]),
             )
         return choice.format.encode(weight, choice, statistics)

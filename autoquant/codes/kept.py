@@ -23,6 +23,8 @@ class Kept(Generic[K, V]):
         self.recent_bytes = recent_bytes
         self._stay: dict[K, V] = {}
         self._stay_bytes = 0
+        self._made: dict[K, int] = {}
+        """Bytes of those of `_stay` that were made here."""
         self._recent: dict[K, tuple[V, int]] = {}
 
     def get(self, key: K, size: int, make: Callable[[], V]) -> V:
@@ -39,6 +41,7 @@ class Kept(Generic[K, V]):
             return self._recent[key][0]
         if self._stay_bytes + size <= self.limit_bytes:
             self._stay[key] = make()
+            self._made[key] = size
             self._stay_bytes += size
             return self._stay[key]
         while self._recent and sum(b for _, b in self._recent.values()) + size > self.recent_bytes:
@@ -46,6 +49,14 @@ class Kept(Generic[K, V]):
         value = make()
         self._recent[key] = value, size
         return value
+
+    def drop(self, is_stale: Callable[[K], bool]) -> None:
+        """Forget the values of some keys, given ones aside."""
+        for key in [own for own in self._made if is_stale(own)]:
+            self._stay_bytes -= self._made.pop(key)
+            del self._stay[key]
+        for key in [own for own in self._recent if is_stale(own)]:
+            del self._recent[key]
 
     def put(self, key: K, value: V) -> None:
         """Keep a given value, whatever the limit."""

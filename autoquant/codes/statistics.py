@@ -1,9 +1,10 @@
-"""Second moments of inputs on disk, one file for each block of the model."""
+"""Second moments of inputs: on disk, one file for each block of the model, or of one in memory."""
 
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 from torch import Tensor
 
@@ -18,6 +19,32 @@ from autoquant.codes.weights import Unit
 from autoquant.errors import SourceError
 from autoquant.formats.moments import Moments
 from autoquant.source.names import ROUTED_EXPERT
+
+
+class InputStatistics(Protocol):
+    """What is known of the inputs of units."""
+
+    def moments(self, unit: Unit) -> Moments:
+        """Of every expert of a product, or of one weight or expert."""
+
+    def drift(self, unit: Unit) -> Moments | None:
+        """Of the same inputs from those of the BF16 model, where they differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class DriftStatistics:
+    """Of inputs behind quantized blocks, by input set; in memory."""
+
+    own: Mapping[str, Moments]
+    drifts: Mapping[str, Moments]
+
+    def moments(self, unit: Unit) -> Moments:
+        """Of the inputs themselves."""
+        return _of_unit(self.own[_set_of(unit)], unit)
+
+    def drift(self, unit: Unit) -> Moments:
+        """Of those of the BF16 model less these, with these."""
+        return _of_unit(self.drifts[_set_of(unit)], unit)
 
 
 class StatisticsStore:
@@ -61,13 +88,10 @@ class StatisticsStore:
         Raises:
             SourceError: they are not there, or damaged.
         """
-        linear = unit.matrices[0][0]
-        found = self._of_set(unit.layer, linear.input_scale_set)
-        expert = ROUTED_EXPERT.fullmatch(linear.name)
-        if unit.is_stack or expert is None or found.layer_sums is None:
-            return found
-        index = int(expert["index"])
-        return found.of(slice(index, index + 1))
+        return _of_unit(self._of_set(unit.layer, _set_of(unit)), unit)
+
+    def drift(self, unit: Unit) -> None:
+        """These inputs are the BF16 model's."""
 
     def _of_set(self, layer: int | None, name: str) -> Moments:
         if (layer, name) not in self._read:
@@ -88,6 +112,19 @@ class StatisticsStore:
             "rounding and weighted block scales rest on.",
             fix="calibrate again: repeat the command without --calibrated, or remove the file.",
         )
+
+
+def _set_of(unit: Unit) -> str:
+    return unit.matrices[0][0].input_scale_set
+
+
+def _of_unit(found: Moments, unit: Unit) -> Moments:
+    """Of an input set what a unit reads."""
+    expert = ROUTED_EXPERT.fullmatch(unit.matrices[0][0].name)
+    if unit.is_stack or expert is None or found.layer_sums is None:
+        return found
+    index = int(expert["index"])
+    return found.of(slice(index, index + 1))
 
 
 def _parts(moments: Moments) -> dict[str, Tensor]:

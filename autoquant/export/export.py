@@ -14,7 +14,7 @@ from autoquant.codes.weights import FileWeights
 from autoquant.export.card import CardFacts, Served, model_card
 from autoquant.export.companions import AUTOQUANT_FILE, companion_files
 from autoquant.export.declaration import declare, exported_config, quantized_linears
-from autoquant.export.fitted import fitted_linears
+from autoquant.export.fitted import said_of_codes
 from autoquant.export.inputs import input_ranges
 from autoquant.export.kv_scales import kv_scales
 from autoquant.export.layouts.base import Layout, StoredTensor, stored_tensors, to_store
@@ -127,9 +127,7 @@ def export(
         files[AUTOQUANT_FILE] = _provenance(
             source, groups, assignment, result, weights, served, card, evidence
         )
-        fitted = fitted_linears(groups, assignment, codes.book)
-        if fitted:
-            files[AUTOQUANT_FILE]["fitted"] = fitted
+        files[AUTOQUANT_FILE] |= said_of_codes(groups, assignment, codes.book)
         text = model_card(source, groups, assignment, result.bpe, served, card)
         write_atomic(folder / "README.md", text)
         for file, content in (files | weights.index).items():  # the index last

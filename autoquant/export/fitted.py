@@ -5,22 +5,29 @@ do no more harm to the product with the inputs that they were fitted to than cod
 alone.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from autoquant.codes.book import CodeBook
+from autoquant.codes.cache import CodeCache
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.codes.weights import Unit
 from autoquant.errors import AutoQuantError, SourceError
-from autoquant.formats import CODES, GLOBAL_SCALE, SCALE, Choice
+from autoquant.formats import CODES, GLOBAL_SCALE, REFIT, SCALE, Choice
 from autoquant.formats.fitted import plain_codes
 from autoquant.formats.packed import Packed
 from autoquant.formats.rounded import Rounded
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import Groups
-from autoquant.plan.linears import LayerGroup, Linear
+from autoquant.store.run_directory import CODES as CODES_FOLDER
+from autoquant.store.run_directory import STATISTICS
+
+FITTED, POLISH = "fitted", "polish"
+"""Keys of what a checkpoint says of itself: linears by choice, and what names refitted codes."""
 
 _SLACK = 1 + 2.0**-10
 """Room for sums in another order."""
@@ -38,6 +45,15 @@ def fitted_linears(groups: Groups, assignment: Assignment, book: CodeBook) -> di
     return {choice: names for choice, names in found.items() if names}
 
 
+def said_of_codes(groups: Groups, assignment: Assignment, book: CodeBook) -> dict[str, Any]:
+    """What a checkpoint says of its fitted codes; nothing without any."""
+    found = fitted_linears(groups, assignment, book)
+    if not found:
+        return {}
+    is_refitted = any(choice.rounding == REFIT for _, choice in assignment)
+    return {FITTED: found} | ({POLISH: book.polish} if is_refitted else {})
+
+
 def read_fitted(said: object) -> dict[str, Choice]:
     """The choice of every linear that `fitted_linears` named; none of anything else."""
     if not isinstance(said, dict):
@@ -53,30 +69,64 @@ def read_fitted(said: object) -> dict[str, Choice]:
     return found
 
 
-@dataclass(slots=True)
-class HarmCheck:
-    """Holds fitted codes against those of the weight alone.
+class FittedCheck:
+    """Holds fitted codes against what the run that made them keeps beside its checkpoint.
+
+    Those of the run's cache must be the checkpoint's to the bit, and none may do more harm to the
+    inputs that it was fitted to than codes of the weight alone. Refitted codes were judged so when
+    they were made, by inputs behind quantized blocks, which nothing keeps.
 
     Args:
-        statistics: of the run that made the checkpoint.
-        linears: of the checkpoint.
+        run: where the checkpoint lies.
+        said: what the checkpoint says of itself.
+        groups: of the checkpoint.
+        made_from: digest of the source.
     """
 
-    statistics: StatisticsStore
-    linears: Mapping[str, tuple[LayerGroup, Linear]]
-    """By name, each with its group."""
-    compared: int = 0
-    """Linears whose statistics were there."""
+    def __init__(self, run: Path, said: Mapping[str, Any], groups: Groups, made_from: str) -> None:
+        self.choices = read_fitted(said.get(FITTED))
+        self._statistics = StatisticsStore(run / STATISTICS)
+        self._cache = CodeCache(run / CODES_FOLDER, made_from=made_from, most_bytes=0)
+        self._polish = said.get(POLISH)
+        self._linears = {own.name: (group, own) for group in groups for own in group.linears}
+        self._judged = self._kept = 0
 
-    def problem(self, weight: Tensor, packed: Packed, choice: Choice, name: str) -> str | None:
-        """What is wrong with the codes of a linear [N, K], or None."""
-        group, linear = self.linears[name]
+    def problems(self, weight: Tensor, packed: Packed, name: str) -> Iterator[str]:
+        """What is wrong with the codes of a linear [N, K] that is one of `choices`."""
+        choice = self.choices[name]
+        yield from self._other_codes(packed, choice, name)
+        if choice.rounding != REFIT:
+            yield from self._harm(weight, packed, choice, name)
+
+    def notes(self) -> Iterator[str]:
+        """What to say of them."""
+        if self.choices:
+            yield (
+                f"{len(self.choices)} linears have codes that were fitted to inputs; "
+                f"{self._judged} of them were held against the statistics of these, and "
+                f"{self._kept} against the codes that their search kept. Both lie beside a "
+                "checkpoint in its run directory."
+            )
+
+    def _other_codes(self, packed: Packed, choice: Choice, name: str) -> Iterator[str]:
+        group, _ = self._linears[name]
+        digest = self._polish if choice.rounding == REFIT else self._statistics.digest(group.layer)
+        kept = self._cache.read(group.name, choice, str(digest), [name])
+        if kept is None:
+            return
+        self._kept += 1
+        ours, theirs = packed.parts, kept.packed[name].parts
+        if not all(_same_bits(ours[part], theirs[part]) for part in (CODES, SCALE)):
+            yield f"{name}: its codes are not those that its search measured and kept."
+
+    def _harm(self, weight: Tensor, packed: Packed, choice: Choice, name: str) -> Iterator[str]:
+        group, linear = self._linears[name]
         try:
-            moments = self.statistics.moments(
+            moments = self._statistics.moments(
                 Unit(name=name, layer=group.layer, matrices=((linear,),))
             )
         except SourceError:
-            return None
+            return
         assert choice.scale_rule is not None
         scale = packed.parts[GLOBAL_SCALE].view(1)
         plain = plain_codes(weight[None], scale, choice.scale_rule)
@@ -85,10 +135,13 @@ class HarmCheck:
             own.harm(weight[None], scale, moments.mean(), [len(weight)]).item()
             for own in (stored, plain)
         )
-        self.compared += 1
-        if ours <= theirs * _SLACK:
-            return None
-        return (
-            f"{name}: its codes do {ours / theirs:.3f} times the harm of the nearest ones to the "
-            "inputs that they were fitted to."
-        )
+        self._judged += 1
+        if not ours <= theirs * _SLACK:
+            yield (
+                f"{name}: its codes do {ours / theirs:.3f} times the harm of the nearest ones to "
+                "the inputs that they were fitted to."
+            )
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))

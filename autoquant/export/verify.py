@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from autoquant.codes.statistics import StatisticsStore
 from autoquant.errors import SourceError, one_line
 from autoquant.export.companions import AUTOQUANT_FILE, companion_problems
-from autoquant.export.fitted import HarmCheck, read_fitted
+from autoquant.export.fitted import FittedCheck
 from autoquant.export.json_files import (
     config_problems,
     declaration_problems,
@@ -27,7 +26,6 @@ from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.linears import LayerGroup
 from autoquant.source.source import DIGEST_KIND, Source
 from autoquant.source.tensors import read_tensor
-from autoquant.store.run_directory import STATISTICS
 
 SCHEMA_VERSION = 1
 _WEIGHT = ".weight"
@@ -123,9 +121,9 @@ def verify(
             problems.append(f"{AUTOQUANT_FILE} names another source than {source.path}.")
         problems += config_problems(checkpoint, source)
         problems += _name_problems(checkpoint, source)
-    fitted = _Fitted(checkpoint)
+    fitted = None if source is None else _fitted_check(checkpoint, source)
     problems += _content_problems(checkpoint, source, fitted, errors, on_bytes)
-    if source is not None:
+    if fitted is not None:
         notes += fitted.notes()
     counts = Counter(checkpoint.choice(linear.name).form for linear in checkpoint.groups.linears)
     return Verification(
@@ -208,32 +206,16 @@ def _name_problems(checkpoint: QuantizedCheckpoint, source: Source) -> Iterator[
             yield f"{name} is not in the source."
 
 
-class _Fitted:
-    """The linears whose codes were fitted to inputs, and what holds them against others."""
-
-    def __init__(self, checkpoint: QuantizedCheckpoint) -> None:
-        said = read_provenance(checkpoint) or {}
-        self.choices = read_fitted(said.get("fitted"))
-        statistics = checkpoint.path.absolute().parent / STATISTICS
-        self.check = HarmCheck(
-            StatisticsStore(statistics),
-            {own.name: (group, own) for group in checkpoint.groups for own in group.linears},
-        )
-
-    def notes(self) -> Iterator[str]:
-        """What to say of them."""
-        if self.choices:
-            yield (
-                f"{len(self.choices)} linears have codes that were fitted to inputs; "
-                f"{self.check.compared} of them were held against the statistics of these, which "
-                "lie beside a checkpoint in its run directory."
-            )
+def _fitted_check(checkpoint: QuantizedCheckpoint, source: Source) -> FittedCheck:
+    said = read_provenance(checkpoint) or {}
+    run = checkpoint.path.absolute().parent
+    return FittedCheck(run, said, checkpoint.groups, source.digest)
 
 
 def _content_problems(
     checkpoint: QuantizedCheckpoint,
     source: Source | None,
-    fitted: _Fitted,
+    fitted: FittedCheck | None,
     errors: dict[str, float],
     on_bytes: Callable[[int], None],
 ) -> Iterator[str]:
@@ -254,7 +236,7 @@ def _code_problems(
     checkpoint: QuantizedCheckpoint,
     name: str,
     source: Source | None,
-    fitted: _Fitted,
+    fitted: FittedCheck | None,
     errors: dict[str, float],
 ) -> Iterator[str]:
     packed = checkpoint.packed(name)
@@ -273,11 +255,10 @@ def _code_problems(
     distance = distance_of(weight, packed)
     form = packed.choice.form
     errors[form] = max(distance.relative_error, errors.get(form, 0.0))
-    choice = fitted.choices.get(name, packed.choice)
-    if choice.format.needs_moments(choice):
-        problem = fitted.check.problem(weight, packed, choice, name)
-        if problem is not None:
-            yield problem
+    choice = packed.choice
+    if fitted is not None and name in fitted.choices:
+        choice = fitted.choices[name]
+        yield from fitted.problems(weight, packed, name)
     if choice.rounding == NEAREST and distance.wrong:
         yield (
             f"{name}: {distance.wrong} of {weight.numel()} codes are not the nearest to the source "

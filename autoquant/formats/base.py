@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from autoquant.formats.choice import Choice
     from autoquant.formats.packed import Packed, Statistics
 
-NEAREST, GPTQ = "nearest", "gptq"
+NEAREST, GPTQ, REFIT = "nearest", "gptq", "refit"
 """Roundings. Every format has the first: each code the nearest to its weight; the second carries
-errors into later columns (`compensated.py`)."""
+errors into later columns (`compensated.py`); the third does so with weights that make up for what
+the quantized blocks before have changed (`refitted.py`), so that it belongs to one assignment and
+no search space may name it."""
 A16 = "a16"
 """The input that stays in BF16 where the format's own would be quantized."""
 
@@ -138,7 +140,7 @@ class Format(ABC):
 
     def needs_moments(self, choice: "Choice") -> bool:
         """Whether codes rest on second moments of the inputs, which calibration has to collect."""
-        return choice.rounding == GPTQ
+        return choice.rounding != NEAREST
 
     def is_costly(self, choice: "Choice") -> bool:
         """Whether codes cost more to make than to read from a disk."""

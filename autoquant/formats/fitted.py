@@ -7,14 +7,14 @@ Shapes: M matrices with scales of their own, each of L linears one below the oth
 K inputs, B blocks of 16 of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import autoquant_kernels as kernels
 import torch
 from torch import Tensor
 
-from autoquant.formats.base import GPTQ
+from autoquant.formats.base import NEAREST
 from autoquant.formats.compensated import compensated
 from autoquant.formats.moments import (
     ALL,
@@ -24,6 +24,7 @@ from autoquant.formats.moments import (
     Moments,
     known_or_identity,
 )
+from autoquant.formats.refitted import Refit
 from autoquant.formats.rounded import Rounded
 
 DAMPINGS = (0.01, 0.05, 0.1)
@@ -40,6 +41,9 @@ _NO_FACTOR = "the second moments of its inputs have no Cholesky factor"
 
 _Codes = tuple[Rounded, Tensor]
 """Codes, and which matrices they could be fitted to, bool [M]."""
+
+_Judge = Callable[[Rounded], Tensor]
+"""Of codes: the harm that each linear does to some tokens, float64 [M, L]."""
 
 
 def plain_codes(weight: Tensor, scale: Tensor, rule: str) -> Rounded:
@@ -61,6 +65,7 @@ def fit(
     rounding: str,
     moments: Moments,
     rows: Sequence[int],
+    drift: Moments | None = None,
 ) -> tuple[Rounded, dict[tuple[int, int], str]]:
     """Fit the codes of M matrices; linears that do not gain have those of the weight alone.
 
@@ -69,9 +74,10 @@ def fit(
         scale: global scales, float32 [M] on the host.
         rule: how block scales are chosen; under GPTQ `hessian` takes those of least compensated
             error.
-        rounding: `nearest`, under a weighted rule, or `gptq`.
+        rounding: `nearest`, under a weighted rule, `gptq`, or `refit`.
         moments: of the inputs, on the device of `weight`.
         rows: of each of the L linears that every matrix joins; N in all.
+        drift: of these inputs from the BF16 model's, for `refit`; see `Statistics`.
 
     Returns:
         The codes, and why a linear has others by its matrix and its place there.
@@ -79,7 +85,8 @@ def fit(
     parts: list[Rounded] = []
     plain: dict[tuple[int, int], str] = {}
     for own in _chunks(weight):
-        task = _Task(weight[own], scale[own], rule, rounding, moments.of(own), rows)
+        moved = None if drift is None else drift.of(own)
+        task = _Task(weight[own], scale[own], rule, rounding, moments.of(own), rows, moved)
         rounded, reasons = task.fit()
         parts.append(rounded)
         for matrix, of_linears in enumerate(reasons, start=own.start):
@@ -105,6 +112,7 @@ class _Task:
     rounding: str
     moments: Moments
     rows: Sequence[int]
+    drift: Moments | None
 
     def fit(self) -> tuple[Rounded, list[list[str | None]]]:
         """The codes, and why each linear [M][L] has plain ones; None where it has not."""
@@ -113,11 +121,14 @@ class _Task:
         if None not in why:
             return plain, [[reason] * len(self.rows) for reason in why]
         usable = torch.tensor([reason is None for reason in why], device=self.weight.device)
-        every, held_out = (known_or_identity(self.moments.mean(t)) for t in (ALL, HELD_OUT))
-        damping, harm = self._best_damping(held_out)
-        found, has_factor = self._at(damping, ALL)
-        gains = harm <= self._harm(plain, held_out)
-        gains &= self._harm(found, every) <= self._harm(plain, every)
+        refit = None
+        if self.drift is not None:
+            refit = Refit.best(self.weight, self.moments, self.drift)
+        every, held_out = (self._judge(tokens, refit) for tokens in (ALL, HELD_OUT))
+        damping, harm = self._best_damping(held_out, refit)
+        found, has_factor = self._at(damping, ALL, self._aim(ALL, refit))
+        gains = harm <= held_out(plain)
+        gains &= every(found) <= every(plain)
         gains &= (usable & has_factor)[:, None]
         of_rows = gains.repeat_interleave(torch.tensor(self.rows, device=gains.device), dim=1)
         reasons = [
@@ -126,23 +137,30 @@ class _Task:
         ]
         return found.where(of_rows, plain), reasons
 
-    def _best_damping(self, held_out: Tensor) -> tuple[Tensor, Tensor]:
+    def _best_damping(self, held_out: _Judge, refit: Refit | None) -> tuple[Tensor, Tensor]:
         """The damping [M] of least harm to held-out inputs, and that harm [M, L]."""
-        tried = DAMPINGS if self.rounding == GPTQ else (0.0,)
+        tried = (0.0,) if self.rounding == NEAREST else DAMPINGS
         dampings = torch.tensor(tried, device=self.weight.device)
-        matrices = len(self.weight)
-        codes = (self._at(one.expand(matrices), FITTED)[0] for one in dampings)
-        harms = torch.stack([self._harm(own, held_out) for own in codes])
+        matrices, aim = len(self.weight), self._aim(FITTED, refit)
+        codes = (self._at(one.expand(matrices), FITTED, aim)[0] for one in dampings)
+        harms = torch.stack([held_out(own) for own in codes])
         best = harms.sum(dim=2).nan_to_num(torch.inf).argmin(dim=0)
         return dampings[best], harms[best, torch.arange(matrices, device=best.device)]
 
-    def _at(self, damping: Tensor, tokens: slice) -> _Codes:
-        if self.rounding == GPTQ:
+    def _at(self, damping: Tensor, tokens: slice, aim: Tensor) -> _Codes:
+        if self.rounding != NEAREST:
             moments = known_or_identity(self.moments.mean(tokens))
-            return compensated(self.weight, self.scale, self.rule, moments, damping)
+            return compensated(aim, self.scale, self.rule, moments, damping)
         weighs = self.moments.of_blocks(self.rule, tokens)
-        codes = kernels.quantize_nvfp4(self.weight, self.scale, rule=self.rule, moments=weighs)
+        codes = kernels.quantize_nvfp4(aim, self.scale, rule=self.rule, moments=weighs)
         return Rounded(*codes), torch.ones_like(damping, dtype=torch.bool)
 
-    def _harm(self, codes: Rounded, moments: Tensor) -> Tensor:
-        return codes.harm(self.weight, self.scale, moments, self.rows)
+    def _aim(self, tokens: slice, refit: Refit | None) -> Tensor:
+        """What codes fitted to these tokens are to be near."""
+        return self.weight if refit is None else refit.refitted(tokens)
+
+    def _judge(self, tokens: slice, refit: Refit | None) -> _Judge:
+        """The harm [M, L] that codes do to inputs of these tokens."""
+        moments = known_or_identity(self.moments.mean(tokens))
+        pull = None if refit is None else refit.pull(tokens)
+        return lambda codes: codes.harm(self.weight, self.scale, moments, self.rows, pull)

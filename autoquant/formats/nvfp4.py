@@ -12,6 +12,7 @@ from autoquant.formats.base import (
     GPTQ,
     INPUT_SCALE,
     NEAREST,
+    REFIT,
     SCALE,
     Format,
     LayoutForm,
@@ -51,7 +52,7 @@ class Nvfp4(Format):
     weight_bits = 4 + Fraction(8, NVFP4_BLOCK)
     input_bits = 4
     scale_rules = tuple(map(str, ScaleRule))
-    roundings = (NEAREST, GPTQ)
+    roundings = (NEAREST, GPTQ, REFIT)
     inputs = (None, A16)
     layouts: ClassVar[Mapping[str, LayoutForm]] = {
         "modelopt": LayoutForm(
@@ -127,7 +128,7 @@ class Nvfp4(Format):
 
     def needs_moments(self, choice: "Choice") -> bool:
         """Compensated rounding does, and a scale rule that weighs by inputs."""
-        return choice.rounding == GPTQ or choice.scale_rule not in PLAIN_RULES
+        return choice.rounding != NEAREST or choice.scale_rule not in PLAIN_RULES
 
     def encode(self, weight: "Tensor", choice: "Choice", statistics: "Statistics") -> "Packed":
         """See `autoquant_kernels.quantize_nvfp4` for the arithmetic of each scale rule."""
@@ -158,6 +159,7 @@ class Nvfp4(Format):
             choice.rounding,
             statistics.moments,
             statistics.rows,
+            statistics.drift,
         )
         stored = weight.shape[:-1]
         parts = {

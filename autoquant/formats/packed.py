@@ -21,6 +21,9 @@ class Statistics:
     """Largest magnitude over the weight's scale set: float32 on the CPU, 0-dimensional, or [E]."""
     moments: Moments | None = None
     """Of the inputs, on the device of the weight; for choices that need them."""
+    drift: Moments | None = None
+    """E[(x - z) z^T] of inputs z behind quantized blocks and x of the BF16 model, for weights that
+    are refitted; the moments are those of z then."""
     rows: tuple[int, ...] = ()
     """Of each linear that every matrix joins, where there are moments."""
 

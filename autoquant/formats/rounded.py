@@ -21,21 +21,33 @@ class Rounded:
     block_scale: Tensor
     """float8_e4m3fn [M, N, B]."""
 
-    def harm(self, weight: Tensor, scale: Tensor, moments: Tensor, rows: Sequence[int]) -> Tensor:
+    def harm(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        moments: Tensor,
+        rows: Sequence[int],
+        pull: Tensor | None = None,
+    ) -> Tensor:
         """tr(D H D^T) of each linear, D the error of the weights that engines multiply with.
+
+        With a pull P, tr(D H D^T + 2 P D^T): the mean of |W x - (W - D) z|^2 over inputs z that
+        have drifted from x, less what no code changes.
 
         Args:
             weight: BF16 [M, N, K].
             scale: global scales, float32 [M] on the host.
             moments: H, the mean x x^T of the inputs, float32 [M, K, K].
             rows: of each of the L linears; N in all.
+            pull: W E[(x - z) z^T], float32 [M, N, K].
 
         Returns:
             Mean squared error of the products, summed over their outputs: float64 [M, L].
         """
         decoded = kernels.dequantize_nvfp4(self.codes, self.block_scale, scale)
         error = weight.float() - decoded.float()
-        of_rows = (error @ moments * error).sum(dim=2).double()
+        slope = error @ moments if pull is None else error @ moments + 2 * pull
+        of_rows = (slope * error).sum(dim=2).double()
         return torch.stack([part.sum(dim=1) for part in of_rows.split(list(rows), dim=1)], dim=1)
 
     def where(self, chosen: Tensor, other: "Rounded") -> "Rounded":

@@ -17,7 +17,7 @@ from autoquant.codes.cache import CodeCache
 from autoquant.codes.kept import Kept
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.codes.weights import WeightSource
-from autoquant.formats import BF16, Choice
+from autoquant.formats import BF16, REFIT, Choice
 from autoquant.model.attention import QuantizedCache
 from autoquant.model.binding import DenseSlot, ExpertsSlot, Names, Slot, bind
 from autoquant.model.experts import WIDE, ExpertsHook
@@ -223,6 +223,11 @@ class QuantizedModel:
     def choose(self, choices: Mapping[str, Choice]) -> None:
         """Put the named groups into a choice and all others into BF16."""
         self.apply(Assignment.of(choices))
+
+    def use_polish(self, key: str) -> None:
+        """Multiply with the refitted codes of another assignment from now on; see `CodeBook`."""
+        self.book.use_polish(key)
+        self._context.decoded.drop(lambda own: own[1].rounding == REFIT)
 
     def operands(self, module: nn.Linear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and weight that `module` multiplies at this moment, whether searched or not."""

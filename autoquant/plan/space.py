@@ -38,6 +38,13 @@ class Effort(StrEnum):
     """Codes of the weight alone."""
     DEFAULT = "default"
     """Codes fitted to inputs too, which calibration has to collect second moments for."""
+    MAX = "max"
+    """And the winner polished: its weights refitted to what the quantized blocks before give."""
+
+    @property
+    def polishes(self) -> bool:
+        """Whether the winner of a search is polished."""
+        return self is Effort.MAX
 
     @property
     def ways(self) -> tuple[Way, ...]:

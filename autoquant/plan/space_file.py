@@ -14,6 +14,7 @@ from autoquant.formats import (
     GPTQ,
     NEAREST,
     PLAIN_RULES,
+    REFIT,
     Choice,
     ScaleRule,
     all_formats,
@@ -26,8 +27,9 @@ from autoquant.source.names import ROLES
 
 def format_texts() -> tuple[str, ...]:
     """Everything that a rule's `formats` may hold: formats, and each of their choices."""
-    choices = (str(choice) for format in all_formats() for choice in choices_of(format))
-    return tuple(dict.fromkeys((*map(str, all_formats()), *choices)))
+    choices = (choice for format in all_formats() for choice in choices_of(format))
+    open_to_all = (str(choice) for choice in choices if choice.rounding != REFIT)
+    return tuple(dict.fromkeys((*map(str, all_formats()), *open_to_all)))
 
 
 def _known_pattern(pattern: str) -> str:
@@ -45,9 +47,11 @@ def _as_list(value: Any) -> Any:
 
 def _known_format(text: str) -> str:
     try:
-        Choice.parse(text)
+        choice = Choice.parse(text)
     except ConfigError:
-        raise ValueError(f"not a format; formats are {', '.join(format_texts())}") from None
+        choice = None
+    if choice is None or choice.rounding == REFIT:
+        raise ValueError(f"not a format; formats are {', '.join(format_texts())}")
     return text
 
 

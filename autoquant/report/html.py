@@ -150,6 +150,7 @@ def template(name: str) -> "Template":
         "fit_terms": words.fit_terms,
         "fitted_codes": words.fitted_codes,
         "clipped_inputs": words.clipped_inputs,
+        "polish": words.polish,
         "target_of": words.target_of,
         "how_probed": words.how_probed,
     }

@@ -128,6 +128,22 @@ def fitted_codes(result: Mapping[str, Any]) -> str:
     return text + (f"; codes of the weight alone have {'; '.join(reasons)}" if reasons else "")
 
 
+def polish(result: Mapping[str, Any]) -> str:
+    """What the polish of the winner did, and which of the two is exported; empty without one."""
+    found = result.get("polish")
+    if not found:
+        return ""
+    gain, (polished, plain) = found["difference"], (found["polished"], found["plain"])
+    text = (
+        f"KL {kl_range(polished['kl'], polished['stderr'])} with refitted codes and "
+        f"{kl_range(plain['kl'], plain['stderr'])} without: {fixed(gain['mean'], 5, sign='+')}"
+    )
+    if gain["low"] is not None:
+        low, high = (fixed(gain[end], 5, sign="+") for end in ("low", "high"))
+        text += f", 95 % interval from {low} to {high}"
+    return f"{text}; the {found['exported']} assignment is exported"
+
+
 def target_of(result: Mapping[str, Any]) -> str:
     """The machine that a result's KL is of; results without one name its inputs."""
     return str(result.get("target") or result["activation_mode"])

@@ -15,7 +15,7 @@ from autoquant.plan.linears import LayerGroup
 from autoquant.progress import Progress
 from autoquant.run.config.parts import LoadedConfig
 from autoquant.source.source import Source
-from autoquant.store.run_directory import CODES, STATISTICS
+from autoquant.store.run_directory import CODES, RESULT, STATISTICS, read_json
 
 
 def open_measuring(
@@ -69,12 +69,16 @@ def code_cache(source: Source, run: Path) -> CodeCache:
 
 def book_of_run(source: Source, run: Path) -> CodeBook:
     """The codes that a run directory keeps; others from the source's files and its statistics."""
-    return CodeBook(
+    book = CodeBook(
         FileWeights(source.headers),
         memory_bytes=0,
         cache=code_cache(source, run),
         statistics=StatisticsStore(run / STATISTICS),
     )
+    polish = (read_json(run, RESULT) or {}).get("polish")
+    if polish:
+        book.use_polish(polish["key"])
+    return book
 
 
 def calibrate_session(config: LoadedConfig, session: Session, observer: Progress) -> Calibration:

@@ -15,6 +15,7 @@ from autoquant.plan.model_costs import CostKind
 from autoquant.plan.plan import Plan
 from autoquant.run.config import SearchConfig
 from autoquant.run.confirmation import Confirmed
+from autoquant.run.polishing import Winner
 from autoquant.run.worst_tokens import describe_tokens
 from autoquant.search.confirm import Difference
 from autoquant.search.history import History
@@ -34,9 +35,10 @@ def make_result(
     history: History,
     calibration: Calibration,
     confirmed: Confirmed,
+    winner: Winner,
 ) -> dict[str, Any]:
     """The contents of `result.json`, without times; KL in nats per token on the report split."""
-    trial, scores = confirmed.trial, confirmed.scores[confirmed.winner]
+    trial, assignment, scores = confirmed.trial, winner.assignment, winner.scores
     accounting = plan.accounting
     active = {scope: plan.cost(CostKind.ACTIVE_BYTES, scope) for scope in Scope}
     return {
@@ -45,13 +47,13 @@ def make_result(
         "space": plan.space.name,
         "budget_bpe": config.budget.bpe,
         "budget_scope": str(config.budget.scope),
-        "bpe": {str(scope): accounting.bpe(trial.assignment, scope) for scope in Scope},
-        "checkpoint_bytes": accounting.checkpoint_bytes(trial.assignment),
+        "bpe": {str(scope): accounting.bpe(assignment, scope) for scope in Scope},
+        "checkpoint_bytes": accounting.checkpoint_bytes(assignment),
         "cost": str(config.cost),
-        "limits": [limit.to_dict(trial.assignment) for limit in problem.limits],
+        "limits": [limit.to_dict(assignment) for limit in problem.limits],
         "active": {
-            "bytes_per_token": active[Scope.CHECKPOINT].total(trial.assignment),
-            "bpe": {str(scope): active[scope].number(trial.assignment) for scope in Scope},
+            "bytes_per_token": active[Scope.CHECKPOINT].total(assignment),
+            "bpe": {str(scope): active[scope].number(assignment) for scope in Scope},
         },
         "target": str(config.served_by),
         "activation_mode": str(config.mode),
@@ -64,7 +66,7 @@ def make_result(
             "stage": str(trial.stage),
             "name": trial.name,
             "trial": trial.number,
-            "digest": trial.assignment.digest,
+            "digest": assignment.digest,
             "search_kl": trial.kl,
             "predicted_kl": problem.predicted(trial.assignment),
         },
@@ -79,8 +81,9 @@ def make_result(
             if t.stage is not Stage.BASELINE or i == confirmed.winner
         ],
         "resolution": confirmed.resolution,
-        "counts": trial.assignment.counts(),
-        "fitted": _fitted(session, trial.assignment),
+        "counts": assignment.counts(),
+        "fitted": _fitted(session, assignment),
+        "polish": None if winner.polish is None else winner.polish.to_dict(),
         "trials": len(history.trials),
         "stages": stage_table(history.trials),
         "solver": _solver(problem),
@@ -142,7 +145,7 @@ def _experts(calibration: Calibration) -> dict[str, Any] | None:
     return coverage.to_dict() | {"all_experts": calibration.all_experts}
 
 
-def make_tokens(session: Session, confirmed: Confirmed) -> dict[str, Any]:
+def make_tokens(session: Session, confirmed: Confirmed, winner: Winner) -> dict[str, Any]:
     """The contents of `tokens.json`: the winner token by token, baselines as histograms."""
     baselines = {
         trial.name: scores
@@ -150,7 +153,7 @@ def make_tokens(session: Session, confirmed: Confirmed) -> dict[str, Any]:
         if trial.stage is Stage.BASELINE
     }
     return describe_tokens(
-        confirmed.scores[confirmed.winner],
+        winner.scores,
         baselines,
         session.splits["report"],
         session.loaded.tokenizer.decode,

@@ -33,6 +33,7 @@ _AFTER_PROBES = {
     "trials_at_once",
     "max_tokens",
     "layout",
+    "polish",
     "finalists",
 }
 """Parts of a signature that only later stages depend on."""
@@ -60,6 +61,7 @@ def search_signature(config: SearchConfig, plan: Plan) -> dict[str, Any]:
         **({"trials_at_once": config.trials_at_once} if config.trials_at_once > 1 else {}),
         **({"max_tokens": config.max_tokens} if config.max_tokens is not None else {}),
         **({"layout": str(config.layout)} if config.layout is not Layout.MODELOPT else {}),
+        **({"polish": True} if config.effort.polishes else {}),
         "finalists": FINALISTS,
     }
 

@@ -28,6 +28,7 @@ from autoquant.run.config import SearchConfig
 from autoquant.run.confirmation import Confirmed, confirm
 from autoquant.run.independent import check_export, make_evidence
 from autoquant.run.measuring import book_of_run
+from autoquant.run.polishing import Winner, is_polished, make_polish, polished_winner
 from autoquant.run.result import make_result, make_tokens
 from autoquant.run.sensitivity.probing import Probing
 from autoquant.run.signature import FINALISTS, search_name
@@ -86,7 +87,8 @@ class Search(Probing):
         if (caution := explored.problem.knapsack.solution.caution()) is not None:
             self.observer.warn(caution)
         confirmed = self._confirm(session, history, explored)
-        return self._finish(session, explored.problem, history, calibration, confirmed)
+        winner = self._polish(session, calibration, Winner.plain(confirmed))
+        return self._finish(session, explored.problem, history, calibration, confirmed, winner)
 
     def _sensitivity(self, session: Session) -> tuple[Sensitivity, str]:
         state = self.config.modelopt_state
@@ -142,6 +144,22 @@ class Search(Probing):
                 observer=self.observer,
             )
 
+    def _polish(self, session: Session, calibration: Calibration, plain: Winner) -> Winner:
+        """The winner, or its polish where that is better beyond the interval."""
+        if not self.config.effort.polishes:
+            return plain
+        with self._timed("polish"):
+            return polished_winner(
+                session,
+                plain,
+                calibration,
+                score=lambda assignment: session.scorer.score_fully(
+                    [assignment], session.splits["report"]
+                )[0],
+                seed=self.config.seed,
+                observer=self.observer,
+            )
+
     def _score_fully(
         self, session: Session, assignments: Sequence[Assignment]
     ) -> list[TokenScores]:
@@ -159,15 +177,16 @@ class Search(Probing):
         history: History,
         calibration: Calibration,
         confirmed: Confirmed,
+        winner: Winner,
     ) -> dict[str, Any]:
         import yaml
 
-        assignment = confirmed.trial.assignment
+        assignment = winner.assignment
         self.run.write_text(ASSIGNMENT, yaml.safe_dump(assignment.to_dict(), sort_keys=False))
         with self._or_warn(TOKENS):
-            self.run.write_json(TOKENS, make_tokens(session, confirmed))
+            self.run.write_json(TOKENS, make_tokens(session, confirmed, winner))
         result = make_result(
-            self.config, self.plan, session, problem, history, calibration, confirmed
+            self.config, self.plan, session, problem, history, calibration, confirmed, winner
         )
         result["command"] = self.command
         result["inputs"] = self._clipped(session, assignment, calibration)
@@ -236,20 +255,22 @@ class Search(Probing):
             )
         assignment = Assignment.read(self.run.path / ASSIGNMENT)
         result["command"] = self.command
-        book = self._book_of(assignment)
+        book = self._book_of(assignment, result)
         result["checkpoint"] = self._export(
             Calibration.from_dict(calibration), assignment, result, book
         )
         return self._keep_result(result)
 
-    def _book_of(self, assignment: Assignment) -> CodeBook:
+    def _book_of(self, assignment: Assignment, result: dict[str, Any]) -> CodeBook:
         """Where the codes of an assignment are; the model is loaded only if they must be made."""
         book = book_of_run(self.plan.source, self.run.path)
         if all(book.has(group, assignment[group.name]) for group in self.plan.groups):
             return book
         session = self._open()
         self._calibrate(session)
-        return session.quantized.book
+        if is_polished(assignment):
+            make_polish(session, assignment, result["polish"]["key"], self.observer)
+        return session.book_of_export(self.plan.source)
 
     def _has_checkpoint(self) -> bool:
         """Whether a whole checkpoint is there; a damaged one is set aside."""
@@ -300,7 +321,7 @@ class Search(Probing):
             tokens=result["tokens"]["report"]["tokens"],
             rows=tuple(
                 KlRow(name=row["name"], bpe=row["bpe"], kl=row["kl"], stderr=row["stderr"])
-                for row in [_own_row(result), *result["baselines"]]
+                for row in [_own_row(result), *_other_rows(result), *result["baselines"]]
             ),
         )
         for warning in reader_warnings(self.config.layout, groups, assignment):
@@ -345,6 +366,16 @@ def _require_sound(verification: "Verification") -> None:
             f"{verification.path}: {verification.problems[0]}",
             fix="the disk may have failed: delete the folder and run the same command again.",
         )
+
+
+def _other_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The winner without its polish, or with one that did not gain."""
+    found = result.get("polish")
+    if found is None:
+        return []
+    other, name = ("plain", "without") if found["exported"] == "polished" else ("polished", "with")
+    row = {"name": f"the same {name} refitted codes", "bpe": result["bpe"]["checkpoint"]}
+    return [row | found[other]]
 
 
 def _own_row(result: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from autoquant.codes.statistics import StatisticsStore
 from autoquant.codes.weights import FileWeights
 from autoquant.data.tokens import TokenPlan
 from autoquant.measure.session import open_session
-from autoquant.measure.statistics import moments
+from autoquant.measure.statistics import moments, sums
 from autoquant.measure.statistics.moments import collect_moments, is_held_out
+from autoquant.model.binding import DenseSlot
 from autoquant.model.live_weights import units_of
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.grouping import find_groups
@@ -176,21 +177,21 @@ def test_after_a_kill_only_what_is_missing_is_collected(place, tmp_path, damage,
     collect(session, folder)
     assert written == [1]
     assert content(folder) == whole
-    monkeypatch.setattr(moments, "_Taps", None)
+    monkeypatch.setattr(moments, "InputTaps", None)
     collect(session, folder)
 
 
 def test_one_block_is_watched_at_a_time(place, tmp_path, monkeypatch):
     _, session = opened(place)
     alive, most = [], []
-    zeros = moments._Sums.zeros.__func__
+    zeros = sums.Sums.zeros.__func__
 
-    def counted(cls, matrices, inputs, device):
-        own = zeros(cls, matrices, inputs, device)
+    def counted(cls, shape):
+        own = zeros(cls, shape)
         alive.append(own)
         return own
 
-    monkeypatch.setattr(moments._Sums, "zeros", classmethod(counted))
+    monkeypatch.setattr(sums.Sums, "zeros", classmethod(counted))
 
     def advance():
         most.append(len(alive))
@@ -237,20 +238,20 @@ def test_experts_that_are_modules_are_told_apart(tmp_path):
     expected = stacked.moments(stack)
     group = next(g for g in session.quantized.groups if g.role == "experts" and g.layer == 0)
     linears = [own for own in group.linears if own.name.endswith(("gate_proj", "up_proj"))]
-    taps = moments._Taps(session.quantized, ())
+    watch = moments._Watch(session.quantized, ())
+    taps = watch.taps
     modules = {own.name: nn.Linear(own.in_features, own.out_features) for own in linears}
-    taps._watch_dense(
-        [moments.DenseSlot(linears=(own,), module=modules[own.name]) for own in linears]
-    )
+    taps._watch_dense([DenseSlot(linears=(own,), module=modules[own.name]) for own in linears])
     assert len(taps._dense) == len(stack.matrices)
-    (name,) = taps._sums
-    assert taps._sums[name].sums.shape == expected.sums.shape
+    ((name, shape),) = taps.sets.items()
+    watch._sums[name] = sums.Sums.zeros(shape)
+    assert watch._sums[name].sums.shape == expected.sums.shape
     rows = torch.randn(5, linears[0].in_features)
     first, last = (next(m for m, own in taps._dense.items() if own[1] == n) for n in (0, 3))
     taps.see(last, rows)
-    taps.held_out = True
+    watch.held_out = True
     taps.see(first, rows[:2])
-    found = taps.moments()[name]
+    found = watch.moments()[name]
     assert found.tokens.tolist() == [[0, 0, 0, 5], [2, 0, 0, 0]]
     assert torch.allclose(found.sums[0, 3], rows.mT @ rows)
 
@@ -259,7 +260,7 @@ def test_experts_whose_sums_take_too_much_have_those_of_their_layer(tmp_path, mo
     place = save_searchable("qwen3_moe", tmp_path / "model"), save_text(tmp_path / "text")
     source, session = opened(place)
     each = collect(session, tmp_path / "each")
-    monkeypatch.setattr(moments, "MOST_BYTES_OF_A_SET", 0)
+    monkeypatch.setattr(sums, "MOST_BYTES_OF_A_SET", 0)
     shared = collect(session, tmp_path / "shared")
     assert sum(map(len, content(tmp_path / "shared").values())) < sum(
         map(len, content(tmp_path / "each").values())

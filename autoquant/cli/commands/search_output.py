@@ -18,6 +18,7 @@ from autoquant.report.words import (
     finding,
     fitted_codes,
     further_limits,
+    polish,
     target_of,
     unit_of_budget,
 )
@@ -39,6 +40,7 @@ def print_result(result: dict[str, Any], run: Path) -> None:
             "size": f"{result['checkpoint_bytes']:,} bytes",
             "groups": ", ".join(f"{n} {name}" for name, n in counts.items() if n),
             **({"codes": fitted_codes(result)} if fitted_codes(result) else {}),
+            **({"polish": polish(result)} if polish(result) else {}),
             **({"inputs": clipped_inputs(result)} if clipped_inputs(result) else {}),
             "KL": f"{kl['mean']:.5f} +- {figure(kl['stderr'], '.5f')} nats per token, "
             f"median {kl['median']:.5f}, p99 {kl['p99']:.4f} ({target_of(result)}, "

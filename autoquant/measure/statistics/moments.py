@@ -4,13 +4,11 @@ Sequences go through the model one at a time and block by block: a block's sums 
 holds, time grows with the number of blocks, and a sum does not depend on how tokens are batched.
 Every fourth sequence is held out: its products are summed apart.
 
-Shapes: R rows that a weight multiplies, E experts, N outputs, K inputs.
+Shapes: R rows that a weight multiplies, K inputs.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -21,18 +19,13 @@ from autoquant.formats import Choice
 from autoquant.formats.moments import Moments
 from autoquant.forward.flow import Flow, loop
 from autoquant.measure.scorer import Scorer
-from autoquant.model.binding import DenseSlot, ExpertsSlot
-from autoquant.model.experts import ExpertsHook
+from autoquant.measure.statistics.sums import Sums
+from autoquant.measure.statistics.taps import InputTaps
 from autoquant.model.live import QuantizedModel
-from autoquant.plan.linears import LayerGroup, Linear
-from autoquant.source.names import ROUTED_EXPERT
+from autoquant.plan.linears import LayerGroup
 
 HELD_OUT_OF = 4
 """One sequence of so many is held out."""
-
-MOST_BYTES_OF_A_SET = 1 << 30
-"""Where the sums of all experts of a layer would take more, the layer's alone are kept: experts of
-many channels see fewer tokens than channels, and lean on their layer in any case."""
 
 
 def collect_moments(
@@ -53,7 +46,7 @@ def collect_moments(
     """
     missing = {
         layer: own
-        for layer, own in _by_layer(groups).items()
+        for layer, own in by_layer(groups).items()
         if not store.has(layer, {linear.input_scale_set for g in own for linear in g.linears})
     }
     if not missing:
@@ -80,7 +73,8 @@ def is_held_out(sequence: int) -> bool:
     return sequence % HELD_OUT_OF == 1
 
 
-def _by_layer(groups: Collection[LayerGroup]) -> dict[int | None, list[LayerGroup]]:
+def by_layer(groups: Iterable[LayerGroup]) -> dict[int | None, list[LayerGroup]]:
+    """Groups of each block, and of none."""
     found: dict[int | None, list[LayerGroup]] = {}
     for group in groups:
         found.setdefault(group.layer, []).append(group)
@@ -117,18 +111,18 @@ class _Collector:
         layers = [
             layer for layer in self._missing if layer is not None and trunk.stage_of(layer) == stage
         ]
-        taps = [(layer, _Taps(self._scorer.quantized, self._missing[layer])) for layer in layers]
+        watches = {layer: self._watch(layer) for layer in layers}
         with ExitStack() as installed:
-            for _, own in taps:
-                installed.enter_context(own.installed())
+            for watch in watches.values():
+                installed.enter_context(watch.taps.installed())
             for number, flow in enumerate(self._flows):
-                for _, own in taps:
-                    own.held_out = is_held_out(number)
+                for watch in watches.values():
+                    watch.held_out = is_held_out(number)
                 if stage == 0:
                     flow.begin()
                 flow.advance(trunk, stage, room, len(self._flows))
-        for layer, own in taps:
-            self._store.write(layer, own.moments())
+        for layer, watch in watches.items():
+            self._store.write(layer, watch.moments())
         self._advance()
 
     @torch.no_grad()
@@ -136,163 +130,35 @@ class _Collector:
         """See what the head multiplies, behind all stages."""
         if None not in self._missing:
             return
-        taps = _Taps(self._scorer.quantized, self._missing[None])
+        watch = self._watch(None)
         for number, flow in enumerate(self._flows):
-            taps.held_out = is_held_out(number)
+            watch.held_out = is_held_out(number)
             flow.finish(self._scorer.trunk, self._scorer.room)
-            taps.see(self._scorer.trunk.head, flow.hidden)
-        self._store.write(None, taps.moments())
+            watch.taps.see(self._scorer.trunk.head, flow.hidden)
+        self._store.write(None, watch.moments())
+
+    def _watch(self, layer: int | None) -> "_Watch":
+        return _Watch(self._scorer.quantized, self._missing[layer])
 
 
-@dataclass(slots=True)
-class _Sums:
-    """What one input set has shown so far."""
-
-    sums: Tensor
-    """float32 [2, M, K, K], or [2, 1, K, K] for all experts of a layer together."""
-    tokens: list[list[int]]
-    """[2, M]."""
-    of_experts: bool
-
-    @classmethod
-    def zeros(cls, matrices: int | None, inputs: int, device: torch.device) -> "_Sums":
-        size = matrices or 1
-        kept = size if 8 * size * inputs**2 <= MOST_BYTES_OF_A_SET else 1
-        sums = torch.zeros(2, kept, inputs, inputs, device=device)
-        return cls(sums, [[0] * size, [0] * size], matrices is not None)
-
-    @property
-    def of_layer(self) -> bool:
-        """Whether experts share their sums."""
-        return self.sums.shape[1] < len(self.tokens[0])
-
-    def add(self, rows: Tensor, part: int, matrix: int) -> None:
-        """Add the products of rows [R, K] with themselves."""
-        if len(rows):
-            wide = rows.float()
-            self.sums[part, 0 if self.of_layer else matrix].addmm_(wide.t(), wide)
-            self.tokens[part][matrix] += len(rows)
-
-    def moments(self) -> Moments:
-        tokens = torch.tensor(self.tokens)
-        if not self.of_experts:
-            return Moments(sums=self.sums, tokens=tokens)
-        if self.of_layer:
-            return Moments(
-                sums=self.sums[:, :0],
-                tokens=tokens,
-                layer_sums=self.sums[:, 0],
-                layer_tokens=tokens.sum(dim=1),
-            )
-        finite = self.sums.isfinite().flatten(2).all(dim=2)[:, :, None, None]
-        return Moments(
-            sums=self.sums,
-            tokens=tokens,
-            layer_sums=self.sums.where(finite, 0.0).sum(dim=1),
-            layer_tokens=tokens.where(finite[:, :, 0, 0].cpu(), 0).sum(dim=1),
-        )
-
-
-class _Taps:
-    """Sees what the weights of some groups multiply.
+class _Watch:
+    """What the input sets of some groups have shown so far.
 
     Args:
-        quantized: all groups in BF16.
+        quantized: the live model.
         groups: of one block.
     """
 
     def __init__(self, quantized: QuantizedModel, groups: Collection[LayerGroup]) -> None:
         self.held_out = False
-        self._quantized = quantized
-        self._dense: dict[Any, tuple[str, int]] = {}
-        """Input set and matrix of one linear for each."""
-        self._sums: dict[str, _Sums] = {}
-        names = {group.name for group in groups}
-        slots = [slot for group, slot in quantized.slots if group.name in names]
-        self._stacks = [slot for slot in slots if isinstance(slot, ExpertsSlot)]
-        for slot in self._stacks:
-            for part, linears in slot.products.items():
-                self._begin(slot.input_set[part], linears[0], slot.module, slot.module.num_experts)
-        self._watch_dense([slot for slot in slots if isinstance(slot, DenseSlot)])
+        self.taps = InputTaps(quantized, groups, self._see)
+        self._sums = {name: Sums.zeros(shape) for name, shape in self.taps.sets.items()}
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """See the forwards inside."""
-        replaced: list[tuple[Any, str, Any]] = []
-        try:
-            for module in self._dense:
-                replaced.append((module, "forward", module.forward))
-                module.forward = _DenseTap(self, module, module.forward)
-            for slot in self._stacks:
-                hook = slot.module.autoquant_hook
-                replaced.append((slot.module, "autoquant_hook", hook))
-                slot.module.autoquant_hook = _ExpertsTap(self, slot, hook)
-            yield
-        finally:
-            for module, name, original in reversed(replaced):
-                setattr(module, name, original)
-            self._quantized.forget_inputs()
-
-    def see(self, module: Any, x: Tensor) -> None:
-        """Add an input [..., K] of a linear."""
-        name, matrix = self._dense[module]
-        self.add(name, x.flatten(0, -2), matrix)
-
-    def add(self, name: str, rows: Tensor, matrix: int) -> None:
+    def _see(self, name: str, matrix: int, rows: Tensor, _: Tensor | None) -> None:
         """Add rows [R, K] to what an input set has shown one of its matrices."""
-        self._sums[name].add(rows, int(self.held_out), matrix)
+        wide = rows.float()
+        self._sums[name].add(wide, wide, int(self.held_out), matrix)
 
     def moments(self) -> dict[str, Moments]:
         """Of every input set."""
         return {name: own.moments() for name, own in self._sums.items()}
-
-    def _watch_dense(self, slots: Collection[DenseSlot]) -> None:
-        """Watch one linear of each input set, and of each expert where experts are modules."""
-        matches = [ROUTED_EXPERT.fullmatch(slot.linears[0].name) for slot in slots]
-        indices = [int(match["index"]) if match else None for match in matches]
-        watched: set[tuple[str, int | None]] = set()
-        for slot, index in zip(slots, indices, strict=True):
-            name = slot.input_scale_set
-            if (name, index) in watched:
-                continue
-            watched.add((name, index))
-            self._dense[slot.module] = name, index or 0
-            experts = None if index is None else 1 + max(i for i in indices if i is not None)
-            if name not in self._sums:
-                self._begin(name, slot.linears[0], slot.module, experts)
-
-    def _begin(self, name: str, linear: Linear, module: Any, experts: int | None) -> None:
-        device = next(module.parameters()).device
-        self._sums[name] = _Sums.zeros(experts, linear.in_features, device)
-
-
-class _DenseTap:
-    """Stands in for the forward of one linear."""
-
-    def __init__(self, taps: _Taps, module: Any, forward: Callable[[Tensor], Tensor]) -> None:
-        self._taps, self._module, self._forward = taps, module, forward
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self._taps.see(self._module, x)
-        return self._forward(x)
-
-
-class _ExpertsTap(ExpertsHook):
-    """Stands before the hook that quantizes the operands of a block's experts."""
-
-    def __init__(self, taps: _Taps, slot: ExpertsSlot, inner: ExpertsHook) -> None:
-        self._taps, self._sets, self._inner = taps, slot.input_set, inner
-
-    def routed(self, counts: Tensor, tokens: Tensor) -> None:
-        self._inner.routed(counts, tokens)
-
-    def input(self, part: str, rows: Tensor) -> Tensor:
-        return self._inner.input(part, rows)
-
-    def weight(self, part: str, weight: Tensor) -> Tensor:
-        return self._inner.weight(part, weight)
-
-    def product(self, part: str, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        for expert, own in enumerate(rows.split(counts.tolist())):
-            self._taps.add(self._sets[part], own, expert)
-        return self._inner.product(part, rows, weight, counts)

@@ -1,0 +1,132 @@
+"""The polish: blocks in order, each refitted and rounded on inputs that the polished ones give.
+
+Two forwards of every calibration sequence go through the blocks: the BF16 model's, and one under
+the polished assignment. A group shows both what its weights multiply, the groups before it in the
+block polished already, and then takes the codes that answer the second forward's inputs as the BF16
+weights answer the first's. Codes are kept group by group: a killed polish goes on behind the last.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from autoquant.data.tokens import Split
+from autoquant.formats import REFIT
+from autoquant.forward.flow import BF16_MODEL, Flow, loop
+from autoquant.measure.polish.drift import DriftWatch
+from autoquant.measure.scorer import Scorer
+from autoquant.measure.statistics.moments import is_held_out
+from autoquant.measure.statistics.taps import InputTaps
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.linears import LayerGroup
+
+
+def polish(
+    scorer: Scorer, split: Split, assignment: Assignment, advance: Callable[[], None]
+) -> None:
+    """Make the refitted codes of an assignment; those that are kept already are left alone.
+
+    Args:
+        scorer: calibrated; its model uses this polish (`QuantizedModel.use_polish`).
+        split: the calibration tokens.
+        assignment: some of whose choices have the rounding `refit`.
+        advance: called after each stage of the model.
+    """
+    sequences = [row[None].to(scorer.device) for batch in split.batches for row in batch]
+    polisher = _Polisher(scorer, sequences, assignment, advance)
+    loop(scorer.trunk, [polisher])
+    polisher.finish()
+
+
+class _Polisher:
+    """The visitor that takes both forwards through each stage and makes its codes in between.
+
+    Args:
+        scorer: calibrated.
+        sequences: int64 [1, L] each.
+        assignment: the polished one.
+        advance: called after each stage.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        sequences: Sequence[Tensor],
+        assignment: Assignment,
+        advance: Callable[[], None],
+    ) -> None:
+        self._scorer, self._quantized = scorer, scorer.quantized
+        self._assignment, self._advance = assignment, advance
+        book = self._quantized.book
+        self._missing = tuple(
+            group
+            for group in self._quantized.groups
+            if assignment[group.name].rounding == REFIT
+            and not book.has(group, assignment[group.name])
+        )
+        """Groups without codes, in the order of the forward pass."""
+        self._bf16 = [Flow(parts=(scorer.trunk.enter(own),)) for own in sequences]
+        self._polished = [Flow(parts=own.parts) for own in self._bf16]
+
+    @torch.no_grad()
+    def visit(self, stage: int) -> None:
+        """Make what is missing of the stage, then run it on every sequence, each alone."""
+        trunk, room = self._scorer.trunk, self._scorer.room
+        if stage == 0:
+            for flow in (*self._bf16, *self._polished):
+                flow.begin()
+        for group in self._missing_at(stage):
+            self._make(group, lambda flow, _: self._run(flow, stage))
+        alive = 2 * len(self._bf16)
+        for flows, assignment in ((self._bf16, BF16_MODEL), (self._polished, self._assignment)):
+            with self._applied(assignment):
+                for flow in flows:
+                    flow.advance(trunk, stage, room, alive)
+        self._advance()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Make the codes of a head, behind all stages."""
+        for group in self._missing_at(self._scorer.trunk.stages):
+            self._make(group, self._finish)
+
+    def _missing_at(self, stage: int) -> list[LayerGroup]:
+        stage_of = self._scorer.trunk.stage_of
+        return [group for group in self._missing if stage_of(group.layer) == stage]
+
+    def _make(self, group: LayerGroup, run: Callable[[Flow, InputTaps], None]) -> None:
+        """Make the codes of a group from what it multiplies in both forwards."""
+        watch = DriftWatch(self._quantized, [group])
+        before = itertools.takewhile(lambda own: own != group, self._quantized.groups)
+        polished = Assignment.of({own.name: self._assignment[own.name] for own in before})
+        with watch.taps.installed():
+            for number, flows in enumerate(zip(self._bf16, self._polished, strict=True)):
+                watch.held_out = is_held_out(number)
+                for flow, assignment in zip(flows, (BF16_MODEL, polished), strict=True):
+                    watch.is_bf16 = assignment is BF16_MODEL
+                    with self._applied(assignment):
+                        run(flow, watch.taps)
+        self._quantized.book.refit(group, self._assignment[group.name], watch.statistics())
+
+    def _run(self, flow: Flow, stage: int) -> None:
+        """Let the taps see a stage, whose output is not wanted yet."""
+        for part, state in zip(flow.parts, flow.states, strict=True):
+            self._scorer.trunk.advance(stage, part, self._scorer.room.on_device(state))
+
+    def _finish(self, flow: Flow, taps: InputTaps) -> None:
+        """Let the taps see what the head multiplies."""
+        if not flow.is_done:
+            flow.finish(self._scorer.trunk, self._scorer.room)
+        taps.see(self._scorer.trunk.head, flow.hidden)
+
+    @contextmanager
+    def _applied(self, assignment: Assignment) -> Iterator[None]:
+        self._quantized.apply(assignment, with_cache=assignment is not BF16_MODEL)
+        try:
+            yield
+        finally:
+            self._quantized.apply(BF16_MODEL)
+            self._quantized.forget_inputs()

@@ -1,0 +1,144 @@
+"""The polish of a search's winner, and which of the two is exported."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autoquant.formats import REFIT
+from autoquant.measure.calibration import Calibration
+from autoquant.measure.kl import TokenScores
+from autoquant.measure.polish.visitor import polish
+from autoquant.measure.session import Session
+from autoquant.plan.assignment import Assignment
+from autoquant.progress import Progress
+from autoquant.run.confirmation import Confirmed
+from autoquant.search.confirm import Difference, paired_difference
+
+VERSION = 1
+"""Raised when a polish would make other codes from the same assignment and tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Polished:
+    """A winner and its polish on the report tokens."""
+
+    key: str
+    """Names the refitted codes."""
+    plain: TokenScores
+    polished: TokenScores
+    difference: Difference
+    """Of the polished one to the plain one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `result.json` holds it."""
+        return {
+            "key": self.key,
+            **{
+                name: {"kl": scores.mean, "stderr": scores.stderr()}
+                for name, scores in (("plain", self.plain), ("polished", self.polished))
+            },
+            "difference": {
+                "mean": self.difference.mean,
+                "low": self.difference.low,
+                "high": self.difference.high,
+            },
+            "exported": "polished" if self.difference.is_gain else "plain",
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Winner:
+    """What is exported, and its scores on the report tokens."""
+
+    assignment: Assignment
+    scores: TokenScores
+    polish: Polished | None = None
+    """Where there was one, whether it won or not."""
+
+    @classmethod
+    def plain(cls, confirmed: Confirmed) -> "Winner":
+        """The winner of the confirmation as it was searched."""
+        scores = confirmed.scores[confirmed.winner]
+        return cls(assignment=confirmed.trial.assignment, scores=scores)
+
+
+def polished_winner(
+    session: Session,
+    plain: Winner,
+    calibration: Calibration,
+    *,
+    score: Callable[[Assignment], TokenScores],
+    seed: int,
+    observer: Progress,
+) -> Winner:
+    """Polish a winner; the better of both by the paired difference on the report tokens.
+
+    Args:
+        session: calibrated.
+        plain: the winner as it was searched.
+        calibration: of the session.
+        score: an assignment on the report split.
+        seed: of the resampling.
+        observer: told of progress.
+    """
+    assignment = polished_assignment(plain.assignment)
+    if assignment == plain.assignment:
+        return plain
+    key = polish_key(session, plain.assignment, calibration)
+    make_polish(session, assignment, key, observer)
+    scores = score(assignment)
+    if not math.isfinite(scores.mean):
+        observer.warn("the polished winner overflows: the assignment stays as it was searched.")
+        return plain
+    difference = paired_difference(scores, plain.scores, seed=seed)
+    found = Polished(key=key, plain=plain.scores, polished=scores, difference=difference)
+    better = replace(plain, assignment=assignment, scores=scores)
+    return replace(better if difference.is_gain else plain, polish=found)
+
+
+def make_polish(session: Session, assignment: Assignment, key: str, observer: Progress) -> None:
+    """Use the refitted codes of an assignment, and make those that are not kept.
+
+    Args:
+        session: calibrated.
+        assignment: the polished one.
+        key: as `polish_key` gave it.
+        observer: told of progress.
+    """
+    scorer, split = session.scorer, session.splits["calibration"]
+    if session.quantized.book.polish not in (None, key):
+        scorer.forget(session.splits["report"])  # states of other codes under the same choices
+    session.quantized.use_polish(key)
+    observer.stage("polish", scorer.trunk.stages)
+    polish(scorer, split, assignment, observer.step)
+
+
+def polished_assignment(assignment: Assignment) -> Assignment:
+    """The same formats, scale rules and inputs with refitted codes wherever there are such."""
+    return Assignment.of(
+        {
+            name: replace(choice, rounding=REFIT) if REFIT in choice.format.roundings else choice
+            for name, choice in assignment
+        }
+    )
+
+
+def is_polished(assignment: Assignment) -> bool:
+    """Whether some group has refitted codes."""
+    return any(choice.rounding == REFIT for _, choice in assignment)
+
+
+def polish_key(session: Session, assignment: Assignment, calibration: Calibration) -> str:
+    """A digest of all that the refitted codes of an assignment depend on, the model aside."""
+    said = [
+        VERSION,
+        assignment.digest,
+        session.splits["calibration"].digest,
+        str(session.quantized.mode),
+        session.quantized.kv_cache is not None,
+        calibration.ranges(),
+    ]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
