@@ -305,3 +305,16 @@ def test_an_expert_whose_sums_are_not_finite_adds_nothing_to_its_layer():
     assert torch.equal(found.layer_sums[1], torch.full((16, 16), 7.0))
     assert found.layer_tokens.tolist() == [3, 7]
     assert found.tokens.tolist() == [[3, 5], [0, 7]]
+
+
+def test_every_fourth_sequence_is_held_out():
+    assert [n for n in range(12) if is_held_out(n)] == [1, 5, 9]
+
+
+def test_nothing_is_watched_afterwards(place, tmp_path):
+    _, session = opened(place)
+    modules = list(session.scorer.quantized.model.modules())
+    before = [(m.__dict__.get("forward"), getattr(m, "autoquant_hook", None)) for m in modules]
+    collect(session, tmp_path / "statistics")
+    after = [(m.__dict__.get("forward"), getattr(m, "autoquant_hook", None)) for m in modules]
+    assert after == before
