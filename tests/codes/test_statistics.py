@@ -11,6 +11,7 @@ from autoquant.data.tokens import TokenPlan
 from autoquant.measure.session import open_session
 from autoquant.measure.statistics import moments, sums
 from autoquant.measure.statistics.moments import collect_moments, is_held_out
+from autoquant.measure.statistics.taps import InputSetShape
 from autoquant.model.binding import DenseSlot
 from autoquant.model.live_weights import units_of
 from autoquant.plan.activation_mode import ActivationMode
@@ -287,20 +288,21 @@ def test_experts_whose_sums_take_too_much_have_those_of_their_layer(tmp_path, mo
 
 
 def test_experts_have_sums_of_their_own_up_to_a_bound(monkeypatch):
-    monkeypatch.setattr(moments, "MOST_BYTES_OF_A_SET", 2 * 4 * 3 * 16 * 16)
+    monkeypatch.setattr(sums, "MOST_BYTES_OF_A_SET", 2 * 4 * 3 * 16 * 16)
 
     def kept(experts, inputs):
-        return moments._Sums.zeros(experts, inputs, torch.device("cpu")).sums.shape[1]
+        shape = InputSetShape(experts, inputs, torch.device("cpu"))
+        return sums.Sums.zeros(shape).sums.shape[1]
 
     assert (kept(3, 16), kept(4, 16), kept(3, 17)) == (3, 1, 1)
 
 
 def test_an_expert_whose_sums_are_not_finite_adds_nothing_to_its_layer():
-    sums = moments._Sums.zeros(2, 16, torch.device("cpu"))
-    sums.add(torch.full((3, 16), 2.0), 0, 0)
-    sums.add(torch.full((5, 16), float("inf")), 0, 1)
-    sums.add(torch.full((7, 16), 1.0), 1, 1)
-    found = sums.moments()
+    of_set = sums.Sums.zeros(InputSetShape(2, 16, torch.device("cpu")))
+    for rows, value, part, expert in ((3, 2.0, 0, 0), (5, float("inf"), 0, 1), (7, 1.0, 1, 1)):
+        x = torch.full((rows, 16), value)
+        of_set.add(x, x, part, expert)
+    found = of_set.moments()
     assert torch.equal(found.layer_sums[0], torch.full((16, 16), 12.0))
     assert torch.equal(found.layer_sums[1], torch.full((16, 16), 7.0))
     assert found.layer_tokens.tolist() == [3, 7]
