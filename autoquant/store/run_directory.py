@@ -290,11 +290,17 @@ def read_identity(path: Path) -> dict[str, Any] | None:
     if identity is None:
         return None
     if not isinstance(identity.get("signature"), dict) or identity.get("status") not in set(Status):
-        raise SourceError(
-            f"{path / IDENTITY} is damaged: it names no signature or no status.",
-            fix="restore the file, or give another --out.",
-        )
+        raise _damaged_identity(path, "names no signature or no status")
+    environments = identity.get("environments", [])
+    if not isinstance(environments, list) or not all(isinstance(e, dict) for e in environments):
+        raise _damaged_identity(path, "names environments that are none")
     return identity
+
+
+def _damaged_identity(path: Path, why: str) -> SourceError:
+    return SourceError(
+        f"{path / IDENTITY} is damaged: it {why}.", fix="restore the file, or give another --out."
+    )
 
 
 def environments_of(identity: Mapping[str, Any]) -> list[dict[str, str]]:

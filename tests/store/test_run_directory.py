@@ -227,6 +227,8 @@ def test_a_damaged_file_is_named(path):
         '{"schema_version": 1}',
         '{"schema_version": 9}',
         '{"schema_version": 1, "signature": {"seed": 0}, "status": "asleep"}',
+        '{"schema_version": 1, "signature": {"seed": 0}, "status": "finished", "environments": 1}',
+        '{"schema_version": 1, "signature": {}, "status": "finished", "environments": [[1]]}',
     ],
 )
 def test_a_damaged_identity_is_refused(path, text):
