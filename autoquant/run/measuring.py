@@ -6,6 +6,7 @@ from pathlib import Path
 from autoquant.codes.book import CodeBook
 from autoquant.codes.cache import MOST_CODES_BYTES, CodeCache
 from autoquant.codes.statistics import StatisticsStore
+from autoquant.codes.statistics_size import require_disk
 from autoquant.codes.weights import FileWeights
 from autoquant.measure.calibration import Calibration, calibrate
 from autoquant.measure.session import Session, open_session
@@ -103,9 +104,13 @@ def collect_statistics(
         session: calibrated, with a place for statistics.
         groups: as `groups_with_moments` finds them.
         observer: told of progress.
+
+    Raises:
+        SourceError: the disk has no room for them.
     """
     if groups:
         assert session.statistics is not None
+        require_disk(session.statistics.folder, groups)
         observer.stage("statistics", session.scorer.trunk.stages)
         split = session.splits["calibration"]
         collect_moments(session.scorer, split, groups, session.statistics, observer.step)

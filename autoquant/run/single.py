@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from autoquant.codes.statistics_size import groups_with_moments
 from autoquant.data.tokenizer import require_tokenizer
 from autoquant.export.companions import left_out_note
 from autoquant.export.declaration import quantized_linears, reader_warnings
@@ -15,7 +16,6 @@ from autoquant.formats import BF16
 from autoquant.formats.kv_cache import KvCache
 from autoquant.measure.calibration import Calibration, read_calibration
 from autoquant.measure.session import Session
-from autoquant.measure.statistics.moments import groups_with_moments
 from autoquant.model.install import groups_of, install, is_quantized
 from autoquant.model.memory import keep_freed_memory
 from autoquant.plan.accounting import Accounting

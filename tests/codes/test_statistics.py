@@ -1,13 +1,17 @@
 """Second moments of inputs: what they sum up, and that neither batches nor kills change them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from searchable import save_searchable, save_text
 from torch import nn
 
+from autoquant.codes import statistics_size
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.codes.weights import FileWeights
 from autoquant.data.tokens import TokenPlan
+from autoquant.errors import SourceError
 from autoquant.measure.session import open_session
 from autoquant.measure.statistics import moments, sums
 from autoquant.measure.statistics.moments import collect_moments, is_held_out
@@ -261,7 +265,7 @@ def test_experts_whose_sums_take_too_much_have_those_of_their_layer(tmp_path, mo
     place = save_searchable("qwen3_moe", tmp_path / "model"), save_text(tmp_path / "text")
     source, session = opened(place)
     each = collect(session, tmp_path / "each")
-    monkeypatch.setattr(sums, "MOST_BYTES_OF_A_SET", 0)
+    monkeypatch.setattr(statistics_size, "MOST_BYTES_OF_A_SET", 0)
     shared = collect(session, tmp_path / "shared")
     assert sum(map(len, content(tmp_path / "shared").values())) < sum(
         map(len, content(tmp_path / "each").values())
@@ -288,7 +292,7 @@ def test_experts_whose_sums_take_too_much_have_those_of_their_layer(tmp_path, mo
 
 
 def test_experts_have_sums_of_their_own_up_to_a_bound(monkeypatch):
-    monkeypatch.setattr(sums, "MOST_BYTES_OF_A_SET", 2 * 4 * 3 * 16 * 16)
+    monkeypatch.setattr(statistics_size, "MOST_BYTES_OF_A_SET", 2 * 4 * 3 * 16 * 16)
 
     def kept(experts, inputs):
         shape = InputSetShape(experts, inputs, torch.device("cpu"))
@@ -307,6 +311,38 @@ def test_an_expert_whose_sums_are_not_finite_adds_nothing_to_its_layer():
     assert torch.equal(found.layer_sums[1], torch.full((16, 16), 7.0))
     assert found.layer_tokens.tolist() == [3, 7]
     assert found.tokens.tolist() == [[3, 5], [0, 7]]
+
+
+@pytest.mark.parametrize("most", [None, 0])
+def test_what_they_take_is_known_before_they_are_collected(place, tmp_path, monkeypatch, most):
+    if most is not None:
+        monkeypatch.setattr(statistics_size, "MOST_BYTES_OF_A_SET", most)
+    _, session = opened(place)
+    collect(session, tmp_path / "statistics")
+    taken = sum(map(len, content(tmp_path / "statistics").values()))
+    expected = statistics_size.statistics_bytes(session.quantized.groups)
+    assert expected <= taken < 1.05 * expected + 30_000
+
+
+def test_a_disk_without_room_for_them_is_named(place, tmp_path, monkeypatch):
+    _, session = opened(place)
+    groups, folder = session.quantized.groups, tmp_path / "run" / "statistics"
+    needed = statistics_size.statistics_bytes(groups)
+
+    def left(free):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(statistics_size.shutil, "disk_usage", lambda _: usage)
+
+    left(needed)
+    statistics_size.require_disk(folder, groups)
+    left(needed - 1)
+    with pytest.raises(SourceError, match="its disk has") as refused:
+        statistics_size.require_disk(folder, groups)
+    assert "--effort fast" in refused.value.fix
+    folder.mkdir(parents=True)
+    (folder / "0.safetensors").write_bytes(bytes(100))
+    left(needed - 100)
+    statistics_size.require_disk(folder, groups)
 
 
 def test_every_fourth_sequence_is_held_out():

@@ -39,7 +39,8 @@ def command(config: PlanConfig, format: str) -> None:
     if budget is not None:
         plan.limit(budget).require_feasible(plan.options.choices)
     if format == "json":
-        print_json(plan.to_dict() | {"budget": _budget(plan, budget)})
+        found = {"budget": _budget(plan, budget), "statistics_bytes": _statistics(plan)}
+        print_json(plan.to_dict() | found)
     else:
         _print(plan, budget)
 
@@ -67,6 +68,8 @@ def _print(plan: "Plan", budget: "Budget | None") -> None:
             f"(scope {budget.scope})"
         )
     fields["probes"] = f"{plan.probes:,} (one group in one choice each)"
+    if taken := _statistics(plan):
+        fields["on disk"] = f"{_size(taken)} of statistics for fitted codes; --effort fast has none"
     print_fields(fields)
     click.echo()
     _print_groups(plan)
@@ -81,6 +84,13 @@ def _print(plan: "Plan", budget: "Budget | None") -> None:
             ["fixed", "size", "bits per element"],
             [(why, _size(n), f"{8 * n / elements:.3f}") for why, n in plan.fixed_bytes.items()],
         )
+
+
+def _statistics(plan: "Plan") -> int:
+    """Bytes that a run directory holds while a search fits codes to inputs."""
+    from autoquant.codes.statistics_size import groups_with_moments, statistics_bytes
+
+    return statistics_bytes(groups_with_moments(plan.options.choices, tuple(plan.groups)))
 
 
 def _limit(plan: "Plan", *, ceiling: bool) -> str:

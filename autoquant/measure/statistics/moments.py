@@ -15,7 +15,6 @@ from torch import Tensor
 
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.data.tokens import Split
-from autoquant.formats import Choice
 from autoquant.formats.moments import Moments
 from autoquant.forward.flow import Flow, loop
 from autoquant.measure.scorer import Scorer
@@ -55,17 +54,6 @@ def collect_moments(
     collector = _Collector(scorer, sequences, missing, store, advance)
     loop(scorer.trunk, [collector])
     collector.finish()
-
-
-def groups_with_moments(
-    choices: Mapping[str, Collection[Choice]], groups: Collection[LayerGroup]
-) -> tuple[LayerGroup, ...]:
-    """The groups that some choice of theirs makes rest on moments of their inputs."""
-    return tuple(
-        group
-        for group in groups
-        if any(choice.format.needs_moments(choice) for choice in choices[group.name])
-    )
 
 
 def is_held_out(sequence: int) -> bool:

@@ -9,12 +9,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from autoquant.codes.statistics_size import PARTS, kept_matrices
 from autoquant.formats.moments import Moments
 from autoquant.measure.statistics.taps import InputSetShape
-
-MOST_BYTES_OF_A_SET = 1 << 30
-"""Where the sums of all experts of a layer would take more, the layer's alone are kept: experts of
-many channels see fewer tokens than channels, and lean on their layer in any case."""
 
 
 @dataclass(slots=True)
@@ -29,10 +26,10 @@ class Sums:
 
     @classmethod
     def zeros(cls, shape: InputSetShape) -> Self:
-        size, inputs = shape.experts or 1, shape.inputs
-        kept = size if 8 * size * inputs**2 <= MOST_BYTES_OF_A_SET else 1
-        sums = torch.zeros(2, kept, inputs, inputs, device=shape.device)
-        return cls(sums, [[0] * size, [0] * size], shape.experts is not None)
+        kept = kept_matrices(shape.experts, shape.inputs)
+        sums = torch.zeros(PARTS, kept, shape.inputs, shape.inputs, device=shape.device)
+        tokens = [[0] * (shape.experts or 1) for _ in range(PARTS)]
+        return cls(sums, tokens, shape.experts is not None)
 
     @property
     def of_layer(self) -> bool:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autoquant.codes.statistics import StatisticsStore
+from autoquant.codes.statistics_size import groups_with_moments
 from autoquant.environment import measuring_on
 from autoquant.errors import RunConflict, SourceError
 from autoquant.formats import BF16
 from autoquant.measure.calibration import Calibration
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.measure.session import Session
-from autoquant.measure.statistics.moments import groups_with_moments
 from autoquant.plan.kv_cache import cached_attention
 from autoquant.plan.plan import Plan
 from autoquant.run.config import ProbeConfig
