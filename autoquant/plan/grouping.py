@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from autoquant.errors import ConfigError, SourceError
+from autoquant.formats import FP8, NVFP4
 from autoquant.plan.joining import Matrix, matrices
 from autoquant.plan.linears import LayerGroup, Linear
 from autoquant.source import names as table
@@ -19,6 +20,8 @@ SharedExperts = Literal["with_routed", "separate"]
 """Whether a shared expert takes its layer's routed format, or is a group of its own."""
 
 _WEIGHT = ".weight"
+_FORMATS_OF_CODES = {"F4": NVFP4.format.name, "F8_E4M3": FP8.format.name}
+"""What keeps codes of these dtypes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,8 +284,16 @@ def _linear(tensor: TensorHeader, place: _Place, engine_names: tuple[str, ...]) 
         in_features=tensor.shape[1],
         weight_scale_set=place.weight_scale_set,
         input_scale_set=place.input_scale_set,
+        casts_to=_casts_to(tensor),
         engine_names=engine_names,
     )
+
+
+def _casts_to(tensor: TensorHeader) -> str:
+    """The format of the codes that a weight is stored as, if their scales are powers of two."""
+    if tensor.scales is None or not tensor.scales.are_powers:
+        return ""
+    return _FORMATS_OF_CODES.get(tensor.stored_dtype or "", "")
 
 
 def _layer(name: str) -> int | None:
