@@ -82,6 +82,8 @@ class Format(ABC):
     """How codes may be chosen at the same bits, the default first."""
     inputs: ClassVar[tuple[str | None, ...]] = (None,)
     """Inputs that the format allows besides its own, its own (None) first."""
+    kept_codes: ClassVar[str] = ""
+    """Dtype, as safetensors names it, of the codes in a source that `CAST` keeps."""
     layouts: ClassVar[Mapping[str, LayoutForm]] = {}
     """How checkpoints hold it, by layout; empty for a format that cannot be exported."""
 

@@ -23,6 +23,7 @@ class Fp8(Format):
     weight_bits = Fraction(8)
     input_bits = 8
     scale_rules = (None, CAST)
+    kept_codes = "F8_E4M3"
     layouts: ClassVar[Mapping[str, LayoutForm]] = {
         "modelopt": LayoutForm(
             names=_NAMES,

@@ -55,6 +55,7 @@ class Nvfp4(Format):
     scale_rules = (*map(str, ScaleRule), CAST)
     roundings = (NEAREST, GPTQ, REFIT)
     inputs = (None, A16)
+    kept_codes = "F4"
     layouts: ClassVar[Mapping[str, LayoutForm]] = {
         "modelopt": LayoutForm(
             names={

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from autoquant.errors import ConfigError, SourceError
-from autoquant.formats import FP8, NVFP4
+from autoquant.formats import all_formats
 from autoquant.plan.joining import Matrix, matrices
 from autoquant.plan.linears import LayerGroup, Linear
 from autoquant.source import names as table
@@ -20,8 +20,6 @@ SharedExperts = Literal["with_routed", "separate"]
 """Whether a shared expert takes its layer's routed format, or is a group of its own."""
 
 _WEIGHT = ".weight"
-_FORMATS_OF_CODES = {"F4": NVFP4.format.name, "F8_E4M3": FP8.format.name}
-"""What keeps codes of these dtypes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,7 +291,7 @@ def _casts_to(tensor: TensorHeader) -> str:
     """The format of the codes that a weight is stored as, if their scales are powers of two."""
     if tensor.scales is None or not tensor.scales.are_powers:
         return ""
-    return _FORMATS_OF_CODES.get(tensor.stored_dtype or "", "")
+    return next((f.name for f in all_formats() if f.kept_codes == tensor.stored_dtype), "")
 
 
 def _layer(name: str) -> int | None:
