@@ -115,3 +115,12 @@ def test_how_it_is_written():
         kernels.nvfp4_global_scale(1.0)
         != encoded(torch.ones(1, 32, dtype=torch.bfloat16), CAST_NVFP4).parts[GLOBAL_SCALE]
     )
+
+
+def test_a_polish_leaves_kept_codes_alone():
+    from autoquant.plan.assignment import Assignment
+    from autoquant.run.polishing import polished_assignment
+
+    plain = Assignment.of({"a": CAST_NVFP4, "b": NVFP4, "c": CAST_FP8})
+    polished = polished_assignment(plain)
+    assert [str(choice) for _, choice in polished] == ["nvfp4/cast", "nvfp4/max/refit", "fp8/cast"]
