@@ -2,6 +2,7 @@
 
 from autoquant.formats.base import (
     A16,
+    CAST,
     CODES,
     GLOBAL_SCALE,
     GPTQ,
@@ -27,6 +28,7 @@ NVFP4 = Choice(NVFP4_FORMAT, ScaleRule.MAX)
 __all__ = [
     "A16",
     "BF16",
+    "CAST",
     "CODES",
     "FP8",
     "GLOBAL_SCALE",

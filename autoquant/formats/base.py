@@ -21,6 +21,9 @@ NEAREST, GPTQ, REFIT = "nearest", "gptq", "refit"
 errors into later columns (`compensated.py`); the third does so with weights that make up for what
 the quantized blocks before have changed (`refitted.py`), so that it belongs to one assignment and
 no search space may name it."""
+CAST = "cast"
+"""A scale rule: the codes that a source stores, under powers of two (`cast.py`). Only for weights
+that are stored so, and only with the first rounding."""
 A16 = "a16"
 """The input that stays in BF16 where the format's own would be quantized."""
 
@@ -72,12 +75,15 @@ class Format(ABC):
     """Stored bits of a weight, scales of blocks included, per-tensor scales aside."""
     input_bits: ClassVar[int] = 16
     """Bits an input element is multiplied in; 16 where inputs stay in BF16."""
-    scale_rules: ClassVar[tuple[str, ...]] = ()
-    """How block scales may be chosen at the same bits, the default first."""
+    scale_rules: ClassVar[tuple[str | None, ...]] = ()
+    """How scales of a weight may be chosen at the same bits, the default first; None is not
+    written."""
     roundings: ClassVar[tuple[str, ...]] = (NEAREST,)
     """How codes may be chosen at the same bits, the default first."""
     inputs: ClassVar[tuple[str | None, ...]] = (None,)
     """Inputs that the format allows besides its own, its own (None) first."""
+    kept_codes: ClassVar[str] = ""
+    """Dtype, as safetensors names it, of the codes in a source that `CAST` keeps."""
     layouts: ClassVar[Mapping[str, LayoutForm]] = {}
     """How checkpoints hold it, by layout; empty for a format that cannot be exported."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from autoquant.errors import ConfigError
-from autoquant.formats.base import A16, NEAREST, Format
+from autoquant.formats.base import A16, CAST, NEAREST, Format
 from autoquant.formats.registry import all_formats, find_format
 
 
@@ -41,6 +41,12 @@ class Choice:
                     f"{known} has no {what} {value!r}; it has {', '.join(map(str, allowed))}.",
                     fix=f"write {_spellings()}.",
                 )
+        if self.scale_rule == CAST and self.rounding != NEAREST:
+            raise ConfigError(
+                f"{known} has no rounding {self.rounding!r} under the scale rule {CAST!r}, which "
+                "keeps codes.",
+                fix=f"write {known}/{CAST}.",
+            )
 
     def __str__(self) -> str:
         rounding = None if self.rounding == NEAREST else self.rounding
@@ -66,6 +72,11 @@ class Choice:
         if weight > others:
             return self.input_bits >= other.input_bits
         return self.of_weight == other.of_weight and self.input_bits > other.input_bits
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether codes of the source are kept."""
+        return self.scale_rule == CAST
 
     @property
     def of_weight(self) -> Self:
@@ -106,11 +117,11 @@ class Choice:
         known = [
             (own, way) for own, way in ways if own in format.scale_rules and way in format.roundings
         ]
-        found = [
+        found: list[tuple[str | None, str]] = [
             (own, way) for own, way in known if rule in (None, own) and rounding in (None, way)
         ]
         if not found:
-            rules = [rule] if rule else dict.fromkeys(own for own, _ in known)
+            rules = [rule] if rule else [*dict.fromkeys(own for own, _ in known)]
             found = [(own, rounding or NEAREST) for own in rules or format.scale_rules[:1]]
         return [cls(format, own, way, of_input) for own, way in found]
 
@@ -143,7 +154,11 @@ def _words(text: str) -> tuple[Format, str | None, str | None, str | None]:
 def choices_of(format: Format) -> tuple[Choice, ...]:
     """Every choice that a format allows, its default first."""
     axes = (format.scale_rules or (None,), format.roundings, format.inputs)
-    return tuple(Choice(format, *axis) for axis in itertools.product(*axes))
+    return tuple(
+        Choice(format, rule, rounding, of_input)
+        for rule, rounding, of_input in itertools.product(*axes)
+        if rule != CAST or rounding == NEAREST
+    )
 
 
 def _spellings() -> str:
@@ -152,5 +167,6 @@ def _spellings() -> str:
 
 
 def _spelling(format: Format) -> str:
-    axes = format.scale_rules, format.roundings[1:], format.inputs[1:]
+    rules = [rule for rule in format.scale_rules if rule is not None]
+    axes = rules, format.roundings[1:], format.inputs[1:]
     return "".join((str(format), *(f"[/{'|'.join(map(str, axis))}]" for axis in axes if axis)))

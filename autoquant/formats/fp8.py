@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
-from autoquant.formats.base import CODES, INPUT_SCALE, SCALE, Format, LayoutForm, Part
+from autoquant.formats.base import CAST, CODES, INPUT_SCALE, SCALE, Format, LayoutForm, Part
 from autoquant.formats.registry import register
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ class Fp8(Format):
     name = "fp8"
     weight_bits = Fraction(8)
     input_bits = 8
+    scale_rules = (None, CAST)
+    kept_codes = "F8_E4M3"
     layouts: ClassVar[Mapping[str, LayoutForm]] = {
         "modelopt": LayoutForm(
             names=_NAMES,
@@ -63,7 +65,12 @@ class Fp8(Format):
 
         from autoquant.formats.packed import Packed
 
-        scale = kernels.fp8_scale(statistics.weight_amax)
+        if choice.is_cast:
+            from autoquant.formats import cast
+
+            scale = cast.fp8_scale(statistics.weight_amax)
+        else:
+            scale = kernels.fp8_scale(statistics.weight_amax)
         experts = len(weight) if weight.ndim == 3 else None
         codes = kernels.quantize_fp8(weight, scale)
         return Packed(choice, {CODES: codes, SCALE: scale}, experts)

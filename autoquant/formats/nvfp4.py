@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from autoquant.formats.base import (
     A16,
+    CAST,
     CODES,
     GLOBAL_SCALE,
     GPTQ,
@@ -51,9 +52,10 @@ class Nvfp4(Format):
     name = "nvfp4"
     weight_bits = 4 + Fraction(8, NVFP4_BLOCK)
     input_bits = 4
-    scale_rules = tuple(map(str, ScaleRule))
+    scale_rules = (*map(str, ScaleRule), CAST)
     roundings = (NEAREST, GPTQ, REFIT)
     inputs = (None, A16)
+    kept_codes = "F4"
     layouts: ClassVar[Mapping[str, LayoutForm]] = {
         "modelopt": LayoutForm(
             names={
@@ -128,7 +130,7 @@ class Nvfp4(Format):
 
     def needs_moments(self, choice: "Choice") -> bool:
         """Compensated rounding does, and a scale rule that weighs by inputs."""
-        return choice.rounding != NEAREST or choice.scale_rule not in PLAIN_RULES
+        return choice.rounding != NEAREST or choice.scale_rule not in (*PLAIN_RULES, CAST)
 
     def encode(self, weight: "Tensor", choice: "Choice", statistics: "Statistics") -> "Packed":
         """See `autoquant_kernels.quantize_nvfp4` for the arithmetic of each scale rule."""
@@ -137,11 +139,17 @@ class Nvfp4(Format):
         from autoquant.formats.packed import Packed
 
         assert choice.scale_rule is not None
+        experts = len(weight) if weight.ndim == 3 else None
+        if choice.is_cast:
+            from autoquant.formats import cast
+
+            scale = cast.nvfp4_scale(statistics.weight_amax)
+            codes, block_scale = cast.to_nvfp4(weight, scale)
+            return Packed(choice, {CODES: codes, SCALE: block_scale, GLOBAL_SCALE: scale}, experts)
         scale = kernels.nvfp4_global_scale(statistics.weight_amax, choice.scale_rule)
         if self.needs_moments(choice):
             return self._fitted(weight, choice, statistics, scale)
         codes, block_scale = kernels.quantize_nvfp4(weight, scale, rule=choice.scale_rule)
-        experts = len(weight) if weight.ndim == 3 else None
         return Packed(choice, {CODES: codes, SCALE: block_scale, GLOBAL_SCALE: scale}, experts)
 
     def _fitted(

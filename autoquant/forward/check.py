@@ -30,7 +30,13 @@ def check_forward(
         SourceError: logits are not the head applied to the final hidden states, scaled or capped
             token by token.
     """
-    if not trunk.is_whole and _passes_block_by_block(trunk, quantized, room, tokens):
+    if not trunk.is_whole and (
+        _passes_block_by_block(trunk, quantized, room, tokens)
+        or (
+            _some_return_tuples(trunk, tokens)
+            and _passes_block_by_block(trunk, quantized, room, tokens)
+        )
+    ):
         return
     trunk.is_whole = True
     flow = Flow(parts=(trunk.enter(tokens),))
@@ -61,6 +67,12 @@ def limit_memory(trunk: Trunk, quantized: QuantizedModel, room: Room, tokens: to
     taken = torch.cuda.max_memory_allocated(tokens.device) - before
     weights = sum(p.numel() * p.element_size() for p in trunk.model.parameters() if p.is_cuda)
     room.limit(weights, taken)
+
+
+def _some_return_tuples(trunk: Trunk, tokens: torch.Tensor) -> bool:
+    """Whether a block returns its state in a tuple, which the trunk learns when the model runs."""
+    trunk.logits(tokens)
+    return any(trunk.returns_tuple)
 
 
 def _passes_block_by_block(

@@ -77,8 +77,8 @@ class Trunk:
         """Whether the model scales or caps what its head gives; see `behind_head`."""
         self._on_block: _OnBlock | None = None
         self._riding: tuple[Visitor, ...] = ()
-        self._returns_tuple: dict[type, bool] = {}
-        """By the class of a block, as far as one has run."""
+        self.returns_tuple = [False] * len(self.blocks)
+        """Whether a block returns its state in a tuple, as far as it has run."""
         self._forwards = [block.forward for block in self.blocks]
         for index, block in enumerate(self.blocks):
             block.forward = self._wrapped(index)
@@ -210,23 +210,12 @@ class Trunk:
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._on_block is not None:
                 state = self._on_block(index, hidden_states, args, kwargs)
-                is_tuple = self._is_tuple(index, hidden_states, args, kwargs)
-                return (state,) if is_tuple else state
+                return (state,) if self.returns_tuple[index] else state
             if torch.is_grad_enabled():
                 return self._recomputed(index, hidden_states, args, kwargs)
             return self._own(index, hidden_states, args, kwargs)
 
         return forward
-
-    def _is_tuple(
-        self, index: int, state: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
-        """Whether the block returns its state in a tuple; the first of its class is run for it."""
-        kind = type(self.blocks[index])
-        if kind not in self._returns_tuple:
-            with torch.no_grad(), self.weights.block(index):
-                self._state_of(index, self._forwards[index](state, *args, **kwargs))
-        return self._returns_tuple[kind]
 
     def _own(
         self, index: int, state: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -255,6 +244,6 @@ class Trunk:
         )
 
     def _state_of(self, index: int, result: Any) -> torch.Tensor:
-        self._returns_tuple[type(self.blocks[index])] = isinstance(result, tuple)
+        self.returns_tuple[index] = isinstance(result, tuple)
         state: torch.Tensor = result[0] if isinstance(result, tuple) else result
         return state

@@ -30,6 +30,10 @@ _JOINED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)
 _NOTHING = StoredModel(tensors={}, inputs={}, quantized=frozenset())
 
 
+_FEWEST_BITS = {"w4a4": 4, "w4a16": 8, "a16": 16}
+"""Bits of the narrowest input that each kind of machine rounds."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     """What scoring has measured of a checkpoint on a few tokens; kept in autoquant.json."""
@@ -39,7 +43,7 @@ class Evidence:
     kl: tuple[float, ...]
     """Mean KL(BF16 || quantized) of each sequence, nats per token."""
     activation_mode: str
-    """`w4a4`, or `w4a16` where inputs of NVFP4 layers stay in BF16."""
+    """`w4a4`, `w4a16` where inputs of NVFP4 layers stay in BF16, or `a16` where all do."""
     kv_cache: str
     """Format of keys and values."""
 
@@ -69,7 +73,7 @@ class Evidence:
 
     def rounds(self, bits: int) -> bool:
         """Whether inputs of so many bits are rounded."""
-        return bits == 8 or self.activation_mode == "w4a4"
+        return bits >= _FEWEST_BITS[self.activation_mode]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

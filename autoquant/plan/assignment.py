@@ -105,9 +105,10 @@ def require_legal(assignment: Assignment, groups: Groups) -> None:
         ConfigError: the assignment names a group or a format that the model does not allow.
     """
     for name, choice in assignment:
-        reason = groups[name].why_illegal(choice.format)
+        reason = groups[name].why_not(choice)
         if reason is not None:
+            way_out = "choose another scale rule" if choice.is_cast else "choose a format"
             raise ConfigError(
                 f"the assignment puts {name} into {choice}: {reason}.",
-                fix="choose a format of more bits.",
+                fix=f"{way_out}{'' if choice.is_cast else ' of more bits'}.",
             )

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from autoquant.errors import ConfigError, SourceError
+from autoquant.formats import all_formats
 from autoquant.plan.joining import Matrix, matrices
 from autoquant.plan.linears import LayerGroup, Linear
 from autoquant.source import names as table
@@ -281,8 +282,16 @@ def _linear(tensor: TensorHeader, place: _Place, engine_names: tuple[str, ...]) 
         in_features=tensor.shape[1],
         weight_scale_set=place.weight_scale_set,
         input_scale_set=place.input_scale_set,
+        casts_to=_casts_to(tensor),
         engine_names=engine_names,
     )
+
+
+def _casts_to(tensor: TensorHeader) -> str:
+    """The format of the codes that a weight is stored as, if their scales are powers of two."""
+    if tensor.scales is None or not tensor.scales.are_powers:
+        return ""
+    return next((f.name for f in all_formats() if f.kept_codes == tensor.stored_dtype), "")
 
 
 def _layer(name: str) -> int | None:

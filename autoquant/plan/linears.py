@@ -18,6 +18,8 @@ class Linear:
     """Linears of the same set share a bit-identical weight scale (`weight_scale_2`)."""
     input_scale_set: str
     """Linears of the same set share a bit-identical `input_scale`."""
+    casts_to: str = ""
+    """The format that keeps the codes which the source stores; empty if none does."""
     engine_names: tuple[str, ...] = ()
     """What engines call the matrix in which they join it with others; empty if they do not."""
     tensor: str = ""
@@ -57,6 +59,18 @@ class LayerGroup:
         """Bytes of every tensor that the members store under `choice`, scales included."""
         stored = choice.format.stored_bytes
         return sum(stored(own.out_features, own.in_features, choice) for own in self.linears)
+
+    @cached_property
+    def casts_to(self) -> str:
+        """The format that keeps the codes of every linear; empty if none does."""
+        formats = {linear.casts_to for linear in self.linears}
+        return formats.pop() if len(formats) == 1 else ""
+
+    def why_not(self, choice: Choice) -> str | None:
+        """Why the group cannot take `choice`, or None if it can."""
+        if choice.is_cast and choice.format.name != self.casts_to:
+            return f"its source stores no codes that {choice.format} could keep"
+        return self.why_illegal(choice.format)
 
     def why_illegal(self, format: Format) -> str | None:
         """Why the group cannot take `format`, or None if it can."""

@@ -11,6 +11,7 @@ from typing import Self
 from autoquant.formats import (
     A16,
     BF16,
+    CAST,
     GPTQ,
     NEAREST,
     PLAIN_RULES,
@@ -69,6 +70,8 @@ class Rule:
     choices: tuple[Choice, ...]
     reason: str
     """Why formats are left out; shown by `autoquant plan`."""
+    casts: frozenset[str] = frozenset()
+    """Formats that the rule opens as such: groups whose source stores such codes may keep them."""
 
     def matches(self, group: LayerGroup) -> bool:
         """Whether some pattern names the group's role or fits its name.
@@ -83,6 +86,15 @@ class Rule:
             and not (group.role in LEFT_ROLES and pattern.rpartition(".")[2] == "*")
             for pattern in self.match
         )
+
+    def choices_of(self, group: LayerGroup) -> tuple[Choice, ...]:
+        """What the rule opens for a group that it matches; keeping codes where they are there."""
+        found = [choice for choice in self.choices if not choice.is_cast or _keeps(group, choice)]
+        if group.casts_to in self.casts:
+            inputs = dict.fromkeys(c.input for c in found if c.format.name == group.casts_to)
+            kept = Choice.parse(f"{group.casts_to}/{CAST}")
+            found += [replace(kept, input=own) for own in inputs]
+        return tuple(sorted(dict.fromkeys(found), key=lambda choice: choice.format.weight_bits))
 
     @property
     def only_protects(self) -> bool:
@@ -132,7 +144,7 @@ class SearchSpace:
             closed[group.name] = self._why_closed(group, rule)
             legal = tuple(
                 choice
-                for choice in (rule.choices if rule else ())
+                for choice in (rule.choices_of(group) if rule else ())
                 if choice.format not in closed[group.name]
             )
             if not legal:
@@ -165,6 +177,10 @@ class SearchSpace:
             for number, rule in enumerate(self.rules)
             if number not in used and not rule.only_protects
         )
+
+
+def _keeps(group: LayerGroup, choice: Choice) -> bool:
+    return choice.format.name == group.casts_to
 
 
 def _with_bf16_inputs(rule: Rule) -> Rule:

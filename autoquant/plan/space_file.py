@@ -122,6 +122,7 @@ def _rule(rule: RuleFile, ways: Sequence[Way]) -> Rule:
         match=tuple(rule.match),
         choices=tuple(sorted(choices, key=lambda choice: choice.format.weight_bits)),
         reason=rule.reason,
+        casts=frozenset(text for text in rule.formats if "/" not in text),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autoquant.formats import REFIT
+from autoquant.formats import REFIT, Choice
 from autoquant.measure.calibration import Calibration
 from autoquant.measure.kl import TokenScores
 from autoquant.measure.polish.visitor import polish
@@ -117,13 +117,16 @@ def make_polish(session: Session, assignment: Assignment, key: str, observer: Pr
 
 
 def polished_assignment(assignment: Assignment) -> Assignment:
-    """The same formats, scale rules and inputs with refitted codes wherever there are such."""
-    return Assignment.of(
-        {
-            name: replace(choice, rounding=REFIT) if REFIT in choice.format.roundings else choice
-            for name, choice in assignment
-        }
-    )
+    """The same formats, scale rules and inputs with refitted codes wherever there are such.
+
+    Codes of the source stay: refitted ones would be others.
+    """
+    return Assignment.of({name: _refitted(choice) for name, choice in assignment})
+
+
+def _refitted(choice: Choice) -> Choice:
+    has_refit = REFIT in choice.format.roundings and not choice.is_cast
+    return replace(choice, rounding=REFIT) if has_refit else choice
 
 
 def is_polished(assignment: Assignment) -> bool:

@@ -76,6 +76,7 @@ def probe_signature(config: ProbeConfig, plan: Plan) -> dict[str, Any]:
             {"match": list(rule.match), "choices": [str(choice) for choice in rule.choices]}
             for rule in plan.space.rules
         ],
+        **({"casts": True} if any(group.casts_to for group in plan.groups) else {}),
         "calibration": config.text,
         "tokens": {
             "calibration": config.calibration_tokens,

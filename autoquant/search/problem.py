@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from autoquant.errors import InfeasibleBudget
-from autoquant.formats import Choice
+from autoquant.formats import CAST, Choice
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.plan.accounting import Accounting
 from autoquant.plan.assignment import Assignment
@@ -87,7 +87,7 @@ class Problem:
         group has scale rules, but not `rule`.
         """
         for group in self.groups:
-            rules = {choice.scale_rule for choice in self._choices(group)} - {None}
+            rules = {choice.scale_rule for choice in self._choices(group)} - {None, CAST}
             if rules and rule not in rules:
                 return None
         worst = 2 * max(kl for kl in (1e-300, *self.sensitivity.kl.values()))

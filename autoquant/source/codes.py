@@ -154,7 +154,12 @@ def _weight(coded: _Coded, declared: Declared | None) -> TensorHeader:
         dtype="BF16",
         shape=(*shape[:-2], shape[-1], shape[-2]) if transposed else shape,
         stored_dtype=spelled,
-        scales=Scales(scale, block, transposed),
+        scales=Scales(
+            scale,
+            block,
+            transposed,
+            are_powers=scale.dtype in EXPONENTS or declared.scales_are_powers,
+        ),
     )
 
 

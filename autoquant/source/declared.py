@@ -57,6 +57,11 @@ class Declared:
         return None
 
     @property
+    def scales_are_powers(self) -> bool:
+        """Whether scales are powers of two in whatever dtype (`ue8m0`: DeepSeek-V3.1 and V3.2)."""
+        return self.content.get("scale_fmt") == "ue8m0"
+
+    @property
     def is_read(self) -> bool:
         """Whether codes may stand for the weights that the model was published with."""
         return self.is_published and self.method in READ_METHODS

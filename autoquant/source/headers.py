@@ -71,6 +71,8 @@ class Scales:
     """Codes along each axis that share a scale."""
     transposed: bool = False
     """Whether codes and scales are of the weight with its last two axes exchanged."""
+    are_powers: bool = False
+    """Whether every scale is a power of two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

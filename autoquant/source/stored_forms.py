@@ -160,9 +160,9 @@ def _has_scales_apart(tensor: TensorHeader) -> bool:
 def _scales_of(scales: Scales | None, expert: int) -> Scales | None:
     """Those of one expert of joined codes."""
     if scales is None or scales.header.elements == 1:
-        return scales if scales is None else Scales(scales.header, scales.block[1:])
+        return scales and dataclasses.replace(scales, block=scales.block[1:])
     header = scales.header
     size = (header.end - header.begin) // header.shape[0]
     begin = header.begin + expert * size
     own = dataclasses.replace(header, shape=header.shape[1:], begin=begin, end=begin + size)
-    return Scales(own, scales.block[1:])
+    return dataclasses.replace(scales, header=own, block=scales.block[1:])

@@ -8,6 +8,7 @@ from searchable import save_searchable
 from tiny_models import change_tensors
 
 from autoquant.errors import SourceError
+from autoquant.formats import FP8, NVFP4
 from autoquant.independent.forward import Evidence, run_checkpoint
 from autoquant.independent.products import Products
 from autoquant.plan.activation_mode import ActivationMode
@@ -135,6 +136,13 @@ def test_what_cannot_be_run_is_a_note(monkeypatch, tmp_path):
     cpu = torch.device("cpu")
     assert checking.check_export(tmp_path, source, evidence, cpu, observer) is None
     assert "10 are free" in notes[0]
+
+
+@pytest.mark.parametrize("mode", ActivationMode)
+def test_which_inputs_are_rounded(mode):
+    evidence = Evidence(sequences=(), kl=(), activation_mode=str(mode), kv_cache="bf16")
+    for choice in (NVFP4, FP8):
+        assert evidence.rounds(choice.format.input_bits) == mode.quantizes_input(choice)
 
 
 def test_a_damaged_measurement_is_refused():

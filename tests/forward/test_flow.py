@@ -169,6 +169,9 @@ def test_measurements_do_not_depend_on_what_goes_together(scorer, monkeypatch, b
 
 
 def test_blocks_that_return_their_state_in_a_tuple_are_stages(tmp_path):
-    scorer = scorer_of(save_searchable("falcon_h1", tmp_path / "source"))
+    folder = save_searchable("falcon_h1", tmp_path / "source")
+    groups = find_groups(open_source(folder))
+    quantized = QuantizedModel(load_model(folder, CPU).model, groups, mode=ActivationMode.W4A4)
+    scorer = Scorer(quantized, CPU)
     scorer.check(SPLIT)
     assert not scorer.trunk.is_whole

@@ -42,7 +42,7 @@ SEARCHED = {
 def plan(monkeypatch):
     monkeypatch.setattr(signature, "NUMERICS_VERSION", 3)
     source = SimpleNamespace(digest="sha256:ab", model="org/My-Model")
-    return SimpleNamespace(source=source, space=parse_space(SPACE, "space.yaml"))
+    return SimpleNamespace(source=source, space=parse_space(SPACE, "space.yaml"), groups=())
 
 
 def test_run_directories_of_earlier_versions_are_found_again(plan):

@@ -105,7 +105,8 @@ def _plain(format: Format) -> tuple[Choice, ...]:
     return tuple(
         choice
         for choice in choices_of(format)
-        if choice.rounding == NEAREST and not choice.input and not format.needs_moments(choice)
+        if choice.rounding == NEAREST
+        and not (choice.input or choice.is_cast or format.needs_moments(choice))
     )
 
 

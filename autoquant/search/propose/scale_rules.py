@@ -86,7 +86,12 @@ def ways_of(problem: Problem) -> Mapping[str, str]:
     """Every scale rule and rounding of a problem's choices, each with the default of its kind."""
     choices = [choice for legal in problem.accounting.choices.values() for choice in legal]
     ruled = [choice for choice in choices if choice.scale_rule is not None]
-    known = {rule: c.format.scale_rules[0] for c in ruled for rule in c.format.scale_rules}
+    known = {
+        rule: c.format.scale_rules[0] or NEAREST
+        for c in ruled
+        for rule in c.format.scale_rules
+        if rule is not None
+    }
     used = {choice.scale_rule for choice in ruled}
     roundings = {c.rounding: NEAREST for c in choices if c.rounding != NEAREST}
     return {rule: default for rule, default in known.items() if rule in used} | roundings
