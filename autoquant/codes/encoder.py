@@ -12,6 +12,7 @@ from autoquant.codes.statistics import InputStatistics, StatisticsStore
 from autoquant.codes.weights import Block, Unit, WeightSource
 from autoquant.errors import SourceError
 from autoquant.formats import Choice
+from autoquant.formats.moments import Moments
 from autoquant.formats.packed import Packed, Statistics
 from autoquant.plan.linears import LayerGroup, Linear
 
@@ -29,6 +30,9 @@ class Encoder:
         self._statistics = statistics
         self._amax: dict[str, Tensor] = {}
         self._units: dict[str, tuple[Unit, ...]] = {}
+        self._used_by = ""
+        self._used: dict[tuple[int, torch.device], tuple[Moments, Moments]] = {}
+        """Moments of the group that was encoded last, and the same on a device."""
 
     def of_other_weights(self, weights: WeightSource) -> Self:
         """One over the same weights from elsewhere, whose magnitudes are known as far as these."""
@@ -103,11 +107,22 @@ class Encoder:
             drift = inputs.drift(unit)
             statistics = replace(
                 statistics,
-                moments=inputs.moments(unit).to(weight.device),
+                moments=self._on_device(group, inputs.moments(unit), weight.device),
                 drift=None if drift is None else drift.to(weight.device),
                 rows=tuple(linear.out_features for linear in unit.matrices[0]),
             )
         return choice.format.encode(weight, choice, statistics)
+
+    def _on_device(self, group: LayerGroup, moments: Moments, device: torch.device) -> Moments:
+        """The same, with what was worked out of them for other choices of the group."""
+        if self._used_by != group.name:
+            for _, moved in self._used.values():
+                moved.kept.clear()
+            self._used_by, self._used = group.name, {}
+        key = id(moments), device
+        if key not in self._used:
+            self._used[key] = moments, moments.to(device)
+        return self._used[key][1]
 
     def _moments(self) -> StatisticsStore:
         assert self._statistics is not None, "the choice needs statistics of the inputs"

@@ -8,6 +8,10 @@ weights that are left then. Blocks of large inputs come first; what is stored ke
 Shapes: M matrices with scales of their own, N outputs, K inputs, B blocks of 16 of them.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
 import autoquant_kernels as kernels
 import torch
 from torch import Tensor
@@ -19,30 +23,54 @@ LAZY = 128
 """Columns whose errors reach the rest of the matrix in one product."""
 
 
-def compensated(
-    weight: Tensor, scale: Tensor, rule: str, moments: Tensor, damping: Tensor
-) -> tuple[Rounded, Tensor]:
-    """Round every matrix by its moments.
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """In which order the blocks of M matrices are rounded, and how errors are carried."""
+
+    order: Tensor
+    """The block at each place, int64 [M, B]."""
+    upper: Tensor
+    """U with U^T U the inverse of the damped moments in that order, float32 [M, K, K]; the identity
+    where there is none, so that nothing is carried."""
+    has_factor: Tensor
+    """Whether there is one, bool [M]."""
+
+    @classmethod
+    def of(cls, moments: Tensor, damping: Tensor) -> Self:
+        """Of H, float32 [M, K, K], finite; dampings of its diagonal in shares of its mean, [M]."""
+        squares = moments.diagonal(dim1=1, dim2=2).view(len(moments), -1, BLOCK).sum(dim=2)
+        order = squares.argsort(dim=1, descending=True, stable=True)
+        upper, has_factor = _factor(_both_axes(moments, _columns(order)), damping)
+        return cls(order, upper, has_factor)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """One matrix after the other."""
+        return cls(
+            torch.cat([part.order for part in parts]),
+            torch.cat([part.upper for part in parts]),
+            torch.cat([part.has_factor for part in parts]),
+        )
+
+
+def compensated(weight: Tensor, scale: Tensor, rule: str, factor: Factor) -> Rounded:
+    """Round every matrix.
 
     Args:
-        weight: BF16 [M, N, K].
+        weight: BF16 or float32 [M, N, K].
         scale: global scales, float32 [M] on the host.
         rule: how block scales are chosen; `hessian` takes those of least compensated error.
-        moments: H, float32 [M, K, K], finite.
-        damping: of the diagonal of each H, in shares of its mean, float32 [M].
-
-    Returns:
-        The codes, and whether each H has a Cholesky factor, bool [M]; without one nothing is
-        carried.
+        factor: of the moments of its inputs.
     """
-    matrices, outputs, inputs = weight.shape
-    squares = moments.diagonal(dim1=1, dim2=2).view(matrices, -1, BLOCK).sum(dim=2)
-    order = squares.argsort(dim=1, descending=True, stable=True)
-    columns = (order[:, :, None] * BLOCK + torch.arange(BLOCK, device=order.device)).flatten(1)
-    upper, has_factor = _factor(_both_axes(moments, columns), damping)
-    rest = weight.float().gather(2, columns[:, None].expand(-1, outputs, -1))
-    rounded = _sweep(rest, scale, rule, upper)
-    return _in_order(rounded, order.argsort(dim=1), inputs), has_factor
+    columns = _columns(factor.order)
+    rest = weight.float().gather(2, columns[:, None].expand(-1, weight.shape[1], -1))
+    rounded = _sweep(rest, scale, rule, factor.upper)
+    return _in_order(rounded, factor.order.argsort(dim=1), weight.shape[2])
+
+
+def _columns(order: Tensor) -> Tensor:
+    """The column at each place [M, K] of blocks in an order [M, B]."""
+    return (order[:, :, None] * BLOCK + torch.arange(BLOCK, device=order.device)).flatten(1)
 
 
 def _both_axes(moments: Tensor, columns: Tensor) -> Tensor:
@@ -82,18 +110,18 @@ def _factor(moments: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 def _sweep(rest: Tensor, scale: Tensor, rule: str, upper: Tensor) -> Rounded:
     """Round float32 [M, N, K] block by block; `rest` is overwritten."""
     codes, scales = [], []
-    inputs = rest.shape[-1]
+    matrices, _, inputs = rest.shape
+    tiled = upper.view(matrices, inputs // BLOCK, BLOCK, inputs // BLOCK, BLOCK)
+    inner = tiled.diagonal(dim1=1, dim2=3).movedim(-1, 0).contiguous()
     for first in range(0, inputs, LAZY):
         last = min(first + LAZY, inputs)
         errors = []
         for start in range(first, last, BLOCK):
             own = slice(start, start + BLOCK)
+            block, carries = rest[..., own].contiguous(), inner[start // BLOCK]
+            first_scale = _first_scale(block, scale, rule, carries)
             packed, stored, error = kernels.compensate_nvfp4(
-                rest[..., own],
-                upper[:, own, own],
-                scale,
-                _first_scale(rest[..., own], scale, rule, upper[:, own, own]),
-                search=rule == "hessian",
+                block, carries, scale, first_scale, search=rule == "hessian"
             )
             rest[..., own.stop : last] -= error @ upper[:, own, own.stop : last]
             codes.append(packed)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autoquant.formats.base import NEAREST
-from autoquant.formats.compensated import compensated
+from autoquant.formats.compensated import Factor, compensated
 from autoquant.formats.moments import (
     ALL,
     FITTED,
@@ -33,14 +33,14 @@ DAMPINGS = (0.01, 0.05, 0.1)
 CHUNK_BYTES = 2**29
 """Matrices are rounded together as long as their factors and copies take no more."""
 
+KEPT_BYTES = 2**26
+"""A factor that takes no more is kept for the other choices of the same linears."""
+
 RULE_WITHOUT_INPUTS = "mse"
 """The scale rule of a linear that a rule weighted by inputs does not serve."""
 
 _DOES_HARM = "its codes did more harm than those of the weight alone on held-out inputs"
 _NO_FACTOR = "the second moments of its inputs have no Cholesky factor"
-
-_Codes = tuple[Rounded, Tensor]
-"""Codes, and which matrices they could be fitted to, bool [M]."""
 
 _Judge = Callable[[Rounded], Tensor]
 """Of codes: the harm that each linear does to some tokens, float64 [M, L]."""
@@ -96,7 +96,7 @@ def fit(
 
 def _chunks(weight: Tensor) -> Iterator[slice]:
     matrices, outputs, inputs = weight.shape
-    each = 4 * inputs * (8 * inputs + 4 * outputs)
+    each = 4 * inputs * (8 * inputs + 4 * len(DAMPINGS) * outputs)
     size = max(1, CHUNK_BYTES // each)
     for start in range(0, matrices, size):
         yield slice(start, min(start + size, matrices))
@@ -125,8 +125,14 @@ class _Task:
         if self.drift is not None:
             refit = Refit.best(self.weight, self.moments, self.drift)
         every, held_out = (self._judge(tokens, refit) for tokens in (ALL, HELD_OUT))
-        damping, harm = self._best_damping(held_out, refit)
-        found, has_factor = self._at(damping, ALL, self._aim(ALL, refit))
+        if self.rounding == NEAREST:
+            found, harm = self._weighted(ALL), held_out(self._weighted(FITTED))
+            has_factor = torch.ones_like(usable)
+        else:
+            damping, harm = self._best_damping(held_out, self._aim(FITTED, refit))
+            factor = self._factor(damping, ALL)
+            found = compensated(self._aim(ALL, refit), self.scale, self.rule, factor)
+            has_factor = factor.has_factor
         gains = harm <= held_out(plain)
         gains &= every(found) <= every(plain)
         gains &= (usable & has_factor)[:, None]
@@ -137,23 +143,37 @@ class _Task:
         ]
         return found.where(of_rows, plain), reasons
 
-    def _best_damping(self, held_out: _Judge, refit: Refit | None) -> tuple[Tensor, Tensor]:
-        """The damping [M] of least harm to held-out inputs, and that harm [M, L]."""
-        tried = (0.0,) if self.rounding == NEAREST else DAMPINGS
-        dampings = torch.tensor(tried, device=self.weight.device)
-        matrices, aim = len(self.weight), self._aim(FITTED, refit)
-        codes = (self._at(one.expand(matrices), FITTED, aim)[0] for one in dampings)
-        harms = torch.stack([held_out(own) for own in codes])
+    def _best_damping(self, held_out: _Judge, aim: Tensor) -> tuple[Tensor, Tensor]:
+        """The damping [M] of least harm to held-out inputs, and that harm [M, L].
+
+        All are tried in one sweep: a GPU waits for each of its steps.
+        """
+        matrices, tries = len(self.weight), len(DAMPINGS)
+        dampings = torch.tensor(DAMPINGS, device=self.weight.device)
+        factors = [self._factor(one.expand(matrices), FITTED) for one in dampings]
+        codes = compensated(
+            aim.repeat(tries, 1, 1), self.scale.repeat(tries), self.rule, Factor.joined(factors)
+        )
+        harms = torch.stack([held_out(own) for own in codes.parted(tries)])
         best = harms.sum(dim=2).nan_to_num(torch.inf).argmin(dim=0)
         return dampings[best], harms[best, torch.arange(matrices, device=best.device)]
 
-    def _at(self, damping: Tensor, tokens: slice, aim: Tensor) -> _Codes:
-        if self.rounding != NEAREST:
-            moments = known_or_identity(self.moments.mean(tokens))
-            return compensated(aim, self.scale, self.rule, moments, damping)
+    def _factor(self, damping: Tensor, tokens: slice) -> Factor:
+        """Of the moments of these tokens, kept for other choices where it is small."""
+        key = (tokens.start, tokens.stop, *damping.tolist())
+        kept: Factor | None = self.moments.kept.get(key)
+        if kept is not None:
+            return kept
+        factor = Factor.of(known_or_identity(self.moments.mean(tokens)), damping)
+        if factor.upper.numel() * factor.upper.element_size() <= KEPT_BYTES:
+            self.moments.kept[key] = factor
+        return factor
+
+    def _weighted(self, tokens: slice) -> Rounded:
+        """Nearest codes under scales weighted by inputs of these tokens."""
         weighs = self.moments.of_blocks(self.rule, tokens)
-        codes = kernels.quantize_nvfp4(aim, self.scale, rule=self.rule, moments=weighs)
-        return Rounded(*codes), torch.ones_like(damping, dtype=torch.bool)
+        codes = kernels.quantize_nvfp4(self.weight, self.scale, rule=self.rule, moments=weighs)
+        return Rounded(*codes)
 
     def _aim(self, tokens: slice, refit: Refit | None) -> Tensor:
         """What codes fitted to these tokens are to be near."""

@@ -3,7 +3,9 @@
 Shapes: M matrices (one weight, or an expert each), K inputs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +38,8 @@ class Moments:
     """Of experts: sums over all of their layer, float32 [2, K, K]."""
     layer_tokens: Tensor | None = None
     """int64 [2]."""
+    kept: dict[Hashable, Any] = field(init=False, default_factory=dict, repr=False)
+    """What was worked out of them and is asked for again."""
 
     def mean(self, tokens: slice = ALL) -> Tensor:
         """E[x x^T], float32 [M, K, K]; zeros without a token, NaN or Inf where sums are not finite.
@@ -80,7 +84,9 @@ class Moments:
         return tuple(map(_why_plain, finite.tolist(), *self.tokens.tolist()))
 
     def of(self, matrices: slice) -> "Moments":
-        """Those of some matrices; views, no copies."""
+        """Those of some matrices; views, no copies, and themselves where these are all."""
+        if matrices == slice(0, self.tokens.shape[1]):
+            return self
         return Moments(
             sums=self.sums[:, matrices],
             tokens=self.tokens[:, matrices],
@@ -89,7 +95,9 @@ class Moments:
         )
 
     def to(self, device: torch.device) -> "Moments":
-        """The same on `device`."""
+        """The same on `device`; themselves where they are there."""
+        if self.sums.device == device:
+            return self
         shared = self.layer_sums, self.layer_tokens
         sums, tokens = (part if part is None else part.to(device) for part in shared)
         return Moments(

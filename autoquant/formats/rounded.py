@@ -59,6 +59,11 @@ class Rounded:
             torch.where(own, *scales).view(torch.float8_e4m3fn),
         )
 
+    def parted(self, count: int) -> list["Rounded"]:
+        """As many parts of equally many matrices; the inverse of `joined`."""
+        parts = zip(self.codes.chunk(count), self.block_scale.chunk(count), strict=True)
+        return [Rounded(codes, scales) for codes, scales in parts]
+
     @classmethod
     def joined(cls, parts: Sequence["Rounded"]) -> "Rounded":
         """One matrix after the other."""

@@ -2,9 +2,9 @@
 
     python -m experiments.codes.run MODEL --text TEXT [--unlike TEXT] --out RESULT.json
 
-Codes are encoded once from the calibration tokens of TEXT and then scored with quantized inputs and
-without, on its report tokens and on those of a text unlike it. KL in nats per token over the full
-vocabulary, standard errors over documents.
+Codes are encoded once from the calibration tokens of TEXT, refitted ones (the polish) once for each
+mode, and then scored with quantized inputs and without, on its report tokens and on those of a text
+unlike it. KL in nats per token over the full vocabulary, standard errors over documents.
 """
 
 import argparse
@@ -19,8 +19,9 @@ import torch
 from autoquant.codes.cache import CodeCache
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.data.tokens import TokenPlan
-from autoquant.formats import BF16, Choice
+from autoquant.formats import BF16, REFIT, Choice
 from autoquant.measure.calibration import calibrate
+from autoquant.measure.polish.visitor import polish
 from autoquant.measure.session import Session, open_session
 from autoquant.measure.statistics.moments import collect_moments
 from autoquant.plan.activation_mode import ActivationMode
@@ -33,7 +34,8 @@ from experiments.common.record import provenance, write
 
 CHOICES = (
     *("nvfp4/max", "nvfp4/mse", "nvfp4/four_over_six", "nvfp4/diagonal", "nvfp4/hessian"),
-    *("nvfp4/max/gptq", "nvfp4/mse/gptq", "nvfp4/diagonal/gptq", "nvfp4/hessian/gptq"),
+    *("nvfp4/max/gptq", "nvfp4/mse/gptq", "nvfp4/hessian/gptq", "nvfp4/diagonal/gptq"),
+    *("nvfp4/mse/refit", "nvfp4/hessian/refit"),
 )
 
 MODES = (ActivationMode.W4A4, ActivationMode.W4A16)
@@ -47,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         study = Study(plan, arguments, Path(folder))
         study.prepare()
-        rows += study.encoded(arguments.choices)
+        rows += study.encoded([own for own in arguments.choices if not own.endswith(REFIT)])
         for text in filter(None, (arguments.text, arguments.unlike)):
             for mode in MODES:
                 rows += study.scored(arguments.choices, text, mode)
@@ -82,37 +84,62 @@ class Study:
         self._seconds = time.monotonic() - started
 
     def encoded(self, choices: list[str]) -> Iterator[dict[str, Any]]:
-        """Encode every group in each choice; seconds and linears with plain codes."""
+        """Encode every group in each choice; seconds and linears with plain codes.
+
+        All choices of a group follow each other, as in a search: the first with `gptq` factors the
+        moments for all, and the first that needs moments reads them.
+        """
         yield {"part": "statistics", "seconds": self._seconds}
-        book = self._first.quantized.book
-        for text in choices:
-            choice, started = Choice.parse(text), time.monotonic()
-            for group in self._groups:
+        book, seconds = self._first.quantized.book, dict.fromkeys(choices, 0.0)
+        for group in self._groups:
+            for text in choices:
+                started = time.monotonic()
                 for unit in book.units(group):
-                    book.unit(group, unit, choice)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds = time.monotonic() - started
-            plain = sum(len(book.plain(group, choice)) for group in self._groups)
-            linears = sum(len(group.linears) for group in self._groups)
-            row = {"part": "encode", "choice": text, "seconds": seconds}
-            yield _said(row | {"linears": linears, "plain": plain})
+                    book.unit(group, unit, Choice.parse(text))
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                seconds[text] += time.monotonic() - started
+        for text in choices:
+            yield self._encoding(text, seconds[text])
+
+    def _encoding(self, text: str, seconds: float, **others: Any) -> dict[str, Any]:
+        book, choice = self._first.quantized.book, Choice.parse(text)
+        plain = sum(len(book.plain(group, choice)) for group in self._groups)
+        linears = sum(len(group.linears) for group in self._groups)
+        row = {"part": "encode", "choice": text, "seconds": seconds} | others
+        return _said(row | {"linears": linears, "plain": plain})
 
     def scored(
         self, choices: list[str], text: str, mode: ActivationMode
     ) -> Iterator[dict[str, Any]]:
-        """KL of every choice on the report tokens of a text."""
+        """KL of every choice on the report tokens of a text.
+
+        Refitted codes are made for the mode, on the calibration tokens of the first text.
+        """
         session = self._open(text, mode)
         session.quantized.set_input_scales(self._calibration.scales())
         split = session.splits["report"]
         for name in choices:
             choice = Choice.parse(name)
             assignment = Assignment.of({group.name: choice for group in self._groups})
+            if choice.rounding == REFIT:
+                session.quantized.use_polish(f"{mode} {name}")
+                if text == self._arguments.text:
+                    yield self._polish(session, assignment, name, mode)
             (scores,) = session.scorer.score_fully([assignment], split)
             row = {"part": "score", "choice": name, "mode": str(mode), "text": _said_of(text)}
             yield _said(
                 row | {"kl": scores.mean, "stderr": scores.stderr(), "tokens": split.tokens}
             )
+
+    def _polish(
+        self, session: Session, assignment: Assignment, name: str, mode: ActivationMode
+    ) -> dict[str, Any]:
+        started = time.monotonic()
+        polish(session.scorer, session.splits["calibration"], assignment, lambda: None)
+        seconds = time.monotonic() - started
+        self._first.quantized.use_polish(f"{mode} {name}")
+        return self._encoding(name, seconds, mode=str(mode))
 
     def _open(self, text: str, mode: ActivationMode) -> Session:
         arguments = self._arguments

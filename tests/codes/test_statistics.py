@@ -8,10 +8,12 @@ from searchable import save_searchable, save_text
 from torch import nn
 
 from autoquant.codes import statistics_size
+from autoquant.codes.book import CodeBook
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.codes.weights import FileWeights
 from autoquant.data.tokens import TokenPlan
 from autoquant.errors import SourceError
+from autoquant.formats import CODES, Choice
 from autoquant.measure.session import open_session
 from autoquant.measure.statistics import moments, sums
 from autoquant.measure.statistics.moments import collect_moments, is_held_out
@@ -356,3 +358,20 @@ def test_nothing_is_watched_afterwards(place, tmp_path):
     collect(session, tmp_path / "statistics")
     after = [(m.__dict__.get("forward"), getattr(m, "autoquant_hook", None)) for m in modules]
     assert after == before
+
+
+def test_the_choices_of_a_group_share_what_is_worked_out_of_its_moments(place, tmp_path):
+    _, session = opened(place)
+    store = collect(session, tmp_path / "statistics")
+    book = CodeBook(session.quantized.weights, memory_bytes=0, statistics=store)
+    first, second, *_ = (g for g in session.quantized.groups if g.role in ("o", "down"))
+    choices = [Choice.parse(text) for text in ("nvfp4/mse/gptq", "nvfp4/hessian/gptq")]
+    shared = [book.linear(first, first.linears[0], choice) for choice in choices]
+    worked_out = [moved for _, moved in book._encoder._used.values()]
+    assert all(own.kept for own in worked_out)
+    book.linear(second, second.linears[0], choices[0])
+    assert not any(own.kept for own in worked_out)
+    for choice, codes in zip(choices, shared, strict=True):
+        alone = CodeBook(session.quantized.weights, memory_bytes=0, statistics=store)
+        expected = alone.linear(first, first.linears[0], choice)
+        assert torch.equal(codes.parts[CODES], expected.parts[CODES])

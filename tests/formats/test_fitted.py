@@ -179,3 +179,18 @@ def test_experts_that_share_their_layers_moments_are_fitted_to_them():
     )
     _, plain = run(weight, "hessian", broken)
     assert set(plain.values()) == {"the second moments of its inputs are not finite"}
+
+
+def test_choices_of_the_same_inputs_share_factors_and_have_the_codes_of_one_alone(monkeypatch):
+    weight = random(2, OUTPUTS, INPUTS).bfloat16()
+    alone = {rule: run(weight, rule, usual(2))[0] for rule in ("mse", "hessian")}
+    made, shared = [], usual(2)
+    of = fitted.Factor.of
+    monkeypatch.setattr(fitted.Factor, "of", lambda *own: made.append(own[1]) or of(*own))
+    for rule in ("mse", "hessian"):
+        assert same(run(weight, rule, shared)[0], alone[rule])
+    assert len(made) == len(fitted.DAMPINGS) + 1
+    monkeypatch.setattr(fitted, "KEPT_BYTES", 0)
+    unkept = usual(2)
+    assert same(run(weight, "mse", unkept)[0], alone["mse"])
+    assert not unkept.kept

@@ -6,6 +6,7 @@ interpreted kernels read and write float32, cast by torch, and divide instead of
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -186,7 +187,13 @@ def _on_device(scales: Sequence[float], x: Tensor) -> tuple[float | Tensor, bool
     """What a kernel takes as its scale, and whether that points to one for each matrix."""
     if len(scales) == 1:
         return scales[0], False
-    return torch.tensor(scales, device=x.device), True
+    return _tensor(tuple(scales), x.device), True
+
+
+@lru_cache(maxsize=64)
+def _tensor(scales: tuple[float, ...], device: torch.device) -> Tensor:
+    """Scales on a device, kept: to copy them there the host would wait for every kernel before."""
+    return torch.tensor(scales, device=device)
 
 
 def _moments(x: Tensor, scales: Sequence[float], moments: Tensor | None) -> tuple[Tensor, int, int]:
