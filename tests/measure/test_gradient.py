@@ -183,3 +183,31 @@ def test_products_of_experts_have_the_gradient_of_their_rows():
     weight = torch.randn(3, 8, 16, generator=generator, dtype=torch.float64)
     counts = torch.tensor([2, 0, 5])
     assert torch.autograd.gradcheck(lambda x: grouped_linear(x, weight, counts), (rows,))
+
+
+def test_taps_of_the_last_group_alone_see_it(scorer, keys):
+    last = [key for key in keys if key[0] != "lm_head"][-1:]
+    whole = estimate(scorer, [key for key in keys if key[0] != "lm_head"])[0]
+    alone = estimate(scorer, last)[0]
+    assert alone[last[0]] == whole[last[0]]
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 24])
+def test_rows_are_added_to_their_tokens(scorer, keys, monkeypatch, chunk):
+    """Two rows a token, in order or by their tokens, however many are compared at a time."""
+    if chunk is not None:
+        monkeypatch.setattr("autoquant.measure.taps._CHUNK_ELEMENTS", chunk)
+    group, choice = keys[0]
+    taps = Taps(scorer.quantized, [(group, choice)], tokens=3)
+    y, gradient = torch.zeros(6, 4), torch.ones(6, 4)
+    changed = torch.arange(24.0).view(6, 4)
+    rows = changed.sum(dim=1)
+    taps.add(group, lambda: changed, y, gradient)
+    assert torch.equal(taps.effects[group, choice], rows.view(3, 2).sum(dim=1))
+    tokens = torch.tensor([2, 0, 1, 2, 0, 2])
+    taps.add(group, lambda: changed, y, gradient, tokens)
+    expected = rows.view(3, 2).sum(dim=1).index_add(0, tokens, rows)
+    assert torch.equal(taps.effects[group, choice], expected)
+    with pytest.raises(ValueError, match="multiplies 5 rows of 3 tokens"):
+        taps.add(group, lambda: changed[:5], y[:5], gradient[:5])
+    taps.add(group, lambda: changed[:5], y[:5], gradient[:5], tokens[:5])

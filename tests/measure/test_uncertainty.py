@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from autoquant.measure import uncertainty
 from autoquant.measure.uncertainty import UnitTotals
 
 CASES = [(2, 0), (3, 1), (8, 2), (24, 3)]
@@ -76,3 +77,12 @@ def test_an_overflow_is_as_unsure_as_can_be():
     totals = UnitTotals(sums=np.array([*range(8), math.inf]), tokens=tokens)
     assert math.isnan(totals.standard_error())
     assert totals.interval(0.025, seed=0) == (math.inf, math.inf)
+
+
+def test_blocks_of_resamples_add_up_to_all_of_them(monkeypatch):
+    monkeypatch.setattr(uncertainty, "_BLOCK", 10)
+    blocks = [*uncertainty._resamples(3, 8, seed=0)]
+    assert [block.shape for block in blocks] == [(3, 3), (3, 3), (2, 3)]
+    assert all((block.sum(axis=1) == 3).all() for block in blocks)
+    monkeypatch.setattr(uncertainty, "_BLOCK", 1)
+    assert [len(block) for block in uncertainty._resamples(3, 2, seed=0)] == [1, 1]
