@@ -12,7 +12,7 @@ from typing import Self
 from autoquant.codes.cache import CodeCache, LinearCodes
 from autoquant.codes.encoder import Encoder, rows_of
 from autoquant.codes.kept import Kept
-from autoquant.codes.statistics import InputStatistics, StatisticsStore
+from autoquant.codes.statistics import DriftStatistics, StatisticsStore
 from autoquant.codes.weights import Unit, WeightSource
 from autoquant.errors import SourceError
 from autoquant.formats import REFIT, Choice
@@ -82,16 +82,27 @@ class CodeBook:
             for own in [own for own in self._plain if own[1].rounding == REFIT]:
                 del self._plain[own]
 
-    def refit(self, group: LayerGroup, choice: Choice, statistics: InputStatistics) -> None:
-        """Make the refitted codes of a group of the assignment in use, and keep them on disk.
+    def refit(
+        self, group: LayerGroup, choice: Choice, statistics: DriftStatistics, *, is_whole: bool
+    ) -> None:
+        """Make refitted codes of a group of the assignment in use.
 
         Args:
-            group: all of its linears.
+            group: its units that `statistics` knows are made. The others keep what was made right
+                before, or have plain codes until they are made.
             choice: with the rounding `refit`.
-            statistics: of the inputs that the quantized blocks before it give.
+            statistics: of the inputs that what is quantized before gives.
+            is_whole: whether all have been made, and are kept on disk.
         """
-        choice = choice.of_weight
-        self._keep(group, choice, self._encoder.group(group, choice, statistics))
+        choice, made = choice.of_weight, None
+        if self._made is not None and self._made[:2] == (group.name, choice):
+            made = self._made[2]
+        found = self._encoder.group(group, choice, statistics, made)
+        self._made = group.name, choice, found
+        names = {unit.name for unit in self.units(group)}
+        self._packed.drop(lambda own: own[0] in names and own[1] == choice)
+        if is_whole:
+            self._keep(group, choice, found)
 
     def unit(self, group: LayerGroup, unit: Unit, choice: Choice) -> Packed:
         """The codes of one unit of a group; the same whatever the choice's input.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autoquant.codes.cache import LinearCodes
-from autoquant.codes.statistics import InputStatistics, StatisticsStore
+from autoquant.codes.statistics import DriftStatistics, InputStatistics, StatisticsStore
 from autoquant.codes.weights import Block, Unit, WeightSource
 from autoquant.errors import SourceError
 from autoquant.formats import Choice
@@ -62,7 +62,11 @@ class Encoder:
             return self._encoded(group, unit, block.weight(unit), choice, block)
 
     def group(
-        self, group: LayerGroup, choice: Choice, statistics: InputStatistics | None = None
+        self,
+        group: LayerGroup,
+        choice: Choice,
+        statistics: DriftStatistics | None = None,
+        made: LinearCodes | None = None,
     ) -> LinearCodes:
         """The codes of a group, those of one input and one scale set made together.
 
@@ -72,6 +76,8 @@ class Encoder:
             group: all of its linears.
             choice: of the codes.
             statistics: of other inputs than the BF16 model's.
+            made: codes of the group from before, for units of which `statistics` knows nothing;
+                without them those have plain codes.
 
         Raises:
             SourceError: as for `unit`.
@@ -81,9 +87,16 @@ class Encoder:
         with self._weights.block(group.layer) as block:
             for together in _cohorts(self.units(group)):
                 unit = _joined(together)
+                is_known = statistics is None or statistics.knows(unit)
+                if made is not None and not is_known:
+                    names = [linear.name for matrix in unit.matrices for linear in matrix]
+                    packed |= {name: made.packed[name] for name in names}
+                    plain |= {name: made.plain[name] for name in names if name in made.plain}
+                    continue
                 weights = [block.weight(own) for own in together]
                 weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-                found = self._encoded(group, unit, weight, choice, block, statistics)
+                own_choice = choice if is_known else choice.plain
+                found = self._encoded(group, unit, weight, own_choice, block, statistics)
                 for number, matrix in enumerate(unit.matrices):
                     own = found.of_expert(number) if unit.is_stack else found
                     for place, (linear, first, last) in enumerate(rows_of(matrix)):

@@ -38,6 +38,10 @@ class DriftStatistics:
     own: Mapping[str, Moments]
     drifts: Mapping[str, Moments]
 
+    def knows(self, unit: Unit) -> bool:
+        """Whether there are some of the inputs of a unit."""
+        return _set_of(unit) in self.own
+
     def moments(self, unit: Unit) -> Moments:
         """Of the inputs themselves."""
         return _of_unit(self.own[_set_of(unit)], unit)

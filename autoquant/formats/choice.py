@@ -84,6 +84,14 @@ class Choice:
         return self if self.input is None else replace(self, input=None)
 
     @property
+    def plain(self) -> Self:
+        """The choice of nearest codes of the weight alone that stands in for these."""
+        nearest = replace(self, rounding=NEAREST)
+        if self.format.needs_moments(nearest):
+            return replace(nearest, scale_rule=self.format.scale_rules[0])
+        return nearest
+
+    @property
     def input_bits(self) -> int:
         """Bits an input element is multiplied in where the machine quantizes it."""
         return 16 if self.keeps_input else self.format.input_bits

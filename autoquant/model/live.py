@@ -15,7 +15,7 @@ from torch.nn import functional
 from autoquant.codes.book import CodeBook
 from autoquant.codes.cache import CodeCache
 from autoquant.codes.kept import Kept
-from autoquant.codes.statistics import StatisticsStore
+from autoquant.codes.statistics import DriftStatistics, StatisticsStore
 from autoquant.codes.weights import WeightSource
 from autoquant.formats import BF16, REFIT, Choice
 from autoquant.model.attention import QuantizedCache
@@ -228,6 +228,14 @@ class QuantizedModel:
         """Multiply with the refitted codes of another assignment from now on; see `CodeBook`."""
         self.book.use_polish(key)
         self._context.decoded.drop(lambda own: own[1].rounding == REFIT)
+
+    def refit(
+        self, group: LayerGroup, choice: Choice, statistics: DriftStatistics, *, is_whole: bool
+    ) -> None:
+        """Make refitted codes of a group and multiply with them; see `CodeBook.refit`."""
+        self.book.refit(group, choice, statistics, is_whole=is_whole)
+        names = {unit.name for unit in self.book.units(group)}
+        self._context.decoded.drop(lambda own: own[0] in names and own[1].rounding == REFIT)
 
     def operands(self, module: nn.Linear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and weight that `module` multiplies at this moment, whether searched or not."""

@@ -15,6 +15,7 @@ from autoquant.errors import SourceError
 from autoquant.formats import NVFP4, REFIT
 from autoquant.measure.polish import drift, visitor
 from autoquant.measure.session import open_session
+from autoquant.measure.statistics.taps import InputTaps
 from autoquant.model.inputs import InputScale
 from autoquant.model.streaming.placement import Allowance
 from autoquant.plan.activation_mode import ActivationMode
@@ -66,9 +67,8 @@ def content(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_inputs_are_paired_token_by_token(place, tmp_path, monkeypatch):
-    """Sums of the last block against those of two forwards of the model, in float64."""
-    _, session = opened(place, tmp_path / "codes")
+def watching(monkeypatch):
+    """What every input set showed in a polish: its moments and its drift."""
     watched = {}
     statistics = drift.DriftWatch.statistics
 
@@ -78,6 +78,13 @@ def test_inputs_are_paired_token_by_token(place, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(drift.DriftWatch, "statistics", kept)
+    return watched
+
+
+def test_inputs_are_paired_token_by_token(place, tmp_path, monkeypatch):
+    """Sums of the last block against those of two forwards of the model, in float64."""
+    _, session = opened(place, tmp_path / "codes")
+    watched = watching(monkeypatch)
     polish(session)
     quantized, last = session.quantized, session.scorer.trunk.stages - 1
     group = next(g for g in quantized.groups if g.layer == last and g.role == "qkv")
@@ -104,6 +111,33 @@ def test_inputs_are_paired_token_by_token(place, tmp_path, monkeypatch):
     assert torch.allclose(found.sums.sum(dim=0)[0].double(), own, rtol=1e-3, atol=1e-3)
     assert torch.allclose(drifts.sums.sum(dim=0)[0].double(), moved, rtol=1e-3, atol=1e-3)
     assert moved.abs().max() > 1
+
+
+def test_down_projections_of_experts_see_what_the_others_codes_give(tmp_path, monkeypatch):
+    place = save_searchable("qwen3_moe", tmp_path / "model"), save_text(tmp_path / "text")
+    _, session = opened(place, tmp_path / "codes")
+    watched = watching(monkeypatch)
+    polish(session)
+    quantized = session.quantized
+    group = [g for g in quantized.groups if g.role == "experts"][-1]
+    upto = quantized.groups[: quantized.groups.index(group) + 1]
+    (down,) = {own.input_scale_set for own in group.linears if "down" in own.name}
+    quantized.apply(Assignment.of({own.name: REFITTED for own in upto}))
+    total = 0
+
+    def see(name, _, rows, __):
+        nonlocal total
+        if name == down:
+            total = total + rows.double().mT @ rows.double()
+
+    taps = InputTaps(quantized, [group], see)
+    with taps.installed(), torch.no_grad():
+        for batch in session.splits["calibration"].batches:
+            for row in batch:
+                session.scorer.trunk.logits(row[None])
+    quantized.apply(Assignment.of({}))
+    found = watched[down][0].layer_sums.sum(dim=0).double()
+    assert torch.allclose(found, total, rtol=1e-3, atol=1e-3)
 
 
 def test_rows_of_an_expert_find_the_same_token_or_none():

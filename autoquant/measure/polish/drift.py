@@ -26,16 +26,20 @@ class DriftWatch:
 
     Args:
         quantized: the live model.
-        groups: of one block.
+        group: whose inputs are watched.
+        sets: those of its input sets that are; all by default.
     """
 
-    def __init__(self, quantized: QuantizedModel, groups: Collection[LayerGroup]) -> None:
+    def __init__(
+        self, quantized: QuantizedModel, group: LayerGroup, sets: Collection[str] | None = None
+    ) -> None:
         self.held_out = False
         self.is_bf16 = True
         """Whether the forward inside the taps is the BF16 model's, which comes first."""
-        self.taps = InputTaps(quantized, groups, self._see)
-        self._moments = {name: Sums.zeros(shape) for name, shape in self.taps.sets.items()}
-        self._drift = {name: Sums.zeros(shape) for name, shape in self.taps.sets.items()}
+        self.taps = InputTaps(quantized, [group], self._see)
+        shapes = {name: self.taps.sets[name] for name in sets or self.taps.sets}
+        self._moments = {name: Sums.zeros(shape) for name, shape in shapes.items()}
+        self._drift = {name: Sums.zeros(shape) for name, shape in shapes.items()}
         self._partners: dict[tuple[str, int], _Rows] = {}
 
     def statistics(self) -> DriftStatistics:
@@ -46,6 +50,8 @@ class DriftWatch:
         )
 
     def _see(self, name: str, matrix: int, rows: Tensor, tokens: Tensor | None) -> None:
+        if name not in self._moments:
+            return
         if self.is_bf16:
             self._partners[name, matrix] = rows, tokens
             return

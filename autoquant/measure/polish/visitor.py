@@ -6,7 +6,6 @@ block polished already, and then takes the codes that answer the second forward'
 weights answer the first's. Codes are kept group by group: a killed polish goes on behind the last.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,6 +21,9 @@ from autoquant.measure.statistics.moments import is_held_out
 from autoquant.measure.statistics.taps import InputTaps
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.linears import LayerGroup
+
+_Run = Callable[[Flow, InputTaps], None]
+"""Lets taps see what a flow's next stage multiplies."""
 
 
 def polish(
@@ -97,11 +99,28 @@ class _Polisher:
         stage_of = self._scorer.trunk.stage_of
         return [group for group in self._missing if stage_of(group.layer) == stage]
 
-    def _make(self, group: LayerGroup, run: Callable[[Flow, InputTaps], None]) -> None:
-        """Make the codes of a group from what it multiplies in both forwards."""
-        watch = DriftWatch(self._quantized, [group])
-        before = itertools.takewhile(lambda own: own != group, self._quantized.groups)
-        polished = Assignment.of({own.name: self._assignment[own.name] for own in before})
+    def _make(self, group: LayerGroup, run: _Run) -> None:
+        """Make the codes of a group from what it multiplies in both forwards.
+
+        Its input sets follow each other as they do in the forward: what the down projections of
+        experts multiply depends on the codes of the others.
+        """
+        sets = self._in_order(group, run)
+        index = self._quantized.groups.index(group)
+        for number, name in enumerate(sets):
+            made = self._quantized.groups[: index + (number > 0)]
+            polished = Assignment.of({own.name: self._assignment[own.name] for own in made})
+            watch = DriftWatch(self._quantized, group, [name])
+            self._watch(watch, polished, run)
+            self._quantized.refit(
+                group,
+                self._assignment[group.name],
+                watch.statistics(),
+                is_whole=name == sets[-1],
+            )
+
+    def _watch(self, watch: DriftWatch, polished: Assignment, run: _Run) -> None:
+        """Let it see both forwards of every sequence."""
         with watch.taps.installed():
             for number, flows in enumerate(zip(self._bf16, self._polished, strict=True)):
                 watch.held_out = is_held_out(number)
@@ -109,7 +128,15 @@ class _Polisher:
                     watch.is_bf16 = assignment is BF16_MODEL
                     with self._applied(assignment):
                         run(flow, watch.taps)
-        self._quantized.book.refit(group, self._assignment[group.name], watch.statistics())
+
+    def _in_order(self, group: LayerGroup, run: _Run) -> list[str]:
+        """The input sets of a group in the order in which a forward reads them."""
+        seen: dict[str, None] = {}
+        taps = InputTaps(self._quantized, [group], lambda name, *_: seen.update({name: None}))
+        if len(taps.sets) > 1:
+            with taps.installed():
+                run(self._bf16[0], taps)
+        return [*seen, *(name for name in taps.sets if name not in seen)]
 
     def _run(self, flow: Flow, stage: int) -> None:
         """Let the taps see a stage, whose output is not wanted yet."""
