@@ -35,6 +35,7 @@ from autoquant.store.run_directory import (
     read_identity,
     read_json,
 )
+from autoquant.study.sampling import require_sampler
 from autoquant.tracking import NullTracker, Tracker, track
 
 RUNS = Path("runs")
@@ -72,12 +73,14 @@ def run_searches(config: SearchConfig, observer: Observer) -> list[Outcome]:
         observer: watches.
 
     Raises:
-        ConfigError: the space leaves nothing to choose, or `sensitivity` holds no probes.
+        ConfigError: the space leaves nothing to choose, `sensitivity` holds no probes, or there is
+            no such sampler.
         InfeasibleBudget: one of them; nothing was written and no weight was read.
         RunConflict: a directory holds another search, or another process holds it, or the probes
             of `sensitivity` rest on other settings.
         SourceError: model or text missing, damaged or not understood.
     """
+    require_sampler(config.sampler)
     plan = _open_plan(config)
     searches = config.of_each_budget()
     for search in searches:

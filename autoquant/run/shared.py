@@ -25,6 +25,7 @@ from autoquant.store.run_directory import (
     read_identity,
     read_json,
 )
+from autoquant.study.journal import read_trials
 
 PROBES = (CALIBRATION, GRADIENT_LOG, NOISE, SENSITIVITY_LOG, SENSITIVITY)
 PROBED_SPLITS = ("calibration", "search")
@@ -60,8 +61,6 @@ class Shared:
 
     def trials(self) -> Iterator[Trial]:
         """What earlier runs measured to the end on the same search tokens."""
-        from autoquant.study.journal import read_trials
-
         for path in self.runs:
             yield from (trial for trial in read_trials(path) if not trial.is_stopped)
 

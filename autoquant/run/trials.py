@@ -3,24 +3,25 @@
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from autoquant.data.tokens import Split
 from autoquant.measure.evaluator import Evaluator
 from autoquant.plan.accounting import Accounting
 from autoquant.run.config import SearchConfig
 from autoquant.run.observer import Observer
-from autoquant.search.driver import Driver
-from autoquant.search.explore import Effort, Explored, explore, most_trials
 from autoquant.search.history import History
 from autoquant.search.limits import Bounds
 from autoquant.search.problem import Problem
 from autoquant.search.trials import Trial
 from autoquant.store.run_directory import RunDirectory
+from autoquant.study.driver import Driver
+from autoquant.study.explore import Explored, explore, most_trials
+from autoquant.study.journal import StudyLog, read_trials
+from autoquant.study.live import LiveStudy
+from autoquant.study.record import Sequences, StudyForm
+from autoquant.study.sampling import sampler_of
+from autoquant.study.space import StudySpace
 from autoquant.tracking import Tracker, TrialRecord
-
-if TYPE_CHECKING:
-    from autoquant.study.journal import StudyLog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,24 +61,40 @@ class Trials:
             SourceError: no assignment within the budget has a finite KL, or the study is damaged.
             RunConflict: the study is another search's.
         """
-        study = self._study(problem, accounting, split)
-        earlier = study.trials()
+        space = StudySpace.of(accounting)
+        form = StudyForm(space=space, limits=problem.limits, sequences=Sequences.of(split))
+        log = StudyLog.open(self.run, self.study_name, form)
+        earlier = log.trials()
         self._record(earlier)
         history = History(earlier, elsewhere)
+
+        def keep(trial: Trial) -> None:
+            log.add(trial)
+            self._record([trial])
+            self.observer.trial(trial, history.best())
+
         driver = Driver(
+            study=LiveStudy(form, earlier),
             history=history,
             evaluator=evaluator,
             accounting=accounting,
             fits=problem.fits,
-            keep=lambda trial: self._keep(study, trial, history.best()),
+            keep=keep,
             width=config.trials_at_once,
         )
         self.observer.stage("refine", most_trials(problem, config.trials) - len(earlier))
         explored = explore(
             problem,
             driver,
-            Effort.of(config.trials, reweight=config.reweight_trials),
-            seed=config.seed,
+            lambda predictor: sampler_of(
+                config.sampler,
+                predictor,
+                space,
+                trials=config.trials,
+                width=config.trials_at_once,
+                seed=config.seed,
+            ),
+            trials=config.trials,
             bounds=Bounds(in_time, config.max_tokens),
             timed=timed,
         )
@@ -85,31 +102,11 @@ class Trials:
 
     def track(self) -> None:
         """Record the trials on disk, which the tracker may lack."""
-        from autoquant.study.journal import read_trials
-
         self._record(read_trials(self.run.path))
 
     def _record(self, trials: Iterable[Trial]) -> None:
         for trial in trials:
             self.tracker.trial(_record(trial))
-
-    def _study(self, problem: Problem, accounting: Accounting, split: Split) -> "StudyLog":
-        from autoquant.study.journal import StudyLog
-        from autoquant.study.record import Sequences
-        from autoquant.study.space import StudySpace
-
-        return StudyLog.open(
-            self.run,
-            self.study_name,
-            space=StudySpace.of(accounting),
-            limits=problem.limits,
-            sequences=Sequences.of(split),
-        )
-
-    def _keep(self, study: "StudyLog", trial: Trial, best: Trial | None) -> None:
-        study.add(trial)
-        self._record([trial])
-        self.observer.trial(trial, best)
 
 
 def _record(trial: Trial) -> TrialRecord:

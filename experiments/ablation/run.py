@@ -17,16 +17,20 @@ from typing import Any
 from autoquant.data.tokens import Split, TokenPlan
 from autoquant.measure.sensitivity import Sensitivity
 from autoquant.search.confirm import choose
-from autoquant.search.explore import Effort, Explored
 from autoquant.search.history import History
+from autoquant.search.propose.shares import Effort
 from autoquant.search.trials import Trial
+from autoquant.study.explore import Explored
 from experiments.ablation.probes import ranking, sensitivities
 from experiments.ablation.solvers import SOLVERS
 from experiments.common import record
 from experiments.common.bench import Bench
 from experiments.common.subjects import add_arguments, subject
 
-NOTHING = {"runners_up": 0, "reweight": 0, "refit": 0, "swaps": 0}
+NOTHING = {"runners_up": 0, "refit": 0, "swaps": 0}
+
+OPTUNAS = ("tpe", "nsgaii", "random")
+"""Optuna's own samplers, over weights of the sensitivities."""
 FINALISTS = 2
 
 
@@ -86,9 +90,14 @@ def rows(
             "bytes_left": problem.knapsack.budget - problem.knapsack.cost(selection),
         }
     most = max(arguments.forwards)
-    efforts = {part: Effort(**{**NOTHING, part: 2 * most}) for part in NOTHING}
-    for name, effort in {**efforts, "all": Effort.of(most)}.items():
-        history, explored = bench.explore(problem, effort, max_tokens=most * search.tokens)
+    parts: dict[str, dict[str, Any]] = {
+        part: {"effort": Effort(**{**NOTHING, part: 2 * most})} for part in NOTHING
+    }
+    parts |= {name: {"sampler": name} for name in OPTUNAS}
+    for name, settings in {**parts, "all": {"effort": Effort.of(most)}}.items():
+        history, explored = bench.explore(
+            problem, 2 * most, max_tokens=most * search.tokens, **settings
+        )
         for forwards in arguments.forwards:
             best = best_within(history, forwards * search.tokens)
             yield {

@@ -33,7 +33,7 @@ TOKENS = {
     "--batch-tokens",
 }
 TRACKING = {"--mlflow", "--no-mlflow", "--mlflow-experiment", "--mlflow-trials"}
-EFFORT = {"--trials", "--reweight-trials", "--trials-at-once", "--max-seconds", "--max-tokens"}
+EFFORT = {"--trials", "--sampler", "--trials-at-once", "--max-seconds", "--max-tokens"}
 RUN = {"--out", "--resume", "--fresh", "--export", "--no-export"}
 
 SURFACE = {

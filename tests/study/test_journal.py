@@ -7,7 +7,7 @@ import re
 
 import optuna
 import pytest
-from joint import SPLIT, driver_of, summed
+from joint import SPLIT, driver_of, form_of, summed
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -45,12 +45,7 @@ def trials(problem):
 
 
 def opened(run, problem, **changes):
-    settings = {
-        "space": StudySpace.of(problem.accounting),
-        "limits": problem.limits,
-        "sequences": Sequences.of(SPLIT),
-    }
-    return StudyLog.open(run, "tiny-6bpe", **{**settings, **changes})
+    return StudyLog.open(run, "tiny-6bpe", dataclasses.replace(form_of(problem), **changes))
 
 
 @pytest.fixture
