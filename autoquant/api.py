@@ -204,6 +204,7 @@ def search(
     device_memory: int | None = None,
     host_memory: int | None = None,
     mlflow: bool = True,
+    study_storage: str | None = None,
     mlflow_experiment: str = "autoquant",
     mlflow_trials: Literal["all", "best", "none"] = "all",
     out: Path | str | None = None,
@@ -272,6 +273,7 @@ def search(
         device_memory: most of the memory of the device to use, bytes.
         host_memory: most of the memory of the host to use, bytes.
         mlflow: record the search in MLflow.
+        study_storage: URL of a storage of Optuna that every trial is added to as well.
         mlflow_experiment: experiment to record under.
         mlflow_trials: trials that get an MLflow run of their own.
         out: run directory; a folder of `runs/` by default.

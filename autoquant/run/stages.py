@@ -118,6 +118,7 @@ class Search(Probing):
         return Trials(
             run=self.run,
             study_name=search_name(self.config, self.plan),
+            storage=self.shared.storage,
             tracker=self.tracker,
             observer=self.observer,
         )

@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from optuna import Study
+from optuna.storages import BaseStorage
+
 from autoquant.data.tokens import Split
 from autoquant.measure.evaluator import Evaluator
 from autoquant.plan.accounting import Accounting
@@ -16,8 +19,9 @@ from autoquant.search.trials import Trial
 from autoquant.store.run_directory import RunDirectory
 from autoquant.study.driver import Driver
 from autoquant.study.explore import Explored, explore, most_trials
-from autoquant.study.journal import StudyLog, read_trials
+from autoquant.study.journal import StudyLog, read_study, read_trials
 from autoquant.study.live import LiveStudy
+from autoquant.study.mirror import Mirror
 from autoquant.study.record import Sequences, StudyForm
 from autoquant.study.sampling import sampler_of
 from autoquant.study.space import StudySpace
@@ -30,6 +34,8 @@ class Trials:
 
     run: RunDirectory
     study_name: str
+    storage: BaseStorage | None
+    """Where the study is repeated."""
     tracker: Tracker
     observer: Observer
 
@@ -67,10 +73,13 @@ class Trials:
         earlier = log.trials()
         self._record(earlier)
         history = History(earlier, elsewhere)
+        mirror = self._mirror(log.study)
 
         def keep(trial: Trial) -> None:
             log.add(trial)
             self._record([trial])
+            if mirror is not None:
+                mirror.send()
             self.observer.trial(trial, history.best())
 
         driver = Driver(
@@ -98,11 +107,29 @@ class Trials:
             bounds=Bounds(in_time, config.max_tokens),
             timed=timed,
         )
+        if mirror is not None:
+            mirror.finish()
         return history, explored
 
     def track(self) -> None:
-        """Record the trials on disk, which the tracker may lack."""
+        """Record the trials on disk, which the tracker and the storage may lack.
+
+        Raises:
+            RunConflict: the storage has a study of the name that is another search's.
+        """
         self._record(read_trials(self.run.path))
+        study = read_study(self.run.path)
+        mirror = None if study is None else self._mirror(study)
+        if mirror is not None:
+            mirror.finish()
+
+    def _mirror(self, study: Study) -> Mirror | None:
+        """What repeats the study, and has sent what there is of it; None without a storage."""
+        if self.storage is None:
+            return None
+        mirror = Mirror(source=study, storage=self.storage, warn=self.observer.warn)
+        mirror.send()
+        return mirror
 
     def _record(self, trials: Iterable[Trial]) -> None:
         for trial in trials:

@@ -67,7 +67,12 @@ class Trial:
     @property
     def is_eligible(self) -> bool:
         """Whether it may win: within the budget, measured to the end, and its KL finite."""
-        return self.fits and not self.is_stopped and math.isfinite(self.kl)
+        return self.fits and self.is_whole
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was measured to the end, and its KL is finite."""
+        return not self.is_stopped and math.isfinite(self.kl)
 
     def beats(self, other: "Trial") -> bool:
         """Whether its KL is the lower; one that is not finite beats none."""

@@ -32,7 +32,7 @@ ABOUT = "autoquant"
 """Attribute of a study: its space, its limits, its sequences, and the signature of the search."""
 
 
-class _Lines(BaseJournalBackend):
+class Lines(BaseJournalBackend):
     """The lines of a journal that one process writes.
 
     Args:
@@ -113,22 +113,34 @@ def read_trials(folder: Path) -> list[Trial]:
     path = folder / STUDY
     if not path.exists():
         return [Trial.from_dict(record) for record in read_records(folder, TRIALS)]
-    with quietly():
-        study = _only_study(_storage(path, _refuse), path)
-    about = None if study is None else study.user_attrs.get(ABOUT)
-    if study is None or about is None:
+    study = read_study(folder)
+    if study is None:
         return []
     try:
-        space = StudySpace.from_dict(about["space"])
+        space = StudySpace.from_dict(study.user_attrs[ABOUT]["space"])
     except Exception as error:
         raise damaged(str(path), f"has no space that this version understands ({error})") from error
     return _trials(study, space, path)
 
 
+def read_study(folder: Path) -> optuna.Study | None:
+    """The study of the run in `folder`, to be read; None before it has one. Takes no lock.
+
+    Raises:
+        SourceError: the journal is damaged.
+    """
+    path = folder / STUDY
+    if not path.exists():
+        return None
+    with quietly():
+        study = _only_study(_storage(path, _refuse), path)
+    return study if study is not None and ABOUT in study.user_attrs else None
+
+
 def _storage(path: Path, append: Callable[[Mapping[str, Any]], None]) -> JournalStorage:
     lines = read_lines(path, is_sealed=is_sealed(path.parent), is_foreign=_is_note)
     try:
-        storage = JournalStorage(_Lines(lines, append))
+        storage = JournalStorage(Lines(lines, append))
     except Exception as error:  # whatever Optuna makes of a line that it did not write
         raise _no_study(path, error) from error
     if lines and not optuna.get_all_study_names(storage):

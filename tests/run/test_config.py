@@ -250,6 +250,7 @@ OTHER = {
     "search_tokens": 34,
     "report_tokens": 35,
     "mlflow": False,
+    "study_storage": "sqlite:///study.db",
     "mlflow_experiment": "e",
     "mlflow_trials": "none",
     "out": "runs/mine",

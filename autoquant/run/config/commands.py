@@ -140,6 +140,18 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
             "N",
         ),
     ] = 30
+    study_storage: Annotated[
+        str | None,
+        Setting(
+            "Tracking",
+            "Add every trial to a study in this storage of Optuna too: sqlite:///FILE, "
+            "postgresql://USER@HOST/NAME or grpc://HOST:PORT.",
+            "URL",
+            unset="study.log alone",
+            is_secret=True,
+            is_saved=False,
+        ),
+    ] = None
     sampler: Annotated[
         str,
         Setting(
