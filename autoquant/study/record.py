@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Self
 
 import numpy as np
@@ -60,7 +61,7 @@ class StudyForm:
 
     def frozen(self, trial: Trial) -> FrozenTrial:
         """The finished trial of a study."""
-        return optuna.trial.create_trial(
+        frozen = optuna.trial.create_trial(
             state=state_of(trial),
             value=trial.kl if math.isfinite(trial.kl) else None,
             params=self.space.params(trial.assignment),
@@ -69,6 +70,9 @@ class StudyForm:
             intermediate_values=dict(steps_of(trial)),
             constraints=self.constraints(trial),
         )
+        assert frozen.datetime_complete is not None
+        frozen.datetime_start = frozen.datetime_complete - timedelta(seconds=trial.seconds)
+        return frozen
 
     def attributes(self, trial: Trial) -> dict[str, Any]:
         """What a trial's parameters, value and constraints do not say."""
