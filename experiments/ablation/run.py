@@ -18,6 +18,7 @@ from autoquant.data.tokens import Split, TokenPlan
 from autoquant.measure.sensitivity import Sensitivity
 from autoquant.search.confirm import choose
 from autoquant.search.history import History
+from autoquant.search.problem import Problem
 from autoquant.search.propose.shares import Effort
 from autoquant.search.trials import Trial
 from autoquant.study.explore import Explored
@@ -28,9 +29,6 @@ from experiments.common.bench import Bench
 from experiments.common.subjects import add_arguments, subject
 
 NOTHING = {"runners_up": 0, "refit": 0, "swaps": 0}
-
-OPTUNAS = ("tpe", "nsgaii", "random")
-"""Optuna's own samplers, over weights of the sensitivities."""
 FINALISTS = 2
 
 
@@ -68,7 +66,7 @@ def rows(
     splits: tuple[Split, Split, Split],
     arguments: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
-    search, report, fresh = splits
+    search, _, fresh = splits
     problems = {name: bench.problem(bpe, sensitivity) for name, sensitivity in found.items()}
     ranked = ranking(bench, problems, search, arguments)
     for name, problem in problems.items():
@@ -93,8 +91,29 @@ def rows(
     parts: dict[str, dict[str, Any]] = {
         part: {"effort": Effort(**{**NOTHING, part: 2 * most})} for part in NOTHING
     }
-    parts |= {name: {"sampler": name} for name in OPTUNAS}
-    for name, settings in {**parts, "all": {"effort": Effort.of(most)}}.items():
+    parts["all"] = {"effort": Effort.of(most)}
+    yield from proposed(bench, problem, parts, splits, arguments)
+
+
+def proposed(
+    bench: Bench,
+    problem: Problem,
+    parts: dict[str, dict[str, Any]],
+    splits: tuple[Split, Split, Split],
+    arguments: argparse.Namespace,
+) -> Iterator[dict[str, Any]]:
+    """The rows of proposers or samplers that have the same tokens.
+
+    Args:
+        bench: of the model.
+        problem: what is searched.
+        parts: what `Bench.explore` is given beside the problem, by name.
+        splits: search, report and fresh tokens.
+        arguments: with `forwards` and `seed`.
+    """
+    search, report, fresh = splits
+    most = max(arguments.forwards)
+    for name, settings in parts.items():
         history, explored = bench.explore(
             problem, 2 * most, max_tokens=most * search.tokens, **settings
         )
