@@ -185,7 +185,7 @@ def search(
     sensitivity: Path | str | None = None,
     kv_cache: KvCacheName = "bf16",
     trials: int = 30,
-    reweight_trials: int = 0,
+    sampler: str = "budget",
     trials_at_once: int = 1,
     max_seconds: float | None = None,
     max_tokens: int | None = None,
@@ -204,6 +204,7 @@ def search(
     device_memory: int | None = None,
     host_memory: int | None = None,
     mlflow: bool = True,
+    study_storage: str | None = None,
     mlflow_experiment: str = "autoquant",
     mlflow_trials: Literal["all", "best", "none"] = "all",
     out: Path | str | None = None,
@@ -242,7 +243,8 @@ def search(
             `auto_quantize` saved.
         trials: whole assignments to measure, beyond the fixed recipes, the solver's optima and the
             check of their scale rules and roundings.
-        reweight_trials: how many of the trials Optuna proposes.
+        sampler: who proposes the trials: `budget`, Optuna's `tpe`, `cmaes`, `nsgaii` or `random`,
+            or `module:Class`, a subclass of `optuna.samplers.BaseSampler`.
         trials_at_once: trials that are measured in one pass over the weights. They race against
             the best trial before them.
         max_seconds: start no trial after so many seconds of loading, calibration, probes and
@@ -271,6 +273,7 @@ def search(
         device_memory: most of the memory of the device to use, bytes.
         host_memory: most of the memory of the host to use, bytes.
         mlflow: record the search in MLflow.
+        study_storage: URL of a storage of Optuna that every trial is added to as well.
         mlflow_experiment: experiment to record under.
         mlflow_trials: trials that get an MLflow run of their own.
         out: run directory; a folder of `runs/` by default.

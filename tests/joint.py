@@ -1,13 +1,15 @@
 """Problems of a small real model, and measurements that say what whole candidates cost."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from optuna.samplers import BaseSampler
 from tiny_models import save_model
 
 from autoquant.data.tokens import Split
@@ -21,13 +23,21 @@ from autoquant.plan.limit import Limit
 from autoquant.plan.model_costs import StoredBytes
 from autoquant.plan.plan import make_plan
 from autoquant.plan.space_file import load_space, parse_space
-from autoquant.search.driver import Driver
-from autoquant.search.explore import Effort, Explored, explore
+from autoquant.samplers import BudgetSampler
+from autoquant.samplers.schedule import Schedule
 from autoquant.search.history import History
 from autoquant.search.limits import Bounds
+from autoquant.search.predictor import Predictor
 from autoquant.search.problem import Problem
+from autoquant.search.propose.shares import Effort, shared_out
 from autoquant.search.trials import Trial
 from autoquant.source.source import open_source
+from autoquant.study.driver import Driver
+from autoquant.study.explore import Explored, explore
+from autoquant.study.live import LiveStudy
+from autoquant.study.record import Sequences, StudyForm
+from autoquant.study.sampling import sampler_of
+from autoquant.study.space import StudySpace
 
 HARM = {"nvfp4/max": 8.0, "nvfp4/mse": 6.0, "nvfp4/four_over_six": 7.0, "fp8": 1.0, "bf16": 0.0}
 """Milli-nats of a group by its choice."""
@@ -128,17 +138,27 @@ class Scored:
         )
 
 
+def form_of(problem: Problem) -> StudyForm:
+    return StudyForm(
+        space=StudySpace.of(problem.accounting),
+        limits=problem.limits,
+        sequences=Sequences.of(SPLIT),
+    )
+
+
 def driver_of(
     problem: Problem,
     joint: Joint,
     *,
-    history: History | None = None,
+    earlier: Sequence[Trial] = (),
+    elsewhere: Iterable[Trial] = (),
     keep: Callable[[Trial], None] = lambda _: None,
     evaluator: Evaluator | None = None,
     width: int = 1,
 ) -> Driver:
     return Driver(
-        history=history if history is not None else History(),
+        study=LiveStudy(form_of(problem), earlier),
+        history=History(earlier, elsewhere),
         evaluator=evaluator or LocalEvaluator(Scored(joint), SPLIT),
         accounting=problem.accounting,
         fits=problem.fits,
@@ -150,5 +170,24 @@ def driver_of(
 FREE = Bounds(lambda: True)
 
 
-def explored(problem: Problem, driver: Driver, effort: Effort, bounds: Bounds = FREE) -> Explored:
-    return explore(problem, driver, effort, seed=0, bounds=bounds, timed=lambda _: nullcontext())
+def explored(
+    problem: Problem,
+    driver: Driver,
+    trials: int,
+    bounds: Bounds = FREE,
+    *,
+    effort: Effort | None = None,
+    sampler: str = "budget",
+) -> Explored:
+    """Explore with so many trials of a sampler, or with our own under another effort."""
+
+    def made(predictor: Predictor) -> BaseSampler:
+        space, width = driver.study.form.space, driver.width
+        if effort is not None:
+            shares = partial(shared_out, predictor, effort)
+            return BudgetSampler.by(predictor.problem, space, lambda: Schedule(shares(), width))
+        return sampler_of(sampler, predictor, space, trials=trials, width=width, seed=0)
+
+    return explore(
+        problem, driver, made, trials=trials, bounds=bounds, timed=lambda _: nullcontext()
+    )

@@ -12,6 +12,7 @@ PAGES = {
     "docs/calibration.md": 1,
     "docs/checkpoints.md": 1,
     "docs/processors.md": 1,
+    "docs/samplers.md": 1,
     "docs/scale.md": 1,
     "docs/search.md": 6,
     "kernels/README.md": 1,

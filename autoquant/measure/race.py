@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from autoquant.arrays import Floats, Integers
 from autoquant.measure.kl import TokenKl
 from autoquant.measure.uncertainty import UnitTotals
 
@@ -53,10 +54,14 @@ class Race:
         sizes, means = scores.tokens_by_sequence(), scores.by_sequence()
         if len(np.unique(scores.unit)) < self.fewest or not np.isfinite(means).all():
             return None
-        differences = sizes * (means - np.array(self.rival[: len(means)]))
-        totals = UnitTotals.of(differences, scores.unit, sizes)
-        gap = Gap(totals.mean, totals.standard_error())
-        return gap if gap.mean > self.deviations * gap.stderr else None
+        gap = gap_of(
+            means, np.array(self.rival[: len(means)]), scores.unit, sizes.astype(np.float64)
+        )
+        return gap if self.is_lost_by(gap) else None
+
+    def is_lost_by(self, gap: Gap) -> bool:
+        """Whether a gap is wider than its error allows for equals."""
+        return gap.mean > self.deviations * gap.stderr
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -68,3 +73,16 @@ class Race:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         return cls(rival=tuple(data["rival"]), deviations=data["deviations"], fewest=data["fewest"])
+
+
+def gap_of(own: Floats, rival: Floats, unit: Integers, tokens: Floats) -> Gap:
+    """How much worse the first is, nats per token.
+
+    Args:
+        own: mean KL of each sequence, nats per token, [S].
+        rival: the rival's on the same sequences, [S].
+        unit: number of each sequence's document or passage, [S].
+        tokens: of each sequence, [S].
+    """
+    totals = UnitTotals.of(tokens * (own - rival), unit, tokens)
+    return Gap(totals.mean, totals.standard_error())

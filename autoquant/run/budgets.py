@@ -1,8 +1,8 @@
 """A search with everything around it: run directory, tracking, driver."""
 
 import shlex
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ from autoquant.store.run_directory import (
     read_identity,
     read_json,
 )
+from autoquant.study.frontier import FRONTIER, write_frontier
+from autoquant.study.mirror import open_storage
+from autoquant.study.sampling import require_sampler
 from autoquant.tracking import NullTracker, Tracker, track
 
 RUNS = Path("runs")
@@ -72,12 +75,16 @@ def run_searches(config: SearchConfig, observer: Observer) -> list[Outcome]:
         observer: watches.
 
     Raises:
-        ConfigError: the space leaves nothing to choose, or `sensitivity` holds no probes.
+        ConfigError: the space leaves nothing to choose, `sensitivity` holds no probes, or there is
+            no such sampler.
         InfeasibleBudget: one of them; nothing was written and no weight was read.
         RunConflict: a directory holds another search, or another process holds it, or the probes
-            of `sensitivity` rest on other settings.
+            of `sensitivity` rest on other settings, or the study's storage does not answer or has
+            another search's study.
         SourceError: model or text missing, damaged or not understood.
     """
+    require_sampler(config.sampler)
+    storage = open_storage(config.study_storage) if config.study_storage is not None else None
     plan = _open_plan(config)
     searches = config.of_each_budget()
     for search in searches:
@@ -89,10 +96,14 @@ def run_searches(config: SearchConfig, observer: Observer) -> list[Outcome]:
     probes = _probes_of(config, plan) if config.resume or config.sensitivity else None
     if probes is not None:
         observer.note(f"probes: {probes}")
-    batch = _Batch(config=config, plan=plan, observer=observer, shared=Shared(probes=probes))
+    shared = Shared(probes=probes, storage=storage)
+    batch = _Batch(config=config, plan=plan, observer=observer, shared=shared)
     outcomes = [batch.run(search, path) for search, path in zip(searches, paths, strict=True)]
     if len(outcomes) > 1:
-        _write_comparison(paths, observer)
+        with _or_warn(paths[0].parent / COMPARISON, "all budgets side by side", observer):
+            _write_comparison(paths)
+        with _or_warn(paths[0].parent / FRONTIER, "the frontier as a study", observer):
+            write_frontier(paths, plan.accounting)
     return outcomes
 
 
@@ -252,16 +263,22 @@ def _limit_reached(
     return f"{limit} ended the trials early, {trials} of {config.trials} were measured."
 
 
-def _write_comparison(paths: Sequence[Path], observer: Observer) -> None:
+@contextmanager
+def _or_warn(target: Path, what: str, observer: Observer) -> Iterator[None]:
+    """Tell of a file that the block writes; go on without it where it cannot be written."""
+    try:
+        yield
+    except Exception as error:
+        observer.warn(f"{target} could not be written: {type(error).__name__}: {error}")
+    else:
+        observer.note(f"{what}: {target}")
+
+
+def _write_comparison(paths: Sequence[Path]) -> None:
     """Set the runs side by side in the folder that holds them."""
     from autoquant.files import write_atomic
     from autoquant.report.compare import render_comparison
     from autoquant.report.record import RunRecord
 
-    target = paths[0].parent / COMPARISON
-    try:
-        write_atomic(target, render_comparison([RunRecord.read(path) for path in paths]))
-    except Exception as error:
-        observer.warn(f"{target} could not be written: {type(error).__name__}: {error}")
-    else:
-        observer.note(f"all budgets side by side: {target}")
+    page = render_comparison([RunRecord.read(path) for path in paths])
+    write_atomic(paths[0].parent / COMPARISON, page)

@@ -9,9 +9,9 @@ from autoquant.measure.kl import TokenScores
 from autoquant.plan.assignment import Assignment
 from autoquant.run.observer import Observer
 from autoquant.search.confirm import Difference, choose
-from autoquant.search.explore import Explored
 from autoquant.search.history import History
 from autoquant.search.trials import Stage, Trial
+from autoquant.study.explore import Explored
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoquant.errors import ConfigError, RunConflict
 from autoquant.measure.kl import TokenScores
@@ -25,6 +25,10 @@ from autoquant.store.run_directory import (
     read_identity,
     read_json,
 )
+from autoquant.study.journal import read_trials
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
 
 PROBES = (CALIBRATION, GRADIENT_LOG, NOISE, SENSITIVITY_LOG, SENSITIVITY)
 PROBED_SPLITS = ("calibration", "search")
@@ -42,6 +46,8 @@ class Shared:
     """Finished run directories with the same model, space, tokens and seed."""
     confirmed: dict[str, TokenScores] = field(default_factory=dict)
     """Scores on the report split by assignment digest."""
+    storage: "BaseStorage | None" = None
+    """Where their studies are repeated."""
 
     def adopt_probes(self, run: RunDirectory) -> None:
         """Copy an earlier run's probes into a run that has none."""
@@ -60,8 +66,6 @@ class Shared:
 
     def trials(self) -> Iterator[Trial]:
         """What earlier runs measured to the end on the same search tokens."""
-        from autoquant.study.journal import read_trials
-
         for path in self.runs:
             yield from (trial for trial in read_trials(path) if not trial.is_stopped)
 

@@ -13,6 +13,7 @@ from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.model_costs import CostKind
 from autoquant.plan.plan import Plan
 from autoquant.run.config import ProbeConfig, SearchConfig
+from autoquant.run.config.types import OWN_SAMPLER
 
 NUMERICS_VERSION = 4
 """Raised when a search would measure or predict something else than before under the same settings:
@@ -29,7 +30,7 @@ _AFTER_PROBES = {
     "cost_limit",
     "a16_share",
     "trials",
-    "reweight_trials",
+    "sampler",
     "trials_at_once",
     "max_tokens",
     "layout",
@@ -57,7 +58,7 @@ def search_signature(config: SearchConfig, plan: Plan) -> dict[str, Any]:
         **_table_part(config),
         **({"a16_share": config.a16_share} if config.a16_share else {}),
         "trials": config.trials,
-        **({"reweight_trials": config.reweight_trials} if config.reweight_trials else {}),
+        **({"sampler": config.sampler} if config.sampler != OWN_SAMPLER else {}),
         **({"trials_at_once": config.trials_at_once} if config.trials_at_once > 1 else {}),
         **({"max_tokens": config.max_tokens} if config.max_tokens is not None else {}),
         **({"layout": str(config.layout)} if config.layout is not Layout.MODELOPT else {}),

@@ -33,7 +33,6 @@ from autoquant.run.result import make_result, make_tokens
 from autoquant.run.sensitivity.probing import Probing
 from autoquant.run.signature import FINALISTS, search_name
 from autoquant.run.trials import Trials
-from autoquant.search.explore import Explored
 from autoquant.search.history import History
 from autoquant.search.problem import Problem
 from autoquant.store.run_directory import (
@@ -44,6 +43,7 @@ from autoquant.store.run_directory import (
     RESULT,
     TOKENS,
 )
+from autoquant.study.explore import Explored
 
 if TYPE_CHECKING:
     from autoquant.export.verify import Verification
@@ -118,6 +118,7 @@ class Search(Probing):
         return Trials(
             run=self.run,
             study_name=search_name(self.config, self.plan),
+            storage=self.shared.storage,
             tracker=self.tracker,
             observer=self.observer,
         )

@@ -9,19 +9,17 @@ from autoquant.search.trials import Trial
 class History:
     """The trials of a search, each assignment once; data alone, which measures nothing.
 
-    A trial of an earlier process, and one of another budget's search, becomes a trial of this one
-    when its assignment is proposed again, so that a resumed search goes the way it went before.
+    A trial of another budget's search becomes a trial of this one when its assignment is proposed
+    again.
 
     Args:
-        earlier: what earlier processes of this search measured.
+        trials: what this search has measured, in an earlier process.
         elsewhere: what searches of other budgets measured to the end on the same tokens.
     """
 
-    def __init__(self, earlier: Iterable[Trial] = (), elsewhere: Iterable[Trial] = ()) -> None:
-        self._earlier = {trial.assignment.digest: trial for trial in earlier}
+    def __init__(self, trials: Iterable[Trial] = (), elsewhere: Iterable[Trial] = ()) -> None:
+        self._own = {trial.assignment.digest: trial for trial in trials}
         self._elsewhere = {trial.assignment.digest: trial for trial in elsewhere}
-        self._own: dict[str, Trial] = {}
-        self._next = 1 + max((t.number for t in self._earlier.values()), default=-1)
 
     def __contains__(self, assignment: Assignment) -> bool:
         return assignment.digest in self._own
@@ -47,18 +45,9 @@ class History:
         """The eligible trial of least KL, the earlier of equals; None without any."""
         return min(self.eligible(), key=lambda trial: trial.order, default=None)
 
-    def earlier(self, assignment: Assignment) -> Trial | None:
-        """The trial that an earlier process of this search made of `assignment`."""
-        return self._earlier.get(assignment.digest)
-
     def elsewhere(self, assignment: Assignment) -> Trial | None:
         """The trial that another budget's search made of `assignment`."""
         return self._elsewhere.get(assignment.digest)
-
-    def next_number(self) -> int:
-        """A number that no trial of this search has, in whatever process; given once."""
-        self._next += 1
-        return self._next - 1
 
     def add(self, trial: Trial) -> None:
         """Append a trial.

@@ -3,11 +3,14 @@
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
 from autoquant.arrays import Floats
+from autoquant.plan.assignment import Assignment
 from autoquant.search.history import History
+from autoquant.search.knapsack import Knapsack
 from autoquant.search.problem import Problem
 from autoquant.search.relaxation import Selection
 from autoquant.search.surrogate import Surrogate
@@ -15,6 +18,26 @@ from autoquant.search.trials import Trial
 
 _POOL = 500
 """Selections that one knapsack contributes to a ranking: some times what a search measures."""
+
+
+class Options(Protocol):
+    """Groups of options under a budget: what proposers know of a problem."""
+
+    @property
+    def knapsack(self) -> Knapsack:
+        """Costs, the budget, and what options are thought to do alone."""
+
+    def decode(self, selection: Selection) -> Assignment:
+        """The assignment of a selection."""
+
+    def selection(self, assignment: Assignment) -> Selection:
+        """The inverse of `decode`."""
+
+    def allows(self, assignment: Assignment) -> bool:
+        """Whether every group has one of its options."""
+
+    def label(self, group: int, option: int) -> str:
+        """A group and one of its options, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +54,18 @@ class Observed:
 class Predictor:
     """Predicts the joint KL of a problem's selections; each trial is turned into one once."""
 
-    problem: Problem
+    problem: Options
+    prior: Surrogate | None = None
+    """Of what is no `Problem`, which has none of its own."""
     _selections: dict[str, Selection | None] = field(default_factory=dict, repr=False)
     """By the digest of the assignment; None of what the problem's options do not allow."""
 
     @cached_property
     def surrogate(self) -> Surrogate:
         """From the probes alone."""
+        if self.prior is not None:
+            return self.prior
+        assert isinstance(self.problem, Problem)
         return Surrogate.of(self.problem)
 
     def observed(self, history: History) -> Observed:
@@ -85,7 +113,7 @@ class Predictor:
         return sorted(eligible, key=lambda t: (t.kl + expected.get(t.number, t.kl), t.number))
 
 
-def ranked(surrogate: Surrogate, problem: Problem) -> list[Selection]:
+def ranked(surrogate: Surrogate, problem: Options) -> list[Selection]:
     """Selections of least predicted KL that keep and fill the budget, the best first.
 
     From a pool: the best of the knapsack of what each option adds alone, then of the knapsack of

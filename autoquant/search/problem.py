@@ -119,6 +119,11 @@ class Problem:
         """Whether every group has one of its choices."""
         return all(assignment[name] in c for name, c in self.accounting.choices.items())
 
+    def label(self, group: int, option: int) -> str:
+        """An open group and one of its choices, in words."""
+        own = self.groups[group]
+        return f"{own.name} to {self._choices(own)[option]}"
+
     def optimum(self) -> Assignment:
         """The solver's optimum: least summed KL of single groups within the limits."""
         return self.decode(self.knapsack.solve())

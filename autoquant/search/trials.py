@@ -19,6 +19,7 @@ class Stage(StrEnum):
     RULES = "rules"
     RUNNER_UP = "runner-up"
     REWEIGHT = "reweight"
+    SAMPLER = "sampler"
     REFIT = "refit"
     SWAP = "swap"
 
@@ -49,6 +50,12 @@ class Trial:
     seconds: float
     params: Mapping[str, float] = field(default_factory=dict)
     """Parameters of a reweighting; empty for other stages."""
+    predicted: float | None = None
+    """Joint KL, nats per token, by the fit that proposed it."""
+    rival: int | None = None
+    """Number of the trial that it raced against."""
+    seen: int | None = None
+    """How many trials its proposal rests on."""
 
     @property
     def order(self) -> tuple[float, int]:
@@ -60,7 +67,12 @@ class Trial:
     @property
     def is_eligible(self) -> bool:
         """Whether it may win: within the budget, measured to the end, and its KL finite."""
-        return self.fits and not self.is_stopped and math.isfinite(self.kl)
+        return self.fits and self.is_whole
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was measured to the end, and its KL is finite."""
+        return not self.is_stopped and math.isfinite(self.kl)
 
     def beats(self, other: "Trial") -> bool:
         """Whether its KL is the lower; one that is not finite beats none."""
@@ -78,6 +90,9 @@ class Trial:
             "seconds": self.seconds,
             "digest": self.assignment.digest,
             "params": dict(self.params),
+            "predicted": self.predicted,
+            "rival": self.rival,
+            "seen": self.seen,
             "tokens": self.tokens,
             "is_stopped": self.is_stopped,
             "sequence_kl": [json_number(kl) for kl in self.sequence_kl],
@@ -101,4 +116,7 @@ class Trial:
             fits=data["fits"],
             seconds=data["seconds"],
             params=data["params"],
+            predicted=data.get("predicted"),
+            rival=data.get("rival"),
+            seen=data.get("seen"),
         )

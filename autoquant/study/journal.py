@@ -5,7 +5,6 @@ Optuna's own reader takes the file as it is, so `optuna-dashboard` and `optuna.l
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +14,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
 from autoquant.errors import RunConflict
-from autoquant.plan.limit import Limit
+from autoquant.search.quiet import quietly
 from autoquant.search.trials import Trial
 from autoquant.store.records import VERSION, damaged, read_lines
 from autoquant.store.run_directory import (
@@ -26,14 +25,14 @@ from autoquant.store.run_directory import (
     is_sealed,
     read_records,
 )
-from autoquant.study.record import Sequences, frozen_trial, trial_of
+from autoquant.study.record import StudyForm, trial_of
 from autoquant.study.space import StudySpace
 
 ABOUT = "autoquant"
 """Attribute of a study: its space, its limits, its sequences, and the signature of the search."""
 
 
-class _Lines(BaseJournalBackend):
+class Lines(BaseJournalBackend):
     """The lines of a journal that one process writes.
 
     Args:
@@ -60,30 +59,18 @@ class StudyLog:
     """The study of one search, in its run directory. Use `StudyLog.open`."""
 
     study: optuna.Study
-    space: StudySpace
-    limits: tuple[Limit, ...]
-    sequences: Sequences
+    form: StudyForm
     origin: Path
     """The journal."""
 
     @classmethod
-    def open(
-        cls,
-        run: RunDirectory,
-        name: str,
-        *,
-        space: StudySpace,
-        limits: tuple[Limit, ...],
-        sequences: Sequences,
-    ) -> Self:
+    def open(cls, run: RunDirectory, name: str, form: StudyForm) -> Self:
         """Create the study, or go on with it.
 
         Args:
             run: held by this process.
             name: of the study, where it is new.
-            space: of its parameters.
-            limits: its constraints.
-            sequences: of the search tokens.
+            form: how its trials are written.
 
         Raises:
             SourceError: the journal is damaged.
@@ -91,13 +78,7 @@ class StudyLog:
         """
         path = run.path / STUDY
         storage = _storage(path, lambda line: run.append(STUDY, line))
-        about = {
-            "signature": run.signature,
-            "space": space.to_dict(),
-            "limits": {limit.cost.name: limit.at_most for limit in limits},
-            "documents": list(sequences.document),
-            "tokens": list(sequences.tokens),
-        }
+        about = {"signature": run.signature, **form.about()}
         with quietly():
             study = _only_study(storage, path)
             if study is None:
@@ -107,7 +88,7 @@ class StudyLog:
                 study.set_user_attr(ABOUT, about)
             elif found != about:
                 raise _other_search(path, found, about)
-        return cls(study=study, space=space, limits=limits, sequences=sequences, origin=path)
+        return cls(study=study, form=form, origin=path)
 
     def trials(self) -> list[Trial]:
         """What was added, in its order.
@@ -115,11 +96,11 @@ class StudyLog:
         Raises:
             SourceError: a trial is damaged.
         """
-        return _trials(self.study, self.space, self.origin)
+        return _trials(self.study, self.form.space, self.origin)
 
     def add(self, trial: Trial) -> None:
         """Keep a trial, whose number is the next; it is on the disk when this returns."""
-        self.study.add_trial(frozen_trial(trial, self.space, self.limits, self.sequences))
+        self.study.add_trial(self.form.frozen(trial))
 
 
 def read_trials(folder: Path) -> list[Trial]:
@@ -132,33 +113,34 @@ def read_trials(folder: Path) -> list[Trial]:
     path = folder / STUDY
     if not path.exists():
         return [Trial.from_dict(record) for record in read_records(folder, TRIALS)]
-    with quietly():
-        study = _only_study(_storage(path, _refuse), path)
-    about = None if study is None else study.user_attrs.get(ABOUT)
-    if study is None or about is None:
+    study = read_study(folder)
+    if study is None:
         return []
     try:
-        space = StudySpace.from_dict(about["space"])
+        space = StudySpace.from_dict(study.user_attrs[ABOUT]["space"])
     except Exception as error:
         raise damaged(str(path), f"has no space that this version understands ({error})") from error
     return _trials(study, space, path)
 
 
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Keep Optuna's log to what goes wrong."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
+def read_study(folder: Path) -> optuna.Study | None:
+    """The study of the run in `folder`, to be read; None before it has one. Takes no lock.
+
+    Raises:
+        SourceError: the journal is damaged.
+    """
+    path = folder / STUDY
+    if not path.exists():
+        return None
+    with quietly():
+        study = _only_study(_storage(path, _refuse), path)
+    return study if study is not None and ABOUT in study.user_attrs else None
 
 
 def _storage(path: Path, append: Callable[[Mapping[str, Any]], None]) -> JournalStorage:
     lines = read_lines(path, is_sealed=is_sealed(path.parent), is_foreign=_is_note)
     try:
-        storage = JournalStorage(_Lines(lines, append))
+        storage = JournalStorage(Lines(lines, append))
     except Exception as error:  # whatever Optuna makes of a line that it did not write
         raise _no_study(path, error) from error
     if lines and not optuna.get_all_study_names(storage):

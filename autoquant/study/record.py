@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from datetime import timedelta
+from typing import Any, Self
 
 import numpy as np
 import optuna
@@ -44,37 +45,73 @@ class Sequences:
         return [float(mean) for mean in totals.sums / totals.tokens]
 
 
-def frozen_trial(
-    trial: Trial, space: StudySpace, limits: Sequence[Limit], sequences: Sequences
-) -> FrozenTrial:
-    """The finished trial of a study.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyForm:
+    """How trials of one search are written into a study.
 
-    Its value is the KL, nats per token; a candidate that lost its race has the rival's KL plus
-    their mean difference, as Optuna advises for pruned trials whose mean is known. Where the KL is
-    not finite the trial has failed. Step n of its intermediate values is the KL of sequence n. Each
-    limit is a constraint: steps of the cost above the limit.
+    The value of a trial is its KL, nats per token; a candidate that lost its race has the rival's
+    KL plus their mean difference, as Optuna advises for pruned trials whose mean is known. Where
+    the KL is not finite, or nothing was measured, the trial has failed. Step n of its intermediate
+    values is the KL of sequence n. Each limit is a constraint: steps of the cost above the limit.
     """
-    is_finite = math.isfinite(trial.kl)
-    record = {key: v for key, v in trial.to_dict().items() if key != "groups"}
-    record["stderr"] = json_number(trial.stderr)
-    documents = sequences.by_document(trial.sequence_kl)
-    return optuna.trial.create_trial(
-        state=TrialState.COMPLETE if is_finite else TrialState.FAIL,
-        value=trial.kl if is_finite else None,
-        params=space.params(trial.assignment),
-        distributions=space.distributions,
-        user_attrs=record | {"document_kl": [json_number(kl) for kl in documents]},
-        intermediate_values={
-            step: kl for step, kl in enumerate(trial.sequence_kl) if math.isfinite(kl)
-        },
-        constraints={
-            limit.cost.name: limit.cost.total(trial.assignment) - limit.at_most for limit in limits
-        },
-    )
+
+    space: StudySpace
+    limits: tuple[Limit, ...]
+    sequences: Sequences
+
+    def frozen(self, trial: Trial) -> FrozenTrial:
+        """The finished trial of a study."""
+        frozen = optuna.trial.create_trial(
+            state=state_of(trial),
+            value=trial.kl if math.isfinite(trial.kl) else None,
+            params=self.space.params(trial.assignment),
+            distributions=self.space.distributions,
+            user_attrs=self.attributes(trial),
+            intermediate_values=dict(steps_of(trial)),
+            constraints=self.constraints(trial),
+        )
+        assert frozen.datetime_complete is not None
+        frozen.datetime_start = frozen.datetime_complete - timedelta(seconds=trial.seconds)
+        return frozen
+
+    def attributes(self, trial: Trial) -> dict[str, Any]:
+        """What a trial's parameters, value and constraints do not say."""
+        record = {key: value for key, value in trial.to_dict().items() if key != "groups"}
+        documents = self.sequences.by_document(trial.sequence_kl)
+        return record | {
+            "stderr": json_number(trial.stderr),
+            "document_kl": [json_number(kl) for kl in documents],
+        }
+
+    def constraints(self, trial: Trial) -> dict[str, float]:
+        """Steps of each cost above its limit; not above zero where the limit is kept."""
+        return {
+            limit.cost.name: limit.cost.total(trial.assignment) - limit.at_most
+            for limit in self.limits
+        }
+
+    def about(self) -> dict[str, Any]:
+        """The space, the limits and the sequences, as JSON values."""
+        return {
+            "space": self.space.to_dict(),
+            "limits": {limit.cost.name: limit.at_most for limit in self.limits},
+            "documents": list(self.sequences.document),
+            "tokens": list(self.sequences.tokens),
+        }
+
+
+def state_of(trial: Trial) -> TrialState:
+    """How the trial of a study ended."""
+    return TrialState.COMPLETE if math.isfinite(trial.kl) else TrialState.FAIL
+
+
+def steps_of(trial: Trial) -> list[tuple[int, float]]:
+    """Intermediate values: the number of each sequence whose KL is finite, and its KL."""
+    return [(step, kl) for step, kl in enumerate(trial.sequence_kl) if math.isfinite(kl)]
 
 
 def trial_of(frozen: FrozenTrial, space: StudySpace) -> Trial:
-    """What `frozen_trial` was given.
+    """What `StudyForm.frozen` was given.
 
     Raises:
         KeyError, TypeError, ValueError: it is no trial of a search.

@@ -17,16 +17,18 @@ from typing import Any
 from autoquant.data.tokens import Split, TokenPlan
 from autoquant.measure.sensitivity import Sensitivity
 from autoquant.search.confirm import choose
-from autoquant.search.explore import Effort, Explored
 from autoquant.search.history import History
+from autoquant.search.problem import Problem
+from autoquant.search.propose.shares import Effort
 from autoquant.search.trials import Trial
+from autoquant.study.explore import Explored
 from experiments.ablation.probes import ranking, sensitivities
 from experiments.ablation.solvers import SOLVERS
 from experiments.common import record
 from experiments.common.bench import Bench
 from experiments.common.subjects import add_arguments, subject
 
-NOTHING = {"runners_up": 0, "reweight": 0, "refit": 0, "swaps": 0}
+NOTHING = {"runners_up": 0, "refit": 0, "swaps": 0}
 FINALISTS = 2
 
 
@@ -64,7 +66,7 @@ def rows(
     splits: tuple[Split, Split, Split],
     arguments: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
-    search, report, fresh = splits
+    search, _, fresh = splits
     problems = {name: bench.problem(bpe, sensitivity) for name, sensitivity in found.items()}
     ranked = ranking(bench, problems, search, arguments)
     for name, problem in problems.items():
@@ -86,9 +88,35 @@ def rows(
             "bytes_left": problem.knapsack.budget - problem.knapsack.cost(selection),
         }
     most = max(arguments.forwards)
-    efforts = {part: Effort(**{**NOTHING, part: 2 * most}) for part in NOTHING}
-    for name, effort in {**efforts, "all": Effort.of(most)}.items():
-        history, explored = bench.explore(problem, effort, max_tokens=most * search.tokens)
+    parts: dict[str, dict[str, Any]] = {
+        part: {"effort": Effort(**{**NOTHING, part: 2 * most})} for part in NOTHING
+    }
+    parts["all"] = {"effort": Effort.of(most)}
+    yield from proposed(bench, problem, parts, splits, arguments)
+
+
+def proposed(
+    bench: Bench,
+    problem: Problem,
+    parts: dict[str, dict[str, Any]],
+    splits: tuple[Split, Split, Split],
+    arguments: argparse.Namespace,
+) -> Iterator[dict[str, Any]]:
+    """The rows of proposers or samplers that have the same tokens.
+
+    Args:
+        bench: of the model.
+        problem: what is searched.
+        parts: what `Bench.explore` is given beside the problem, by name.
+        splits: search, report and fresh tokens.
+        arguments: with `forwards` and `seed`.
+    """
+    search, report, fresh = splits
+    most = max(arguments.forwards)
+    for name, settings in parts.items():
+        history, explored = bench.explore(
+            problem, 2 * most, max_tokens=most * search.tokens, **settings
+        )
         for forwards in arguments.forwards:
             best = best_within(history, forwards * search.tokens)
             yield {

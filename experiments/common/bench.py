@@ -5,8 +5,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+
+from optuna.samplers import BaseSampler
 
 from autoquant.data.passages import Row
 from autoquant.data.text import load_corpus
@@ -25,13 +27,21 @@ from autoquant.plan.plan import Plan, make_plan
 from autoquant.plan.space_file import load_space
 from autoquant.run.observer import Logged
 from autoquant.run.sensitivity.probes import Probes
-from autoquant.search.driver import Driver
-from autoquant.search.explore import Effort, Explored, explore
+from autoquant.samplers import BudgetSampler
+from autoquant.samplers.schedule import Schedule
 from autoquant.search.history import History
 from autoquant.search.limits import Bounds
+from autoquant.search.predictor import Predictor
 from autoquant.search.problem import Problem
+from autoquant.search.propose.shares import Effort, shared_out
 from autoquant.source.source import open_source
 from autoquant.store.run_directory import RunDirectory
+from autoquant.study.driver import Driver
+from autoquant.study.explore import Explored, explore
+from autoquant.study.live import LiveStudy
+from autoquant.study.record import Sequences, StudyForm
+from autoquant.study.sampling import sampler_of
+from autoquant.study.space import StudySpace
 from experiments.common.subjects import Subject
 
 BATCH_TOKENS = 4096
@@ -117,11 +127,36 @@ class Bench:
             return probes.measure(method)[0]
 
     def explore(
-        self, problem: Problem, effort: Effort, *, max_tokens: int | None = None
+        self,
+        problem: Problem,
+        trials: int,
+        *,
+        effort: Effort | None = None,
+        sampler: str = "budget",
+        max_tokens: int | None = None,
     ) -> tuple[History, Explored]:
-        """Everything that a search measures jointly on the search split, without its files."""
-        history = History()
+        """Everything that a search measures jointly on the search split, without its files.
+
+        Args:
+            problem: what is searched.
+            trials: of the refinement.
+            effort: the shares of our own proposers, where they are not those of a search.
+            sampler: who proposes the trials.
+            max_tokens: of all of them together.
+        """
+        space, history = StudySpace.of(self.plan.accounting), History()
+        sequences = Sequences.of(self.splits["search"])
+        form = StudyForm(space=space, limits=problem.limits, sequences=sequences)
+
+        def made(predictor: Predictor) -> BaseSampler:
+            if effort is not None:
+                shares = partial(shared_out, predictor, effort)
+                return BudgetSampler.by(problem, space, lambda: Schedule(shares(), 1))
+            seed = self.tokens.seed
+            return sampler_of(sampler, predictor, space, trials=trials, width=1, seed=seed)
+
         driver = Driver(
+            study=LiveStudy(form),
             history=history,
             evaluator=LocalEvaluator(self.session.scorer, self.splits["search"]),
             accounting=self.plan.accounting,
@@ -131,8 +166,8 @@ class Bench:
         explored = explore(
             problem,
             driver,
-            effort,
-            seed=self.tokens.seed,
+            made,
+            trials=trials,
             bounds=Bounds(lambda: True, max_tokens),
             timed=lambda _: nullcontext(),
         )

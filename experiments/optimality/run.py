@@ -16,7 +16,6 @@ from scipy.stats import spearmanr
 
 from autoquant.arrays import Floats
 from autoquant.data.tokens import Split, TokenPlan
-from autoquant.search.explore import Effort
 from autoquant.search.history import History
 from autoquant.search.predictor import Predictor
 from autoquant.search.problem import Problem
@@ -68,7 +67,7 @@ def cell(
     bench: Bench, problem: Problem, split: Split, fresh: Split, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """One budget under one set of scale rules."""
-    history, _ = bench.explore(problem, Effort.of(arguments.trials))
+    history, _ = bench.explore(problem, arguments.trials)
     best = history.best()
     assert best is not None
     return {

@@ -7,7 +7,7 @@ from typing import Any
 from autoquant.search.trials import Trial
 from autoquant.store.run_directory import RunDirectory
 from autoquant.study.journal import StudyLog, read_trials
-from autoquant.study.record import Sequences
+from autoquant.study.record import Sequences, StudyForm
 from autoquant.study.space import StudySpace
 
 MOST_SEQUENCES = 10_000
@@ -67,15 +67,9 @@ def _write_study(run: Path, plan: dict[str, Any], trials: list[Trial]) -> None:
     space = {group["name"]: list(group["choices"]) for group in plan["groups"]}
     (run / "study.log").unlink(missing_ok=True)
     with RunDirectory.open(run, json.loads((run / "run.json").read_text())["signature"]) as held:
-        log = StudyLog.open(
-            held,
-            "large",
-            space=StudySpace.from_dict(space),
-            limits=(),
-            sequences=Sequences(
-                document=tuple(range(MOST_SEQUENCES)), tokens=(1,) * MOST_SEQUENCES
-            ),
-        )
+        sequences = Sequences(document=tuple(range(MOST_SEQUENCES)), tokens=(1,) * MOST_SEQUENCES)
+        form = StudyForm(space=StudySpace.from_dict(space), limits=(), sequences=sequences)
+        log = StudyLog.open(held, "large", form)
         for trial in trials:
             log.add(trial)
 

@@ -95,7 +95,12 @@ def test_a_run_of_earlier_arithmetic_does_not_go_on(search, tmp_path):
     ("wrong", "rule"),
     [
         ({"seed": -1}, "--seed.*-1 is not in the range x>=0"),
-        ({"trials": 6, "reweight_trials": 10}, "--reweight-trials is 10 and --trials 6"),
+        (
+            {"sampler": "no_such_module:Sampler"},
+            "--sampler no_such_module:Sampler: No module named",
+        ),
+        ({"sampler": "json:JSONDecoder"}, "json:JSONDecoder is no class of an Optuna sampler"),
+        ({"sampler": "json:Sampler"}, "module 'json' has no attribute 'Sampler'"),
     ],
 )
 def test_python_refuses_what_the_command_line_refuses(folder, tmp_path, wrong, rule):

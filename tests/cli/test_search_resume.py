@@ -19,7 +19,7 @@ from autoquant.cli.terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (*TOKEN_FLAGS, "--batch-tokens", 64, "--budget-bpe", 8.5)
-FLAGS = (*FLAGS, "--trials", 40, "--reweight-trials", 8)
+FLAGS = (*FLAGS, "--trials", 40)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_search_that_was_stopped_three_times_ends_as_if_it_had_not_been(folder
 
 @pytest.mark.slow
 def test_mlflow_follows_a_search_through_an_interruption(folder, autoquant, tmp_path, monkeypatch):
-    short = ("--trials", 2, "--reweight-trials", 2, "--no-export")
+    short = ("--trials", 2, "--sampler", "tpe", "--no-export")
     command = arguments(folder, *short, "--out", tmp_path / "run")
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
 

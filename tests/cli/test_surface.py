@@ -32,8 +32,14 @@ TOKENS = {
     "--sequence-length",
     "--batch-tokens",
 }
-TRACKING = {"--mlflow", "--no-mlflow", "--mlflow-experiment", "--mlflow-trials"}
-EFFORT = {"--trials", "--reweight-trials", "--trials-at-once", "--max-seconds", "--max-tokens"}
+TRACKING = {"--study-storage", "--mlflow", "--no-mlflow", "--mlflow-experiment", "--mlflow-trials"}
+EFFORT = {
+    "--trials",
+    "--sampler",
+    "--trials-at-once",
+    "--max-seconds",
+    "--max-tokens",
+}
 RUN = {"--out", "--resume", "--fresh", "--export", "--no-export"}
 
 SURFACE = {

@@ -37,9 +37,9 @@ from autoquant.cli import MODULES
             "write `--seed N`: same seed, same tokens and same result.",
         ),
         (
-            "search --budget-bpe 5 --trials 6 --reweight-trials 10",
-            "--reweight-trials is 10 and --trials 6: what Optuna proposes is a part of the trials.",
-            "write --reweight-trials 6 or less, or --trials 10 or more.",
+            "search --budget-bpe 5 --sampler simplex",
+            "--sampler simplex is no sampler.",
+            "name budget, tpe, cmaes, nsgaii, random, or module:Class.",
         ),
         (
             "plan --budget-bpe 5,5",

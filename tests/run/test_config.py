@@ -11,7 +11,7 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 import autoquant
@@ -109,7 +109,7 @@ def configs(draw: st.DrawFn) -> SearchConfig:
         for name, field in SearchConfig.settings().items()
         if name == "budget_bpe" or draw(st.booleans())
     }
-    assume(values.get("reweight_trials", 0) <= values.get("trials", 30))
+    values |= {"sampler": "my.own:Sampler"} if "sampler" in values else {}
     if "target" in values:
         values.pop("activation_mode", None)  # the same by an earlier name
     return SearchConfig.of(values)
@@ -141,7 +141,7 @@ def test_settings_of_an_earlier_version_are_read(tmp_path):
     file.write_text(
         "schema_version: 1\nmodel: ./m\nrevision: '1234'\nbudget_bpe: 4.8,5\n"
         "budget_scope: searched\ncost: active-bytes\nspace: default\nactivation_mode: w4a16\n"
-        "kv_cache: fp8\nprobe: gradient\ntrials: 12\nreweight_trials: 3\nmax_seconds: 60.0\n"
+        "kv_cache: fp8\nprobe: gradient\ntrials: 12\nmax_seconds: 60.0\n"
         "max_tokens: 100000\ncalibration: stdlib\nseed: 7\ncalibration_tokens: 64\n"
         "calibrate_all_experts: true\nsearch_tokens: 96\nreport_tokens: 128\n"
         "sequence_length: 32\nbatch_tokens: 256\ndevice: cpu\ntrust_remote_code: false\n"
@@ -152,6 +152,7 @@ def test_settings_of_an_earlier_version_are_read(tmp_path):
     assert config.budget_bpe == (4.8, 5.0)
     written = yaml.safe_load(file.read_text())
     later = {
+        "sampler": "budget",
         "weights": "auto",
         "trials_at_once": 1,
         "effort": "default",
@@ -235,7 +236,7 @@ OTHER = {
     "probe": "exact",
     "trials": 5,
     "sensitivity": "runs/probes",
-    "reweight_trials": 2,
+    "sampler": "tpe",
     "trials_at_once": 4,
     "max_seconds": 9,
     "max_tokens": 99,
@@ -249,6 +250,7 @@ OTHER = {
     "search_tokens": 34,
     "report_tokens": 35,
     "mlflow": False,
+    "study_storage": "sqlite:///study.db",
     "mlflow_experiment": "e",
     "mlflow_trials": "none",
     "out": "runs/mine",

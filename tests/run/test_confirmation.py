@@ -11,9 +11,9 @@ from autoquant.measure.kl import TokenScores
 from autoquant.plan.assignment import Assignment
 from autoquant.run.confirmation import confirm
 from autoquant.run.observer import Logged
-from autoquant.search.explore import Explored
 from autoquant.search.history import History
 from autoquant.search.trials import Stage, Trial
+from autoquant.study.explore import Explored
 
 SEQUENCES = 16
 

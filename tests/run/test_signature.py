@@ -33,7 +33,6 @@ SEARCHED = {
     "layout": "compressed-tensors",
     "report_tokens": 128,
     "trials": 12,
-    "reweight_trials": 3,
     "max_tokens": 1000,
 }
 
@@ -53,7 +52,7 @@ def test_run_directories_of_earlier_versions_are_found_again(plan):
         signature.probe_name(ProbeConfig.of({"input_headroom": 1}), plan)
         == "My-Model-probes-f5b71b7a"
     )
-    assert signature.search_name(SearchConfig.of(SEARCHED), plan) == "My-Model-4.75bpe-fe8c82c8"
+    assert signature.search_name(SearchConfig.of(SEARCHED), plan) == "My-Model-4.75bpe-fd8ba156"
     assert signature.probe_name(ProbeConfig.of(PROBED), plan) == "My-Model-probes-1e81468d"
 
 

@@ -42,7 +42,7 @@ def history_of(*trials):
 
 @pytest.mark.parametrize("kl", [0.125, math.inf, -math.inf, math.nan])
 def test_a_trial_is_read_back_as_it_was(kl):
-    written = trial(2, kl, stderr=math.nan, params={"depth": 0.5})
+    written = trial(2, kl, stderr=math.nan, params={"depth": 0.5}, rival=0, seen=2, predicted=0.5)
     read = Trial.from_dict(json.loads(to_json(written.to_dict())))
     assert repr(read) == repr(written)  # NaN is not equal to itself
 
@@ -97,17 +97,8 @@ def test_an_assignment_has_one_trial():
 
 
 def test_what_others_measured_is_known_and_not_of_the_history():
-    history = History(earlier=[trial(4, 0.1)], elsewhere=[trial(5, 0.2)])
-    assert history.trials == ()
-    assert ASSIGNMENTS[4] not in history
-    assert history.earlier(ASSIGNMENTS[4]) == trial(4, 0.1)
-    assert history.earlier(ASSIGNMENTS[5]) is None
+    history = History([trial(4, 0.1)], elsewhere=[trial(5, 0.2)])
+    assert history.trials == (trial(4, 0.1),)
+    assert ASSIGNMENTS[5] not in history
     assert history.elsewhere(ASSIGNMENTS[5]) == trial(5, 0.2)
     assert history.elsewhere(ASSIGNMENTS[4]) is None
-
-
-def test_no_number_is_given_twice():
-    fresh = History()
-    assert [fresh.next_number() for _ in range(2)] == [0, 1]
-    history = History(earlier=[trial(0, 0.1), trial(4, 0.1), trial(2, 0.1)])
-    assert [history.next_number() for _ in range(3)] == [5, 6, 7]

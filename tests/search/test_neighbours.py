@@ -84,10 +84,10 @@ def test_neighbours_are_every_change_of_one_group_and_the_likeliest_of_two(
     for pair in pairs[:most]:
         expect(knapsack.fill(changed(selection, *pair)), *pair)
     found = list(swaps.neighbours(problem, surrogate, selection))
-    assert {assignment.digest: name for name, assignment in found} == expected
+    assert {assignment.digest: name for name, assignment, _ in found} == expected
     assert len(found) == len(expected)
     assert most < 25 or len(expected) > of_one
-    predicted = surrogate.predict([problem.selection(assignment) for _, assignment in found])
+    predicted = surrogate.predict([problem.selection(assignment) for _, assignment, _ in found])
     assert (np.diff(predicted) >= 0.0).all()
 
 

@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from joint import FREE, driver_of, summed
+from joint import FREE, SPLIT, Scored, driver_of, summed
 
 from autoquant.formats import ScaleRule
+from autoquant.measure.evaluator import LocalEvaluator
 from autoquant.plan.assignment import Assignment
 from autoquant.search.history import History
 from autoquant.search.predictor import Predictor, ranked
@@ -15,10 +16,16 @@ from autoquant.search.propose.proposal import Listed, take
 from autoquant.search.propose.reweight import ASKS_PER_TRIAL, Reweightings
 from autoquant.search.propose.swaps import Swaps
 from autoquant.search.trials import Stage
+from autoquant.study.sampling import OPTUNAS
+
+
+def weights(problem, trials):
+    return Reweightings(problem, trials=trials, seed=0, sampler=OPTUNAS["tpe"])
+
 
 PROPOSERS = {
     "runners_up": RunnersUp,
-    "reweight": lambda predictor: Reweightings(predictor.problem, trials=20, seed=0),
+    "reweight": lambda predictor: weights(predictor.problem, 20),
     "refit": Refits,
     "swaps": Swaps,
 }
@@ -162,7 +169,7 @@ def test_optuna_learns_from_what_is_measured(problem):
 
     def asked(joint):
         driver = begun(problem, joint)
-        driver.run(Reweightings(problem, trials=30, seed=0), most=30)
+        driver.run(weights(problem, 30), most=30)
         return [t.params for t in driver.history.trials[1:]]
 
     one, other = asked(summed(problem)), asked(lambda a: 1.0 / problem.predicted(a))
@@ -173,7 +180,7 @@ def test_optuna_learns_from_what_is_measured(problem):
 def test_optuna_ends_some_time(small):
     """All groups alike: most reweightings decode to what is known."""
     problem = small()
-    proposer = Reweightings(problem, trials=2, seed=0)
+    proposer = weights(problem, 2)
     driver = begun(problem)
     driver.run(proposer)
     assert len(driver.history.trials) <= 1 + 2 * ASKS_PER_TRIAL
@@ -182,8 +189,10 @@ def test_optuna_ends_some_time(small):
 
 def test_optuna_goes_on_after_a_candidate_that_overflows(problem):
     driver = begun(problem)
-    failing = driver_of(problem, lambda _: float("nan"), history=driver.history)
-    proposer = Reweightings(problem, trials=4, seed=0)
+    failing = dataclasses.replace(
+        driver, evaluator=LocalEvaluator(Scored(lambda _: float("nan")), SPLIT)
+    )
+    proposer = weights(problem, 4)
     failing.run(proposer, most=2)
     driver.run(proposer, most=2)
     assert [np.isfinite(t.kl) for t in driver.history.trials] == [True, False, False, True, True]

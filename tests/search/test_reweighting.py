@@ -15,8 +15,11 @@ from autoquant.search.history import History
 from autoquant.search.problem import Problem
 from autoquant.search.propose.reweight import Reweightings
 from autoquant.source.source import open_source
+from autoquant.study.sampling import OPTUNAS
 
 SPACE = "schema_version: 1\nname: s\nrules:\n  - {match: '*', formats: [nvfp4/max, fp8, bf16]}\n"
+
+TPE = OPTUNAS["tpe"]
 
 
 def problem_of(folder, layers):
@@ -40,7 +43,7 @@ def problem_of(folder, layers):
 def test_a_reweighting_is_the_optimum_of_scores_by_role_depth_and_exponent(tmp_path, layers):
     problem = problem_of(tmp_path / "model", layers)
     assert [group.layer for group in problem.groups].count(None) == 1
-    proposed = Reweightings(problem, trials=20, seed=0).propose(History(), 9)
+    proposed = Reweightings(problem, trials=20, seed=0, sampler=TPE).propose(History(), 9)
     assert len(proposed) > 3
     for proposal in proposed:
         params = proposal.params
@@ -61,7 +64,10 @@ def test_a_reweighting_is_the_optimum_of_scores_by_role_depth_and_exponent(tmp_p
 def test_parameters_cover_their_ranges(tmp_path):
     problem = problem_of(tmp_path / "model", 2)
     roles = {f"role.{group.role}" for group in problem.groups}
-    asked = [p.params for p in Reweightings(problem, trials=40, seed=0).propose(History(), 25)]
+    asked = [
+        p.params
+        for p in Reweightings(problem, trials=40, seed=0, sampler=TPE).propose(History(), 25)
+    ]
     assert all(params.keys() == roles | {"depth", "exponent"} for params in asked)
     for name in asked[0]:
         low, high = (0.5, 1.5) if name == "exponent" else (-1.5, 1.5)
@@ -72,7 +78,7 @@ def test_parameters_cover_their_ranges(tmp_path):
 
 def test_asks_are_numbered_and_no_more_than_eight_a_trial(tmp_path):
     problem = problem_of(tmp_path / "model", 1)
-    proposer, history = Reweightings(problem, trials=3, seed=0), History()
+    proposer, history = Reweightings(problem, trials=3, seed=0, sampler=TPE), History()
     found = proposer.propose(history, 10**6)
     numbers = [int(proposal.name.removeprefix("ask ")) for proposal in found]
     assert numbers == sorted(set(numbers))

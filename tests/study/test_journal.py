@@ -1,13 +1,14 @@
 """The study on the disk: what is read back, who else may read it, and what damage is called."""
 
 import dataclasses
+import datetime
 import json
 import math
 import re
 
 import optuna
 import pytest
-from joint import SPLIT, driver_of, summed
+from joint import SPLIT, driver_of, form_of, summed
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -45,12 +46,7 @@ def trials(problem):
 
 
 def opened(run, problem, **changes):
-    settings = {
-        "space": StudySpace.of(problem.accounting),
-        "limits": problem.limits,
-        "sequences": Sequences.of(SPLIT),
-    }
-    return StudyLog.open(run, "tiny-6bpe", **{**settings, **changes})
+    return StudyLog.open(run, "tiny-6bpe", dataclasses.replace(form_of(problem), **changes))
 
 
 @pytest.fixture
@@ -83,6 +79,7 @@ def test_optunas_own_reader_opens_the_journal(journal, problem, trials):
     assert [t.value for t in found] == [t.kl if math.isfinite(t.kl) else None for t in trials]
     assert [t.state.name for t in found] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     for one, trial in zip(found, trials, strict=True):
+        assert one.duration == datetime.timedelta(seconds=trial.seconds)
         assert one.params == {g.name: str(trial.assignment[g.name]) for g in problem.groups}
         finite = {i: kl for i, kl in enumerate(trial.sequence_kl) if math.isfinite(kl)}
         assert one.intermediate_values == finite

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from autoquant.decimals import shortest
+from autoquant.environment import redact
 from autoquant.errors import ConfigError
 from autoquant.run.config.setting import HEADINGS, SettingField
 
@@ -109,6 +110,8 @@ def _flag(field: SettingField, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [field.flag if value else f"--{field.setting.opposite}"]
     text = _written(value)
+    if field.setting.is_secret:
+        text = redact(text) or text
     return [f"{field.flag}={text}"] if text.startswith("-") else [field.flag, text]
 
 

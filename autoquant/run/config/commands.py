@@ -23,6 +23,8 @@ from autoquant.run.config.parts import (
 )
 from autoquant.run.config.setting import Setting
 from autoquant.run.config.types import (
+    OPTUNA_SAMPLERS,
+    OWN_SAMPLER,
     Bits,
     Budgets,
     ExistingFile,
@@ -138,15 +140,28 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
             "N",
         ),
     ] = 30
-    reweight_trials: Annotated[
-        Natural,
+    study_storage: Annotated[
+        str | None,
+        Setting(
+            "Tracking",
+            "Add every trial to a study in this storage of Optuna too: sqlite:///FILE, "
+            "postgresql://USER@HOST/NAME or grpc://HOST:PORT.",
+            "URL",
+            unset="study.log alone",
+            is_secret=True,
+            is_saved=False,
+        ),
+    ] = None
+    sampler: Annotated[
+        str,
         Setting(
             "Search",
-            "How many of the trials Optuna proposes, by weighting the sensitivities by role and "
-            "depth. The others come from predictions and swaps.",
-            "N",
+            "Who proposes the trials: AutoQuant's own (budget); Optuna's (tpe, cmaes, nsgaii, "
+            "random), over weights of the sensitivities by role and depth; or module:Class, a "
+            "sampler of Optuna's interface over the choices of the groups.",
+            "NAME",
         ),
-    ] = 0
+    ] = OWN_SAMPLER
     trials_at_once: Annotated[
         Positive,
         Setting(
@@ -205,12 +220,10 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
     def _require_possible(self) -> Self:
         for search in self.of_each_budget():
             _ = search.budget
-        if self.reweight_trials > self.trials:
+        if self.sampler not in (OWN_SAMPLER, *OPTUNA_SAMPLERS) and ":" not in self.sampler:
             raise ConfigError(
-                f"--reweight-trials is {self.reweight_trials} and --trials {self.trials}: what "
-                "Optuna proposes is a part of the trials.",
-                fix=f"write --reweight-trials {self.trials} or less, or --trials "
-                f"{self.reweight_trials} or more.",
+                f"--sampler {self.sampler} is no sampler.",
+                fix=f"name {OWN_SAMPLER}, {', '.join(OPTUNA_SAMPLERS)}, or module:Class.",
             )
         return self
 

@@ -46,6 +46,8 @@ class Setting:
     """The flag that says no, of a setting that is yes or no."""
     is_argument: bool = False
     """Whether the command line takes it by its place instead of by a flag."""
+    is_secret: bool = False
+    """Whether it may carry a password, which is left out of every command that is shown."""
     is_saved: bool = True
     """Whether a settings file may hold it; not what concerns one call."""
 

@@ -61,4 +61,4 @@ def _ranking(predictor: Predictor, fitted: Surrogate) -> Iterator[Named]:
     """Yield the problem's assignments, least predicted KL first."""
     problem = predictor.problem
     for rank, selection in enumerate(ranked(fitted, problem), start=1):
-        yield f"rank {rank}", problem.decode(selection)
+        yield f"rank {rank}", problem.decode(selection), float(fitted.predict([selection])[0])

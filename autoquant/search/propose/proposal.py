@@ -8,8 +8,8 @@ from autoquant.plan.assignment import Assignment
 from autoquant.search.history import History
 from autoquant.search.trials import Stage, Trial
 
-Named = tuple[str, Assignment]
-"""An assignment, and what it is in words."""
+Named = tuple[str, Assignment] | tuple[str, Assignment, float]
+"""What an assignment is in words, the assignment, and its predicted KL where there is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,8 @@ class Proposal:
     """What it is in words: a baseline's name, the rank of a runner-up, the groups of a swap."""
     params: Mapping[str, float] = field(default_factory=dict)
     """Of a reweighting."""
+    predicted: float | None = None
+    """Joint KL, nats per token, by the fit that proposes it."""
     rival: Trial | None = None
     """A trial measured to the end to race against; None measures to the end."""
 
@@ -66,11 +68,15 @@ def take(
     """
     found: dict[str, Proposal] = {}
     if count > 0:
-        for name, assignment in candidates:
+        for name, assignment, *predicted in candidates:
             if assignment in history or assignment.digest in found:
                 continue
             found[assignment.digest] = Proposal(
-                assignment=assignment, stage=stage, name=name, rival=rival
+                assignment=assignment,
+                stage=stage,
+                name=name,
+                predicted=predicted[0] if predicted else None,
+                rival=rival,
             )
             if len(found) == count:
                 break

@@ -5,9 +5,9 @@ leave a sampler without a single feasible trial.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,11 @@ from autoquant.plan.linears import LayerGroup
 from autoquant.search.history import History
 from autoquant.search.problem import Problem
 from autoquant.search.propose.proposal import Proposal
+from autoquant.search.quiet import quietly
 from autoquant.search.trials import Stage
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
 
 ASKS_PER_TRIAL = 8
 """Reweightings that decode to a known assignment cost nothing, but must end some time."""
@@ -32,10 +36,13 @@ class Reweightings:
         problem: what is searched.
         trials: how many will be measured at most.
         seed: of the sampler.
+        sampler: makes Optuna's sampler from a seed.
     """
 
-    def __init__(self, problem: Problem, *, trials: int, seed: int) -> None:
-        self._problem, self._seed = problem, seed
+    def __init__(
+        self, problem: Problem, *, trials: int, seed: int, sampler: "Callable[[int], BaseSampler]"
+    ) -> None:
+        self._problem, self._seed, self._sampler = problem, seed, sampler
         self._asks = iter(range(trials * ASKS_PER_TRIAL))
         self._untold: list[tuple[Any, Assignment]] = []
         """Optuna's trials whose assignments are proposed and not measured."""
@@ -44,8 +51,8 @@ class Reweightings:
     def _study(self) -> Any:
         import optuna
 
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        return optuna.create_study(direction="minimize")
+        with quietly():
+            return optuna.create_study(direction="minimize")
 
     def propose(self, history: History, count: int) -> Sequence[Proposal]:
         self._tell(history)
@@ -69,10 +76,8 @@ class Reweightings:
         return list(found.values())
 
     def _ask(self, number: int) -> Any:
-        import optuna
-
         entropy = np.random.SeedSequence([self._seed, number]).generate_state(1)[0]
-        self._study.sampler = optuna.samplers.TPESampler(seed=int(entropy))
+        self._study.sampler = self._sampler(int(entropy))
         return self._study.ask()
 
     def _tell(self, history: History) -> None:

@@ -7,8 +7,7 @@ import numpy as np
 from autoquant.arrays import Floats
 from autoquant.search.history import History
 from autoquant.search.knapsack import Knapsack
-from autoquant.search.predictor import Predictor
-from autoquant.search.problem import Problem
+from autoquant.search.predictor import Options, Predictor
 from autoquant.search.propose.proposal import Named, Proposal, take
 from autoquant.search.relaxation import Selection
 from autoquant.search.surrogate import Surrogate
@@ -47,7 +46,7 @@ class Swaps:
         return take(self._neighbours, history, count, Stage.SWAP, centre)
 
 
-def neighbours(problem: Problem, surrogate: Surrogate, selection: Selection) -> Iterator[Named]:
+def neighbours(problem: Options, surrogate: Surrogate, selection: Selection) -> Iterator[Named]:
     """Yield what was changed and the assignment, least predicted KL first.
 
     A change of one group lets others give way until the budget holds; a change of two is taken as
@@ -68,8 +67,9 @@ def neighbours(problem: Problem, surrogate: Surrogate, selection: Selection) -> 
         if changed != selection:
             found.setdefault(changed, _name(problem, one, other))
     order = list(found)
-    for i in np.argsort(surrogate.predict(order), kind="stable") if order else ():
-        yield found[order[i]], problem.decode(order[i])
+    predicted = surrogate.predict(order) if order else np.empty(0)
+    for i in np.argsort(predicted, kind="stable"):
+        yield found[order[i]], problem.decode(order[i]), float(predicted[i])
 
 
 Change = tuple[int, int]
@@ -101,9 +101,5 @@ def _pairs(
         yield changes[i], changes[j]
 
 
-def _name(problem: Problem, *changes: Change) -> str:
-    words = [
-        f"{problem.groups[g].name} to {problem.accounting.choices[problem.groups[g].name][option]}"
-        for g, option in changes
-    ]
-    return ", ".join(words)
+def _name(problem: Options, *changes: Change) -> str:
+    return ", ".join(problem.label(g, option) for g, option in changes)

@@ -8,13 +8,14 @@ from joint import FREE, driver_of, explored, summed, with_space
 
 from autoquant.errors import SourceError
 from autoquant.formats import Choice
-from autoquant.search.explore import MOST_RUNNERS_UP, Effort, most_trials
 from autoquant.search.limits import Bounds
 from autoquant.search.predictor import Predictor
 from autoquant.search.propose.scale_rules import ScaleRules, is_clearly_better
+from autoquant.search.propose.shares import MOST_RUNNERS_UP, Effort
 from autoquant.search.trials import Stage
+from autoquant.study.explore import most_trials
 
-NOTHING = Effort.of(0)
+NOTHING = 0
 
 
 @pytest.fixture
@@ -126,21 +127,16 @@ def test_the_check_of_rules_proposes_nothing_else(even):
 
 def test_stages_come_in_their_order_and_as_many_as_asked(problem):
     driver = driver_of(problem, summed(problem))
-    effort = Effort(runners_up=4, reweight=2, refit=3, swaps=5)
-    found = explored(problem, driver, effort)
+    effort = Effort(runners_up=4, refit=3, swaps=5)
+    found = explored(problem, driver, 12, effort=effort)
     trials = driver.history.trials
     assert [t.number for t in trials] == list(range(len(trials)))
     stages = [t.stage for t in trials]
     assert stages == sorted(stages, key=list(Stage).index)
     counts = {stage: stages.count(stage) for stage in Stage}
     assert counts[Stage.BASELINE] == 4
-    assert [counts[s] for s in (Stage.RUNNER_UP, Stage.REWEIGHT, Stage.REFIT, Stage.SWAP)] == [
-        4,
-        2,
-        3,
-        5,
-    ]
-    assert len(trials) <= most_trials(problem, 14)
+    assert [counts[s] for s in (Stage.RUNNER_UP, Stage.REFIT, Stage.SWAP)] == [4, 3, 5]
+    assert len(trials) <= most_trials(problem, 12)
     assert found.incumbent is driver.history[problem.optimum()]
     whole = {t.number for t in trials if t.fits and not t.is_stopped}
     assert {t.number for t in (found.incumbent, *found.challengers)} == whole
@@ -148,7 +144,7 @@ def test_stages_come_in_their_order_and_as_many_as_asked(problem):
 
 def test_baselines_and_optima_do_not_race_and_all_others_do(problem):
     driver = driver_of(problem, summed(problem, noise=1.0))
-    explored(problem, driver, Effort.of(24))
+    explored(problem, driver, 24)
     stopped = {t.stage for t in driver.history.trials if t.is_stopped}
     assert stopped
     assert stopped <= {Stage.RUNNER_UP, Stage.REFIT, Stage.SWAP}
@@ -177,7 +173,7 @@ def test_the_bound_of_the_trials_is_reached_where_every_optimum_is_another(even)
 
 def test_bounds_end_the_refinement_alone(problem):
     driver = driver_of(problem, summed(problem))
-    explored(problem, driver, Effort.of(24, reweight=4), Bounds(lambda: False))
+    explored(problem, driver, 24, Bounds(lambda: False))
     assert {t.stage for t in driver.history.trials} <= {Stage.BASELINE, Stage.SOLVER, Stage.RULES}
     assert len(driver.history.trials) >= 6
 
@@ -191,7 +187,7 @@ def overflowing(problem, overflows):
 def test_where_the_optimum_overflows_the_most_promising_takes_its_place(problem):
     """And so does every assignment of one scale rule or none, so that no rule is to blame."""
     driver = driver_of(problem, overflowing(problem, lambda a: len(rules_of(a)) < 2))
-    found = explored(problem, driver, Effort.of(8))
+    found = explored(problem, driver, 8)
     assert found.problem is problem
     assert math.isnan(driver.history[problem.optimum()].kl)
     assert len(found.challengers) > 1
@@ -205,7 +201,7 @@ def test_where_the_optimum_overflows_the_most_promising_takes_its_place(problem)
 def test_what_overflows_never_wins_and_teaches_the_fit_nothing(problem, seed):
     """A third of all assignments overflow."""
     driver = driver_of(problem, overflowing(problem, lambda a: int(a.digest, 16) % 3 == seed))
-    found = explored(problem, driver, Effort.of(24, reweight=4))
+    found = explored(problem, driver, 24)
     assert sum(math.isnan(t.kl) for t in driver.history.trials) >= 5
     assert all(math.isfinite(t.kl) for t in (found.incumbent, *found.challengers))
     assert len(driver.history.trials) >= 24
@@ -214,7 +210,7 @@ def test_what_overflows_never_wins_and_teaches_the_fit_nothing(problem, seed):
 def test_nothing_that_may_win_is_an_error_that_says_so(problem):
     driver = driver_of(problem, lambda assignment: math.inf)
     with pytest.raises(SourceError, match=r"none of .* is finite") as error:
-        explored(problem, driver, Effort.of(8, reweight=2))
+        explored(problem, driver, 8)
     assert "close the formats that overflow" in error.value.fix
 
 
@@ -230,25 +226,23 @@ def test_a_probe_that_overflows_is_avoided_where_the_budget_allows(problem):
     bounded = dataclasses.replace(problem, sensitivity=sensitivity.bounded())
     assert bounded.optimum()[name].scale_rule is None
     driver = driver_of(bounded, overflowing(bounded, lambda a: a[name].scale_rule is not None))
-    found = explored(bounded, driver, Effort.of(12), FREE)
+    found = explored(bounded, driver, 12, FREE)
     assert found.incumbent is driver.history[bounded.optimum()]
     refined = [t for t in driver.history.trials if t.stage in (Stage.RUNNER_UP, Stage.REFIT)]
     assert refined
     assert all(math.isfinite(t.kl) for t in refined)
 
 
-@pytest.mark.parametrize("reweight", [0, 5])
 @pytest.mark.parametrize("trials", [0, 1, 2, 7, 60, 61, 500])
-def test_trials_are_shared_out_without_rest(trials, reweight):
-    effort = Effort.of(trials, reweight=reweight)
-    assert effort.reweight == min(trials, reweight)
-    assert effort.runners_up + effort.reweight + effort.refit + effort.swaps == trials
+def test_trials_are_shared_out_without_rest(trials):
+    effort = Effort.of(trials)
+    assert effort.runners_up + effort.refit + effort.swaps == effort.trials == trials
     assert min(effort.runners_up, effort.refit, effort.swaps) >= 0
     assert effort.runners_up <= MOST_RUNNERS_UP
 
 
 def test_half_of_the_trials_are_runners_up_and_refits_and_swaps_share_the_rest():
-    assert Effort.of(30) == Effort(runners_up=15, reweight=0, refit=8, swaps=7)
-    assert Effort.of(25, reweight=4) == Effort(runners_up=11, reweight=4, refit=5, swaps=5)
+    assert Effort.of(30) == Effort(runners_up=15, refit=8, swaps=7)
+    assert Effort.of(21) == Effort(runners_up=11, refit=5, swaps=5)
     many = Effort.of(3 * MOST_RUNNERS_UP)
     assert many.runners_up == many.refit == many.swaps == MOST_RUNNERS_UP

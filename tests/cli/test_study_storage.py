@@ -1,0 +1,83 @@
+"""`--study-storage` and the study of several budgets, from the command line."""
+
+import json
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from records import trials_of
+from searchable import TOKEN_FLAGS, save_searchable, save_text
+
+from autoquant.run.config import SearchConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("storage")
+    save_searchable("llama", folder / "model", num_hidden_layers=2)
+    save_text(folder / "text")
+    return folder
+
+
+@pytest.fixture
+def search(autoquant, folder, tmp_path):
+    def call(*flags, budget="10"):
+        return autoquant(
+            *("search", folder / "model", "--calibration", folder / "text", *TOKEN_FLAGS),
+            *("--budget-bpe", budget, "--trials", 2, "--no-mlflow", "--no-export"),
+            *("--out", tmp_path / "run", *flags),
+        )
+
+    return call
+
+
+def test_every_trial_is_in_the_storage_also_of_a_finished_run(search, tmp_path):
+    done = search()
+    assert done.exit_code == 0, done.stderr
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    again = search("--study-storage", url)
+    assert again.exit_code == 0, again.stderr
+    assert "already holds this search's result" in again.stderr
+    (name,) = optuna.get_all_study_names(url)
+    study = optuna.load_study(study_name=name, storage=url)
+    trials = trials_of(tmp_path / "run")
+    assert [t.user_attrs["kl"] for t in study.trials] == [trial["kl"] for trial in trials]
+
+
+def test_a_storage_that_does_not_answer_is_exit_5_before_anything_is_measured(search, tmp_path):
+    done = search("--study-storage", f"sqlite:///{tmp_path / 'no' / 'study.db'}")
+    assert done.exit_code == 5
+    assert "does not answer" in done.stderr
+    assert "fix: start it, or leave --study-storage out" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_password_is_in_no_command_and_no_settings():
+    config = SearchConfig.of(
+        {"budget_bpe": 5, "study_storage": "postgresql://me:pw5f3a91@host/studies"}
+    )
+    assert "--study-storage 'postgresql://***@host/studies'" in config.command_line()
+    assert "study_storage" not in config.saved()
+
+
+def test_several_budgets_leave_the_study_of_their_frontier(search, tmp_path):
+    done = search(budget="10,12")
+    assert done.exit_code == 0, done.stderr
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "run" / "frontier.log")))
+    study = optuna.load_study(study_name=None, storage=storage)
+    runs = {name: trials_of(tmp_path / "run" / name) for name in ("10bpe", "12bpe")}
+    whole = {t["digest"] for own in runs.values() for t in own if not t["is_stopped"]}
+    assert {t.user_attrs["digest"] for t in study.trials} == whole
+    assert len(study.trials) == len(whole)
+    for trial in study.trials:
+        own = runs[trial.user_attrs["run"]][trial.user_attrs["number"]]
+        assert (own["kl"], own["digest"]) == (trial.values[0], trial.user_attrs["digest"])
+    for name in runs:
+        result = json.loads((tmp_path / "run" / name / "result.json").read_text())
+        winner = result["winner"]["digest"]
+        sizes = [t.values[1] for t in study.trials if t.user_attrs["digest"] == winner]
+        assert sizes == [result["checkpoint_bytes"]]
+    best = [trial.values for trial in study.best_trials]
+    assert best
+    assert not any(o[0] < b[0] and o[1] < b[1] for b in best for o in best)
