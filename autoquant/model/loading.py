@@ -1,5 +1,6 @@
 """Open a causal language model in BF16 for measurement."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from autoquant.errors import AutoQuantError, ConfigError, OutOfMemory, SourceErr
 from autoquant.model import experts
 from autoquant.model.streaming.blocks import Absent, BlockReader, Unread, by_block, require_finite
 from autoquant.model.streaming.placement import ANYTHING, Allowance, open_store
+from autoquant.model.streaming.shared import ALONE, Peers
 from autoquant.model.streaming.stores import BlockStore
 from autoquant.source.architecture import auto_class
 from autoquant.source.declared import QUANTIZATION
@@ -39,15 +41,15 @@ class LoadedModel:
 
 
 def choose_device(device: str | None) -> torch.device:
-    """The device asked for, or the first GPU, or the CPU.
+    """The device asked for, or a GPU, or the CPU; `cuda` is each process's own GPU.
 
     Raises:
         ConfigError: a device that this machine or this torch does not have.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(device)
+        chosen = _own_gpu() if device == "cuda" else torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
@@ -57,6 +59,22 @@ def choose_device(device: str | None) -> torch.device:
     return chosen
 
 
+def _own_gpu() -> torch.device:
+    """The GPU of this process, by its number on the machine where a launcher gives it one.
+
+    A launcher may also show each process its own GPU alone.
+
+    Raises:
+        RuntimeError: the machine has fewer GPUs than processes.
+    """
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if count <= 1 or "LOCAL_RANK" not in os.environ:
+        return torch.device("cuda")
+    if number >= count:
+        raise RuntimeError(f"this is process {number} of a machine with {count} GPUs")
+    return torch.device("cuda", number)
+
+
 def load_model(
     path: Path,
     device: torch.device,
@@ -64,6 +82,7 @@ def load_model(
     trust_remote_code: bool = False,
     allowance: Allowance = ANYTHING,
     tokenizer: Any = None,
+    peers: Peers = ALONE,
 ) -> LoadedModel:
     """Load model and tokenizer from a local folder.
 
@@ -73,6 +92,7 @@ def load_model(
         trust_remote_code: run code that comes with the model.
         allowance: where the weights of blocks may be.
         tokenizer: takes the place of the folder's.
+        peers: the processes of a run, all of which load the model now.
 
     Raises:
         SourceError: no such architecture, no tokenizer, weights that do not fit the config, or a
@@ -96,10 +116,13 @@ def load_model(
         outside, inside = by_block(shape, source.headers.to_write(()))
         model, report = _filled(shape, outside, chain.from_iterable(inside))
     _check_complete(path, report)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # pinned memory belongs to the GPU in force
     with _loading_errors(path, device):
         _move(model.eval().requires_grad_(False), device)
         require_finite({n: p for n, p in model.named_parameters() if not p.is_meta})
-        store, state_bytes = open_store(model, BlockReader(shape, inside), device, allowance)
+        reader = BlockReader(shape, inside)
+        store, state_bytes = open_store(model, reader, device, allowance, peers)
     if hasattr(model.config, "_experts_implementation"):
         model.set_experts_implementation(experts.IMPLEMENTATION)
     model.config.use_cache = False
