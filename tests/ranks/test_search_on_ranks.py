@@ -67,7 +67,7 @@ def outcome(run):
 
 
 @pytest.mark.parametrize("kind", ["llama", "minimax_m2"])
-@pytest.mark.parametrize(("size", "weights"), [(2, "disk"), (4, "resident")])
+@pytest.mark.parametrize(("size", "weights"), [(2, "disk"), (3, "host"), (4, "resident")])
 def test_the_result_does_not_depend_on_the_number_of_processes(made, kind, size, weights):
     folder, alone = made(kind)
     run = folder / f"{size}-{weights}"
