@@ -15,14 +15,14 @@ from autoquant.data.tokenizer import load_tokenizer
 from autoquant.errors import AutoQuantError, ConfigError, OutOfMemory, SourceError, first_line
 from autoquant.model import experts
 from autoquant.model.streaming.blocks import Absent, BlockReader, Unread, by_block, require_finite
-from autoquant.model.streaming.placement import ANYTHING, Allowance, open_store
+from autoquant.model.streaming.placement import ANYTHING, Allowance, Sizes, open_store
 from autoquant.model.streaming.shared import ALONE, Peers
 from autoquant.model.streaming.stores import BlockStore
 from autoquant.source.architecture import auto_class
 from autoquant.source.declared import QUANTIZATION
 from autoquant.source.extent import Extent
 from autoquant.source.headers import TensorHeader
-from autoquant.source.source import open_source
+from autoquant.source.source import Source, open_source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +134,23 @@ def load_model(
         state_bytes=state_bytes,
         max_length=_max_length(model.config.get_text_config()),
     )
+
+
+def sizes_of(source: Source, *, trust_remote_code: bool = False) -> Sizes:
+    """Memory that a model's weights take, by its headers and its architecture alone.
+
+    Raises:
+        SourceError: no such architecture, or headers that do not fit the config.
+    """
+    extent = Extent.of(source.headers)
+    extent.require_layers(source.config)
+    with _loading_errors(source.path, torch.device("meta")):
+        shape = _empty(_read_config(source.path, trust_remote_code), extent, trust_remote_code)
+        _, inside = by_block(shape, source.headers.to_write(()))
+        reader = BlockReader(shape, inside)
+        blocks = tuple(map(reader.bytes, range(len(reader))))
+    held = sum(t.numel() * t.element_size() for t in (*shape.parameters(), *shape.buffers()))
+    return Sizes(outside=held - sum(blocks), blocks=blocks)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from autoquant.parsing import Unreadable, parse_yaml, read_text
 from autoquant.plan.plan import Plan
 from autoquant.run.config import ProbeConfig, SearchConfig
 from autoquant.run.config.file import settings_text
-from autoquant.run.following import follow_run, open_plan_on_all
+from autoquant.run.machines.following import follow_run, open_plan_on_all
 from autoquant.run.observer import Observer
 from autoquant.run.opening import limits_of
 from autoquant.run.sensitivity.probing import Probing

@@ -9,8 +9,8 @@ from searchable import TOKEN_FLAGS, save_searchable, save_text
 from test_groups import in_a_group
 
 from autoquant.errors import ConfigError
-from autoquant.run import following
 from autoquant.run.config import ProbeConfig
+from autoquant.run.machines import following
 
 pytestmark = pytest.mark.slow
 

@@ -95,15 +95,23 @@ def open_store(
         outside=sum(t.numel() * t.element_size() for t in outside),
         blocks=tuple(map(reader.bytes, range(len(reader)))),
     )
-    weights, left = choose(sizes, device, allowance)
+    weights, left = choose(sizes, device, allowance, present=sizes.outside)
     if weights is Weights.RESIDENT:
         return Resident(model, reader, device), left
     blocks = read_blocks(reader, peers) if weights is Weights.HOST else {}
     return Streamed(model, reader, device, in_memory=blocks), left
 
 
-def choose(sizes: Sizes, device: torch.device, allowance: Allowance) -> tuple[Weights, int]:
+def choose(
+    sizes: Sizes, device: torch.device, allowance: Allowance, *, present: int = 0
+) -> tuple[Weights, int]:
     """Where weights go, and the bytes of the host's memory that states between blocks may take.
+
+    Args:
+        sizes: of the weights.
+        device: what computes.
+        allowance: what may be used.
+        present: bytes of them that are on the device already.
 
     Raises:
         OutOfMemory: what is asked for does not fit what may be used, or nothing does.
@@ -113,7 +121,7 @@ def choose(sizes: Sizes, device: torch.device, allowance: Allowance) -> tuple[We
     host //= processes_here()
     on_device = allowance.device_bytes
     if on_device is None:
-        on_device = sizes.outside + torch.cuda.mem_get_info(device)[0] if is_gpu else host
+        on_device = present + torch.cuda.mem_get_info(device)[0] if is_gpu else host
     if not is_gpu:
         host = on_device = min(host, on_device)
     for weights in _in_order(allowance.weights, is_gpu=is_gpu):
