@@ -1,5 +1,8 @@
 """Errors that say what was given, which rule it broke, and what to do; each has an exit code."""
 
+from functools import partial
+from typing import Any, Self
+
 LONGEST_LINE = 2000
 """Characters; more lose their middle."""
 
@@ -42,6 +45,10 @@ class AutoQuantError(Exception):
     def __str__(self) -> str:
         return f"{self.message} {self.fix}"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that another process can raise it."""
+        return partial(type(self), fix=self.fix), (self.message,)
+
 
 class ConfigError(AutoQuantError):
     """A flag, a configuration file or a search space that cannot be meant as written."""
@@ -71,3 +78,24 @@ class OutOfMemory(AutoQuantError):
     """The machine's or the device's memory does not hold what the command needs."""
 
     exit_code = 6
+
+
+class RankLost(AutoQuantError):
+    """Another process of a run that several measure together has ended."""
+
+    exit_code = 130
+    is_first = True
+    """Whether no other process has noticed before, so that this one tells."""
+
+    @classmethod
+    def because(cls, reason: str) -> Self:
+        """The error of a process that goes on no more.
+
+        Args:
+            reason: how it noticed, one line.
+        """
+        return cls(
+            f"another process of this run has ended or cannot be reached: {reason}",
+            fix="what ended it is said above, if it could say it; nothing is lost, and the same "
+            "command goes on where it stopped.",
+        )

@@ -25,3 +25,15 @@ class Progress(Protocol):
 
     def warn(self, message: str) -> None:
         """Something that may be wrong without ending the work."""
+
+
+class Silent:
+    """Nobody watches: another process tells."""
+
+    def stage(self, name: str, steps: int, unit: Unit = Unit.STEPS) -> None: ...
+
+    def step(self, count: int = 1) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+    def warn(self, message: str) -> None: ...

@@ -78,15 +78,18 @@ class Room:
         for first in range(0, len(items), count):
             yield items[first : first + count]
 
-    def waves(self, batches: Sequence[int], states_bytes: int) -> Iterator[Sequence[int]]:
+    def waves(
+        self, batches: Sequence[int], states_bytes: int, *, ranks: int = 1
+    ) -> Iterator[Sequence[int]]:
         """Consecutive batches that go through the stages together.
 
         Args:
             batches: of a split.
             states_bytes: of all forwards of one batch between two stages.
+            ranks: processes that share them.
         """
         fitting = self.walk_bytes // max(1, states_bytes)
-        count = max(1, min(self.batches_together, fitting))
+        count = ranks * max(1, min(self.batches_together, fitting))
         for first in range(0, len(batches), count):
             yield batches[first : first + count]
 

@@ -11,6 +11,7 @@ from autoquant.data.tokens import Split
 from autoquant.errors import SourceError
 from autoquant.formats.input_range import InputRange
 from autoquant.measure.scorer import Scorer
+from autoquant.measure.statistics.observed import observe_inputs
 from autoquant.model.inputs import InputScale, fill_unseen
 from autoquant.plan.kv_cache import KvRange
 from autoquant.plan.linears import LayerGroup
@@ -174,21 +175,16 @@ def calibrate(
     Raises:
         SourceError: NaN or Inf at some linear's input, which is named.
     """
-    with scorer.quantized.observing(all_experts=all_experts):
-        for wave in scorer.waves(split, range(len(split.batches)), forwards=1):
-            for hidden in scorer.forward([split.batches[index] for index in wave]):
-                scorer.quantized.operands(scorer.trunk.head, hidden)
-                advance()
-    input_amax, unseen = fill_unseen(scorer.quantized.observed_ranges())
-    cache = scorer.quantized.kv_cache
+    seen = observe_inputs(scorer, split, advance, all_experts=all_experts)
+    input_amax, unseen = fill_unseen(seen.ranges)
     return Calibration(
         input_amax=input_amax,
         unseen=unseen,
         tokens=split.tokens,
-        expert_tokens=scorer.quantized.expert_counts(),
+        expert_tokens=seen.expert_tokens,
         all_experts=all_experts,
-        kv_ranges=cache.observed_ranges() if cache is not None else {},
-        small_blocks=scorer.quantized.observed_small(),
+        kv_ranges=seen.kv_ranges,
+        small_blocks=seen.small_blocks,
         headroom=headroom,
     )
 

@@ -13,6 +13,7 @@ import torch
 from autoquant.arrays import Integers
 from autoquant.forward.flow import Flow
 from autoquant.forward.head import Head
+from autoquant.measure.interactions import Key
 from autoquant.measure.kl import TokenKl, TokenScores, likelihoods
 from autoquant.measure.sketch import LogitSketch
 
@@ -58,6 +59,17 @@ class Cache:
             return False
         self.left -= size
         return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """What one group in one choice does to a batch, the rest in BF16."""
+
+    batch: int
+    key: Key
+    kl: TokenKl
+    sketch: torch.Tensor
+    """The logit change as a sketch keeps it, float32 on the host; empty without one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from autoquant.forward.backward import Backward
 from autoquant.forward.flow import Flow, loop
 from autoquant.measure.interactions import Key
 from autoquant.measure.method import ProbeMethod
+from autoquant.measure.ranks.together import together
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.sensitivity import BatchProbe, Sensitivity, batch_probe, summarize
 from autoquant.measure.taps import Taps
@@ -89,7 +90,7 @@ def gradient_probe(
     results = {estimate.batch: estimate for estimate in done}
     missing = [batch for batch in range(len(split.batches)) if batch not in results]
     for wave in scorer.waves(split, missing, forwards=scorer.trunk.stages):
-        for estimate in _estimates(scorer, split, wave, keys, seed):
+        for estimate in estimate_batches(scorer, split, wave, keys, seed):
             results[estimate.batch] = estimate
             keep(estimate)
     return list(results.values())
@@ -100,6 +101,19 @@ def mean_estimate(
 ) -> Sensitivity:
     """The estimates of all keys over the tokens of some batches of `split`."""
     return Sensitivity(*summarize(keys, split, (p for e in estimates for p in e.probes)))
+
+
+@together
+def estimate_batches(
+    scorer: Scorer, split: Split, batches: Sequence[int], keys: Sequence[Key], seed: int
+) -> list[BatchEstimate]:
+    """Estimate every key on some batches, each dealt to a rank.
+
+    Raises:
+        NoGradient: an architecture or a kernel without a backward pass.
+    """
+    own = scorer.ranks.dealt(batches)
+    return scorer.ranks.gathered(lambda: [*_estimates(scorer, split, own, keys, seed)])
 
 
 def _estimates(

@@ -9,8 +9,9 @@ Shapes: B sequences, L tokens, H hidden, V vocabulary.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, zip_longest
 from typing import TypeVar
 
 import torch
@@ -21,9 +22,11 @@ from autoquant.forward.flow import BF16_MODEL, Flow, walk
 from autoquant.forward.head import Head
 from autoquant.forward.room import Room
 from autoquant.forward.trunk import Part, Trunk
-from autoquant.measure.compare import Batch, Cache, Comparison, bytes_of
+from autoquant.measure.compare import Batch, Cache, Comparison, Probed, bytes_of
 from autoquant.measure.interactions import Key
 from autoquant.measure.kl import TokenKl, TokenScores
+from autoquant.measure.ranks.ranks import ALONE, Ranks
+from autoquant.measure.ranks.together import together
 from autoquant.measure.sketch import LogitSketch
 from autoquant.model.live import QuantizedModel
 from autoquant.model.memory import return_freed_memory
@@ -41,6 +44,7 @@ class Scorer:
         cache_bytes: memory for block states and reference logits between candidates.
         room: bounds of what goes through the blocks together; those of weights in memory by
             default.
+        ranks: the processes that batches are dealt to.
     """
 
     def __init__(
@@ -50,12 +54,16 @@ class Scorer:
         *,
         cache_bytes: int = 2**28,
         room: Room | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.quantized = quantized
         self.device = device
         self.trunk = Trunk(quantized.model, quantized.products, quantized.weights)
         self.head = Head(self.trunk, quantized)
         self.room = room or Room(device)
+        self.ranks = ranks
+        self._bf16: dict[int, Flow] = {}
+        """Forwards of the BF16 model that probes of the same batches start from."""
         self._cache = Cache(cache_bytes)
         self._comparison = Comparison(self.head, self._cache)
         self._batches: dict[tuple[str, int], Batch] = {}
@@ -85,9 +93,11 @@ class Scorer:
     def waves(
         self, split: Split, batches: Sequence[int], *, forwards: int
     ) -> Iterator[Sequence[int]]:
-        """Batches that go through the blocks together, with so many forwards of each."""
+        """Batches that go through the blocks together, with so many forwards of each, on all ranks
+        together.
+        """
         states = forwards * max((self._state_bytes(split, index) for index in batches), default=1)
-        return self.room.waves(batches, states)
+        return self.room.waves(batches, states, ranks=self.ranks.size)
 
     def score(self, assignment: Assignment, split: Split) -> TokenKl:
         """KL of a whole assignment on every token of the split."""
@@ -96,6 +106,7 @@ class Scorer:
             scores for wave in waves for (scores,) in self.score_batches([assignment], split, wave)
         )
 
+    @together
     def score_batches(
         self, assignments: Sequence[Assignment], split: Split, batches: Sequence[int]
     ) -> list[list[TokenKl]]:
@@ -104,22 +115,35 @@ class Scorer:
         Returns:
             For each batch the scores of the assignments, in their order.
         """
-        return self._measure(assignments, split, batches, self._comparison.kl)
+        return self.ranks.gathered(
+            lambda: self._measure(
+                assignments, split, self.ranks.dealt(batches), self._comparison.kl
+            )
+        )
 
     def score_fully(self, assignments: Sequence[Assignment], split: Split) -> list[TokenScores]:
         """The KL of each assignment on the split, with agreement and likelihoods."""
         waves = self.waves(split, range(len(split.batches)), forwards=len(assignments))
-        compare = self._comparison.fully
-        batches = []
-        for wave in waves:
-            batches += self._measure(assignments, split, wave, compare)
-            self._drop_logits(split, wave)  # nobody asks for these tokens again
-            return_freed_memory()
+        batches = [b for wave in waves for b in self._score_batches_fully(assignments, split, wave)]
         return [TokenScores.joined(scores) for scores in zip(*batches, strict=True)]
+
+    @together
+    def _score_batches_fully(
+        self, assignments: Sequence[Assignment], split: Split, batches: Sequence[int]
+    ) -> list[list[TokenScores]]:
+        own = self.ranks.dealt(batches)
+
+        def measured() -> list[list[TokenScores]]:
+            found = self._measure(assignments, split, own, self._comparison.fully)
+            self._drop_logits(split, own)  # nobody asks for these tokens again
+            return_freed_memory()
+            return found
+
+        return self.ranks.gathered(measured)
 
     def probe(
         self, split: Split, probes: Sequence[tuple[int, Key]], sketch: LogitSketch | None = None
-    ) -> Iterator[tuple[TokenKl, torch.Tensor]]:
+    ) -> Iterator[Probed]:
         """Measure groups, each alone in its choice, the rest in BF16.
 
         Args:
@@ -128,27 +152,60 @@ class Scorer:
             sketch: how logit changes are kept.
 
         Yields:
-            Each probe's KL, and its logit change as `sketch` keeps it, float32; empty without one.
+            Each probe's KL and logit change; those of a batch in their order, of batches that
+            several ranks share in turn.
         """
-        state_bytes = max((self._state_bytes(split, index) for index, _ in probes), default=1)
-        wanted = Counter(index for index, _ in probes)
-        bf16: dict[int, Flow] = {}
-        for together in self.room.together(probes, state_bytes):
-            here = Counter(index for index, _ in together)
-            bf16 = {
-                index: bf16.get(index)
-                or Flow(parts=self._parts(split, index), keep=count < wanted[index])
-                for index, count in here.items()
-            }
-            flows = [self._probe(bf16[index], key) for index, key in together]
-            self._walk([*(flow for flow in bf16.values() if not flow.is_done), *flows])
-            for index, flow in bf16.items():
-                self._keep_reference(split, index, flow)
-            for (index, _), flow in zip(together, flows, strict=True):
-                with self._applied(flow):
-                    yield self._comparison.kl_and_sketch(
-                        self._batch(split, index), flow.hidden, sketch
-                    )
+        left = Counter(index for index, _ in probes)
+        for by_rank in self._rounds(split, probes):
+            left.subtract(index for own in by_rank for index, _ in own)
+            yield from chain.from_iterable(self._probe_round(split, by_rank, sketch, dict(left)))
+
+    def _rounds(
+        self, split: Split, probes: Sequence[tuple[int, Key]]
+    ) -> Iterator[Sequence[Sequence[tuple[int, Key]]]]:
+        """What each rank probes in one pass over its blocks, each batch on one rank."""
+        batches, size = list(dict.fromkeys(index for index, _ in probes)), self.ranks.size
+        state_bytes = max((self._state_bytes(split, index) for index in batches), default=1)
+        rank_of = {index: place % size for place, index in enumerate(batches)}
+        by_rank = [[p for p in probes if rank_of[p[0]] == rank] for rank in range(size)]
+        passes = (self.room.together(own, state_bytes) for own in by_rank)
+        return zip_longest(*passes, fillvalue=())
+
+    @together
+    def _probe_round(
+        self,
+        split: Split,
+        by_rank: Sequence[Sequence[tuple[int, Key]]],
+        sketch: LogitSketch | None,
+        later: Mapping[int, int],
+    ) -> list[list[Probed]]:
+        """The probes of each rank; `later` are those of each batch that are still to come."""
+        own = by_rank[self.ranks.number]
+        return self.ranks.all_of(lambda: [*self._probed(split, own, sketch, later)])
+
+    def _probed(
+        self,
+        split: Split,
+        probes: Sequence[tuple[int, Key]],
+        sketch: LogitSketch | None,
+        later: Mapping[int, int],
+    ) -> Iterator[Probed]:
+        """Probes in one pass over the blocks, from where each leaves the BF16 model."""
+        bf16 = {
+            index: self._bf16.get(index)
+            or Flow(parts=self._parts(split, index), keep=later[index] > 0)
+            for index in dict.fromkeys(index for index, _ in probes)
+        }
+        flows = [self._probe(bf16[index], key) for index, key in probes]
+        self._walk([*(flow for flow in bf16.values() if not flow.is_done), *flows])
+        for index, flow in bf16.items():
+            self._keep_reference(split, index, flow)
+        self._bf16 = {index: flow for index, flow in bf16.items() if later[index]}
+        for (index, key), flow in zip(probes, flows, strict=True):
+            with self._applied(flow):
+                batch = self._batch(split, index)
+                kl, change = self._comparison.kl_and_sketch(batch, flow.hidden, sketch)
+            yield Probed(batch=index, key=key, kl=kl, sketch=change.cpu())
 
     def bf16_states(self, split: Split, batches: Sequence[int]) -> list[Flow]:
         """Forwards of the BF16 model at their end, with the states between blocks."""
@@ -193,6 +250,7 @@ class Scorer:
                 self.room.sequences_at_once = before
         return self._comparison.kl(batch, hidden)
 
+    @together
     def forget(self, split: Split) -> None:
         """Give back what is kept of a split."""
         for index in range(len(split.batches)):

@@ -120,17 +120,19 @@ def probe(
     batches = range(len(split.batches)) if batches is None else batches
     missing = {batch: [key for key in keys if (batch, *key) not in results] for batch in batches}
     wanted = [(batch, key) for batch, left in missing.items() for key in left]
-    scores = scorer.probe(split, wanted, sketch) if wanted else iter(())
-    for batch, left in missing.items():
-        for key in left:
-            score, change = next(scores)
-            if sketches:
-                sketches.put(batch, key, change)
-            result = batch_probe(batch, *key, score)
-            keep(result)
-            results[batch, *key] = result
+    for probed in scorer.probe(split, wanted, sketch):
+        batch, key = probed.batch, probed.key
         if sketches:
+            sketches.put(batch, key, probed.sketch)
+        result = batch_probe(batch, *key, probed.kl)
+        keep(result)
+        results[batch, *key] = result
+        missing[batch].remove(key)
+        if sketches and not missing[batch]:
             sketches.finish(batch)
+    if sketches:
+        for batch in batches:
+            sketches.finish(batch)  # where a killed process had all of its sketches
     kl, stderr = summarize(keys, split, (p for p in results.values() if p.batch in batches))
     found = sketches.interactions(len(split.batches)) if sketches else None
     return Sensitivity(kl, stderr, found)

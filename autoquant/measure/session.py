@@ -12,8 +12,9 @@ from autoquant.codes.statistics import StatisticsStore
 from autoquant.codes.weights import FileWeights
 from autoquant.data.text import load_corpus
 from autoquant.data.tokens import Split, TokenPlan, make_splits, shortfalls
-from autoquant.errors import SourceError
+from autoquant.errors import ConfigError, SourceError
 from autoquant.forward.room import Room
+from autoquant.measure.ranks.ranks import ALONE, Ranks
 from autoquant.measure.scorer import Scorer
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import LoadedModel, choose_device, load_model
@@ -63,6 +64,7 @@ def open_session(
     trust_remote_code: bool,
     codes: CodeCache | None = None,
     statistics: StatisticsStore | None = None,
+    ranks: Ranks = ALONE,
     observer: Progress,
 ) -> Session:
     """Read the text, load the model, cut the tokens, and check that scoring is exact.
@@ -79,23 +81,26 @@ def open_session(
         trust_remote_code: run code that comes with the model.
         codes: where codes are kept that cost more to make than to read.
         statistics: where moments of the inputs are kept, for codes that rest on them.
+        ranks: the processes that batches are dealt to.
         observer: told of progress and shortfalls.
 
     Raises:
         SourceError: text or model missing, damaged or not understood.
         OutOfMemory: the model does not fit the device.
+        ConfigError: more ranks than batches of search tokens.
     """
     corpus = load_corpus(calibration)
     observer.stage("load", 1)
     chosen = choose_device(device)
     loaded = load_model(
-        source.path, chosen, trust_remote_code=trust_remote_code, allowance=allowance
+        source.path, chosen, trust_remote_code=trust_remote_code, allowance=allowance, peers=ranks
     )
     if not loaded.store.is_streamed:  # blocks that come and go would leave holes
         keep_freed_memory()
     plan = _shortened(tokens, loaded.max_length)
     splits = make_splits(corpus, loaded.tokenizer, plan)
     _require_vocabulary(loaded.model, splits)
+    _require_batches(splits, ranks)
     for shortfall in shortfalls(splits, plan):
         observer.warn(f"little text, wide intervals: {shortfall}.")
     session = make_session(
@@ -106,6 +111,7 @@ def open_session(
         mode=mode,
         codes=codes,
         statistics=statistics,
+        ranks=ranks,
         observer=observer,
     )
     observer.step()
@@ -121,6 +127,7 @@ def make_session(
     mode: ActivationMode,
     codes: CodeCache | None = None,
     statistics: StatisticsStore | None = None,
+    ranks: Ranks = ALONE,
     observer: Progress,
 ) -> Session:
     """Make a loaded model ready to be measured, and check that scoring is exact.
@@ -128,7 +135,7 @@ def make_session(
     Args:
         loaded: changed in place.
         splits: `calibration`, `search` and `report`.
-        groups, attention, mode, codes, statistics, observer: as for `open_session`.
+        groups, attention, mode, codes, statistics, ranks, observer: as for `open_session`.
 
     Raises:
         SourceError: a group's linear cannot be found, or scoring is not exact.
@@ -143,7 +150,7 @@ def make_session(
         statistics=statistics,
         store=loaded.store,
     )
-    scorer = Scorer(quantized, loaded.device, room=_room(loaded))
+    scorer = Scorer(quantized, loaded.device, room=_room(loaded), ranks=ranks)
     split = splits["calibration"]
     for disagreement in input_disagreements(quantized, lambda: scorer.check(split)):
         observer.warn(disagreement)
@@ -164,6 +171,16 @@ def _require_vocabulary(model: Any, splits: dict[str, Split]) -> None:
         raise SourceError(
             f"the tokenizer gives token {largest}, and the model embeds {size} tokens.",
             fix="put the tokenizer of this model beside its weights.",
+        )
+
+
+def _require_batches(splits: dict[str, Split], ranks: Ranks) -> None:
+    batches = len(splits["search"].batches)
+    if ranks.size > batches:
+        raise ConfigError(
+            f"{ranks.size} processes share {batches} batches of search tokens: a batch is measured "
+            "by one.",
+            fix=f"start {batches} processes at most, or make batches smaller (--batch-tokens).",
         )
 
 

@@ -9,7 +9,8 @@ products (Johnson and Lindenstrauss, 1984; signs after Achlioptas, 2003).
 Shapes: T tokens, V vocabulary, W width of the sketch.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -19,7 +20,7 @@ MOST_BYTES = 2**28
 """Most memory that the sketches of all probes of one batch may take."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class LogitSketch:
     """Projects the whitened logit change of every n-th token of a batch.
 
@@ -30,15 +31,12 @@ class LogitSketch:
     """Numbers kept per token."""
     every: int = EVERY
     """One token of this many is sketched."""
-    _projection: torch.Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def within_memory(cls, *, probes: int, tokens: int) -> "LogitSketch":
         """One that takes as many of a batch's tokens as `MOST_BYTES` for all probes allow."""
-        sketch = cls()
-        bytes_per_token = 4 * probes * sketch.width
-        sketch.every = max(sketch.every, -(-bytes_per_token * tokens // MOST_BYTES))
-        return sketch
+        bytes_per_token = 4 * probes * WIDTH
+        return cls(every=max(EVERY, -(-bytes_per_token * tokens // MOST_BYTES)))
 
     def of(self, reference: torch.Tensor, logits: torch.Tensor, *, first: int) -> torch.Tensor:
         """The sketch of one tile of a batch, float32, flat.
@@ -52,13 +50,14 @@ class LogitSketch:
         before, change = reference[rows], logits[rows] - reference[rows]
         p = before.softmax(dim=-1)
         change -= (p * change).sum(dim=-1, keepdim=True)
-        return (p.sqrt_().mul_(change) @ self._signs(before)).flatten()
+        signs = _signs(logits.shape[-1], self.width, logits.device)
+        return (p.sqrt_().mul_(change) @ signs).flatten()
 
-    def _signs(self, like: torch.Tensor) -> torch.Tensor:
-        """Random signs [V, W], scaled so that inner products keep their mean."""
-        if self._projection is None:
-            generator = torch.Generator().manual_seed(0)
-            signs = torch.randint(2, (like.shape[-1], self.width), generator=generator)
-            scaled = (2.0 * signs - 1.0) / self.width**0.5
-            self._projection = scaled.to(device=like.device, dtype=like.dtype)
-        return self._projection
+
+@lru_cache(maxsize=1)
+def _signs(vocabulary: int, width: int, device: torch.device) -> torch.Tensor:
+    """Random signs, float32 [V, W], scaled so that inner products keep their mean."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, (vocabulary, width), generator=generator)
+    scaled: torch.Tensor = (2.0 * signs - 1.0) / width**0.5
+    return scaled.to(device)

@@ -51,7 +51,7 @@ class InputSet:
     """Input elements that were counted."""
     clipped: torch.Tensor | None = None
     """How many of them were beyond what the scale holds, int64."""
-    _sizes: torch.Tensor | None = field(default=None, repr=False)
+    sizes: torch.Tensor | None = field(default=None, repr=False)
     """Blocks seen while observing by the exponent of their largest magnitude, int64 [E]."""
     _seen: torch.Tensor | None = field(default=None, repr=False)
     _quantized: dict[Format, torch.Tensor] = field(default_factory=dict, repr=False)
@@ -93,15 +93,7 @@ class InputSet:
         self.observed = max(largest, self.observed or 0.0)
         if x.shape[-1] % BLOCK == 0:
             sizes = _blocks_by_exponent(x)
-            self._sizes = sizes if self._sizes is None else self._sizes + sizes
-
-    @property
-    def small(self) -> float | None:
-        """A power of two that the largest magnitude of 99 blocks of 100 is not below."""
-        if self._sizes is None or not (total := int(self._sizes.sum())):
-            return None
-        fewer = self._sizes.cumsum(0) <= SMALL_SHARE * total
-        return 2.0 ** (int(fewer.sum()) - _EXPONENTS - 1)
+            self.sizes = sizes if self.sizes is None else self.sizes + sizes
 
     def forget(self) -> None:
         """Drop the tensors of the last forward."""
@@ -121,6 +113,19 @@ def _blocks_by_exponent(x: torch.Tensor) -> torch.Tensor:
     largest = x.detach().unflatten(-1, (-1, BLOCK)).abs().amax(dim=-1).float().flatten()
     exponents = torch.frexp(largest[largest > 0]).exponent
     return torch.bincount(exponents + _EXPONENTS, minlength=2 * _EXPONENTS)
+
+
+def small_of(sizes: torch.Tensor) -> float | None:
+    """A power of two that the largest magnitude of 99 blocks of 100 is not below.
+
+    Args:
+        sizes: blocks by the exponent of their largest magnitude, as `InputSet` counts them.
+    """
+    total = int(sizes.sum())
+    if not total:
+        return None
+    fewer = sizes.cumsum(0) <= SMALL_SHARE * total
+    return 2.0 ** (int(fewer.sum()) - _EXPONENTS - 1)
 
 
 def fill_unseen(observed: Mapping[str, float | None]) -> tuple[dict[str, float], tuple[str, ...]]:

@@ -168,6 +168,8 @@ class QuantizedModel:
     ) -> None:
         self.model = model
         self.mode = mode
+        self.statistics = statistics
+        """Of the inputs, where codes rest on them."""
         self.products = CpuProducts.of(model)
         self._names = Names(model)
         self.kv_cache = QuantizedCache(model, self._names, attention) if attention else None
@@ -275,10 +277,12 @@ class QuantizedModel:
         """Largest input magnitude of each input set; None where no token arrived."""
         return {name: inputs.observed for name, inputs in self._context.inputs.items()}
 
-    def observed_small(self) -> dict[str, float]:
-        """What the blocks of each input set are not below, few aside, where it is known."""
-        found = {name: inputs.small for name, inputs in self._context.inputs.items()}
-        return {name: small for name, small in found.items() if small is not None}
+    def observed_sizes(self) -> dict[str, torch.Tensor]:
+        """Blocks of each input set by the exponent of their largest magnitude, int64 on the host,
+        where there are any.
+        """
+        found = {name: inputs.sizes for name, inputs in self._context.inputs.items()}
+        return {name: sizes.cpu() for name, sizes in found.items() if sizes is not None}
 
     @contextmanager
     def counting(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Open a causal language model in BF16 for measurement."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ from autoquant.data.tokenizer import load_tokenizer
 from autoquant.errors import AutoQuantError, ConfigError, OutOfMemory, SourceError, first_line
 from autoquant.model import experts
 from autoquant.model.streaming.blocks import Absent, BlockReader, Unread, by_block, require_finite
-from autoquant.model.streaming.placement import ANYTHING, Allowance, open_store
+from autoquant.model.streaming.placement import ANYTHING, Allowance, Sizes, open_store
+from autoquant.model.streaming.shared import ALONE, Peers
 from autoquant.model.streaming.stores import BlockStore
 from autoquant.source.architecture import auto_class
 from autoquant.source.declared import QUANTIZATION
 from autoquant.source.extent import Extent
 from autoquant.source.headers import TensorHeader
-from autoquant.source.source import open_source
+from autoquant.source.source import Source, open_source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,15 +41,15 @@ class LoadedModel:
 
 
 def choose_device(device: str | None) -> torch.device:
-    """The device asked for, or the first GPU, or the CPU.
+    """The device asked for, or a GPU, or the CPU; `cuda` is each process's own GPU.
 
     Raises:
         ConfigError: a device that this machine or this torch does not have.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(device)
+        chosen = _own_gpu() if device == "cuda" else torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
@@ -57,6 +59,22 @@ def choose_device(device: str | None) -> torch.device:
     return chosen
 
 
+def _own_gpu() -> torch.device:
+    """The GPU of this process, by its number on the machine where a launcher gives it one.
+
+    A launcher may also show each process its own GPU alone.
+
+    Raises:
+        RuntimeError: the machine has fewer GPUs than processes.
+    """
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if count <= 1 or "LOCAL_RANK" not in os.environ:
+        return torch.device("cuda")
+    if number >= count:
+        raise RuntimeError(f"this is process {number} of a machine with {count} GPUs")
+    return torch.device("cuda", number)
+
+
 def load_model(
     path: Path,
     device: torch.device,
@@ -64,6 +82,7 @@ def load_model(
     trust_remote_code: bool = False,
     allowance: Allowance = ANYTHING,
     tokenizer: Any = None,
+    peers: Peers = ALONE,
 ) -> LoadedModel:
     """Load model and tokenizer from a local folder.
 
@@ -73,6 +92,7 @@ def load_model(
         trust_remote_code: run code that comes with the model.
         allowance: where the weights of blocks may be.
         tokenizer: takes the place of the folder's.
+        peers: the processes of a run, all of which load the model now.
 
     Raises:
         SourceError: no such architecture, no tokenizer, weights that do not fit the config, or a
@@ -96,10 +116,13 @@ def load_model(
         outside, inside = by_block(shape, source.headers.to_write(()))
         model, report = _filled(shape, outside, chain.from_iterable(inside))
     _check_complete(path, report)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # pinned memory belongs to the GPU in force
     with _loading_errors(path, device):
         _move(model.eval().requires_grad_(False), device)
         require_finite({n: p for n, p in model.named_parameters() if not p.is_meta})
-        store, state_bytes = open_store(model, BlockReader(shape, inside), device, allowance)
+        reader = BlockReader(shape, inside)
+        store, state_bytes = open_store(model, reader, device, allowance, peers)
     if hasattr(model.config, "_experts_implementation"):
         model.set_experts_implementation(experts.IMPLEMENTATION)
     model.config.use_cache = False
@@ -111,6 +134,23 @@ def load_model(
         state_bytes=state_bytes,
         max_length=_max_length(model.config.get_text_config()),
     )
+
+
+def sizes_of(source: Source, *, trust_remote_code: bool = False) -> Sizes:
+    """Memory that a model's weights take, by its headers and its architecture alone.
+
+    Raises:
+        SourceError: no such architecture, or headers that do not fit the config.
+    """
+    extent = Extent.of(source.headers)
+    extent.require_layers(source.config)
+    with _loading_errors(source.path, torch.device("meta")):
+        shape = _empty(_read_config(source.path, trust_remote_code), extent, trust_remote_code)
+        _, inside = by_block(shape, source.headers.to_write(()))
+        reader = BlockReader(shape, inside)
+        blocks = tuple(map(reader.bytes, range(len(reader))))
+    held = sum(t.numel() * t.element_size() for t in (*shape.parameters(), *shape.buffers()))
+    return Sizes(outside=held - sum(blocks), blocks=blocks)
 
 
 @contextmanager

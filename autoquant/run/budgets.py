@@ -9,12 +9,16 @@ from typing import Any
 
 from autoquant.decimals import shortest
 from autoquant.errors import ConfigError, RunConflict
+from autoquant.measure.ranks.group import process_group
+from autoquant.measure.ranks.ranks import Ranks
+from autoquant.measure.ranks.together import lead
 from autoquant.parsing import Unreadable, parse_yaml, read_text
 from autoquant.plan.plan import Plan
 from autoquant.run.config import ProbeConfig, SearchConfig
 from autoquant.run.config.file import settings_text
+from autoquant.run.machines.following import follow_run, open_plan_on_all
 from autoquant.run.observer import Observer
-from autoquant.run.opening import limits_of, open_plan
+from autoquant.run.opening import limits_of
 from autoquant.run.sensitivity.probing import Probing
 from autoquant.run.shared import Shared, finished_probes
 from autoquant.run.signature import (
@@ -74,6 +78,9 @@ def run_searches(config: SearchConfig, observer: Observer) -> list[Outcome]:
             from where `run_probes` leaves them.
         observer: watches.
 
+    Returns:
+        One for each budget, on every rank.
+
     Raises:
         ConfigError: the space leaves nothing to choose, `sensitivity` holds no probes, or there is
             no such sampler.
@@ -83,9 +90,17 @@ def run_searches(config: SearchConfig, observer: Observer) -> list[Outcome]:
             another search's study.
         SourceError: model or text missing, damaged or not understood.
     """
+    with process_group() as ranks:
+        if ranks.is_leader:
+            return lead(ranks, lambda: _run_searches(config, observer, ranks))
+        found: list[Outcome] = follow_run(config, ranks)
+        return found
+
+
+def _run_searches(config: SearchConfig, observer: Observer, ranks: Ranks) -> list[Outcome]:
     require_sampler(config.sampler)
     storage = open_storage(config.study_storage) if config.study_storage is not None else None
-    plan = _open_plan(config)
+    plan = _open_plan(config, ranks)
     searches = config.of_each_budget()
     for search in searches:
         require_feasible(plan.accounting, limits_of(search, plan))
@@ -96,7 +111,7 @@ def run_searches(config: SearchConfig, observer: Observer) -> list[Outcome]:
     probes = _probes_of(config, plan) if config.resume or config.sensitivity else None
     if probes is not None:
         observer.note(f"probes: {probes}")
-    shared = Shared(probes=probes, storage=storage)
+    shared = Shared(probes=probes, storage=storage, ranks=ranks)
     batch = _Batch(config=config, plan=plan, observer=observer, shared=shared)
     outcomes = [batch.run(search, path) for search, path in zip(searches, paths, strict=True)]
     if len(outcomes) > 1:
@@ -119,14 +134,24 @@ def run_probes(config: ProbeConfig, observer: Observer) -> Outcome:
         RunConflict: the directory holds something else, or another process holds it.
         SourceError: model or text missing, damaged or not understood.
     """
-    plan = _open_plan(config)
+    with process_group() as ranks:
+        if ranks.is_leader:
+            return lead(ranks, lambda: _run_probes(config, observer, ranks))
+        found: Outcome = follow_run(config, ranks)
+        return found
+
+
+def _run_probes(config: ProbeConfig, observer: Observer, ranks: Ranks) -> Outcome:
+    plan = _open_plan(config, ranks)
     plan.source.contents.digests(observer)
     path = config.out if config.out is not None else RUNS / probe_name(config, plan)
     with RunDirectory.open(path, probe_signature(config, plan), resume=config.resume) as run:
         observer.note(f"run directory: {path}")
         if run.read_json(SENSITIVITY) is None:
             run.write_text(CONFIG, settings_text(config))
-        probing = Probing(config=config, plan=plan, run=run, observer=observer)
+        probing = Probing(
+            config=config, plan=plan, run=run, observer=observer, shared=Shared(ranks=ranks)
+        )
         return Outcome(path=path, result=probing.probe())
 
 
@@ -212,8 +237,8 @@ def _probes_of(config: SearchConfig, plan: Plan) -> Path | None:
     return finished_probes(path, wanted)
 
 
-def _open_plan(config: ProbeConfig) -> Plan:
-    plan = open_plan(config)
+def _open_plan(config: ProbeConfig, ranks: Ranks) -> Plan:
+    plan = open_plan_on_all(config, ranks)
     if not plan.options.open:
         raise ConfigError(
             f"the search space {plan.space.name} leaves no layer of {plan.source.model} open.",

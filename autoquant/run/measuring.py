@@ -9,8 +9,10 @@ from autoquant.codes.statistics import StatisticsStore
 from autoquant.codes.statistics_size import require_disk
 from autoquant.codes.weights import FileWeights
 from autoquant.measure.calibration import Calibration, calibrate
+from autoquant.measure.ranks.ranks import ALONE, Ranks
 from autoquant.measure.session import Session, open_session
-from autoquant.measure.statistics.moments import collect_moments
+from autoquant.measure.statistics.moments import keep_moments
+from autoquant.measure.statistics.observed import use_scales
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.linears import LayerGroup
 from autoquant.progress import Progress
@@ -29,6 +31,7 @@ def open_measuring(
     mode: ActivationMode = ActivationMode.W4A4,
     codes: CodeCache | None = None,
     statistics: StatisticsStore | None = None,
+    ranks: Ranks = ALONE,
 ) -> Session:
     """The loaded model with its tokens.
 
@@ -59,6 +62,7 @@ def open_measuring(
         trust_remote_code=config.trust_remote_code,
         codes=codes,
         statistics=statistics or StatisticsStore.temporary(),
+        ranks=ranks,
         observer=observer,
     )
 
@@ -113,13 +117,11 @@ def collect_statistics(
         require_disk(session.statistics.folder, groups)
         observer.stage("statistics", session.scorer.trunk.stages)
         split = session.splits["calibration"]
-        collect_moments(session.scorer, split, groups, session.statistics, observer.step)
+        keep_moments(session.scorer, split, groups, advance=observer.step)
 
 
 def use_calibration(session: Session, calibration: Calibration, observer: Progress) -> None:
     """Let the session measure with these ranges; what they lack is a warning."""
     if (warning := calibration.warning()) is not None:
         observer.warn(warning)
-    session.quantized.set_input_scales(calibration.scales())
-    if session.quantized.kv_cache is not None:
-        session.quantized.kv_cache.set_ranges(calibration.kv_ranges)
+    use_scales(session.scorer, calibration.scales(), calibration.kv_ranges)

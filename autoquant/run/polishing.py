@@ -10,7 +10,7 @@ from typing import Any
 from autoquant.formats import REFIT, Choice
 from autoquant.measure.calibration import Calibration
 from autoquant.measure.kl import TokenScores
-from autoquant.measure.polish.visitor import polish
+from autoquant.measure.polish.visitor import use_polish
 from autoquant.measure.session import Session
 from autoquant.plan.assignment import Assignment
 from autoquant.progress import Progress
@@ -111,9 +111,8 @@ def make_polish(session: Session, assignment: Assignment, key: str, observer: Pr
     scorer, split = session.scorer, session.splits["calibration"]
     if session.quantized.book.polish not in (None, key):
         scorer.forget(session.splits["report"])  # states of other codes under the same choices
-    session.quantized.use_polish(key)
     observer.stage("polish", scorer.trunk.stages)
-    polish(scorer, split, assignment, observer.step)
+    use_polish(scorer, split, assignment, key, advance=observer.step)
 
 
 def polished_assignment(assignment: Assignment) -> Assignment:

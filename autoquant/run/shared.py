@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant.errors import ConfigError, RunConflict
 from autoquant.measure.kl import TokenScores
+from autoquant.measure.ranks.ranks import ALONE, Ranks
 from autoquant.measure.session import Session
 from autoquant.run.signature import probe_part
 from autoquant.search.trials import Trial
@@ -40,6 +41,8 @@ class Shared:
     """The live model and the runs before this one; empty for a search of its own."""
 
     session: Session | None = None
+    ranks: Ranks = ALONE
+    """The processes that measure together."""
     probes: Path | None = None
     """A run directory with finished probes of the same settings."""
     runs: list[Path] = field(default_factory=list)

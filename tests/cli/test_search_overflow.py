@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,10 +57,9 @@ def overflow(monkeypatch, breaks):
         ]
 
     def probed(self, split, probes, sketch=None):
-        for (_, key), (scores, change) in zip(
-            probes, probe(self, split, probes, sketch), strict=True
-        ):
-            yield (broken(scores) if breaks(dict([key])) else scores), change
+        for found in probe(self, split, probes, sketch):
+            is_broken = breaks(dict([found.key]))
+            yield replace(found, kl=broken(found.kl)) if is_broken else found
 
     monkeypatch.setattr(Scorer, "_measure", measured)
     monkeypatch.setattr(Scorer, "probe", probed)

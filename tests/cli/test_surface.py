@@ -70,7 +70,7 @@ SURFACE = {
     | (TOKENS - {"--report-tokens"})
     | {"--out", "--resume", "--fresh", "--space", "--effort", "--a16-share"}
     | {"--target", "--activation-mode", "--kv-cache", "--probe"},
-    "plan": MODEL | BUDGET | {"--space", "--effort", "--a16-share"},
+    "plan": MODEL | DEVICE | BUDGET | {"--space", "--effort", "--a16-share", "--forecast"},
     "score": MODEL
     | DEVICE
     | TOKENS

@@ -36,7 +36,7 @@ def test_waves_and_probes_are_bounded_by_the_states_of_their_forwards(scorer, mo
         yield probes
 
     monkeypatch.setattr(scorer, "room", scorer.room)
-    monkeypatch.setattr(type(scorer.room), "waves", lambda _, *given: waves(*given))
+    monkeypatch.setattr(type(scorer.room), "waves", lambda _, *given, ranks: waves(*given))
     monkeypatch.setattr(type(scorer.room), "together", lambda _, *given: together(*given))
     state = ROWS * LENGTH * scorer.trunk.head.weight.shape[1] * 2
     fp8 = Assignment.of({group.name: FP8 for group in scorer.quantized.groups})

@@ -11,7 +11,7 @@ from autoquant.cli import cli
 from autoquant.formats import FP8, NVFP4
 from autoquant.formats.input_range import InputRange
 from autoquant.measure.calibration import Calibration
-from autoquant.model.inputs import InputScale, InputSet
+from autoquant.model.inputs import InputScale, InputSet, small_of
 
 
 @pytest.mark.parametrize(
@@ -43,13 +43,13 @@ def test_ninety_nine_blocks_of_a_hundred_are_not_below_what_is_called_small():
     x[:200] = 1.5
     x[:2, 1:] = 2.0**-9
     x[:2, 0] = -(2.0**-8) * 1.5
-    assert observed(x).small == 1.0
+    assert small_of(observed(x).sizes) == 1.0
     x[2, :] = 2.0**-20
-    assert observed(x).small == 2.0**-8
+    assert small_of(observed(x).sizes) == 2.0**-8
     halves = observed(x[:100].bfloat16(), x[100:].bfloat16())
-    assert halves.small == 2.0**-8
-    assert observed(torch.zeros(4, 32)).small is None
-    assert observed(torch.ones(4, 24)).small is None, "no blocks of 16"
+    assert small_of(halves.sizes) == 2.0**-8
+    assert small_of(observed(torch.zeros(4, 32)).sizes) is None
+    assert observed(torch.ones(4, 24)).sizes is None, "no blocks of 16"
 
 
 @pytest.mark.parametrize("choice", [NVFP4, FP8])

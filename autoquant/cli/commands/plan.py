@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from autoquant.plan.budget import Budget
     from autoquant.plan.linears import LayerGroup
     from autoquant.plan.plan import Plan
+    from autoquant.run.machines.forecast import Forecast
 
 
 @click.command(
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         ("autoquant plan", "The bundled reference model:"),
         ("autoquant plan ./my-model --budget-bpe 5.0", "Can this budget be met?"),
         ("autoquant plan Qwen/Qwen3-30B-A3B --space experts-only", "Under another search space:"),
+        ("autoquant plan ./my-model --forecast", "Will it fit this machine, and how?"),
     ],
 )
 @format_option
@@ -38,11 +40,22 @@ def command(config: PlanConfig, format: str) -> None:
         warn(warning)
     if budget is not None:
         plan.limit(budget).require_feasible(plan.options.choices)
+    forecast = _forecast(config, plan) if config.forecast else None
     if format == "json":
-        found = {"budget": _budget(plan, budget), "statistics_bytes": _statistics(plan)}
+        found = {
+            "budget": _budget(plan, budget),
+            "statistics_bytes": _statistics(plan),
+            "forecast": None if forecast is None else forecast.to_dict(),
+        }
         print_json(plan.to_dict() | found)
     else:
-        _print(plan, budget)
+        _print(plan, budget, forecast)
+
+
+def _forecast(config: PlanConfig, plan: "Plan") -> "Forecast":
+    from autoquant.run.machines.forecast import Forecast
+
+    return Forecast.of(config, plan.source)
 
 
 def _budget(plan: "Plan", budget: "Budget | None") -> dict[str, object] | None:
@@ -52,7 +65,7 @@ def _budget(plan: "Plan", budget: "Budget | None") -> dict[str, object] | None:
     return {"bpe": budget.bpe, "scope": str(budget.scope), "max_checkpoint_bytes": limit}
 
 
-def _print(plan: "Plan", budget: "Budget | None") -> None:
+def _print(plan: "Plan", budget: "Budget | None", forecast: "Forecast | None") -> None:
     accounting = plan.accounting
     fields: dict[str, object] = {
         "model": plan.source.model,
@@ -70,6 +83,8 @@ def _print(plan: "Plan", budget: "Budget | None") -> None:
     fields["probes"] = f"{plan.probes:,} (one group in one choice each)"
     if taken := _statistics(plan):
         fields["on disk"] = f"{_size(taken)} of statistics for fitted codes; --effort fast has none"
+    if forecast is not None:
+        fields["in memory"] = forecast.in_words()
     print_fields(fields)
     click.echo()
     _print_groups(plan)

@@ -10,6 +10,7 @@ from autoquant.cli.configured import ConfiguredCommand
 from autoquant.cli.group import Interrupted, typed_command
 from autoquant.cli.options import format_option
 from autoquant.cli.output import print_fields, print_json, print_table
+from autoquant.cli.ranks import one_voice
 from autoquant.measure.method import ProbeMethod
 from autoquant.run.config import ProbeConfig
 
@@ -36,13 +37,16 @@ def command(config: ProbeConfig, format: str) -> None:
     A search without --sensitivity finds the probes in runs/ by itself.
     """
     from autoquant.cli.terminal import Terminal
+    from autoquant.measure.ranks.group import is_follower
     from autoquant.run.budgets import run_probes
 
     try:
-        with Terminal() as terminal:
+        with one_voice(), Terminal() as terminal:
             outcome = run_probes(config, terminal)
     except KeyboardInterrupt:
         raise Interrupted(typed_command()) from None
+    if is_follower():
+        return
     if format == "json":
         print_json(outcome.result | {"run": str(outcome.path)})
     else:

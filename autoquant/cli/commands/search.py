@@ -6,6 +6,7 @@ from autoquant.cli.configured import ConfiguredCommand
 from autoquant.cli.group import Interrupted, typed_command
 from autoquant.cli.options import format_option
 from autoquant.cli.output import print_json
+from autoquant.cli.ranks import one_voice
 from autoquant.run.config import SearchConfig
 
 
@@ -34,13 +35,16 @@ def command(config: SearchConfig, format: str) -> None:
     """
     from autoquant.cli.commands.search_output import print_frontier, print_result
     from autoquant.cli.terminal import Terminal
+    from autoquant.measure.ranks.group import is_follower
     from autoquant.run.budgets import run_searches
 
     try:
-        with Terminal() as terminal:
+        with one_voice(), Terminal() as terminal:
             outcomes = run_searches(config, terminal)
     except KeyboardInterrupt:
         raise Interrupted(typed_command()) from None
+    if is_follower():
+        return
     if format == "json":
         found = [outcome.result | {"run": str(outcome.path)} for outcome in outcomes]
         print_json(found[0] if len(found) == 1 else {"runs": found})

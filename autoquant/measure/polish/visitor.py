@@ -16,6 +16,7 @@ from autoquant.data.tokens import Split
 from autoquant.formats import REFIT
 from autoquant.forward.flow import BF16_MODEL, Flow, loop
 from autoquant.measure.polish.drift import DriftWatch
+from autoquant.measure.ranks.together import together
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.statistics.moments import is_held_out
 from autoquant.measure.statistics.taps import InputTaps
@@ -39,8 +40,28 @@ def polish(
     """
     sequences = [row[None].to(scorer.device) for batch in split.batches for row in batch]
     polisher = _Polisher(scorer, sequences, assignment, advance)
-    loop(scorer.trunk, [polisher])
-    polisher.finish()
+    if polisher.has_work:
+        loop(scorer.trunk, [polisher])
+        polisher.finish()
+
+
+@together
+def use_polish(
+    scorer: Scorer,
+    split: Split,
+    assignment: Assignment,
+    key: str,
+    *,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Let every rank measure with the refitted codes of an assignment, and make what is missing.
+
+    Args:
+        scorer, split, assignment, advance: as for `polish`.
+        key: names the codes.
+    """
+    scorer.quantized.use_polish(key)
+    scorer.ranks.leader_first(lambda: polish(scorer, split, assignment, advance))
 
 
 class _Polisher:
@@ -72,6 +93,11 @@ class _Polisher:
         """Groups without codes, in the order of the forward pass."""
         self._bf16 = [Flow(parts=(scorer.trunk.enter(own),)) for own in sequences]
         self._polished = [Flow(parts=own.parts) for own in self._bf16]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some group has no codes yet."""
+        return bool(self._missing)
 
     @torch.no_grad()
     def visit(self, stage: int) -> None:

@@ -17,6 +17,7 @@ from autoquant.codes.statistics import StatisticsStore
 from autoquant.data.tokens import Split
 from autoquant.formats.moments import Moments
 from autoquant.forward.flow import Flow, loop
+from autoquant.measure.ranks.together import together
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.statistics.sums import Sums
 from autoquant.measure.statistics.taps import InputTaps
@@ -54,6 +55,24 @@ def collect_moments(
     collector = _Collector(scorer, sequences, missing, store, advance)
     loop(scorer.trunk, [collector])
     collector.finish()
+
+
+@together
+def keep_moments(
+    scorer: Scorer,
+    split: Split,
+    groups: Collection[LayerGroup],
+    *,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Keep the moments of the inputs of `groups` where the live model finds them.
+
+    The leader sums them alone: a sum of the ranks' sums would depend on their number. A follower
+    that does not see the leader's files does the same again.
+    """
+    store = scorer.quantized.statistics
+    assert store is not None, "no place for statistics"
+    scorer.ranks.leader_first(lambda: collect_moments(scorer, split, groups, store, advance))
 
 
 def is_held_out(sequence: int) -> bool:

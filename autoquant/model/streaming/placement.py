@@ -1,5 +1,6 @@
 """Where the weights of a model go: what is asked for, or what fits."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from autoquant.codes.held import Weights
 from autoquant.decimals import gigabytes
 from autoquant.errors import OutOfMemory
 from autoquant.model.streaming.blocks import BlockReader
+from autoquant.model.streaming.shared import ALONE, Peers, can_share, read_blocks
 from autoquant.model.streaming.stores import BlockStore, Resident, Streamed
 
 _MEMORY = Path("/proc/meminfo")
@@ -31,7 +33,7 @@ class Allowance:
     device_bytes: int | None = None
     """Of the device's memory; what is free by default."""
     host_bytes: int | None = None
-    """Of the host's memory, beside a GPU; what is free by default."""
+    """Of the host's memory, beside a GPU, for all processes on it; what is free by default."""
 
 
 ANYTHING = Allowance()
@@ -59,14 +61,21 @@ class Sizes:
         return int(held * (1 + WORK_SHARE)) + WORK_BYTES
 
     def on_host(self, weights: Weights, *, is_gpu: bool) -> int:
-        """What a search takes of the host's memory; beside a CPU that is the device's."""
+        """What a process of a search takes of the host's memory; beside a CPU that is the device's.
+        Processes of one machine share the blocks that are there.
+        """
         if weights is Weights.HOST:
-            return sum(self.blocks) + (WORK_BYTES if is_gpu else self.on_device(Weights.DISK))
+            held = sum(self.blocks) // (processes_here() if can_share() else 1)
+            return held + (WORK_BYTES if is_gpu else self.on_device(Weights.DISK))
         return WORK_BYTES if is_gpu else self.on_device(weights)
 
 
 def open_store(
-    model: Any, reader: BlockReader, device: torch.device, allowance: Allowance
+    model: Any,
+    reader: BlockReader,
+    device: torch.device,
+    allowance: Allowance,
+    peers: Peers = ALONE,
 ) -> tuple[BlockStore, int]:
     """The store of a model's blocks, and the memory that is left for states between blocks.
 
@@ -75,6 +84,7 @@ def open_store(
         reader: of the content of blocks.
         device: what computes.
         allowance: what may be used.
+        peers: the processes of a run, all of which open their stores now.
 
     Raises:
         OutOfMemory: what is asked for does not fit, or nothing does.
@@ -85,23 +95,33 @@ def open_store(
         outside=sum(t.numel() * t.element_size() for t in outside),
         blocks=tuple(map(reader.bytes, range(len(reader)))),
     )
-    weights, left = choose(sizes, device, allowance)
+    weights, left = choose(sizes, device, allowance, present=sizes.outside)
     if weights is Weights.RESIDENT:
         return Resident(model, reader, device), left
-    return Streamed(model, reader, device, in_memory=weights is Weights.HOST), left
+    blocks = read_blocks(reader, peers) if weights is Weights.HOST else {}
+    return Streamed(model, reader, device, in_memory=blocks), left
 
 
-def choose(sizes: Sizes, device: torch.device, allowance: Allowance) -> tuple[Weights, int]:
+def choose(
+    sizes: Sizes, device: torch.device, allowance: Allowance, *, present: int = 0
+) -> tuple[Weights, int]:
     """Where weights go, and the bytes of the host's memory that states between blocks may take.
+
+    Args:
+        sizes: of the weights.
+        device: what computes.
+        allowance: what may be used.
+        present: bytes of them that are on the device already.
 
     Raises:
         OutOfMemory: what is asked for does not fit what may be used, or nothing does.
     """
     is_gpu = device.type == "cuda"
     host = allowance.host_bytes if allowance.host_bytes is not None else free_host_bytes()
+    host //= processes_here()
     on_device = allowance.device_bytes
     if on_device is None:
-        on_device = sizes.outside + torch.cuda.mem_get_info(device)[0] if is_gpu else host
+        on_device = present + torch.cuda.mem_get_info(device)[0] if is_gpu else host
     if not is_gpu:
         host = on_device = min(host, on_device)
     for weights in _in_order(allowance.weights, is_gpu=is_gpu):
@@ -112,11 +132,18 @@ def choose(sizes: Sizes, device: torch.device, allowance: Allowance) -> tuple[We
 
 
 def _in_order(asked: Weights, *, is_gpu: bool) -> tuple[Weights, ...]:
-    """What is tried, the fastest first; beside a CPU the host's memory is the device's."""
+    """What is tried, the fastest first; beside a CPU the host's memory is the device's, of which
+    several processes take less together.
+    """
     if asked is not Weights.AUTO:
         return (asked,)
-    beside = (Weights.HOST,) if is_gpu else ()
+    beside = (Weights.HOST,) if is_gpu or processes_here() > 1 else ()
     return (Weights.RESIDENT, *beside, Weights.DISK)
+
+
+def processes_here() -> int:
+    """How many processes a launcher has started on this machine, which share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def free_host_bytes() -> int:

@@ -56,16 +56,18 @@ class Streamed:
         model: without the content of its blocks.
         reader: of that content.
         device: where it goes.
-        in_memory: whether the host's memory keeps it between two uses; else it is read again.
-
-    Raises:
-        SourceError: with `in_memory`, a weight cannot be read.
+        in_memory: blocks that the host's memory keeps; others are read for each use.
     """
 
     is_streamed = True
 
     def __init__(
-        self, model: Any, reader: BlockReader, device: torch.device, *, in_memory: bool
+        self,
+        model: Any,
+        reader: BlockReader,
+        device: torch.device,
+        *,
+        in_memory: Mapping[int, Mapping[str, Tensor]],
     ) -> None:
         self._reader = reader
         self._device = device
@@ -73,13 +75,13 @@ class Streamed:
         self._empty = [[place.tensor for place in places] for places in self._places]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="autoquant-blocks")
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._host: dict[int, Mapping[str, Tensor]] = {}
+        self._host: dict[int, Mapping[str, Tensor]] = {
+            block: {name: _pinned(tensor, device) for name, tensor in content.items()}
+            for block, content in in_memory.items()
+        }
         self._checked: set[int] = set()
         self._present: int | None = None
         self._coming: tuple[int, Future[Mapping[str, Tensor]]] | None = None
-        if in_memory:
-            for block in range(len(reader)):
-                self._host[block] = {n: _pinned(t, device) for n, t in reader.read(block).items()}
 
     def open(self, block: int) -> None:
         """Bring a block's weights, and begin to fetch those of the block behind it.

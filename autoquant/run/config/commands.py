@@ -17,6 +17,7 @@ from autoquant.run.config.parts import (
     InputsConfig,
     LayoutConfig,
     LoadedConfig,
+    MemoryConfig,
     ReportConfig,
     SpaceConfig,
     TrackingConfig,
@@ -43,13 +44,21 @@ BudgetScope = Annotated[
 ]
 
 
-class PlanConfig(SpaceConfig):
+class PlanConfig(MemoryConfig, SpaceConfig):
     """The settings of `autoquant plan`."""
 
     command: ClassVar[str] = "plan"
 
     budget_bpe: Annotated[Bits | None, Setting("Budget", f"{_BUDGET}.", "BITS")] = None
     budget_scope: BudgetScope = Scope.CHECKPOINT
+    forecast: Annotated[
+        bool,
+        Setting(
+            "Output",
+            "Say where a search would keep the weights on this machine, and what memory it would "
+            "take; no weights are read, and it takes seconds.",
+        ),
+    ] = False
 
     @property
     def budget(self) -> Budget | None:

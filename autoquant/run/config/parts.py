@@ -49,8 +49,8 @@ class ModelConfig(Config):
     ] = None
 
 
-class LoadedConfig(ModelConfig):
-    """How the model is loaded, and the tokens that it is measured on."""
+class MemoryConfig(ModelConfig):
+    """How the model is loaded."""
 
     device: Annotated[
         str | None,
@@ -75,6 +75,22 @@ class LoadedConfig(ModelConfig):
         Bytes | None,
         Setting("Model", "Most of the host's memory to use.", "SIZE", unset="what is free"),
     ] = None
+
+    @property
+    def allowance(self) -> "Allowance":
+        """Where the weights may be."""
+        from autoquant.model.streaming.placement import Allowance
+
+        return Allowance(
+            weights=self.weights,
+            device_bytes=self.device_memory,
+            host_bytes=self.host_memory,
+        )
+
+
+class LoadedConfig(MemoryConfig):
+    """How the model is loaded, and the tokens that it is measured on."""
+
     calibration: Annotated[
         str | None,
         Setting(
@@ -137,17 +153,6 @@ class LoadedConfig(ModelConfig):
         if self.sequence_length is not None:
             return self.sequence_length
         return 256 if self.model is None else 2_048
-
-    @property
-    def allowance(self) -> "Allowance":
-        """Where the weights may be."""
-        from autoquant.model.streaming.placement import Allowance
-
-        return Allowance(
-            weights=self.weights,
-            device_bytes=self.device_memory,
-            host_bytes=self.host_memory,
-        )
 
     @property
     def tokens(self) -> "TokenPlan":

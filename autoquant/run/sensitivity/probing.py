@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from autoquant.codes.statistics import StatisticsStore
@@ -12,10 +13,14 @@ from autoquant.environment import measuring_on
 from autoquant.errors import RunConflict, SourceError
 from autoquant.formats import BF16
 from autoquant.measure.calibration import Calibration
+from autoquant.measure.ranks.ranks import Ranks
+from autoquant.measure.ranks.together import announce_step
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.measure.session import Session
+from autoquant.measure.statistics.shared_codes import share_codes
 from autoquant.plan.kv_cache import cached_attention
 from autoquant.plan.plan import Plan
+from autoquant.progress import Progress
 from autoquant.run.config import ProbeConfig
 from autoquant.run.measuring import (
     calibrate_session,
@@ -39,6 +44,9 @@ from autoquant.store.run_directory import (
     read_seconds,
 )
 from autoquant.tracking import NullTracker, Tracker
+
+LOAD = "load"
+"""The step in which followers load the model, told the run directory and its signature."""
 
 
 @dataclass(kw_only=True)
@@ -97,17 +105,11 @@ class Probing:
         return session
 
     def _load(self) -> Session:
-        choices = self.plan.options.choices
+        ranks = self.shared.ranks
+        announce_step(ranks, LOAD, str(self.run.path.absolute()), self.run.signature)
         with self._timed("load"):
-            return open_measuring(
-                self.config,
-                self.plan.source,
-                [group for group in self.plan.groups if choices[group.name] != (BF16,)],
-                cached_attention(self.config.kv_cache, self.plan.groups),
-                self.observer,
-                mode=self.config.mode,
-                codes=code_cache(self.plan.source, self.run.path),
-                statistics=StatisticsStore(self.run.path / STATISTICS),
+            return ranks.own(
+                lambda: open_to_probe(self.config, self.plan, self.run.path, self.observer, ranks)
             )
 
     def _require_same_tokens(self, session: Session) -> None:
@@ -151,6 +153,7 @@ class Probing:
         if resting:
             with self._timed("statistics"):
                 collect_statistics(session, resting, self.observer)
+                share_codes(session.scorer, self.plan.options.choices)
         return calibration
 
     def _probe(self, session: Session) -> Sensitivity:
@@ -185,3 +188,34 @@ class Probing:
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
             self.run.write_json(SECONDS, self.seconds)
+
+
+def open_to_probe(
+    config: ProbeConfig, plan: Plan, folder: Path, observer: Progress, ranks: Ranks
+) -> Session:
+    """The loaded model of a search or of probes, on this rank.
+
+    Args:
+        config: of the command.
+        plan: what it names, opened.
+        folder: where moments of inputs are kept, and codes that cost more to make than to read.
+        observer: told of progress and shortfalls.
+        ranks: the processes that batches are dealt to.
+
+    Raises:
+        SourceError: text or model missing, damaged or not understood.
+        OutOfMemory: the model does not fit the device.
+        ConfigError: more ranks than batches of search tokens.
+    """
+    choices = plan.options.choices
+    return open_measuring(
+        config,
+        plan.source,
+        [group for group in plan.groups if choices[group.name] != (BF16,)],
+        cached_attention(config.kv_cache, plan.groups),
+        observer,
+        mode=config.mode,
+        codes=code_cache(plan.source, folder),
+        statistics=StatisticsStore(folder / STATISTICS),
+        ranks=ranks,
+    )

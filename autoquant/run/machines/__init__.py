@@ -1,0 +1,1 @@
+"""What a command takes of its machines: the processes that share it, and their memory."""

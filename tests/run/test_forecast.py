@@ -1,0 +1,69 @@
+"""`autoquant plan --forecast`: where weights will be, by the sizes that loading goes by."""
+
+import json
+
+import pytest
+import torch
+from searchable import save_searchable
+from tiny_models import save_model
+
+from autoquant.model.loading import load_model, sizes_of
+from autoquant.model.streaming import placement
+from autoquant.source.source import open_source
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["llama", "minimax_m2", "deepseek_v3", "zamba2"])
+def test_sizes_are_those_of_the_model_when_it_is_loaded(tmp_path, monkeypatch, kind):
+    folder = save_searchable(kind, tmp_path / kind)
+    seen, choose = [], placement.choose
+
+    def spy(sizes, device, allowance, *, present):
+        assert present == sizes.outside  # which is in memory by then
+        seen.append(sizes)
+        return choose(sizes, device, allowance, present=present)
+
+    monkeypatch.setattr(placement, "choose", spy)
+    load_model(folder, CPU)
+    assert seen == [sizes_of(open_source(folder))]
+
+
+def forecast(autoquant, *arguments):
+    result = autoquant("plan", *arguments, "--forecast", "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)["forecast"]
+
+
+def test_weights_are_resident_where_they_fit_and_else_on_the_disk(autoquant, tmp_path):
+    model = save_model("qwen2_moe", tmp_path / "model", num_hidden_layers=200)
+    found = forecast(autoquant, model, "--device", "cpu", "--host-memory", "4GiB")
+    assert (found["weights"], found["device"]) == ("resident", "cpu")
+    assert found["device_bytes"] == int(found["weight_bytes"] * 1.1) + placement.WORK_BYTES
+    between = (found["device_bytes"] + placement.WORK_BYTES) // 2
+    less = forecast(autoquant, model, "--device", "cpu", "--host-memory", between)
+    assert less["weights"] == "disk"
+    assert less["device_bytes"] <= between
+    assert less["weight_bytes"] == found["weight_bytes"] >= 200 * found["largest_block_bytes"]
+    shown = autoquant("plan", model, "--device", "cpu", "--host-memory", between, "--forecast")
+    assert "of cpu: blocks of 0.00 GB from the disk" in shown.stdout
+
+
+def test_what_does_not_fit_ends_with_what_would(autoquant, tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    result = autoquant("plan", model, "--device", "cpu", "--host-memory", "64MiB", "--forecast")
+    assert result.exit_code == 6
+    assert result.stdout == ""
+    assert "--weights disk takes least" in result.stderr
+
+
+def test_no_weight_is_read_and_none_is_needed(autoquant, tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    whole = forecast(autoquant, model, "--device", "cpu")
+    (model / "model.safetensors").unlink()
+    assert forecast(autoquant, model, "--device", "cpu") == whole
+
+
+def test_without_the_flag_nothing_is_said(autoquant, tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    assert json.loads(autoquant("plan", model, "--format", "json").stdout)["forecast"] is None
