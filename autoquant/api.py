@@ -215,7 +215,9 @@ def search(
 ) -> Run:
     """Search formats for every layer under a budget, and export the winner.
 
-    The same as the command `autoquant search`, whose flags the arguments are named after.
+    The same as the command `autoquant search`, whose flags the arguments are named after. In a
+    process group of `torch.distributed` every process calls it with the same arguments, and all
+    share the work; each returns the run, whose folder has to be where each sees it.
 
     Args:
         model: folder or hub id; the bundled reference model by default.
@@ -288,6 +290,7 @@ def search(
         InfeasibleBudget: the budget is below the floor; nothing was read.
         SourceError: model or text missing, damaged or not understood.
         RunConflict: `out` holds another search, or another process holds it.
+        RankLost: another process of the group has ended; the same call goes on.
     """
     settings = {name: value for name, value in locals().items() if name != "observer"}
     return _search(settings | {"budget_bpe": [budget_bpe]}, observer)[0]

@@ -1,11 +1,13 @@
 """What passes between processes: results in order, failures of one to all, tasks of the leader."""
 
+import signal
 from functools import partial
 
 import pytest
 import torch
 
-from autoquant.errors import ConfigError, OutOfMemory
+from autoquant.errors import ConfigError, OutOfMemory, RankLost
+from autoquant.measure.ranks import group
 from autoquant.measure.ranks.group import is_follower, is_launched, process_group
 from autoquant.measure.ranks.ranks import ALONE
 from autoquant.measure.ranks.together import OF_THE_LEADER, announce_step, follow, lead, together
@@ -114,6 +116,13 @@ def test_a_process_alone_sends_nothing():
     assert ALONE.gathered(lambda: [1, 2]) == [1, 2]
     assert ALONE.own(partial(int, "3")) == 3
     assert lead(ALONE, lambda: "result") == "result"
+
+
+def test_a_launcher_that_ends_a_process_is_told_apart_from_a_crash():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RankLost, match="SIGTERM"), group._terminated_as_lost():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from typing import Any
 from autoquant.errors import RankLost
 from autoquant.measure.ranks.ranks import ALONE, ProcessGroup, Ranks
 
+_TO_MEET = timedelta(minutes=10)
+"""A process waits so long for the others to start."""
 _FOR_EVER = timedelta(days=30)
 """Followers wait while the leader exports."""
 
@@ -37,7 +39,7 @@ def process_group() -> Iterator[Ranks]:
             yield ranks
         return
     try:
-        distributed.init_process_group("gloo", timeout=_FOR_EVER)
+        distributed.init_process_group("gloo", timeout=_TO_MEET)
     except (RuntimeError, ValueError) as error:
         raise RankLost.because(str(error).partition("\n")[0]) from error
     try:
