@@ -8,9 +8,8 @@ import time
 
 import launched
 import pytest
+from records import trials_of
 from searchable import TOKEN_FLAGS, save_searchable, save_text
-
-from autoquant.store.run_directory import read_records
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +53,8 @@ def outcome(run):
     for row in result["stages"]:
         row.pop("seconds")
     left_out = ("seconds", "command", "checkpoint", "checksum")
-    trials = [{**trial, "seconds": 0.0} for trial in read_records(run, "trials.jsonl")]
+    trials = [{**trial, "seconds": 0.0} for trial in trials_of(run)]
+    assert len(trials) > 4
     exported = json.loads((run / "checkpoint" / "autoquant.json").read_text())
     codes = {path.name: path.read_bytes() for path in (run / "codes").iterdir()}
     return (
