@@ -51,7 +51,8 @@ KEPT = {"minimax_m2": ["gate", "e_score_correction_bias", "lm_head"], "deepseek_
 ONLY_PUBLISHED: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-    **dict.fromkeys(("lfm2", "lfm2_moe"), {"conv_dim": 64, "conv_dim_out": 64}),
+    "lfm2": {"conv_dim": 64, "conv_dim_out": 64},
+    "lfm2_moe": {"conv_dim": 64, "conv_dim_out": 64},
 }
 """Keys of the publishers' config.json that transformers does not save; vLLM reads them."""
 
