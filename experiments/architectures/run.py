@@ -206,6 +206,7 @@ def _place(name: str) -> str:
         (".routed_experts", ""),
         (".block_sparse_moe.", ".mlp."),
         (".attn.", ".self_attn."),
+        (".short_conv.", ".conv."),
     ):
         inner = inner.replace(theirs, ours)
     return inner
