@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import recent_models
+from recent_models import RECENT
+
 _DENSE: dict[str, Any] = {
     "vocab_size": 48,
     "hidden_size": 64,
@@ -249,6 +252,17 @@ def save_model(
 ) -> Path:
     """Make the model `kind` with random weights and save it to `folder`."""
     import torch
+
+    torch.manual_seed(seed)
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = recent_models.built(kind, **changes) if kind in RECENT else _built(kind, changes)
+        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size)
+    if kind == "qwen3_vl_moe":
+        change_tensors(folder, _transpose_experts)
+    return folder
+
+
+def _built(kind: str, changes: dict[str, Any]) -> Any:
     import transformers
 
     name, settings = (MODELS | SPECIAL)[kind]
@@ -256,13 +270,7 @@ def save_model(
     if kind in _VISION:
         settings = {"text_config": settings} | _VISION[kind]
     config = getattr(transformers, f"{name}Config")(**settings)
-    torch.manual_seed(seed)
-    with contextlib.redirect_stderr(io.StringIO()):
-        model = getattr(transformers, _CLASSES.get(kind, f"{name}ForCausalLM"))(config)
-        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size)
-    if kind == "qwen3_vl_moe":
-        change_tensors(folder, _transpose_experts)
-    return folder
+    return getattr(transformers, _CLASSES.get(kind, f"{name}ForCausalLM"))(config)
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from autoquant.errors import SourceError
@@ -179,6 +180,12 @@ def _dense_slot(names: Names, linears: tuple[Linear, ...]) -> DenseSlot:
             "parameters can be quantized.",
             fix="fix it to bf16 in the search space.",
         )
+    if not _multiplies_as_linear(module):
+        raise SourceError(
+            f"{first.name} is a {type(module).__name__}, which multiplies otherwise than "
+            "nn.Linear.",
+            fix="fix it to bf16 in the search space.",
+        )
     shape = (sum(linear.out_features for linear in linears), first.in_features)
     sets = {(linear.weight_scale_set, linear.input_scale_set) for linear in linears}
     if tuple(module.weight.shape) != shape or len(sets) > 1:
@@ -187,6 +194,20 @@ def _dense_slot(names: Names, linears: tuple[Linear, ...]) -> DenseSlot:
             fix="fix it to bf16 in the search space; its layout is not understood.",
         )
     return DenseSlot(linears=linears, module=module)
+
+
+def _multiplies_as_linear(module: nn.Linear) -> bool:
+    """Whether a module with a forward of its own gives what `nn.Linear` gives."""
+    own, weight = type(module).forward, module.weight
+    if own is nn.Linear.forward or weight.is_meta:
+        return True
+    x = torch.ones(1, 2, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    try:
+        with torch.no_grad():
+            found, expected = own(module, x), nn.Linear.forward(module, x)
+    except RuntimeError:  # shapes that it does not take
+        return False
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.05, atol=1e-3)
 
 
 def _experts_slot(container: str, module: Any, linears: list[Linear]) -> ExpertsSlot:

@@ -1,6 +1,6 @@
 """Which linears read the same tensor in a forward, held against what their names say.
 
-The groups follow the names of fused projections that engines are known to use. A forward knows
+The groups follow the engines' own tables, and names where no engine knows a linear. A forward knows
 nothing of engines, but linears that an engine multiplies as one matrix must read one tensor.
 """
 
@@ -106,7 +106,7 @@ def _joined_by_input_alone(linears: Iterable[Linear], read: Tensors) -> Iterator
         by_input.setdefault((parent, read[linear.name]), []).append(linear)
     for members in by_input.values():
         sets = dict.fromkeys(linear.input_scale_set for linear in members)
-        if len(sets) > 1:
+        if len(sets) > 1 and not all(linear.is_known for linear in members):
             yield (
                 f"{', '.join(sets)}: by their names {_listed(members)} are matrices of their own, "
                 "and in a forward they read the same tensor; an engine that joins them needs one "

@@ -1,7 +1,7 @@
 """Layer groups of a checkpoint, from the names and shapes on disk."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -131,7 +131,10 @@ def group_tensors(
         routed = table.ROUTED_EXPERT.fullmatch(name)
         place = _place(name, seats.get(name), hosts)
         seat = seats.get(routed["container"] if routed else name)
-        linear = _linear(tensor, place, () if routed else _engine_names(name, seat))
+        linear = _linear(tensor, place)
+        if seat is not None and not routed:
+            names = _engine_names(name, seat)
+            linear = replace(linear, engine_names=names, is_known=seat.is_known)
         members.setdefault((place.group, place.role), []).append((linear, seat))
     groups = [_group(name, role, own) for (name, role), own in members.items()]
     groups.sort(key=_forward_order)
@@ -275,7 +278,7 @@ def _routed_containers(modules: Iterable[str]) -> frozenset[str]:
     return frozenset(match["container"] for match in matches if match)
 
 
-def _linear(tensor: TensorHeader, place: _Place, engine_names: tuple[str, ...]) -> Linear:
+def _linear(tensor: TensorHeader, place: _Place) -> Linear:
     return Linear(
         name=tensor.name.removesuffix(_WEIGHT),
         out_features=tensor.shape[0],
@@ -283,7 +286,6 @@ def _linear(tensor: TensorHeader, place: _Place, engine_names: tuple[str, ...]) 
         weight_scale_set=place.weight_scale_set,
         input_scale_set=place.input_scale_set,
         casts_to=_casts_to(tensor),
-        engine_names=engine_names,
     )
 
 

@@ -21,6 +21,8 @@ class Matrix:
     role: str
     engine_names: tuple[str, ...] = field(default=(), repr=False)
     """What engines call it, as a module beside its first linear; none if nothing is joined."""
+    is_known: bool = False
+    """Whether an engine's table knows its linears."""
     closed: str = ""
     """Why it stays in BF16 under every space."""
     caution: str = ""
@@ -116,6 +118,7 @@ def _matrix(joined: _Joined, refusing: list[tuple[EngineTable, frozenset[str]]])
         name=joined.name,
         parts=parts,
         engine_names=joined.engine_names,
+        is_known=bool(knowing),
         role=role or ("other" if is_known else table.UNKNOWN_ROLE),
         closed=closed,
         caution="" if closed else ", ".join(no),

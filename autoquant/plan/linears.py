@@ -18,6 +18,8 @@ class Linear:
     """Linears of the same set share a bit-identical weight scale (`weight_scale_2`)."""
     input_scale_set: str
     """Linears of the same set share a bit-identical `input_scale`."""
+    is_known: bool = False
+    """Whether an engine's own table says what the linear is joined with, if with anything."""
     casts_to: str = ""
     """The format that keeps the codes which the source stores; empty if none does."""
     engine_names: tuple[str, ...] = ()

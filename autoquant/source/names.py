@@ -80,6 +80,10 @@ SINGLE = {
 CLOSED = {
     "index_q_proj": "vLLM joins it with the indexer of sparse attention, and loads no quantized "
     "form of that matrix",
+    **dict.fromkeys(
+        ("wo_a", "o_a_proj"),
+        "it is multiplied in groups of heads, by a product that reads no such codes",
+    ),
 }
 """Why a group that a linear of this name belongs to stays BF16 (vLLM 0.33: per-tensor scales of the
 joined matrix have places for q, k and v alone)."""

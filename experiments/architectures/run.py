@@ -41,8 +41,12 @@ COLUMNS = (
     "search",
     *(f"export {layout}" for layout in LAYOUTS),
     "verify",
+    "verify --forward",
     *(f"vLLM {what} {layout}" for layout in LAYOUTS for what in ("map", "load")),
 )
+NOT_EVEN_SOURCE = "not here"
+"""Where this vLLM does not load the unquantized model on this machine either."""
+
 ON_ANY_CPU = Path(__file__).with_name("vllm_on_any_cpu.py")
 
 TITLES = {
@@ -58,6 +62,24 @@ TITLES = {
     "nemotron_h": "Nemotron-H: Mamba, attention, MoE",
     "gpt_oss": "gpt-oss: MoE with joined experts",
     "qwen3_vl_moe": "Qwen3-VL-MoE: vision-language, joined experts",
+    "gemma2": "Gemma 2: capped logits",
+    "gemma3": "Gemma 3: text",
+    "gemma4_text": "Gemma 4: dense, capped logits",
+    "gemma4_moe": "Gemma 4: MoE beside an MLP",
+    "cohere2": "Cohere2: scaled logits",
+    "granite": "Granite: scaled logits",
+    "falcon_h1": "Falcon-H1: Mamba beside attention",
+    "glm_moe_dsa": "GLM-5: MLA, indexer, MoE",
+    "deepseek_v32": "DeepSeek-V3.2: MLA, indexer, MoE",
+    "deepseek_v4": "DeepSeek-V4: compressed attention, MoE",
+    "kimi_linear": "Kimi-Linear: linear attention, MLA, MoE",
+    "qwen3_5": "Qwen3.5: text, linear attention",
+    "qwen3_5_moe": "Qwen3.5-MoE: text, linear attention",
+    "lfm2": "LFM2: short convolutions",
+    "lfm2_moe": "LFM2-MoE",
+    "zamba2": "Zamba2: Mamba, shared blocks",
+    "olmo_hybrid": "OLMo-Hybrid: linear attention",
+    "llama4": "Llama 4: text, joined experts",
 }
 
 
@@ -106,6 +128,14 @@ class Vllm:
         modules: dict[str, str] = json.loads(done.stdout[done.stdout.index("{\n") :])["modules"]
         return modules
 
+    def loads(self, folder: Path) -> bool:
+        """Whether vLLM loads a model at all."""
+        try:
+            self.methods(folder)
+        except RuntimeError:
+            return False
+        return True
+
 
 def call(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
@@ -119,6 +149,7 @@ def journey(kind: str, folder: Path, vllm: Vllm | None) -> Row:
         return row
     result = row.run("search", lambda: own.search(plan))
     row.run("search", lambda: _require_same_kl(own, result))
+    row.run("verify --forward", lambda: own.verify(own.run / "checkpoint", "--forward"))
     for number, assignment in enumerate(own.mixes(plan)):
         for layout in LAYOUTS:
             exported = row.run(
@@ -143,7 +174,8 @@ def _ask_vllm(
 ) -> None:
     methods = row.run(f"vLLM load {layout}", partial(vllm.methods, exported))
     if methods is None:
-        row.cells[f"vLLM map {layout}"] = "fails"
+        cell = "fails" if vllm.loads(own.source) else NOT_EVEN_SOURCE
+        row.cells |= {f"vLLM {what} {layout}": cell for what in ("map", "load")}
     else:
         row.run(f"vLLM map {layout}", lambda: _require_formats(methods, own, assignment))
 
@@ -174,6 +206,7 @@ def _place(name: str) -> str:
         (".routed_experts", ""),
         (".block_sparse_moe.", ".mlp."),
         (".attn.", ".self_attn."),
+        (".short_conv.", ".conv."),
     ):
         inner = inner.replace(theirs, ours)
     return inner

@@ -25,6 +25,15 @@ for operator in ("nms", "qnms"):  # a torchvision for GPUs declares them in a li
 import vllm.platforms  # noqa: E402
 from vllm.platforms.cpu import CpuPlatform  # noqa: E402
 
+
+def dense_backend(cls: type, selected_backend: Any, attn_selector_config: Any, **named: Any) -> str:
+    """The backend of attention that reads everything: sparse attention has none on a CPU."""
+    config = attn_selector_config._replace(use_sparse=False)
+    return chosen_backend(cls, selected_backend, config, **named)
+
+
+chosen_backend = CpuPlatform.get_attn_backend_cls.__func__
+CpuPlatform.get_attn_backend_cls = classmethod(dense_backend)
 vllm.platforms._current_platform = CpuPlatform()
 
 from vllm.model_executor.layers.fused_moe import config, unquantized_fused_moe_method  # noqa: E402

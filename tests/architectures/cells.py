@@ -83,8 +83,8 @@ class Journey:
         )
         return target
 
-    def verify(self, checkpoint: Path) -> dict[str, Any]:
-        found = self.json("verify", checkpoint, "--source", self.source)
+    def verify(self, checkpoint: Path, *more: object) -> dict[str, Any]:
+        found = self.json("verify", checkpoint, "--source", self.source, *more)
         assert found["ok"], found["problems"]
         return found
 

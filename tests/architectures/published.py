@@ -23,6 +23,24 @@ ARCHITECTURES = (
     "nemotron_h",
     "gpt_oss",
     "qwen3_vl_moe",
+    "gemma2",
+    "gemma3",
+    "gemma4_text",
+    "gemma4_moe",
+    "cohere2",
+    "granite",
+    "falcon_h1",
+    "glm_moe_dsa",
+    "deepseek_v32",
+    "deepseek_v4",
+    "kimi_linear",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "lfm2",
+    "lfm2_moe",
+    "zamba2",
+    "olmo_hybrid",
+    "llama4",
 )
 BLOCK_FP8 = ("minimax_m2", "deepseek_v3")
 """Architectures whose publishers store E4M3 codes with one scale for each block of 128 x 128."""
@@ -33,6 +51,9 @@ KEPT = {"minimax_m2": ["gate", "e_score_correction_bias", "lm_head"], "deepseek_
 ONLY_PUBLISHED: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "glm_moe_dsa": {"first_k_dense_replace": 1, "moe_layer_freq": 1, "topk_method": "noaux_tc"},
+    "lfm2": {"conv_dim": 64, "conv_dim_out": 64},
+    "lfm2_moe": {"conv_dim": 64, "conv_dim_out": 64},
 }
 """Keys of the publishers' config.json that transformers does not save; vLLM reads them."""
 

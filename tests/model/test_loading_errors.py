@@ -148,3 +148,31 @@ def group_of(name, out_features, in_features):
         input_scale_set=name,
     )
     return LayerGroup(name=name, role="other", layer=0, linears=(linear,))
+
+
+class Grouped(torch.nn.Linear):
+    """Multiplies halves of its input by halves of its rows, as DeepSeek-V4 does."""
+
+    def forward(self, x):
+        halves = self.weight.view(2, -1, x.shape[-1]).transpose(1, 2)
+        return torch.bmm(x.reshape(-1, 2, x.shape[-1]).transpose(0, 1), halves)
+
+
+class Checked(torch.nn.Linear):
+    """Another forward of the same product."""
+
+    def forward(self, x):
+        return x @ self.weight.t() + (0 if self.bias is None else self.bias)
+
+
+@pytest.mark.parametrize(("kind", "fits"), [(Grouped, False), (Checked, True)])
+def test_a_linear_that_multiplies_otherwise_is_named(saved, kind, fits):
+    model = load_model(saved, CPU).model
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.__class__ = kind
+    names, group = Names(model), group_of("model.layers.0.mlp.up_proj", 96, 64)
+    if fits:
+        assert bind(names, group)[0].module is mlp.up_proj
+        return
+    with pytest.raises(SourceError, match="up_proj is a Grouped, which multiplies otherwise"):
+        bind(names, group)
