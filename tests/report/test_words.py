@@ -8,6 +8,7 @@ from autoquant.report.words import (
     counts_stored_bits,
     finding,
     fitted_codes,
+    polish,
     unit_of_budget,
 )
 
@@ -73,4 +74,23 @@ def test_codes_that_were_not_fitted_are_named_by_their_reason():
     assert fitted_codes({"fitted": {"linears": 7, "plain": plain}}) == (
         "1 of 7 linears have codes fitted to inputs; codes of the weight alone have 5 because "
         "calibration showed it 3 tokens (e.0, e.1, e.2, e.3, ...); 1 because of harm (o)"
+    )
+
+
+def test_a_polish_is_told_with_its_interval_where_there_is_one():
+    found = {
+        "plain": {"kl": 0.02, "stderr": 0.001},
+        "polished": {"kl": 0.018, "stderr": 0.0012},
+        "difference": {"mean": -0.002, "low": -0.003, "high": -0.001},
+        "exported": "polished",
+    }
+    assert polish(RESULT) == polish(RESULT | {"polish": None}) == ""
+    assert polish({"polish": found}) == (
+        "KL 0.01800 ± 0.00120 with refitted codes and 0.02000 ± 0.00100 without: -0.00200, 95 % "
+        "interval from -0.00300 to -0.00100; the polished assignment is exported"
+    )
+    unknown = {"difference": {"mean": -0.002, "low": None, "high": None}, "exported": "plain"}
+    assert polish({"polish": found | unknown}) == (
+        "KL 0.01800 ± 0.00120 with refitted codes and 0.02000 ± 0.00100 without: -0.00200; the "
+        "plain assignment is exported"
     )

@@ -1,0 +1,84 @@
+"""Which of a winner and its polish is exported, and which assignments have one."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from autoquant.formats import Choice
+from autoquant.plan.assignment import Assignment
+from autoquant.run import polishing
+from autoquant.run.config import SearchConfig
+from autoquant.run.polishing import Winner, polished_assignment, polished_winner
+from autoquant.search.confirm import Difference
+
+
+def assignment(*choices):
+    return Assignment.of({str(n): Choice.parse(text) for n, text in enumerate(choices)})
+
+
+def scores(kl):
+    return SimpleNamespace(mean=kl, stderr=lambda: 0.1)
+
+
+def test_formats_scale_rules_and_inputs_stay():
+    found = polished_assignment(
+        assignment("nvfp4/mse/gptq", "nvfp4/max", "nvfp4/hessian/gptq/a16", "fp8", "bf16")
+    )
+    assert [str(choice) for _, choice in found] == [
+        "nvfp4/mse/refit",
+        "nvfp4/max/refit",
+        "nvfp4/hessian/refit/a16",
+        "fp8",
+        "bf16",
+    ]
+
+
+@pytest.fixture
+def polished(monkeypatch):
+    """The better of a winner and its polish, from what measuring both says."""
+    monkeypatch.setattr(polishing, "polish_key", lambda *_: "key")
+    monkeypatch.setattr(polishing, "make_polish", lambda *_: None)
+
+    def run(plain, kl, high=math.nan):
+        difference = Difference(mean=kl - 1.0, low=-1.0, high=high)
+        monkeypatch.setattr(polishing, "paired_difference", lambda *_, **__: difference)
+        warnings = []
+        found = polished_winner(
+            None,
+            Winner(assignment=plain, scores=scores(1.0)),
+            None,
+            score=lambda _: scores(kl),
+            seed=0,
+            observer=SimpleNamespace(warn=warnings.append),
+        )
+        return found, warnings
+
+    return run
+
+
+@pytest.mark.parametrize(("high", "won"), [(-0.1, True), (0.1, False), (math.nan, False)])
+def test_the_polish_wins_beyond_the_interval_alone(polished, high, won):
+    plain = assignment("nvfp4/mse/gptq")
+    found, _ = polished(plain, 0.9, high)
+    assert found.assignment == (assignment("nvfp4/mse/refit") if won else plain)
+    assert found.scores.mean == (0.9 if won else 1.0)
+    said = found.polish.to_dict()
+    assert said["exported"] == ("polished" if won else "plain")
+    assert (said["plain"]["kl"], said["polished"]["kl"]) == (1.0, 0.9)
+
+
+def test_nothing_to_polish_and_a_polish_that_overflows_leave_the_winner(polished):
+    found, warnings = polished(assignment("fp8", "bf16"), 0.9, -0.1)
+    assert found.polish is None
+    assert not warnings
+    found, warnings = polished(assignment("nvfp4/max"), math.inf, -0.1)
+    assert found.polish is None
+    assert found.scores.mean == 1.0
+    assert "overflows" in warnings[0]
+
+
+def test_effort_max_alone_polishes():
+    for effort in ("fast", "default", "max"):
+        config = SearchConfig.of({"budget_bpe": 5, "effort": effort})
+        assert config.effort.polishes == (effort == "max")
