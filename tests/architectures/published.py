@@ -51,6 +51,7 @@ KEPT = {"minimax_m2": ["gate", "e_score_correction_bias", "lm_head"], "deepseek_
 ONLY_PUBLISHED: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "deepseek_v32": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm_moe_dsa": {"first_k_dense_replace": 1, "moe_layer_freq": 1, "topk_method": "noaux_tc"},
     "lfm2": {"conv_dim": 64, "conv_dim_out": 64},
     "lfm2_moe": {"conv_dim": 64, "conv_dim_out": 64},
