@@ -276,6 +276,18 @@ def the_processor_says_what_it_can(experts, tied):
     assert {type(v) for k, v in capabilities.items() if k.startswith(("avx", "amx"))} <= {bool}
 
 
+@checks("_get_default_store")
+def the_group_of_this_process_has_a_store_that_counts(experts, tied):
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        assert [store.add("told", 1) for _ in range(2)] == [1, 2]
+    finally:
+        distributed.destroy_process_group()
+
+
 def listed() -> list[str]:
     page = (ROOT / "docs" / "upstream.md").read_text(encoding="utf-8")
     return re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE)
@@ -298,7 +310,8 @@ def test_both_libraries_are_bounded_above_the_release_that_the_tests_run_with(pa
     assert any(bound.operator == "<" for bound in wanted.specifier)
 
 
-DOCUMENTED = {"transformers.utils.logging"}
+DOCUMENTED = {"transformers.utils.logging", "__notes__"}
+"""By transformers, and by Python."""
 
 
 def test_the_code_uses_no_other_such_name():
