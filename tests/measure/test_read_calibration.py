@@ -69,7 +69,7 @@ def test_ranges_of_other_attention_are_left_out(stored):
 
 @pytest.mark.parametrize("headroom", [1, 1.0, 2.5])
 def test_a_headroom_from_one_up_is_read(stored, headroom):
-    file = stored(input_amax={"a": 3.0}, headroom=headroom, small_blocks={"a": 1.5})
+    file = stored(input_amax={"a": 3.0}, headroom=headroom, small_blocks={"a": 0.5})
     assert read_calibration(file, [group_of("a")], ()).ranges() == {"a": headroom * 3.0}
 
 

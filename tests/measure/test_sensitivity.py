@@ -83,5 +83,5 @@ def test_a_batch_of_one_document_has_no_standard_error():
 
 
 def test_a_group_with_one_choice_is_not_probed():
-    choices = {"closed": (BF16,), "kept": (FP8,), "open": (NVFP4, FP8, BF16)}
-    assert [*keys_of(choices)] == [("open", NVFP4), ("open", FP8)]
+    choices = {"closed": (BF16,), "kept": (FP8,), "open": (NVFP4, FP8, BF16), "two": (FP8, BF16)}
+    assert [*keys_of(choices)] == [("open", NVFP4), ("open", FP8), ("two", FP8)]

@@ -86,6 +86,8 @@ def test_what_was_never_sketched_does_not_interact():
     interactions = Interactions.of_products(KEYS[:2], np.array([[4.0, 2.0], [2.0, 0.0]]))
     found = interactions.of([KEYS[0], KEYS[1], KEYS[2]])
     assert np.array_equal(found, [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    opposed = Interactions.of_products(KEYS[:2], np.array([[4.0, -2.0], [-2.0, 4.0]]))
+    assert np.array_equal(opposed.of(KEYS[:2]), [[1.0, -0.5], [-0.5, 1.0]])
     correlated = Interactions.of_products(KEYS[:2], np.array([[4.0, 2.0], [2.0, 4.0]]))
     found = correlated.of([KEYS[2], KEYS[1], KEYS[0]])
     assert np.array_equal(found, [[0.0, 0.0, 0.0], [0.0, 1.0, 0.5], [0.0, 0.5, 1.0]])
