@@ -221,3 +221,18 @@ def test_codes_belong_to_the_polish_in_use(place, tmp_path):
         session.quantized.book.linear(group, linear, REFITTED)
     with pytest.raises(SourceError, match="refitted codes of"):
         book.linear(group, linear, REFITTED)
+
+
+def test_the_cache_is_rounded_behind_quantized_blocks_alone(place, tmp_path, monkeypatch):
+    _, session = opened(place, tmp_path / "codes")
+    calls = []
+    apply = type(session.quantized).apply
+
+    def spy(quantized, assignment, *, with_cache=False):
+        calls.append((len(list(assignment)) > 0, with_cache))
+        apply(quantized, assignment, with_cache=with_cache)
+
+    monkeypatch.setattr(type(session.quantized), "apply", spy)
+    polish(session)
+    assert {(True, True), (False, False)} <= set(calls)
+    assert (True, False) not in calls
