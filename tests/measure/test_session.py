@@ -4,11 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from searchable import save_searchable, save_text
 from torch import nn
 
-from autoquant.data.tokens import Split
+from autoquant.data.tokens import Split, TokenPlan
 from autoquant.errors import SourceError
 from autoquant.measure import session
+from autoquant.plan.activation_mode import ActivationMode
+from autoquant.plan.grouping import find_groups
+from autoquant.run.observer import Logged
+from autoquant.source.source import open_source
 
 MIB = 2**20
 
@@ -60,3 +65,24 @@ def test_a_token_that_the_model_does_not_embed_is_refused(token, is_refused):
         return
     with pytest.raises(SourceError, match=f"gives token {token}, and the model embeds 8 tokens"):
         session._require_vocabulary(model, splits)
+
+
+def test_each_split_that_got_too_little_text_is_named(tmp_path, caplog):
+    source = open_source(save_searchable("llama", tmp_path / "model"))
+    tokens = TokenPlan(
+        calibration=10**7, search=64, report=64, sequence_length=32, batch_tokens=256
+    )
+    with caplog.at_level("WARNING", logger="autoquant"):
+        session.open_session(
+            source,
+            [group for group in find_groups(source) if not group.closed],
+            calibration=str(save_text(tmp_path / "text")),
+            tokens=tokens,
+            mode=ActivationMode.W4A4,
+            device="cpu",
+            trust_remote_code=False,
+            observer=Logged(),
+        )
+    (said,) = [r.getMessage() for r in caplog.records if "little text" in r.getMessage()]
+    assert "calibration: " in said
+    assert "where 10000000 were asked" in said

@@ -1,0 +1,70 @@
+"""What a whole assignment clips of its inputs: each group's elements beyond its scale, once."""
+
+import pytest
+import torch
+from searchable import save_searchable
+from test_scores import SPLIT, scorer_of
+
+from autoquant.formats import FP8, NVFP4
+from autoquant.measure.statistics.clipping import count_clipped, describe_clipped
+from autoquant.model.inputs import InputScale
+from autoquant.plan.assignment import Assignment
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    """The rows, how often progress was told, and elements and clipped ones seen by hooks."""
+    scorer = scorer_of(save_searchable("llama", tmp_path_factory.mktemp("clipping") / "source"))
+    quantized = scorer.quantized
+    ranges = {
+        linear.input_scale_set: 0.5
+        for group in quantized.groups
+        for linear in group.linears
+        if group.role != "head"
+    }
+    quantized.set_input_scales({name: InputScale(amax=amax) for name, amax in ranges.items()})
+    chosen = [group for group in quantized.groups if group.role in ("qkv", "o", "down")]
+    assignment = Assignment.of(
+        {group.name: FP8 if group.role == "o" else NVFP4 for group in chosen}
+    )
+    seen: dict[str, list[int]] = {}
+
+    def hook(name, choice):
+        def see(_, arguments):
+            largest = choice.format.largest_input(choice.format.input_scale(0.5))
+            (x,) = arguments
+            seen.setdefault(name, [0, 0])
+            seen[name][0] += int((x.float().abs() > largest).sum())
+            seen[name][1] += x.numel()
+
+        return see
+
+    handles = []
+    for group in chosen:
+        module = next(m for name, m in quantized.modules() if name == group.name)
+        handles.append(module.register_forward_pre_hook(hook(group.name, assignment[group.name])))
+    steps = []
+    rows = count_clipped(scorer, SPLIT, assignment, lambda: steps.append(1))
+    for handle in handles:
+        handle.remove()
+    return rows, len(steps), seen
+
+
+def test_each_group_counts_what_its_scale_does_not_hold(counted):
+    rows, steps, seen = counted
+    assert steps == len(SPLIT.batches)
+    assert {row.group: [row.clipped, row.elements] for row in rows} == seen
+    assert [row.group for row in rows] == [*seen], "in the order of the forward pass"
+    assert all(0 < row.clipped < row.elements for row in rows if row.group.endswith("qkv"))
+
+
+def test_totals_and_shares_are_those_of_the_rows(counted):
+    rows, _, seen = counted
+    found = describe_clipped(rows, 2.0)
+    assert found["headroom"] == 2.0
+    assert found["clipped"] == sum(clipped for clipped, _ in seen.values())
+    assert found["elements"] == sum(elements for _, elements in seen.values())
+    assert found["groups"] == {
+        name: clipped / elements for name, (clipped, elements) in seen.items() if clipped
+    }
+    assert torch.tensor([*found["groups"].values()]).max() < 1.0
