@@ -66,8 +66,15 @@ def outcome(run):
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", "minimax_m2"])
-@pytest.mark.parametrize(("size", "weights"), [(2, "disk"), (3, "host"), (4, "resident")])
+@pytest.mark.parametrize(
+    ("kind", "size", "weights"),
+    [
+        ("llama", 2, "disk"),
+        ("llama", 4, "resident"),
+        ("minimax_m2", 2, "resident"),
+        ("minimax_m2", 3, "host"),
+    ],
+)
 def test_the_result_does_not_depend_on_the_number_of_processes(made, kind, size, weights):
     folder, alone = made(kind)
     run = folder / f"{size}-{weights}"
@@ -93,9 +100,8 @@ def kill_at(line, victim, processes, logs):
     ("line", "victim", "flags"),
     [
         (r"^probe \d", 1, ()),
-        (r"^trial   1", 1, ()),
         (r"^trial   3", 0, ()),
-        (r"^confirm:", 2, ()),
+        (r"^confirm:", 1, ()),
         (r"^polish:", 1, ("--effort", "max")),
     ],
 )
@@ -105,15 +111,13 @@ def test_a_process_that_dies_ends_all_and_the_same_command_goes_on(
     folder, alone = made("llama", *flags)
     run = tmp_path / "run"
     command = words(folder, run, *flags)
-    processes = launched.start([command] * 3, tmp_path / "killed")
+    processes = launched.start([command] * 2, tmp_path / "killed")
     codes = kill_at(line, victim, processes, tmp_path / "killed")
     assert codes.pop(victim) == -9
-    assert codes == [130, 130]
-    (error,) = launched.errors(tmp_path / "killed", 3)
+    assert codes == [130]
+    (error,) = launched.errors(tmp_path / "killed", 2)
     assert "another process of this run has ended" in error
     assert not (run / "result.json").exists()
-    processes = launched.start([command] * 2, tmp_path / "again")
-    assert [process.wait(timeout=launched.PATIENCE) for process in processes] == [0, 0]
+    (alone_again,) = launched.start([command], tmp_path / "again")  # any number goes on
+    assert alone_again.wait(timeout=launched.PATIENCE) == 0
     assert outcome(run) == alone
-    assert launched.printed(tmp_path / "again", 1, "out") == ""
-    assert launched.printed(tmp_path / "again", 1, "err") == ""
