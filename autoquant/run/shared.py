@@ -67,6 +67,12 @@ class Shared:
             if (donor / name).exists():
                 run.adopt(donor, name)
 
+    def home(self, run: Path) -> Path:
+        """The run directory with the statistics and codes of a run: the first one that shares them,
+        also where an earlier process finished that one.
+        """
+        return next(iter(self.runs), run)
+
     def trials(self) -> Iterator[Trial]:
         """What earlier runs measured to the end on the same search tokens."""
         for path in self.runs:

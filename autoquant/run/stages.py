@@ -264,7 +264,7 @@ class Search(Probing):
 
     def _book_of(self, assignment: Assignment, result: dict[str, Any]) -> CodeBook:
         """Where the codes of an assignment are; the model is loaded only if they must be made."""
-        book = book_of_run(self.plan.source, self.run.path)
+        book = book_of_run(self.plan.source, self.shared.home(self.run.path))
         if all(book.has(group, assignment[group.name]) for group in self.plan.groups):
             return book
         session = self._open()

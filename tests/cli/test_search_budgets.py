@@ -1,6 +1,7 @@
 """`autoquant search` under several budgets: one set of probes, and each run as if it were alone."""
 
 import json
+import shutil
 
 import pytest
 from records import trials_of
@@ -60,6 +61,19 @@ def test_each_budget_ends_as_it_would_alone(search, tmp_path):
     again = search("10,8.5", tmp_path / "many")
     assert "already holds this search's result" in again.stderr
     assert "next:       autoquant compare" in again.stdout
+
+
+def test_a_later_budget_rests_on_the_first_ones_statistics_also_after_a_kill(search, tmp_path):
+    many = tmp_path / "many"
+    search("10,8.5", many)
+    assert {name for name in ("codes", "statistics") if (many / "10bpe" / name).exists()}
+    kept = {name: (many / "8.5bpe" / name).exists() for name in ("codes", "statistics")}
+    assert not any(kept.values())
+    before = outcome(many / "8.5bpe")
+    shutil.rmtree(many / "8.5bpe")  # what a kill between both leaves
+    search("10,8.5", many)
+    assert kept == {name: (many / "8.5bpe" / name).exists() for name in kept}
+    assert outcome(many / "8.5bpe") == before
 
 
 def test_all_budgets_are_recorded_where_single_searches_are(autoquant, folder, tmp_path):

@@ -41,6 +41,7 @@ from autoquant.store.run_directory import (
     SPLITS,
     STATISTICS,
     RunDirectory,
+    read_identity,
     read_seconds,
 )
 from autoquant.tracking import NullTracker, Tracker
@@ -105,11 +106,12 @@ class Probing:
         return session
 
     def _load(self) -> Session:
-        ranks = self.shared.ranks
-        announce_step(ranks, LOAD, str(self.run.path.absolute()), self.run.signature)
+        ranks, home = self.shared.ranks, self.shared.home(self.run.path)
+        signature = (read_identity(home) or {}).get("signature", {})
+        announce_step(ranks, LOAD, str(home.absolute()), signature)
         with self._timed("load"):
             return ranks.own(
-                lambda: open_to_probe(self.config, self.plan, self.run.path, self.observer, ranks)
+                lambda: open_to_probe(self.config, self.plan, home, self.observer, ranks)
             )
 
     def _require_same_tokens(self, session: Session) -> None:
