@@ -119,7 +119,7 @@ def _content(path: Path) -> Any:
         return "a page" if path.read_text().rstrip().endswith("</html>") else "half a page"
     if path.suffix == ".json":
         return _timeless(json.loads(path.read_text()))
-    if path.name == "study.log":
+    if path.name in ("study.log", "frontier.log"):
         return timeless(path)
     if path.suffix == ".jsonl":
         return [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
