@@ -120,7 +120,7 @@ def probe(
     batches = range(len(split.batches)) if batches is None else batches
     missing = {batch: [key for key in keys if (batch, *key) not in results] for batch in batches}
     wanted = [(batch, key) for batch, left in missing.items() for key in left]
-    for probed in scorer.probe(split, wanted, sketch):
+    for probed in scorer.probe(split, wanted, sketch) if wanted else ():
         batch, key = probed.batch, probed.key
         if sketches:
             sketches.put(batch, key, probed.sketch)
