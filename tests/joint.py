@@ -29,8 +29,9 @@ from autoquant.search.history import History
 from autoquant.search.limits import Bounds
 from autoquant.search.predictor import Predictor
 from autoquant.search.problem import Problem
+from autoquant.search.propose.proposal import Listed
 from autoquant.search.propose.shares import Effort, shared_out
-from autoquant.search.trials import Trial
+from autoquant.search.trials import Stage, Trial
 from autoquant.source.source import open_source
 from autoquant.study.driver import Driver
 from autoquant.study.explore import Explored, explore
@@ -191,3 +192,11 @@ def explored(
     return explore(
         problem, driver, made, trials=trials, bounds=bounds, timed=lambda _: nullcontext()
     )
+
+
+def solved(problem: Problem, count: int) -> list[Trial]:
+    """The trials of the solver's best assignments, measured one after the other."""
+    driver = driver_of(problem, summed(problem))
+    named = [(f"number {i}", problem.decode(s)) for i, s in enumerate(problem.knapsack.best(count))]
+    driver.run(Listed(Stage.SOLVER, iter(named)))
+    return list(driver.history.trials)

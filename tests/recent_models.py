@@ -2,7 +2,7 @@
 
 from typing import Any
 
-_BASE: dict[str, Any] = {
+BASE: dict[str, Any] = {
     "vocab_size": 48,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -14,7 +14,7 @@ _BASE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_HEAD_DIM = {"head_dim": 16}
+HEAD_DIM = {"head_dim": 16}
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 _GDN = {
@@ -37,7 +37,7 @@ _INDEXER = {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 8}
 _KDA = {"linear_head_dim": 16, "linear_num_heads": 4}
 
 RECENT: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma3": ("gemma3_text", _HEAD_DIM | _SLIDING | {"query_pre_attn_scalar": 16}),
+    "gemma3": ("gemma3_text", HEAD_DIM | _SLIDING | {"query_pre_attn_scalar": 16}),
     "gemma4_moe": (
         "gemma4_text",
         {
@@ -52,7 +52,7 @@ RECENT: dict[str, tuple[str, dict[str, Any]]] = {
             "num_kv_shared_layers": 0,
         },
     ),
-    "cohere2": ("cohere2", _HEAD_DIM | _SLIDING | {"logit_scale": 0.06}),
+    "cohere2": ("cohere2", HEAD_DIM | _SLIDING | {"logit_scale": 0.06}),
     "glm_moe_dsa": (
         "glm_moe_dsa",
         _MLA | _ROUTED | _INDEXER | {"mlp_layer_types": ["dense", "sparse"]},
@@ -90,10 +90,10 @@ RECENT: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_layer_types": ["dense", "sparse"],
         },
     ),
-    "qwen3_5": ("qwen3_5_text", _HEAD_DIM | _GDN | _LINEAR),
+    "qwen3_5": ("qwen3_5_text", HEAD_DIM | _GDN | _LINEAR),
     "qwen3_5_moe": (
         "qwen3_5_moe_text",
-        _HEAD_DIM
+        HEAD_DIM
         | _GDN
         | _LINEAR
         | _EXPERTS
@@ -108,7 +108,7 @@ RECENT: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo_hybrid": ("olmo_hybrid", _LINEAR | _GDN | {"linear_num_key_heads": 4}),
     "llama4": (
         "llama4_text",
-        _HEAD_DIM
+        HEAD_DIM
         | {
             "intermediate_size_mlp": 96,
             "num_local_experts": 4,
@@ -126,5 +126,5 @@ def built(kind: str, **changes: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, settings = RECENT[kind]
-    config = AutoConfig.for_model(model_type, **(_BASE | settings | changes))
+    config = AutoConfig.for_model(model_type, **(BASE | settings | changes))
     return AutoModelForCausalLM.from_config(config)

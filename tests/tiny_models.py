@@ -7,21 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import recent_models
-from recent_models import RECENT
+from recent_models import BASE, HEAD_DIM, RECENT
 
-_DENSE: dict[str, Any] = {
-    "vocab_size": 48,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-_HEAD_DIM = {"head_dim": 16}
 _MLA = {
     "num_key_value_heads": 4,
     "n_routed_experts": 4,
@@ -37,22 +24,22 @@ _MLA = {
     "first_k_dense_replace": 1,
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", _DENSE | _HEAD_DIM),
-    "qwen2": ("Qwen2", _DENSE),
-    "qwen3": ("Qwen3", _DENSE | _HEAD_DIM | {"tie_word_embeddings": True}),
+    "llama": ("Llama", BASE | HEAD_DIM),
+    "qwen2": ("Qwen2", BASE),
+    "qwen3": ("Qwen3", BASE | HEAD_DIM | {"tie_word_embeddings": True}),
     "qwen2_moe": (
         "Qwen2Moe",
-        _DENSE
+        BASE
         | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
     ),
-    "qwen3_moe": ("Qwen3Moe", _DENSE | _HEAD_DIM | {"num_experts": 4, "moe_intermediate_size": 32}),
-    "mixtral": ("Mixtral", _DENSE | _HEAD_DIM | {"num_local_experts": 4}),
-    "minimax_m2": ("MiniMaxM2", _DENSE | _HEAD_DIM | {"num_local_experts": 4}),
-    "deepseek_v3": ("DeepseekV3", _DENSE | _MLA),
+    "qwen3_moe": ("Qwen3Moe", BASE | HEAD_DIM | {"num_experts": 4, "moe_intermediate_size": 32}),
+    "mixtral": ("Mixtral", BASE | HEAD_DIM | {"num_local_experts": 4}),
+    "minimax_m2": ("MiniMaxM2", BASE | HEAD_DIM | {"num_local_experts": 4}),
+    "deepseek_v3": ("DeepseekV3", BASE | _MLA),
     "glm4_moe": (
         "Glm4Moe",
-        _DENSE
-        | _HEAD_DIM
+        BASE
+        | HEAD_DIM
         | {
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
@@ -62,8 +49,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_next": (
         "Qwen3Next",
-        _DENSE
-        | _HEAD_DIM
+        BASE
+        | HEAD_DIM
         | {
             "layer_types": ["linear_attention", "full_attention"],
             "linear_num_value_heads": 4,
@@ -78,8 +65,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "nemotron_h": (
         "NemotronH",
-        _DENSE
-        | _HEAD_DIM
+        BASE
+        | HEAD_DIM
         | {
             "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
             "ssm_state_size": 16,
@@ -95,8 +82,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_oss": (
         "GptOss",
-        _DENSE
-        | _HEAD_DIM
+        BASE
+        | HEAD_DIM
         | {
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
@@ -115,8 +102,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "minimax_m3_vl": (
         "MiniMaxM3VL",
-        _DENSE
-        | _HEAD_DIM
+        BASE
+        | HEAD_DIM
         | {
             "rotary_dim": 8,
             "num_local_experts": 4,
@@ -134,8 +121,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_vl_moe": (
         "Qwen3VLMoe",
-        _DENSE
-        | _HEAD_DIM
+        BASE
+        | HEAD_DIM
         | {
             "num_experts": 4,
             "num_experts_per_tok": 2,
@@ -150,13 +137,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma2": ("Gemma2", _DENSE | _HEAD_DIM),
-    "cohere": ("Cohere", _DENSE | {"logit_scale": 0.06}),
-    "granite": ("Granite", _DENSE | {"logits_scaling": 8.0}),
+    "gemma2": ("Gemma2", BASE | HEAD_DIM),
+    "cohere": ("Cohere", BASE | {"logit_scale": 0.06}),
+    "granite": ("Granite", BASE | {"logits_scaling": 8.0}),
     "falcon_h1": (
         "FalconH1",
-        _DENSE
-        | _HEAD_DIM
+        BASE
+        | HEAD_DIM
         | {
             "mamba_d_ssm": 64,
             "mamba_n_heads": 4,
@@ -169,8 +156,8 @@ SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma4_text": (
         "Gemma4Text",
-        _DENSE
-        | _HEAD_DIM
+        BASE
+        | HEAD_DIM
         | {
             "global_head_dim": 16,
             "enable_moe_block": False,
@@ -182,7 +169,7 @@ SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "zamba2": (
         "Zamba2",
-        _DENSE
+        BASE
         | {
             "num_hidden_layers": 6,
             "layers_block_type": ["mamba", "hybrid"] * 3,

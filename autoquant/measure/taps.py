@@ -17,6 +17,7 @@ from autoquant.formats import Choice
 from autoquant.measure.interactions import Key
 from autoquant.model.experts import ExpertsHook
 from autoquant.model.live import QuantizedModel
+from autoquant.model.replacing import replaced
 
 _CHUNK_ELEMENTS = 1 << 22
 """Elements of a product that are compared at a time, in float32."""
@@ -47,21 +48,19 @@ class Taps:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Tap the forwards inside; their backward passes belong inside too."""
-        replaced: list[tuple[Any, str, Any]] = []
         try:
-            for group, module in self._quantized.modules():
-                if group not in self._choices:
-                    continue
+            with replaced(self._taps()):
+                yield
+        finally:
+            self._quantized.forget_inputs()
+
+    def _taps(self) -> Iterator[tuple[Any, str, Any]]:
+        for group, module in self._quantized.modules():
+            if group in self._choices:
                 name = "autoquant_hook" if hasattr(module, "autoquant_hook") else "forward"
                 original = getattr(module, name)
-                replaced.append((module, name, original))
                 tap = _ExpertsTap if isinstance(original, ExpertsHook) else _DenseTap
-                setattr(module, name, tap(self, group, original))
-            yield
-        finally:
-            for module, name, original in reversed(replaced):
-                setattr(module, name, original)
-            self._quantized.forget_inputs()
+                yield module, name, tap(self, group, original)
 
     def add(
         self,

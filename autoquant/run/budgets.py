@@ -1,8 +1,8 @@
 """A search with everything around it: run directory, tracking, driver."""
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from autoquant.plan.plan import Plan
 from autoquant.run.config import ProbeConfig, SearchConfig
 from autoquant.run.config.file import settings_text
 from autoquant.run.machines.following import follow_run, open_plan_on_all
-from autoquant.run.observer import Observer
+from autoquant.run.observer import Observer, or_warn
 from autoquant.run.opening import limits_of
 from autoquant.run.sensitivity.probing import Probing
 from autoquant.run.shared import Shared, finished_probes
@@ -115,10 +115,13 @@ def _run_searches(config: SearchConfig, observer: Observer, ranks: Ranks) -> lis
     batch = _Batch(config=config, plan=plan, observer=observer, shared=shared)
     outcomes = [batch.run(search, path) for search, path in zip(searches, paths, strict=True)]
     if len(outcomes) > 1:
-        with _or_warn(paths[0].parent / COMPARISON, "all budgets side by side", observer):
+        page, frontier = (paths[0].parent / name for name in (COMPARISON, FRONTIER))
+        with or_warn(page, observer):
             _write_comparison(paths)
-        with _or_warn(paths[0].parent / FRONTIER, "the frontier as a study", observer):
+            observer.note(f"all budgets side by side: {page}")
+        with or_warn(frontier, observer):
             write_frontier(paths, plan.accounting)
+            observer.note(f"the frontier as a study: {frontier}")
     return outcomes
 
 
@@ -286,17 +289,6 @@ def _limit_reached(
     else:
         return None
     return f"{limit} ended the trials early, {trials} of {config.trials} were measured."
-
-
-@contextmanager
-def _or_warn(target: Path, what: str, observer: Observer) -> Iterator[None]:
-    """Tell of a file that the block writes; go on without it where it cannot be written."""
-    try:
-        yield
-    except Exception as error:
-        observer.warn(f"{target} could not be written: {type(error).__name__}: {error}")
-    else:
-        observer.note(f"{what}: {target}")
 
 
 def _write_comparison(paths: Sequence[Path]) -> None:

@@ -1,6 +1,9 @@
 """What a search tells whoever watches it."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 from autoquant.progress import Progress, Unit
@@ -49,3 +52,12 @@ class Logged:
     def warn(self, message: str) -> None:
         """Log it as a warning."""
         log.warning("%s", message)
+
+
+@contextmanager
+def or_warn(target: Path | str, observer: Progress) -> Iterator[None]:
+    """Go on without a file that no result rests on, where the block cannot write it."""
+    try:
+        yield
+    except Exception as error:
+        observer.warn(f"{target} could not be written: {type(error).__name__}: {error}")

@@ -13,7 +13,7 @@ from autoquant.formats.kv_cache import KvCache
 from autoquant.plan.model_costs import CostKind
 from autoquant.plan.plan import Plan
 from autoquant.run.config import ProbeConfig, SearchConfig
-from autoquant.run.config.types import OWN_SAMPLER
+from autoquant.search.samplers import OWN_SAMPLER
 
 NUMERICS_VERSION = 4
 """Raised when a search would measure or predict something else than before under the same settings:

@@ -5,8 +5,7 @@ stages below are pure given the scorer.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from autoquant.run.config import SearchConfig
 from autoquant.run.confirmation import Confirmed, confirm
 from autoquant.run.independent import check_export, make_evidence
 from autoquant.run.measuring import book_of_run
+from autoquant.run.observer import or_warn
 from autoquant.run.polishing import Winner, is_polished, make_polish, polished_winner
 from autoquant.run.result import make_result, make_tokens
 from autoquant.run.sensitivity.probing import Probing
@@ -184,7 +184,7 @@ class Search(Probing):
 
         assignment = winner.assignment
         self.run.write_text(ASSIGNMENT, yaml.safe_dump(assignment.to_dict(), sort_keys=False))
-        with self._or_warn(TOKENS):
+        with or_warn(TOKENS, self.observer):
             self.run.write_json(TOKENS, make_tokens(session, confirmed, winner))
         result = make_result(
             self.config, self.plan, session, problem, history, calibration, confirmed, winner
@@ -228,21 +228,13 @@ class Search(Probing):
         from autoquant.report.html import write_report
         from autoquant.report.record import RunRecord
 
-        with self._or_warn(REPORT):
+        with or_warn(REPORT, self.observer):
             write_report(RunRecord.read(self.run.path))
 
     def _has_report(self) -> bool:
         """Whether there is a report, made from the result that is there."""
         report, result = self.run.path / REPORT, self.run.path / RESULT
         return report.exists() and report.stat().st_mtime_ns >= result.stat().st_mtime_ns
-
-    @contextmanager
-    def _or_warn(self, name: str) -> Iterator[None]:
-        """Go on without a file that the result does not rest on."""
-        try:
-            yield
-        except Exception as error:
-            self.observer.warn(f"{name} could not be written: {type(error).__name__}: {error}")
 
     def _with_checkpoint(self, result: dict[str, Any]) -> dict[str, Any]:
         """The result of a finished search, exported now if it was not and shall be."""

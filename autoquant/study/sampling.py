@@ -17,19 +17,18 @@ from autoquant.search.predictor import Predictor
 from autoquant.search.problem import Problem
 from autoquant.search.propose.reweight import Reweightings
 from autoquant.search.propose.shares import Effort, shared_out
+from autoquant.search.samplers import CMAES, NSGAII, OWN_SAMPLER, RANDOM, TPE
 from autoquant.study.space import StudySpace
-
-OWN = "budget"
 
 POPULATION = 10
 """Of NSGA-II: its first generation is random, and Optuna's default of 50 is more than a search
 measures."""
 
 OPTUNAS: dict[str, Callable[[int], BaseSampler]] = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
-    "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed),
-    "nsgaii": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION),
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+    TPE: lambda seed: optuna.samplers.TPESampler(seed=seed),
+    CMAES: lambda seed: optuna.samplers.CmaEsSampler(seed=seed),
+    NSGAII: lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION),
+    RANDOM: lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
 """Optuna's own by their names, each with a seed."""
 
@@ -57,7 +56,7 @@ def sampler_of(
     problem = predictor.problem
     assert isinstance(problem, Problem)
     shares: Callable[[], Shares]
-    if name == OWN:
+    if name == OWN_SAMPLER:
         shares = partial(shared_out, predictor, Effort.of(trials))
     elif name in OPTUNAS:
         weights = partial(Reweightings, problem, trials=trials, seed=seed, sampler=OPTUNAS[name])
@@ -73,11 +72,11 @@ def require_sampler(name: str) -> None:
     Raises:
         ConfigError: there is none.
     """
-    if name == OWN:
+    if name == OWN_SAMPLER:
         return
     if name not in OPTUNAS:
         _sampler_of_others(name, 0)
-    elif name == "cmaes" and importlib.util.find_spec("cmaes") is None:
+    elif name == CMAES and importlib.util.find_spec("cmaes") is None:
         raise ConfigError(
             "--sampler cmaes needs the package cmaes, which is not installed.",
             fix="pip install cmaes, or choose another sampler.",

@@ -18,11 +18,6 @@ PROPOSED = {Stage.BASELINE, Stage.SOLVER, Stage.RUNNER_UP, Stage.REFIT, Stage.SW
 
 
 @pytest.fixture
-def problem(small):
-    return small(uneven=1.0)
-
-
-@pytest.fixture
 def candidates(problem):
     return [(f"number {i}", problem.decode(s)) for i, s in enumerate(problem.knapsack.best(12))]
 

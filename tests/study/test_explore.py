@@ -19,11 +19,6 @@ NOTHING = 0
 
 
 @pytest.fixture
-def problem(small):
-    return small(uneven=1.0)
-
-
-@pytest.fixture
 def even(small):
     """Alone, every group is best off with `mse`."""
     return small()

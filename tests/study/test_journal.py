@@ -8,13 +8,11 @@ import re
 
 import optuna
 import pytest
-from joint import SPLIT, driver_of, form_of, summed
+from joint import SPLIT, form_of, solved
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from autoquant.errors import RunConflict, SourceError
-from autoquant.search.propose.proposal import Listed
-from autoquant.search.trials import Stage
 from autoquant.store.records import sealed
 from autoquant.store.run_directory import RunDirectory
 from autoquant.study.journal import ABOUT, StudyLog, read_trials
@@ -25,17 +23,9 @@ SIGNATURE = {"model": "tiny", "budget_bpe": 6.0}
 
 
 @pytest.fixture(scope="module")
-def problem(small):
-    return small(uneven=1.0)
-
-
-@pytest.fixture(scope="module")
 def trials(problem):
     """Of a search: one loses its race, one overflows, one is over the budget."""
-    driver = driver_of(problem, summed(problem))
-    named = [(f"number {i}", problem.decode(s)) for i, s in enumerate(problem.knapsack.best(5))]
-    driver.run(Listed(Stage.SOLVER, iter(named)))
-    found = list(driver.history.trials)
+    found = solved(problem, 5)
     cut = found[1].sequence_kl[:8]
     found[1] = dataclasses.replace(found[1], is_stopped=True, sequence_kl=cut, kl=0.5, tokens=256)
     overflow = (math.inf, *found[2].sequence_kl[1:])

@@ -4,28 +4,18 @@ import sqlite3
 
 import optuna
 import pytest
-from joint import driver_of, form_of, summed
+from joint import form_of, solved
 
 from autoquant.errors import ConfigError, RunConflict
-from autoquant.search.propose.proposal import Listed
 from autoquant.search.quiet import quietly
-from autoquant.search.trials import Stage
 from autoquant.store.run_directory import RunDirectory
 from autoquant.study.journal import ABOUT, StudyLog
 from autoquant.study.mirror import Mirror, open_storage
 
 
 @pytest.fixture(scope="module")
-def problem(small):
-    return small(uneven=1.0)
-
-
-@pytest.fixture(scope="module")
 def trials(problem):
-    driver = driver_of(problem, summed(problem))
-    named = [(f"number {i}", problem.decode(s)) for i, s in enumerate(problem.knapsack.best(4))]
-    driver.run(Listed(Stage.SOLVER, iter(named)))
-    return driver.history.trials
+    return solved(problem, 4)
 
 
 @pytest.fixture

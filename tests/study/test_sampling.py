@@ -8,17 +8,12 @@ import pytest
 from joint import SPLIT, driver_of, explored, summed
 
 from autoquant.errors import ConfigError
-from autoquant.run.config.types import OPTUNA_SAMPLERS, OWN_SAMPLER
+from autoquant.search.samplers import OPTUNA_SAMPLERS, OWN_SAMPLER
 from autoquant.search.trials import Stage, Trial
-from autoquant.study.sampling import OPTUNAS, OWN, POPULATION, require_sampler
+from autoquant.study.sampling import OPTUNAS, POPULATION, require_sampler
 
 TRIALS = 10
 AVAILABLE = [n for n in OPTUNA_SAMPLERS if n != "cmaes"]
-
-
-@pytest.fixture
-def problem(small):
-    return small(uneven=1.0)
 
 
 def refined(driver):
@@ -31,7 +26,7 @@ def facts(trials):
 
 
 def test_what_the_settings_name_is_what_there_is():
-    assert (OWN, tuple(OPTUNAS)) == (OWN_SAMPLER, OPTUNA_SAMPLERS)
+    assert ("budget", tuple(OPTUNAS)) == (OWN_SAMPLER, OPTUNA_SAMPLERS)
 
 
 @pytest.mark.parametrize("name", AVAILABLE)

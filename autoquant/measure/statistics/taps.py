@@ -14,6 +14,7 @@ from torch import Tensor
 from autoquant.model.binding import DenseSlot, ExpertsSlot
 from autoquant.model.experts import ExpertsHook
 from autoquant.model.live import QuantizedModel
+from autoquant.model.replacing import replaced
 from autoquant.plan.linears import LayerGroup
 from autoquant.source.names import ROUTED_EXPERT
 
@@ -63,20 +64,18 @@ class InputTaps:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """See the forwards inside."""
-        replaced: list[tuple[Any, str, Any]] = []
         try:
-            for module in self._dense:
-                replaced.append((module, "forward", module.forward))
-                module.forward = _DenseTap(self, module, module.forward)
-            for slot in self._stacks:
-                hook = slot.module.autoquant_hook
-                replaced.append((slot.module, "autoquant_hook", hook))
-                slot.module.autoquant_hook = _ExpertsTap(self._see, slot, hook)
-            yield
+            with replaced(self._taps()):
+                yield
         finally:
-            for module, name, original in reversed(replaced):
-                setattr(module, name, original)
             self._quantized.forget_inputs()
+
+    def _taps(self) -> Iterator[tuple[Any, str, Any]]:
+        for module in self._dense:
+            yield module, "forward", _DenseTap(self, module, module.forward)
+        for slot in self._stacks:
+            hook = slot.module.autoquant_hook
+            yield slot.module, "autoquant_hook", _ExpertsTap(self._see, slot, hook)
 
     def see(self, module: Any, x: Tensor) -> None:
         """Show an input [..., K] of a linear."""

@@ -24,8 +24,6 @@ from autoquant.run.config.parts import (
 )
 from autoquant.run.config.setting import Setting
 from autoquant.run.config.types import (
-    OPTUNA_SAMPLERS,
-    OWN_SAMPLER,
     Bits,
     Budgets,
     ExistingFile,
@@ -35,6 +33,7 @@ from autoquant.run.config.types import (
     Positive,
     Seconds,
 )
+from autoquant.search.samplers import OPTUNA_SAMPLERS, OWN_SAMPLER
 
 _BUDGET = "Most stored bits per element of the source model, scales included"
 

@@ -97,7 +97,3 @@ Tokens = Annotated[int, Field(ge=32)]
 Seconds = Annotated[float, Field(gt=0)]
 Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
-
-OWN_SAMPLER = "budget"
-OPTUNA_SAMPLERS = ("tpe", "cmaes", "nsgaii", "random")
-"""What `--sampler` takes, beside a class of others."""
