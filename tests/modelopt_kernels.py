@@ -33,6 +33,7 @@ def running_kernels() -> Iterator[None]:
     """Let ModelOpt's quantizers compute, on a GPU or on a CPU."""
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
+            pytest.importorskip("triton", reason="triton is not installed")
             _interpret(patch)
         yield
 
