@@ -1,6 +1,8 @@
 """What passes between processes: results in order, failures of one to all, tasks of the leader."""
 
+import os
 import signal
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -17,8 +19,10 @@ def in_a_group(rank, file, size, work):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=size
     )
-    with process_group() as ranks:
+    threads = len(os.listdir("/proc/self/task"))
+    with suppress(ZeroDivisionError), process_group() as ranks:
         work(ranks)
+    assert len(os.listdir("/proc/self/task")) == threads  # one that outlives Python aborts it
     assert torch.distributed.is_initialized()  # it is somebody else's
     torch.distributed.destroy_process_group()
 
@@ -52,6 +56,10 @@ def fail_before_the_others_meet(ranks):
         ranks.own(load)
     assert ranks.own(lambda: ranks.own(lambda: 7)) == 7
     assert ranks.all_of(lambda: ranks.number) == [0, 1, 2]
+
+
+def end_by_an_error(ranks):
+    ranks.own(lambda: ranks.number / 0)
 
 
 class Measurer:
@@ -104,7 +112,8 @@ def a_failure_of_the_leader(ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "work", [gather, fail, fail_before_the_others_meet, tasks, a_failure_of_the_leader]
+    "work",
+    [gather, fail, fail_before_the_others_meet, end_by_an_error, tasks, a_failure_of_the_leader],
 )
 def test_a_group_of_somebody_else_serves(tmp_path, work):
     torch.multiprocessing.spawn(in_a_group, (str(tmp_path / "file"), 3, work), nprocs=3)

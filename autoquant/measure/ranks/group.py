@@ -67,11 +67,16 @@ def _joined() -> Iterator[Ranks]:
     if distributed.get_world_size() == 1:
         yield ALONE
         return
+    ranks = ProcessGroup(distributed.new_group(backend="gloo", timeout=_FOR_EVER))
     try:
-        yield ProcessGroup(distributed.new_group(backend="gloo", timeout=_FOR_EVER))
+        yield ranks
     except RankLost as error:
         error.is_first = _is_first()
         raise
+    except Exception:
+        ranks.close()
+        raise
+    ranks.close()
 
 
 @contextmanager

@@ -123,6 +123,17 @@ class ProcessGroup(Ranks):
             distributed.all_gather_object(found, own, group=self._group)
         return found
 
+    def close(self) -> None:
+        """End the group's threads, which wait for nobody any more.
+
+        One of them may still hold the tensors of the last exchange. If it lets go of them while the
+        interpreter ends, the process aborts.
+        """
+        from torch import distributed
+
+        distributed.destroy_process_group(self._group)
+        del self._group
+
     def announce(self, task: Any) -> None:
         """Tell the followers what comes next; only the leader does.
 
