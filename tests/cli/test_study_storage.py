@@ -32,6 +32,7 @@ def search(autoquant, folder, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_every_trial_is_in_the_storage_also_of_a_finished_run(search, tmp_path):
     done = search()
     assert done.exit_code == 0, done.stderr
@@ -61,6 +62,7 @@ def test_a_password_is_in_no_command_and_no_settings():
     assert "study_storage" not in config.saved()
 
 
+@pytest.mark.slow
 def test_several_budgets_leave_the_study_of_their_frontier(search, tmp_path):
     done = search(budget="10,12")
     assert done.exit_code == 0, done.stderr

@@ -178,6 +178,7 @@ rules: [{match: [qkv, o, experts], formats: [costly, bf16]}]
 """
 
 
+@pytest.mark.slow
 def test_a_resumed_search_reads_costly_codes_from_its_run_directory(
     autoquant, tmp_path, monkeypatch, costly
 ):

@@ -57,6 +57,7 @@ def page_of(run):
     return write_report(RunRecord.read(run)).read_text()
 
 
+@pytest.mark.slow
 def test_dead_channels_and_a_weight_of_zeros(searched):
     def change(tensors):
         tensors["model.layers.0.input_layernorm.weight"][16:40] = 0.0
@@ -68,6 +69,7 @@ def test_dead_channels_and_a_weight_of_zeros(searched):
     assert "linears have codes fitted to inputs" in page_of(run)
 
 
+@pytest.mark.slow
 def test_one_sequence_fits_nothing(searched):
     result, run = searched("llama", calibration_tokens=32)
     plain = result["fitted"]["plain"]
@@ -78,12 +80,14 @@ def test_one_sequence_fits_nothing(searched):
     assert f"codes of the weight alone have {len(plain)} because" in page_of(run)
 
 
+@pytest.mark.slow
 def test_fewer_tokens_than_channels(searched):
     result, _ = searched("llama", calibration_tokens=96, intermediate_size=256)
     assert result["fitted"]["linears"] in (13, 14)
     assert len(result["fitted"]["plain"]) < result["fitted"]["linears"]
 
 
+@pytest.mark.slow
 def test_an_expert_that_no_token_reaches_is_named(searched):
     def change(tensors):
         for name, tensor in tensors.items():

@@ -132,6 +132,7 @@ def test_declared_otherwise_than_stored(model, tmp_path, layout):
         open_quantized(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_search_uses_and_measures_it(autoquant, model, tmp_path):
     space = tmp_path / "with-a16.yaml"
     space.write_text(SPACE)

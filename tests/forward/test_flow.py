@@ -28,7 +28,9 @@ SPLIT = Split.unrelated("search", tuple(TOKENS), digest="search")
 EVERY = range(3)
 
 
-@pytest.fixture(scope="module", params=["llama", "minimax_m2"])
+@pytest.fixture(
+    scope="module", params=["llama", pytest.param("minimax_m2", marks=pytest.mark.slow)]
+)
 def folder(request, tmp_path_factory):
     return save_searchable(
         request.param, tmp_path_factory.mktemp(request.param) / "source", num_hidden_layers=4

@@ -36,7 +36,7 @@ def split_of(batches, rows, *, length=20, seed=0):
 SPLIT = split_of(3, 8)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2_moe"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("qwen2_moe", marks=pytest.mark.slow)])
 def scorer(request, tmp_path_factory):
     folder = save_searchable(
         request.param, tmp_path_factory.mktemp(request.param) / "source", num_hidden_layers=2

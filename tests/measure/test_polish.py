@@ -27,7 +27,7 @@ from autoquant.source.source import open_source
 REFITTED = replace(NVFP4, scale_rule="mse", rounding=REFIT)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3_moe"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def place(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     return save_searchable(request.param, folder / "model"), save_text(folder / "text")
@@ -113,6 +113,7 @@ def test_inputs_are_paired_token_by_token(place, tmp_path, monkeypatch):
     assert moved.abs().max() > 1
 
 
+@pytest.mark.slow
 def test_down_projections_of_experts_see_what_the_others_codes_give(tmp_path, monkeypatch):
     place = save_searchable("qwen3_moe", tmp_path / "model"), save_text(tmp_path / "text")
     _, session = opened(place, tmp_path / "codes")

@@ -94,6 +94,7 @@ def searched(tmp_path_factory):
     return {headroom: search(headroom) for headroom in (1, 4)}
 
 
+@pytest.mark.slow
 def test_headroom_spares_fresh_text_what_calibration_did_not_see(searched):
     found = {}
     for headroom, (run, output) in searched.items():
@@ -109,6 +110,7 @@ def test_headroom_spares_fresh_text_what_calibration_did_not_see(searched):
     assert found[4] < found[1]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_stores_the_scales_that_were_scored(searched):
     for headroom, (run, _) in searched.items():
         calibration = Calibration.from_dict(json.loads((run / "calibration.json").read_text()))

@@ -64,11 +64,13 @@ def test_versions_kernels_and_device_are_recorded(folder):
     assert recorded["device"].startswith("cpu")
 
 
+@pytest.mark.slow
 def test_going_on_in_the_same_environment_says_nothing(folder, begun):
     assert warnings(search(folder, begun)) == []
     assert len(environments(begun)) == 1
 
 
+@pytest.mark.slow
 def test_going_on_elsewhere_is_one_line_that_names_what_differs(folder, begun):
     (ours,) = environments(begun)
     change(begun, torch="1.0", device="cuda (H200)")
@@ -106,6 +108,7 @@ def test_probes_of_elsewhere_that_are_taken_over_are_told_too(folder, begun, tmp
     assert len(environments(tmp_path / "other")) == 2
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_asked_for_later_than_elsewhere_keeps_its_number(folder, begun):
     """Elsewhere another order led to the second trial first, which was number 0 there."""
     log = begun / "study.log"

@@ -36,7 +36,7 @@ def forecast(autoquant, *arguments):
 
 
 def test_weights_are_resident_where_they_fit_and_else_on_the_disk(autoquant, tmp_path):
-    model = save_model("qwen2_moe", tmp_path / "model", num_hidden_layers=200)
+    model = save_model("qwen2_moe", tmp_path / "model", num_hidden_layers=40)
     found = forecast(autoquant, model, "--device", "cpu", "--host-memory", "4GiB")
     assert (found["weights"], found["device"]) == ("resident", "cpu")
     assert found["device_bytes"] == int(found["weight_bytes"] * 1.1) + placement.WORK_BYTES
@@ -44,7 +44,7 @@ def test_weights_are_resident_where_they_fit_and_else_on_the_disk(autoquant, tmp
     less = forecast(autoquant, model, "--device", "cpu", "--host-memory", between)
     assert less["weights"] == "disk"
     assert less["device_bytes"] <= between
-    assert less["weight_bytes"] == found["weight_bytes"] >= 200 * found["largest_block_bytes"]
+    assert less["weight_bytes"] == found["weight_bytes"] >= 40 * found["largest_block_bytes"]
     shown = autoquant("plan", model, "--device", "cpu", "--host-memory", between, "--forecast")
     assert "of cpu: blocks of 0.00 GB from the disk" in shown.stdout
 

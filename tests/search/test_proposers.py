@@ -164,6 +164,7 @@ def test_swaps_come_in_predicted_order(problem):
     assert (np.diff(predicted) >= 0.0).all()
 
 
+@pytest.mark.slow
 def test_optuna_learns_from_what_is_measured(problem):
     """What it asks for after its random start follows from the KL that it was told."""
 

@@ -61,6 +61,7 @@ def test_the_solution_is_the_best_of_all_that_keep_both(knapsack):
     assert solution.gap == pytest.approx(0.0, abs=1e-12)
 
 
+@pytest.mark.slow
 @given(limited(), st.integers(1, 40))
 def test_beyond_the_ceiling_of_the_lists_the_gap_is_a_true_bound(knapsack, most):
     with patch("autoquant.search.partial.MOST_PARTIAL", most):
@@ -75,6 +76,7 @@ def test_beyond_the_ceiling_of_the_lists_the_gap_is_a_true_bound(knapsack, most)
     assert solution.bound <= best + 1e-12
 
 
+@pytest.mark.slow
 @given(limited(), st.integers(1, 30))
 def test_the_best_few_keep_both_limits_and_come_in_order(knapsack, count):
     if not kept(knapsack):

@@ -111,6 +111,7 @@ def test_a_search_measures_the_same_through_workers(problem):
     assert facts(one.history.trials) == facts(other.history.trials)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 3])
 def test_a_search_stopped_at_any_trial_goes_on_as_if_it_had_not_been(problem, width):
     joint = summed(problem, noise=0.2)

@@ -17,6 +17,7 @@ from sqlalchemy.engine import Engine
 from autoquant.tracking import Tracker
 
 
+@pytest.mark.slow
 def test_two_searches_share_the_store_beside_them(runs):
     for name in ("a", "b"):
         Search(runs / name)()

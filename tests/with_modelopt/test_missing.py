@@ -16,6 +16,7 @@ def test_the_way_out_of_a_missing_extra_is_named(monkeypatch):
     assert "pip install 'autoquant[modelopt]'" in caught.value.fix
 
 
+@pytest.mark.slow
 def test_importing_our_room_does_not_import_modelopt():
     import subprocess
 
