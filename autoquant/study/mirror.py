@@ -1,7 +1,11 @@
 """A study repeated in a storage of Optuna, where others see it: a database, or a gRPC proxy."""
 
+import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 import optuna
@@ -16,7 +20,12 @@ from autoquant.study.journal import ABOUT
 GRPC_PORT = 13000
 """That of `optuna.storages.run_grpc_proxy_server`."""
 
-_PACKAGES = "`pip install grpcio protobuf` for grpc://, psycopg2 for postgresql://"
+ANSWERS_WITHIN = 60.0
+"""Seconds after which a storage that holds up a search counts as gone."""
+
+_PACKAGES = (
+    "`pip install grpcio protobuf` for grpc://, `pip install 'psycopg[binary]'` for postgresql://"
+)
 
 
 def open_storage(url: str) -> BaseStorage:
@@ -37,7 +46,7 @@ def open_storage(url: str) -> BaseStorage:
             storage: BaseStorage = (
                 _proxy(parts.hostname or "localhost", parts.port or GRPC_PORT)
                 if parts.scheme == "grpc"
-                else optuna.storages.RDBStorage(url)
+                else optuna.storages.RDBStorage(_with_driver(url))
             )
             optuna.get_all_study_names(storage)
     except (ImportError, ValueError, ArgumentError) as error:
@@ -68,6 +77,8 @@ class Mirror:
     _target: optuna.Study | None = field(default=None, init=False)
     _sent: int = field(default=0, init=False)
     _is_away: bool = field(default=False, init=False)
+    _call: threading.Thread | None = field(default=None, init=False)
+    """The last one to the storage, which may hang there."""
 
     def send(self) -> None:
         """Add what the storage lacks, unless it went away.
@@ -82,7 +93,7 @@ class Mirror:
         except RunConflict:
             raise
         except Exception as error:  # each kind of storage has errors of its own
-            self._is_away = True
+            self._is_away, self._target = True, None
             self.warn(
                 f"the study's storage went away ({type(error).__name__}): the search goes on, and "
                 "study.log has all trials."
@@ -109,13 +120,38 @@ class Mirror:
     def _add(self) -> None:
         trials = self.source.get_trials(deepcopy=False)
         with quietly():
-            target = self._target or self._open()
+            if self._target is None:
+                self._in_time(self._open)
+            assert self._target is not None
             for trial in trials[self._sent :]:
-                target.add_trial(trial)
+                self._in_time(partial(self._target.add_trial, trial))
                 self._sent += 1
 
-    def _open(self) -> optuna.Study:
-        """The study of the same name, whose trials are the first of ours."""
+    def _in_time(self, call: Callable[[], None]) -> None:
+        """Call the storage, and give up one that does not answer.
+
+        Raises:
+            TimeoutError: it hangs, in this call or in the one before.
+            Exception: what the call raises.
+        """
+        failed: list[Exception] = []
+
+        def run() -> None:
+            try:
+                call()
+            except Exception as error:
+                failed.append(error)
+
+        if self._call is not None:
+            _join(self._call)
+        self._call = threading.Thread(target=run, daemon=True)  # a hanging one holds up no exit
+        self._call.start()
+        _join(self._call)
+        if failed:
+            raise failed[0]
+
+    def _open(self) -> None:
+        """Find or make the study of the same name, whose trials are the first of ours."""
         name, about = self.source.study_name, self.source.user_attrs[ABOUT]
         target = optuna.create_study(storage=self.storage, study_name=name, load_if_exists=True)
         if not target.user_attrs:
@@ -127,7 +163,12 @@ class Mirror:
                 fix="give another --study-storage, or delete the study (`optuna delete-study`).",
             )
         self._target, self._sent = target, len(theirs)
-        return target
+
+
+def _join(call: threading.Thread) -> None:
+    call.join(ANSWERS_WITHIN)
+    if call.is_alive():
+        raise TimeoutError
 
 
 def _brief(error: Exception) -> str:
@@ -140,7 +181,16 @@ def _digests(study: optuna.Study) -> list[object]:
     return [trial.user_attrs.get("digest") for trial in study.get_trials(deepcopy=False)]
 
 
+def _with_driver(url: str) -> str:
+    """The URL with the driver that is installed, where it names none."""
+    scheme, rest = url.split("://", 1)
+    is_newer = scheme == "postgresql" and find_spec("psycopg2") is None
+    return f"postgresql+psycopg://{rest}" if is_newer else url
+
+
 def _proxy(host: str, port: int) -> BaseStorage:
-    proxy = optuna.storages.GrpcStorageProxy(host=host, port=port)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        proxy = optuna.storages.GrpcStorageProxy(host=host, port=port)
     proxy.wait_server_ready(timeout=10.0)
     return proxy

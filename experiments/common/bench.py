@@ -1,10 +1,11 @@
 """A subject opened for measurement, beside what the search itself opens."""
 
 import dataclasses
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from autoquant.data.text import load_corpus
 from autoquant.data.tokens import Split, TokenPlan, batched, make_splits
 from autoquant.formats import BF16
 from autoquant.measure.calibration import calibrate
-from autoquant.measure.evaluator import LocalEvaluator
+from autoquant.measure.evaluator import Evaluator, LocalEvaluator, Measurement, Request
 from autoquant.measure.kl import TokenKl
 from autoquant.measure.method import ProbeMethod
 from autoquant.measure.sensitivity import Sensitivity, keys_of
@@ -47,6 +48,21 @@ from experiments.common.subjects import Subject
 BATCH_TOKENS = 4096
 
 
+@dataclass(frozen=True)
+class Remembering:
+    """An evaluator that measures no request twice: a measurement rests on its request alone."""
+
+    evaluator: Evaluator
+    _known: dict[str, Measurement] = field(default_factory=dict, init=False)
+
+    def measure(self, requests: Iterable[Request]) -> Iterator[Measurement]:
+        for request in requests:
+            key = json.dumps(request.to_dict())
+            if key not in self._known:
+                (self._known[key],) = self.evaluator.measure([request])
+            yield self._known[key]
+
+
 @dataclass
 class Bench:
     """A calibrated model with the search's own splits, and more of its text beside them.
@@ -67,6 +83,10 @@ class Bench:
         self._scores: dict[tuple[str, str], TokenKl] = {}
         calibration = calibrate(self.session.scorer, self.splits["calibration"], lambda: None)
         self.session.quantized.set_input_scales(calibration.scales())
+
+    @cached_property
+    def evaluator(self) -> Remembering:
+        return Remembering(LocalEvaluator(self.session.scorer, self.splits["search"]))
 
     @cached_property
     def plan(self) -> Plan:
@@ -158,7 +178,7 @@ class Bench:
         driver = Driver(
             study=LiveStudy(form),
             history=history,
-            evaluator=LocalEvaluator(self.session.scorer, self.splits["search"]),
+            evaluator=self.evaluator,
             accounting=self.plan.accounting,
             fits=problem.fits,
             keep=lambda _: None,

@@ -1,15 +1,22 @@
 """`--study-storage` and the study of several budgets, from the command line."""
 
 import json
+import re
+import subprocess
+import sys
+import time
 
+import launched
 import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from records import trials_of
 from searchable import TOKEN_FLAGS, save_searchable, save_text
+from storage_servers import Postgres, Proxy, running, why_no_postgres
 
 from autoquant.run.config import SearchConfig
+from autoquant.study.mirror import open_storage
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +30,17 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def search(autoquant, folder, tmp_path):
     def call(*flags, budget="10"):
-        return autoquant(
-            *("search", folder / "model", "--calibration", folder / "text", *TOKEN_FLAGS),
-            *("--budget-bpe", budget, "--trials", 2, "--no-mlflow", "--no-export"),
-            *("--out", tmp_path / "run", *flags),
-        )
+        return autoquant(*words(folder, tmp_path / "run", *flags, budget=budget))
 
     return call
+
+
+def words(folder, run, *flags, budget="10"):
+    return [
+        *("search", folder / "model", "--calibration", folder / "text", *TOKEN_FLAGS),
+        *("--budget-bpe", budget, "--trials", 2, "--no-mlflow", "--no-export"),
+        *("--out", run, *flags),
+    ]
 
 
 @pytest.mark.slow
@@ -52,6 +63,49 @@ def test_a_storage_that_does_not_answer_is_exit_5_before_anything_is_measured(se
     assert "does not answer" in done.stderr
     assert "fix: start it, or leave --study-storage out" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["postgres", "proxy"])
+def test_a_server_that_goes_away_ends_no_search_and_the_same_command_adds_the_rest(
+    search, folder, tmp_path, kind
+):
+    if kind == "postgres" and (why := why_no_postgres()) is not None:
+        pytest.skip(why)
+    with running(Postgres() if kind == "postgres" else Proxy(tmp_path)) as server:
+        told = interrupted(folder, tmp_path / "run", server)
+        assert told.count("the study's storage went away (") == 1
+        assert re.search(r"\d+ trials are not in the study's storage; the same command", told)
+        server.start()
+        again = search("--study-storage", server.url)
+        assert again.exit_code == 0, again.stderr
+        assert "storage" not in again.stderr
+        storage = open_storage(server.url)
+        (name,) = optuna.get_all_study_names(storage)
+        theirs = optuna.load_study(study_name=name, storage=storage).trials
+    backend = JournalFileBackend(str(tmp_path / "run" / "study.log"))
+    ours = optuna.load_study(study_name=name, storage=JournalStorage(backend)).trials
+    assert [(t.number, t.values, t.params, t.user_attrs) for t in theirs] == [
+        (t.number, t.values, t.params, t.user_attrs) for t in ours
+    ]
+
+
+def interrupted(folder, run, server):
+    """What a search prints whose storage ends behind its second trial."""
+    log = run.with_suffix(".err")
+    command = [*map(str, words(folder, run, "--study-storage", server.url))]
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "autoquant", *command], stdout=subprocess.DEVNULL, stderr=stderr
+        )
+        deadline = time.monotonic() + launched.PATIENCE
+        while not re.search(r"^trial   1", log.read_text(), re.MULTILINE):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        server.stop()
+        assert process.wait(timeout=launched.PATIENCE) == 0, log.read_text()
+    return log.read_text()
 
 
 def test_a_password_is_in_no_command_and_no_settings():

@@ -13,7 +13,6 @@ from autoquant.search.trials import Stage, Trial
 from autoquant.study.sampling import OPTUNAS, POPULATION, require_sampler
 
 TRIALS = 10
-AVAILABLE = [n for n in OPTUNA_SAMPLERS if n != "cmaes"]
 
 
 def refined(driver):
@@ -29,7 +28,7 @@ def test_what_the_settings_name_is_what_there_is():
     assert ("budget", tuple(OPTUNAS)) == (OWN_SAMPLER, OPTUNA_SAMPLERS)
 
 
-@pytest.mark.parametrize("name", AVAILABLE)
+@pytest.mark.parametrize("name", OPTUNA_SAMPLERS)
 def test_optunas_own_propose_what_fits_and_race_as_ours_does(problem, name):
     driver = driver_of(problem, summed(problem, noise=0.5))
     explored(problem, driver, TRIALS, sampler=name)
@@ -43,7 +42,7 @@ def test_optunas_own_propose_what_fits_and_race_as_ours_does(problem, name):
 
 
 @pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("name", AVAILABLE)
+@pytest.mark.parametrize("name", OPTUNA_SAMPLERS)
 def test_optunas_own_go_on_after_an_interruption(problem, name, width):
     joint = summed(problem, noise=0.5)
     whole = driver_of(problem, joint, width=width)
@@ -58,11 +57,11 @@ def test_optunas_own_go_on_after_an_interruption(problem, name, width):
 
 def test_samplers_differ(problem):
     found = set()
-    for name in ("budget", *AVAILABLE):
+    for name in ("budget", *OPTUNA_SAMPLERS):
         driver = driver_of(problem, summed(problem))
         explored(problem, driver, 2 * POPULATION, sampler=name)
         found.add(tuple(t.assignment.digest for t in refined(driver)))
-    assert len(found) == 4
+    assert len(found) == 5
 
 
 class Careless(optuna.samplers.RandomSampler):
@@ -132,13 +131,6 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     assert "pip install cmaes" in error.value.fix
 
 
-@pytest.mark.parametrize("name", ["budget", *AVAILABLE, "optuna.samplers:TPESampler"])
+@pytest.mark.parametrize("name", ["budget", *OPTUNA_SAMPLERS, "optuna.samplers:TPESampler"])
 def test_there_are_samplers_of_these_names(name):
     require_sampler(name)
-
-
-def test_cmaes_proposes_what_fits(problem):
-    pytest.importorskip("cmaes")
-    driver = driver_of(problem, summed(problem))
-    explored(problem, driver, TRIALS, sampler="cmaes")
-    assert all(t.fits for t in refined(driver))
