@@ -2,14 +2,15 @@
 
 ModelOpt has no NVFP4 on CPUs. Its quantizers take a registered backend, so both formats run through
 AutoQuant's fused kernels with ModelOpt's own calibrated ranges, on any device: speed is compared
-on equal kernels.
+on equal kernels. For the same reason a preset that fits NVFP4 weights otherwise than by their
+largest magnitude gets the codes of the choice that stands for it.
 """
 
 import copy
 import io
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +21,9 @@ from torch.nn import functional
 from autoquant.environment import modelopt
 from autoquant.errors import ConfigError
 from autoquant.export.layouts.presets import presets
-from autoquant.formats import BF16, Choice
+from autoquant.formats import BF16, NVFP4, Choice
 from autoquant.measure.session import Session
+from autoquant.modelopt.stored_weights import StoredWeights
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.plan import Plan
 from autoquant.search.problem import Problem
@@ -43,6 +45,7 @@ class Peer:
         plan: what is open; scale rules aside, which ModelOpt's default formats have not.
         session: the model that assignments are translated to, and the tokens.
         method: `gradient` or `kl_div`.
+        codes: of weights in NVFP4, for its scoring and in its assignments.
 
     Raises:
         ConfigError: ModelOpt is not installed, or the plan opens neither of its formats.
@@ -51,6 +54,7 @@ class Peer:
     plan: Plan
     session: Session
     method: str
+    codes: Choice = NVFP4
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,12 +88,14 @@ class Peer:
         from transformers import AutoModelForCausalLM
 
         mtq = modelopt("torch.quantization")
-        _register_backend()
+        _register_backend(BACKEND, fake_quantize)
         model: Any = AutoModelForCausalLM.from_pretrained(
             self.plan.source.path, dtype=torch.bfloat16
         )
         model.config.use_cache = False
         model.to(self.session.loaded.device).eval()
+        if self.codes != NVFP4:
+            _register_backend(self._backend, StoredWeights(model, self.session, self.codes))
         calibration, search = (self.session.splits[n].batches for n in ("calibration", "search"))
         # One loader serves both passes; each stops after its number of batches.
         loader = _Loader(calibration, search)
@@ -97,7 +103,7 @@ class Peer:
             return mtq.auto_quantize(  # type: ignore[no-any-return]
                 model,
                 constraints={"effective_bits": 8.0},
-                quantization_formats=[_on_our_kernels(name) for name in self._open_presets()],
+                quantization_formats=[self._configuration(name) for name in self._open_presets()],
                 data_loader=loader,
                 forward_step=self._forward,
                 loss_func=_loss,
@@ -146,11 +152,32 @@ class Peer:
         return [
             {
                 "module_name_patterns": names,
-                "quantization_formats": [_on_our_kernels(name) for name in own],
+                "quantization_formats": [self._configuration(name) for name in own],
             }
             for own, names in modules.items()
             if own
         ]
+
+    def _choice(self, name: str) -> Choice:
+        choice = presets()[name]
+        return self.codes if choice.format == self.codes.format else choice
+
+    @property
+    def _backend(self) -> str:
+        return f"{BACKEND} {self.codes}"
+
+    def _configuration(self, name: str) -> dict[str, Any]:
+        """A preset on our kernels, with inputs quantized as the serving machine does."""
+        choice, config = self._choice(name), copy.deepcopy(_preset(name))
+        for entry in config["quant_cfg"]:
+            if not entry.get("cfg"):
+                continue
+            is_weight = entry["quantizer_name"].endswith("weight_quantizer")
+            fitted = is_weight and choice == self.codes != NVFP4
+            entry["cfg"]["backend"] = self._backend if fitted else BACKEND
+            if not is_weight and not self.session.quantized.mode.quantizes_input(choice):
+                entry["enable"] = False
+        return config
 
     def _bits_of(self, problem: Problem) -> float:
         """ModelOpt's effective bits of a selection that takes the whole budget."""
@@ -161,7 +188,7 @@ class Peer:
 
     def _formats(self, config: dict[str, Any]) -> dict[str, Choice]:
         """The choice of each open group, from ModelOpt's flat configuration."""
-        by_bits = {_num_bits(name): presets()[name] for name in _NAMES}
+        by_bits = {_num_bits(name): self._choice(name) for name in _NAMES}
         found: dict[str, Choice] = {}
         for entry in config["quant_cfg"]:
             module, _, quantizer = entry["quantizer_name"].rpartition(".")
@@ -184,19 +211,10 @@ def _num_bits(name: str) -> tuple[int, ...]:
     return tuple(entry["cfg"]["num_bits"])
 
 
-def _on_our_kernels(name: str) -> dict[str, Any]:
-    config = copy.deepcopy(_preset(name))
-    for entry in config["quant_cfg"]:
-        if entry.get("cfg"):
-            entry["cfg"]["backend"] = BACKEND
-    return config
-
-
-def _register_backend() -> None:
-    """Let quantizers of the backend round with AutoQuant's kernels."""
-    nn = modelopt("torch.quantization.nn")
-    if not nn.is_registered_quant_backend(BACKEND):
-        nn.register_quant_backend(BACKEND, fake_quantize)
+def _register_backend(name: str, backend: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
+    """Let quantizers of the backend round as it does."""
+    with _silent():  # it tells when a name is taken again
+        modelopt("torch.quantization.nn").register_quant_backend(name, backend)
 
 
 def fake_quantize(x: torch.Tensor, quantizer: Any) -> torch.Tensor:
