@@ -238,12 +238,26 @@ def modelopt(module: str) -> Any:
     Raises:
         ConfigError: it is not installed, or does not work with what is.
     """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="transformers .* is not tested")
+        return extra(f"modelopt.{module}", "modelopt", title="NVIDIA ModelOpt")
+
+
+def extra(module: str, name: str, *, title: str) -> Any:
+    """A module that an extra of AutoQuant brings.
+
+    Args:
+        module: its name.
+        name: of the extra.
+        title: what the program is called.
+
+    Raises:
+        ConfigError: it is not installed, or does not work with what is.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="transformers .* is not tested")
-            return importlib.import_module(f"modelopt.{module}")
+        return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"NVIDIA ModelOpt cannot be imported: {error}.",
-            fix="install it with AutoQuant's extra: pip install 'autoquant[modelopt]'.",
+            f"{title} cannot be imported: {error}.",
+            fix=f"install it with AutoQuant's extra: pip install 'autoquant[{name}]'.",
         ) from error

@@ -14,6 +14,7 @@ MODULES = {
     "score": "autoquant.cli.commands.score",
     "export": "autoquant.cli.commands.export",
     "verify": "autoquant.cli.commands.verify",
+    "evaluate": "autoquant.cli.commands.evaluate",
     "report": "autoquant.cli.commands.report",
     "compare": "autoquant.cli.commands.compare",
     "spaces": "autoquant.cli.commands.spaces",

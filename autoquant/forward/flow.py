@@ -61,6 +61,11 @@ class Flow:
         """A forward of which the final hidden states alone are known."""
         return cls(parts=(), _hidden=hidden)
 
+    @classmethod
+    def of_assignment(cls, assignment: Assignment, *, with_cache: bool) -> Self:
+        """One without tokens, which says what is in force."""
+        return cls(parts=(), assignment=assignment, with_cache=with_cache)
+
     @property
     def is_done(self) -> bool:
         return self._hidden is not None

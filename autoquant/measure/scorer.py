@@ -83,10 +83,23 @@ class Scorer:
         limit_memory(self.trunk, self.quantized, self.room, tokens)
 
     def forward(
-        self, batches: Sequence[torch.Tensor], assignment: Assignment = BF16_MODEL
+        self,
+        batches: Sequence[torch.Tensor],
+        assignment: Assignment = BF16_MODEL,
+        *,
+        with_cache: bool = False,
     ) -> list[torch.Tensor]:
-        """Final hidden states [B, L, H] of batches [B, L] in one pass over the blocks."""
-        flows = [Flow(parts=self._enter(tokens), assignment=assignment) for tokens in batches]
+        """Final hidden states [B, L, H] of batches [B, L] in one pass over the blocks.
+
+        Args:
+            batches: tokens.
+            assignment: what the model multiplies with.
+            with_cache: whether keys and values are rounded, where there is such a cache.
+        """
+        flows = [
+            Flow(parts=self._enter(tokens), assignment=assignment, with_cache=with_cache)
+            for tokens in batches
+        ]
         self._walk(flows)
         return [flow.hidden for flow in flows]
 
@@ -202,7 +215,7 @@ class Scorer:
             self._keep_reference(split, index, flow)
         self._bf16 = {index: flow for index, flow in bf16.items() if later[index]}
         for (index, key), flow in zip(probes, flows, strict=True):
-            with self._applied(flow):
+            with self.applied(flow):
                 batch = self._batch(split, index)
                 kl, change = self._comparison.kl_and_sketch(batch, flow.hidden, sketch)
             yield Probed(batch=index, key=key, kl=kl, sketch=change.cpu())
@@ -228,7 +241,7 @@ class Scorer:
         """
         for key in keys:
             flow = self._probe(bf16, key)
-            with self._applied(flow):
+            with self.applied(flow):
                 yield self._comparison.kl(self._batch(split, index), bf16.hidden)
 
     def noise(self, split: Split, index: int) -> TokenKl:
@@ -345,7 +358,7 @@ class Scorer:
         for batch, flows in zip(batches, candidates, strict=True):
             scores = []
             for flow in flows:
-                with self._applied(flow):
+                with self.applied(flow):
                     scores.append(compare(batch, flow.hidden))
                 if flow.keep:
                     batch.previous = flow
@@ -392,7 +405,7 @@ class Scorer:
         return not self.trunk.is_whole and self._cache.take((self.trunk.stages + 1) * size)
 
     @contextmanager
-    def _applied(self, flow: Flow) -> Iterator[None]:
+    def applied(self, flow: Flow) -> Iterator[None]:
         """The choices of a forward in force inside, BF16 after it."""
         self.quantized.apply(flow.assignment, with_cache=flow.with_cache)
         try:

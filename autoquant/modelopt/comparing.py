@@ -3,22 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from autoquant.errors import ConfigError, RunConflict
-from autoquant.formats import BF16
-from autoquant.measure.calibration import Calibration
+from autoquant.errors import ConfigError
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.modelopt.peer import METHODS, Peer
-from autoquant.plan.kv_cache import cached_attention
 from autoquant.plan.model_costs import CostKind
 from autoquant.report.compare import Rival
 from autoquant.report.record import RunRecord
-from autoquant.run.config import SearchConfig
-from autoquant.run.config.file import read_settings
-from autoquant.run.measuring import open_measuring, use_calibration
 from autoquant.run.observer import Observer
-from autoquant.run.opening import limits_of, open_plan
+from autoquant.run.opening import limits_of
+from autoquant.run.subjects.finished import config_of, reopen, require_finished, subject_of
 from autoquant.search.problem import Problem
-from autoquant.store.run_directory import CONFIG, read_json, write_json
+from autoquant.store.run_directory import read_json, write_json
 
 MODELOPT = "modelopt.json"
 """In a run directory: what ModelOpt's methods picked, measured on its report tokens."""
@@ -40,52 +35,23 @@ def rivals_of(run: RunRecord, observer: Observer) -> tuple[Rival, ...]:
         SourceError: model or text missing or damaged.
         RunConflict: model or text are no longer those of the run.
     """
-    if run.result is None:
-        raise ConfigError(
-            f"{run.path} is {run.status}: there is nothing to compare ModelOpt's choice with.",
-            fix="let the search finish: the same command goes on with it.",
-        )
+    result = require_finished(run)
     stored = read_json(run.path, MODELOPT)
-    if stored is None or stored["of"] != _subject(run.result):
-        stored = _measured(run, run.result, observer)
+    if stored is None or stored["of"] != subject_of(result):
+        stored = _measured(run, result, observer)
         write_json(run.path, MODELOPT, stored)
     return tuple(Rival(run=run, **row) for row in stored["picks"])
 
 
-def _subject(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What picks depend on."""
-    return {
-        "model": result["source"]["digest"],
-        "budget_bpe": result["budget_bpe"],
-        "tokens": {name: split["digest"] for name, split in result["tokens"].items()},
-    }
-
-
 def _measured(run: RunRecord, result: Mapping[str, Any], observer: Observer) -> dict[str, Any]:
-    settings = read_settings(run.path / CONFIG, SearchConfig)
-    config = SearchConfig.of(settings | {"budget_bpe": [result["budget_bpe"]]})
+    config = config_of(run)
     if config.cost is not CostKind.BITS or config.cost_table is not None:
         raise ConfigError(
             f"{run.path} limits {config.cost}, and ModelOpt counts stored bits alone.",
             fix="compare runs under a budget of bits.",
         )
-    plan = open_plan(config)
-    session = open_measuring(
-        config,
-        plan.source,
-        [group for group in plan.groups if plan.options.choices[group.name] != (BF16,)],
-        cached_attention(config.kv_cache, plan.groups),
-        observer,
-        mode=config.mode,
-    )
-    found = {name: split.digest for name, split in session.splits.items()}
-    if plan.source.digest != result["source"]["digest"] or found != _subject(result)["tokens"]:
-        raise RunConflict(
-            f"the model or the text of {run.path} has changed since.",
-            fix="restore them, or search anew.",
-        )
-    calibration = Calibration.from_dict(run.calibration or {})
-    use_calibration(session, calibration, observer)
+    opened = reopen(run, config, observer)
+    plan, session = opened.plan, opened.session
     unmeasured = dict.fromkeys(keys_of(plan.options.choices), 0.0)
     problem = Problem(
         accounting=plan.accounting,
@@ -117,4 +83,4 @@ def _measured(run: RunRecord, result: Mapping[str, Any], observer: Observer) -> 
                 "groups": {name: str(choice) for name, choice in best},
             }
         )
-    return {"of": _subject(result), "picks": picks}
+    return {"of": subject_of(result), "picks": picks}

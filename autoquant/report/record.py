@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from autoquant.errors import ConfigError, SourceError
+from autoquant.evaluate.evaluated import Evaluation
 from autoquant.files import read_number
 from autoquant.formats import all_formats
 from autoquant.parsing import Unreadable, parse_yaml, read_text, why
@@ -22,6 +23,7 @@ from autoquant.store.records import SCHEMA_VERSION, OtherSchema
 from autoquant.store.run_directory import (
     CALIBRATION,
     CONFIG,
+    EVALUATION,
     GRADIENT_LOG,
     GROUPS,
     IDENTITY,
@@ -118,6 +120,8 @@ class RunRecord:
     """What an unfinished search has not come to, in words, and the files of other versions."""
     other_schema: tuple[str, ...]
     """Files that another version of AutoQuant wrote, and so are not read."""
+    evaluation: Evaluation | None = None
+    """What tasks have said of the run's assignments; None where none was run."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -152,6 +156,7 @@ class RunRecord:
         probes = _probes(stored["probes"]) if stored else _unfinished_probes(log)
         records = files.trials()
         calibration, tokens = files.json(CALIBRATION), files.json(TOKENS)
+        evaluation = files.json(EVALUATION)
         absent = {
             "the plan (groups.json)": plan is None,
             "calibration": calibration is None,
@@ -176,6 +181,9 @@ class RunRecord:
                 *(f"{name}: {why}" for name, why in files.other_schema.items()),
             ),
             other_schema=tuple(files.other_schema),
+            evaluation=None
+            if evaluation is None
+            else Evaluation.of(evaluation, str(files.path / EVALUATION)),
         )
 
     @property

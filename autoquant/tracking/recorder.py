@@ -175,13 +175,13 @@ class Recorder:
         return True
 
     def _log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        self._client.log_batch(self._run_id, metrics=_metrics(metrics, step))
+        self._client.log_batch(self._run_id, metrics=metrics_at(metrics, step))
 
     def _log_figures(self, run_id: str, figures: Mapping[str, float]) -> None:
         """Record figures that a run has one of, as far as no earlier process has."""
         known = self._client.get_run(run_id).data.metrics
         missing = {name: value for name, value in figures.items() if name not in known}
-        self._client.log_batch(run_id, metrics=_metrics(missing, step=0))
+        self._client.log_batch(run_id, metrics=metrics_at(missing, step=0))
 
     def _log_description(self, text: str) -> None:
         self._client.set_tag(self._run_id, "mlflow.note.content", text)
@@ -238,7 +238,8 @@ class Recorder:
         self._client.log_artifact(self._run_id, str(self._folder / name))
 
 
-def _metrics(values: Mapping[str, float], step: int) -> "list[Metric]":
+def metrics_at(values: Mapping[str, float], step: int) -> "list[Metric]":
+    """Metrics of now; what is not finite is left out."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)

@@ -97,17 +97,11 @@ def _open(
     child_runs: ChildRuns,
     warn: Callable[[str], None],
 ) -> Recorder:
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import logging
-
-    from mlflow.tracking import MlflowClient
     from mlflow.tracking.context.registry import resolve_tags
 
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     with FileLock(runs / ".mlflow.lock"):  # two searches must not create the tables at once
-        client = MlflowClient(tracking_uri=uri or _store_beside(runs))
+        client = client_of(runs, uri)
         artifacts = None if uri else (runs / "mlartifacts").as_uri()
         experiment_id = _experiment(client, experiment, artifacts)
     tracking = run.read_json(TRACKING)
@@ -132,6 +126,23 @@ def _open(
         child_runs=child_runs,
         warn=warn,
     )
+
+
+def client_of(runs: Path, uri: str | None) -> "MlflowClient":
+    """MLflow's client of a store.
+
+    Args:
+        runs: folder of runs.
+        uri: of the store; that of the folder if None.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import logging
+
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    return MlflowClient(tracking_uri=uri or _store_beside(runs))
 
 
 def _store_beside(runs: Path) -> str:

@@ -75,6 +75,11 @@ SURFACE = {
     | DEVICE
     | TOKENS
     | {"--assignment", "--checkpoint", "--target", "--activation-mode", "--kv-cache", "--split"},
+    "evaluate": (MODEL - {"[MODEL]"})
+    | DEVICE
+    | TOKENS
+    | {"[MODEL|RUN|CHECKPOINT]", "--source", "--assignment", "--target", "--activation-mode"}
+    | {"--kv-cache", "--tasks", "--limit", "--shots", "--chat-template", "--out"},
     "export": MODEL
     | DEVICE
     | TOKENS

@@ -8,11 +8,15 @@ from autoquant.run.config.commands import (
     ScoreConfig,
     SearchConfig,
 )
+from autoquant.run.config.evaluating import EvaluateConfig
+from autoquant.run.config.parts import MeasuredConfig
 
 __all__ = [
     "Config",
+    "EvaluateConfig",
     "ExportConfig",
     "InvalidSetting",
+    "MeasuredConfig",
     "PlanConfig",
     "ProbeConfig",
     "ScoreConfig",

@@ -17,6 +17,7 @@ from autoquant.run.config.parts import (
     InputsConfig,
     LayoutConfig,
     LoadedConfig,
+    MeasuredConfig,
     MemoryConfig,
     ReportConfig,
     SpaceConfig,
@@ -240,7 +241,7 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
         return budgets[0] if len(budgets) == 1 else list(budgets)
 
 
-class ScoreConfig(CacheConfig, InputsConfig, ReportConfig):
+class ScoreConfig(MeasuredConfig):
     """The settings of `autoquant score`."""
 
     command: ClassVar[str] = "score"

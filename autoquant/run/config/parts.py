@@ -272,6 +272,10 @@ class CacheConfig(Config):
     ] = KvCache.BF16
 
 
+class MeasuredConfig(CacheConfig, InputsConfig, ReportConfig):
+    """How assignments that nobody searches are measured."""
+
+
 class LayoutConfig(Config):
     """How a checkpoint is written."""
 

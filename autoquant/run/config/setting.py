@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from autoquant.decimals import shortest
 
-Heading = Literal["Model", "Budget", "Search", "Data", "Tracking", "Output"]
+Heading = Literal["Model", "Budget", "Search", "Data", "Tasks", "Tracking", "Output"]
 
 HEADINGS: tuple[Heading, ...] = get_args(Heading)
 """Headed groups of settings, in the order of `--help` and of a settings file."""

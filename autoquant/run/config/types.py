@@ -68,6 +68,18 @@ def _budgets(value: Any) -> tuple[float, ...]:
     return tuple(map(_bits, values))
 
 
+def _names(value: Any) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, Sequence) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"{value!r}: it takes a name or a list of names")
+    found = tuple(part.strip() for part in parts)
+    if not found or not all(found):
+        raise ValueError(f"{value!r} has a name that is empty")
+    if len(set(found)) < len(found):
+        raise ValueError(f"{','.join(found)!r} names one of them twice")
+    return found
+
+
 def _distinct(budgets: tuple[float, ...]) -> tuple[float, ...]:
     if len(set(budgets)) < len(budgets):
         raise ValueError(f"'{','.join(map(shortest, budgets))}' names a budget twice")
@@ -87,6 +99,9 @@ Budgets = Annotated[
     AfterValidator(_distinct),
 ]
 """Budgets, bits per element: one, a list, or a text with commas."""
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+"""Names: one, a list, or a text with commas."""
 
 Bytes = Annotated[int, BeforeValidator(_size), Field(ge=1)]
 """A size, bytes: a number, or a text with a unit."""

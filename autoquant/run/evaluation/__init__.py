@@ -1,0 +1,1 @@
+"""`autoquant evaluate`: tasks on what a command names, and where their scores are kept."""

@@ -1,0 +1,107 @@
+"""A finished run opened for tasks: its winner and its trials, with the codes that were scored."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from autoquant.codes.statistics import StatisticsStore
+from autoquant.errors import ConfigError
+from autoquant.evaluate.evaluated import BASELINE, Candidate
+from autoquant.formats import Choice
+from autoquant.forward.flow import BF16_MODEL
+from autoquant.plan.assignment import Assignment
+from autoquant.report.record import RunRecord
+from autoquant.run.config import EvaluateConfig
+from autoquant.run.measuring import code_cache
+from autoquant.run.observer import Observer
+from autoquant.run.opening import open_model
+from autoquant.run.polishing import is_polished, make_polish
+from autoquant.run.subjects.assignments import collect_for
+from autoquant.run.subjects.finished import Reopened, config_of, reopen, require_finished
+from autoquant.search.trials import Stage
+from autoquant.store.run_directory import ASSIGNMENT, STATISTICS
+
+WINNER = "winner"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedRun(Reopened):
+    """A run whose model is loaded, and what of it is evaluated."""
+
+    candidates: tuple[tuple[Candidate, Assignment], ...]
+
+
+def open_run(run: RunRecord, config: EvaluateConfig, observer: Observer) -> OpenedRun:
+    """Load a finished run's model with the settings, calibration and codes of the run.
+
+    Args:
+        run: finished.
+        config: says which assignments; of the rest, the device and where weights are.
+        observer: told of progress.
+
+    Raises:
+        ConfigError: the run is not finished, or has no such assignment.
+        SourceError: model or text missing or damaged.
+        RunConflict: model or text are no longer those of the run.
+    """
+    result = require_finished(run)
+    names = config.assignment or (BASELINE, WINNER)
+    chosen = {name: _assignment(run, name) for name in names}
+    settings = config_of(run, **_of_this_machine(config))
+    reopened = reopen(
+        run,
+        settings,
+        observer,
+        codes=code_cache(open_model(settings), run.path),
+        statistics=StatisticsStore(run.path / STATISTICS),
+    )
+    session, accounting = reopened.session, reopened.plan.accounting
+    collect_for(session, list(chosen.values()), observer)
+    for assignment in chosen.values():
+        if is_polished(assignment):
+            make_polish(session, assignment, result["polish"]["key"], observer)
+    return OpenedRun(
+        config=reopened.config,
+        plan=reopened.plan,
+        session=session,
+        candidates=tuple(
+            (_candidate(run, name, own, accounting.bpe(own)), own) for name, own in chosen.items()
+        ),
+    )
+
+
+def _of_this_machine(config: EvaluateConfig) -> dict[str, Any]:
+    """Settings that concern where a run is measured again, as far as they are given."""
+    names = ("device", "device_memory", "host_memory")
+    given = {name: getattr(config, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None} | {
+        "weights": config.weights
+    }
+
+
+def _assignment(run: RunRecord, name: str) -> Assignment:
+    if name == BASELINE:
+        return BF16_MODEL
+    if name == WINNER:
+        return Assignment.read(run.path / ASSIGNMENT)
+    trial = next((t for t in run.trials if name in (t.name, str(t.number))), None)
+    if trial is not None:
+        return Assignment.of({group: Choice.parse(own) for group, own in trial.groups.items()})
+    recipes = (f"{t.number} ({t.name})" for t in run.trials if t.stage == Stage.BASELINE)
+    raise ConfigError(
+        f"{run.path} has no trial {name!r}.",
+        fix=f"write {BASELINE}, {WINNER}, or a trial's number or name: {', '.join(recipes)}.",
+    )
+
+
+def _candidate(run: RunRecord, name: str, assignment: Assignment, bpe: float) -> Candidate:
+    """With the KL on the report tokens, where the run confirmed the assignment on them."""
+    if name == BASELINE:
+        return Candidate.bf16(bpe)
+    result = require_finished(run)
+    rows = [*result["baselines"], *result["finalists"]]
+    confirmed = next((r for r in rows if name in (r["name"], str(r["trial"]))), None)
+    kl, stderr = result["kl"]["mean"], result["kl"]["stderr"]
+    if name != WINNER:
+        kl = None if confirmed is None else confirmed["kl"]
+        stderr = None if confirmed is None else confirmed["stderr"]
+    return Candidate(name=name, digest=assignment.digest, bpe=bpe, kl=kl, stderr=stderr)

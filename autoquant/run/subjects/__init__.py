@@ -1,0 +1,1 @@
+"""What is measured without a search: assignments, checkpoints and finished runs, opened."""
