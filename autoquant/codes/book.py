@@ -65,6 +65,11 @@ class CodeBook:
         """The costly codes that were made last: units ask for them in turn."""
         self._plain: dict[Key, Mapping[str, str]] = {}
 
+    @property
+    def encoded(self) -> int:
+        """Weights of which codes were made so far."""
+        return self._encoder.encoded
+
     def of_other_weights(self, weights: WeightSource) -> Self:
         """A book over the same weights from elsewhere, which keeps nothing in memory but the
         magnitudes that are known already.

@@ -26,6 +26,8 @@ class Encoder:
     """
 
     def __init__(self, weights: WeightSource, statistics: StatisticsStore | None) -> None:
+        self.encoded = 0
+        """Weights of which codes were made so far."""
         self._weights = weights
         self._statistics = statistics
         self._amax: dict[str, Tensor] = {}
@@ -124,6 +126,7 @@ class Encoder:
                 drift=None if drift is None else drift.to(weight.device),
                 rows=tuple(linear.out_features for linear in unit.matrices[0]),
             )
+        self.encoded += 1
         return choice.format.encode(weight, choice, statistics)
 
     def _on_device(self, group: LayerGroup, moments: Moments, device: torch.device) -> Moments:

@@ -38,6 +38,7 @@ class Kept(Generic[K, V]):
         if key in self._stay:
             return self._stay[key]
         if key in self._recent:
+            self._recent[key] = self._recent.pop(key)  # the last one used
             return self._recent[key][0]
         if self._stay_bytes + size <= self.limit_bytes:
             self._stay[key] = make()

@@ -1,15 +1,33 @@
 """Whether block by block gives what the model's own forward gives, and what that takes of a GPU."""
 
+from dataclasses import dataclass
+
 import torch
 
 from autoquant.errors import SourceError
-from autoquant.forward.flow import Flow, Flows, walk
+from autoquant.forward.flow import Flow, Flows, loop, walk
 from autoquant.forward.room import Room
 from autoquant.forward.trunk import Trunk
 from autoquant.model.live import QuantizedModel
 
 _NOT_BLOCK_BY_BLOCK = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What model code raises whose blocks need more than the state between them."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """What a GPU has allocated, in bytes."""
+
+    device: torch.device
+
+    def begin(self) -> int:
+        """What is allocated now, from where on the peak counts."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        """Most that was allocated at once since."""
+        return torch.cuda.max_memory_allocated(self.device)
 
 
 @torch.inference_mode()
@@ -60,13 +78,45 @@ def limit_memory(trunk: Trunk, quantized: QuantizedModel, room: Room, tokens: to
     """
     if not tokens.is_cuda:
         return
-    before = torch.cuda.memory_allocated(tokens.device)
-    torch.cuda.reset_peak_memory_stats(tokens.device)
-    with torch.no_grad():
-        walk(trunk, quantized, room, [Flow(parts=(trunk.enter(tokens),))])
-    taken = torch.cuda.max_memory_allocated(tokens.device) - before
+    taken = activation_bytes(trunk, quantized, room, tokens, DeviceMemory(tokens.device))
     weights = sum(p.numel() * p.element_size() for p in trunk.model.parameters() if p.is_cuda)
     room.limit(weights, taken)
+
+
+@torch.no_grad()
+def activation_bytes(
+    trunk: Trunk,
+    quantized: QuantizedModel,
+    room: Room,
+    tokens: torch.Tensor,
+    memory: DeviceMemory,
+) -> int:
+    """Most that a forward of these tokens takes of the device beside the weights.
+
+    Weights that arrive while a block computes do not count: each block waits until they are there.
+    """
+    flows = Flows(trunk, quantized, room, [Flow(parts=(trunk.enter(tokens),))])
+    visitor = _Measured(flows, quantized, memory)
+    loop(trunk, [visitor])
+    flows.finish()
+    return visitor.taken
+
+
+@dataclass(slots=True)
+class _Measured:
+    """The visitor that takes forwards through each stage, and measures what that takes."""
+
+    flows: Flows
+    quantized: QuantizedModel
+    memory: DeviceMemory
+    taken: int = 0
+    """Bytes, of the stage that takes most."""
+
+    def visit(self, stage: int) -> None:
+        self.quantized.settle()
+        before = self.memory.begin()
+        self.flows.visit(stage)
+        self.taken = max(self.taken, self.memory.peak() - before)
 
 
 def _some_return_tuples(trunk: Trunk, tokens: torch.Tensor) -> bool:

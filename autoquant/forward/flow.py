@@ -139,12 +139,21 @@ class Flows:
                 flow.begin()
         alive = [flow for flow in self.flows if flow.start <= stage]
         try:
-            for flow in alive:
+            for flow in self._by_weights(stage, alive):
                 self.quantized.apply(flow.assignment, with_cache=flow.with_cache)
                 flow.advance(self.trunk, stage, self.room, len(alive))
         finally:
             self.quantized.apply(BF16_MODEL)
             self.quantized.forget_inputs()
+
+    def _by_weights(self, stage: int, flows: Sequence[Flow]) -> list[Flow]:
+        """Forwards that multiply with the same weights behind each other, since memory holds the
+        codes and decoded weights that were used last.
+        """
+        here = [g for g in self.quantized.groups if self.trunk.stage_of(g.layer) == stage]
+        largest_first = sorted(here, key=lambda group: -group.elements)
+        names = [group.name for group in largest_first]
+        return sorted(flows, key=lambda flow: [str(flow.assignment[name]) for name in names])
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -32,6 +32,8 @@ class Room:
     """How many sequences run through a stage together; None is no limit."""
     device_bytes: int | None = None
     """For states between stages on the device; None is no limit."""
+    spare_bytes: int = 0
+    """Of the device, for states beside what is theirs in any case."""
     walk_bytes: int = STATE_BYTES
     """For states of all forwards that are on their way together."""
     most_together: int = MOST_TOGETHER
@@ -39,12 +41,15 @@ class Room:
     """Batches that go through the stages together: one where weights are in memory."""
     is_streamed: bool = False
     """Whether weights are brought for each pass, so that as many go together as memory holds."""
+    moved_bytes: int = 0
+    """Of states that went from the device to the host's memory or back so far."""
 
     @classmethod
-    def streamed(cls, device: torch.device, walk_bytes: int) -> Self:
-        """Bounds where every pass brings the weights: memory alone."""
+    def streamed(cls, device: torch.device, walk_bytes: int, *, spare_bytes: int = 0) -> Self:
+        """Bounds where every pass brings the weights: memory alone, the host's and a GPU's."""
         return cls(
             device,
+            spare_bytes=spare_bytes,
             walk_bytes=walk_bytes,
             most_together=sys.maxsize,
             batches_together=sys.maxsize,
@@ -60,11 +65,14 @@ class Room:
 
     def stored(self, state: torch.Tensor, count: int) -> torch.Tensor:
         """A state to be kept, in the host's memory if `count` of its size exceed the device's."""
-        size = count * state.numel() * state.element_size()
-        return state if self.device_bytes is None or size <= self.device_bytes else on_host(state)
+        if self.device_bytes is None or count * state.nbytes <= self.device_bytes:
+            return state
+        self.moved_bytes += state.nbytes
+        return on_host(state)
 
     def on_device(self, state: torch.Tensor) -> torch.Tensor:
         """A stored state, where it is computed with."""
+        self.moved_bytes += state.nbytes if state.device.type != self.device.type else 0
         return state.to(self.device, non_blocking=True)
 
     def together(self, items: Sequence[_Item], state_bytes: int) -> Iterator[Sequence[_Item]]:
@@ -102,6 +110,8 @@ class Room:
         """
         activations = max(ACTIVATION_BYTES, ACTIVATION_SHARE * weights_bytes)
         self.sequences_at_once = max(1, int(activations / activation_bytes))
-        self.device_bytes = int(max(STATE_BYTES, STATE_SHARE * weights_bytes))
+        self.device_bytes = int(max(STATE_BYTES, STATE_SHARE * weights_bytes)) + self.spare_bytes
         if not self.is_streamed:
             self.walk_bytes = self.device_bytes
+        else:
+            self.walk_bytes = max(self.walk_bytes, self.device_bytes)

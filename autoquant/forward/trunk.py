@@ -77,6 +77,8 @@ class Trunk:
         """Whether the model scales or caps what its head gives; see `behind_head`."""
         self._on_block: _OnBlock | None = None
         self._riding: tuple[Visitor, ...] = ()
+        self.opened = 0
+        """Stages whose weights were asked for so far."""
         self.returns_tuple = [False] * len(self.blocks)
         """Whether a block returns its state in a tuple, as far as it has run."""
         self._forwards = [block.forward for block in self.blocks]
@@ -95,6 +97,7 @@ class Trunk:
 
     def open(self, stage: int) -> AbstractContextManager[object]:
         """The weights of a stage for the time of a `with` block; one stage opens its blocks."""
+        self.opened += 1
         return nullcontext() if self.is_whole else self.weights.block(stage)
 
     def enter(self, tokens: torch.Tensor) -> Part:
@@ -221,6 +224,7 @@ class Trunk:
         self, index: int, state: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The block in the model's own forward."""
+        self.opened += not self.is_whole
         with self.weights.block(index):
             for visitor in self._riding:
                 visitor.visit(index)

@@ -186,7 +186,7 @@ def _require_batches(splits: dict[str, Split], ranks: Ranks) -> None:
 
 def _room(loaded: LoadedModel) -> Room:
     if loaded.store.is_streamed:
-        return Room.streamed(loaded.device, loaded.state_bytes)
+        return Room.streamed(loaded.device, loaded.left.host, spare_bytes=loaded.left.device)
     return Room(loaded.device)
 
 

@@ -24,10 +24,15 @@ from autoquant.model.experts import WIDE, ExpertsHook
 from autoquant.model.inputs import InputScale, InputSet
 from autoquant.model.live_weights import LiveWeights
 from autoquant.model.products import CpuProducts
-from autoquant.model.streaming.stores import BlockStore
+from autoquant.model.streaming.stores import BlockStore, Brought
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.linears import LayerGroup
+
+CODES_OF_A_BLOCK = 2
+"""Memory for codes where blocks are streamed, in shares of a block in BF16: those of its linears in
+every choice. Gradients try them all, batch after batch, and five choices of NVFP4 beside FP8 take 4
+bytes an element."""
 
 
 @dataclass(slots=True)
@@ -178,6 +183,7 @@ class QuantizedModel:
         self._slots: list[tuple[GroupState, Slot]] = [
             (self._states[name], slot) for name, own in slots.items() for slot in own
         ]
+        self._store = store
         self.weights: WeightSource = LiveWeights(slots, store)
         """Weights of every block."""
         is_streamed = store is not None and store.is_streamed
@@ -185,7 +191,7 @@ class QuantizedModel:
         self.book = CodeBook(
             self.weights,
             memory_bytes=packed_bytes,
-            recent_bytes=recent if is_streamed else 0,
+            recent_bytes=CODES_OF_A_BLOCK * recent if is_streamed else 0,
             cache=codes,
             statistics=statistics,
         )
@@ -249,6 +255,16 @@ class QuantizedModel:
         for state, slot in self._slots:
             for module in self._uses[slot.name]:
                 yield state.group.name, module
+
+    @property
+    def brought(self) -> Brought:
+        """What of the blocks' weights was brought to the device so far."""
+        return Brought() if self._store is None else self._store.brought
+
+    def settle(self) -> None:
+        """Wait for weights that are on their way to the device."""
+        if self._store is not None:
+            self._store.settle()
 
     def forget_inputs(self) -> None:
         """Drop tensors of the last forward, so that no memory outlives it."""

@@ -15,7 +15,7 @@ from autoquant.data.tokenizer import load_tokenizer
 from autoquant.errors import AutoQuantError, ConfigError, OutOfMemory, SourceError, first_line
 from autoquant.model import experts
 from autoquant.model.streaming.blocks import Absent, BlockReader, Unread, by_block, require_finite
-from autoquant.model.streaming.placement import ANYTHING, Allowance, Sizes, open_store
+from autoquant.model.streaming.placement import ANYTHING, Allowance, Left, Sizes, open_store
 from autoquant.model.streaming.shared import ALONE, Peers
 from autoquant.model.streaming.stores import BlockStore
 from autoquant.source.architecture import auto_class
@@ -34,7 +34,7 @@ class LoadedModel:
     device: torch.device
     store: BlockStore
     """Brings the weights of blocks into the model."""
-    state_bytes: int
+    left: Left
     """Memory for what forwards leave between blocks, where blocks are streamed."""
     max_length: int
     """Longest sequence that the position embedding was made for."""
@@ -122,7 +122,7 @@ def load_model(
         _move(model.eval().requires_grad_(False), device)
         require_finite({n: p for n, p in model.named_parameters() if not p.is_meta})
         reader = BlockReader(shape, inside)
-        store, state_bytes = open_store(model, reader, device, allowance, peers)
+        store, left = open_store(model, reader, device, allowance, peers)
     if hasattr(model.config, "_experts_implementation"):
         model.set_experts_implementation(experts.IMPLEMENTATION)
     model.config.use_cache = False
@@ -131,7 +131,7 @@ def load_model(
         tokenizer=tokenizer,
         device=device,
         store=store,
-        state_bytes=state_bytes,
+        left=left,
         max_length=_max_length(model.config.get_text_config()),
     )
 

@@ -113,6 +113,14 @@ class TensorHeader:
         return self.inside is None and self.stored_dtype is None
 
 
+def stored_bytes(tensors: Iterable[TensorHeader]) -> int:
+    """Bytes of some tensors as the files hold them, scales of codes included, each once."""
+    own = list(tensors)
+    scales = (tensor.scales.header for tensor in own if tensor.scales is not None)
+    ranges = {(t.file, t.begin, t.end) for t in itertools.chain(own, scales)}
+    return sum(end - begin for _, begin, end in ranges)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Headers:
     """Every tensor of a checkpoint by name, in the order of its files and byte ranges.
@@ -173,9 +181,7 @@ class Headers:
     @cached_property
     def stored_bytes(self) -> int:
         """Bytes of all tensor data as the files hold it, scales of codes included."""
-        scales = (tensor.scales.header for tensor in self if tensor.scales is not None)
-        ranges = {(own.file, own.begin, own.end) for own in itertools.chain(self, scales)}
-        return sum(end - begin for _, begin, end in ranges)
+        return stored_bytes(self)
 
     def to_write(self, changed: Container[str]) -> Iterator[TensorHeader]:
         """The tensors in file order, with joined ones whole where no part of theirs is changed."""

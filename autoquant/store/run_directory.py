@@ -54,11 +54,13 @@ TRACKING = "tracking.json"
 """Names the MLflow run, so that a resumed search continues it."""
 
 SECONDS = "seconds.json"
+WORK = "work.jsonl"
+"""What each stage took besides time, a line for each time that a process ran it."""
 
 IDENTITY = "run.json"
 _LINES = ".jsonl"
 _LOCK = ".lock"
-_PRELIMINARY = frozenset({IDENTITY, _LOCK, CONFIG, GROUPS, SPLITS, SECONDS, TRACKING})
+_PRELIMINARY = frozenset({IDENTITY, _LOCK, CONFIG, GROUPS, SPLITS, SECONDS, WORK, TRACKING})
 """What a search writes before it measures anything."""
 
 _SEALED = "sealed"

@@ -15,13 +15,14 @@ import torch
 
 import autoquant
 from autoquant.files import to_json, write_atomic
+from autoquant.store.run_directory import WORK, read_records
 
 LEFT_OUT = ("seconds", "command", "checkpoint", "stages")
 """Of a result: what holds times, and names of folders."""
 
 
 def search(model: Path, out: Path, weights: Any, allowed: int | None, bpe: float) -> dict[str, Any]:
-    """Seconds by stage, peak bytes of the device, and the result without times."""
+    """Seconds by stage with passes and bytes, peak of the device, the result without times."""
     started = time.monotonic()
     run = autoquant.search(
         model,
@@ -47,7 +48,7 @@ def search(model: Path, out: Path, weights: Any, allowed: int | None, bpe: float
         "allowed_bytes": allowed,
         "peak_bytes": torch.cuda.max_memory_allocated() if gpu else None,
         "total_seconds": time.monotonic() - started,
-        "seconds": result["seconds"],
+        "stages": read_records(run.path, WORK),
         "result": {name: value for name, value in result.items() if name not in LEFT_OUT},
     }
 

@@ -25,6 +25,7 @@ FILES = {
     "sensitivity.jsonl",
     "splits.json",
     "study.log",
+    "work.jsonl",
 }
 BUDGET = 8.5
 

@@ -7,6 +7,9 @@ from records import trials_of
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 from autoquant.model.streaming.blocks import BlockReader
+from autoquant.source.headers import stored_bytes
+from autoquant.source.source import open_source
+from autoquant.store.run_directory import WORK, read_records
 
 SAME = ("assignment.yaml", "calibration.json", "sensitivity.json", "noise.json", "groups.json")
 
@@ -59,7 +62,7 @@ def test_results_and_codes_are_those_of_weights_in_memory(search, at_once):
 
 
 @pytest.mark.slow
-def test_a_search_from_disk_reads_each_block_a_few_times(search, monkeypatch):
+def test_a_search_from_disk_reads_each_block_a_few_times(search, folder, monkeypatch):
     """Check, shared inputs, calibration, gradients (twice; the last block stays), noise (twice),
     probes, and a pass for each batch of trials and of the confirmation.
     """
@@ -70,8 +73,25 @@ def test_a_search_from_disk_reads_each_block_a_few_times(search, monkeypatch):
         return reading(reader, block)
 
     monkeypatch.setattr(BlockReader, "read", counted)
-    search("disk", "--weights", "disk", "--trials-at-once", 64, "--no-export")
+    run = search("disk", "--weights", "disk", "--trials-at-once", 64, "--no-export")
     assert 3 * 9 <= len(read) <= 3 * 18
+    work = read_records(run, WORK)
+    assert sum(stage["blocks_brought"] for stage in work) == len(read)
+    headers = open_source(folder / "model").headers
+    block = stored_bytes(header for header in headers if ".layers.0." in header.name)
+    assert sum(stage["bytes_brought"] for stage in work) == len(read) * block
+
+
+@pytest.mark.slow
+def test_probes_of_streamed_weights_make_each_code_a_few_times(search):
+    """Gradients of each batch ask for every choice of a block, exact probes for one of a group."""
+
+    def encoded(run):
+        return sum(s["weights_encoded"] for s in read_records(run, WORK) if s["stage"] == "probe")
+
+    flags = ("--effort", "fast", "--no-export", "--trials", 0)
+    once = encoded(search("resident", *flags, "--weights", "resident"))
+    assert once < encoded(search("disk", *flags, "--weights", "disk")) < 1.5 * once
 
 
 def test_what_does_not_fit_is_refused_with_what_would(search, capsys):

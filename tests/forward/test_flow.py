@@ -7,8 +7,10 @@ import pytest
 import torch
 from searchable import save_searchable
 
+from autoquant.codes.held import Weights
 from autoquant.data.tokens import Split
 from autoquant.formats import FP8, NVFP4
+from autoquant.formats.packed import Packed
 from autoquant.measure.calibration import calibrate
 from autoquant.measure.evaluator import LocalEvaluator, Request
 from autoquant.measure.gradient import gradient_probe
@@ -17,6 +19,7 @@ from autoquant.measure.scorer import Scorer
 from autoquant.measure.sensitivity import probe
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
+from autoquant.model.streaming.placement import Allowance
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import find_groups
@@ -175,3 +178,26 @@ def test_blocks_that_return_their_state_in_a_tuple_are_stages(tmp_path):
     scorer = Scorer(quantized, CPU)
     scorer.check(SPLIT)
     assert not scorer.trunk.is_whole
+
+
+def test_forwards_with_the_same_weights_go_behind_each_other(folder, monkeypatch):
+    """So where memory holds the weights of one block, each is decoded once for all of them."""
+    loaded = load_model(folder, CPU, allowance=Allowance(weights=Weights.DISK))
+    groups = find_groups(open_source(folder))
+    quantized = QuantizedModel(
+        loaded.model,
+        groups,
+        mode=ActivationMode.W4A4,
+        decoded_bytes=0,
+        packed_bytes=0,
+        store=loaded.store,
+    )
+    scorer = Scorer(quantized, CPU)
+    quantized.set_input_scales(calibrate(scorer, SPLIT, lambda: None).scales())
+    decoded, decode = [], Packed.decode
+    monkeypatch.setattr(Packed, "decode", lambda p, out=None: decoded.append(p) or decode(p, out))
+    inside = [group for group in groups if group.layer is not None]
+    both = [Assignment.of(dict.fromkeys([g.name for g in inside], c)) for c in (NVFP4, FP8)]
+    scorer.score_batches([*both, *both], SPLIT, EVERY)
+    units = sum(len(quantized.weights.units(group)) for group in inside)
+    assert len(decoded) == quantized.book.encoded == 2 * units

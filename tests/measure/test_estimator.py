@@ -33,7 +33,10 @@ class Nudged:
         self.products = CpuProducts(CpuPolicy.BF16)
         self.weights = LiveWeights({})
         self.linears = linears
-        self.groups = [SimpleNamespace(name=name, layer=layer) for name, layer, _ in linears]
+        self.groups = [
+            SimpleNamespace(name=name, layer=layer, elements=linear.weight.numel())
+            for name, layer, linear in linears
+        ]
         self.chosen = {}
         generator = torch.Generator().manual_seed(3)
         for name, _, linear in linears:

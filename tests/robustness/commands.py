@@ -26,8 +26,8 @@ TOKENS = (
 OF_TIME = frozenset({"seconds", "created", "versions", "environment", "checksum"})
 """Keys of JSON files that differ from run to run."""
 
-OF_A_PROCESS = frozenset({"seconds.json", "tracking.json"})
-"""Files that say how long it took and which MLflow run it has."""
+OF_A_PROCESS = frozenset({"seconds.json", "work.jsonl", "tracking.json"})
+"""Files that say how long it took, what it took besides, and which MLflow run it has."""
 
 _POINTS = "SELECT run_uuid, key, step, COUNT(*) FROM metrics GROUP BY 1, 2, 3 HAVING COUNT(*) > 1"
 

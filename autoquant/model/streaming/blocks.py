@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autoquant.errors import SourceError
 from autoquant.model.binding import Names
-from autoquant.source.headers import TensorHeader
+from autoquant.source.headers import TensorHeader, stored_bytes
 from autoquant.source.tensors import read_tensor
 
 
@@ -162,6 +162,10 @@ class BlockReader:
         """Memory of a block."""
         tensors = (place.tensor for place in self._places[block])
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def stored_bytes(self, block: int) -> int:
+        """What a block takes in the checkpoint's files."""
+        return stored_bytes(self._headers[block])
 
     def read(self, block: int) -> Mapping[str, Tensor]:
         """The tensors of a block in the host's memory, by the model's names.

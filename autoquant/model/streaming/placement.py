@@ -70,13 +70,22 @@ class Sizes:
         return WORK_BYTES if is_gpu else self.on_device(weights)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """Memory that states between blocks may take, bytes; some is theirs in any case."""
+
+    host: int
+    device: int
+    """Of a GPU, beside what is theirs in any case."""
+
+
 def open_store(
     model: Any,
     reader: BlockReader,
     device: torch.device,
     allowance: Allowance,
     peers: Peers = ALONE,
-) -> tuple[BlockStore, int]:
+) -> tuple[BlockStore, Left]:
     """The store of a model's blocks, and the memory that is left for states between blocks.
 
     Args:
@@ -104,8 +113,8 @@ def open_store(
 
 def choose(
     sizes: Sizes, device: torch.device, allowance: Allowance, *, present: int = 0
-) -> tuple[Weights, int]:
-    """Where weights go, and the bytes of the host's memory that states between blocks may take.
+) -> tuple[Weights, Left]:
+    """Where weights go, and the memory that states between blocks may take.
 
     Args:
         sizes: of the weights.
@@ -125,9 +134,12 @@ def choose(
     if not is_gpu:
         host = on_device = min(host, on_device)
     for weights in _in_order(allowance.weights, is_gpu=is_gpu):
-        of_host = sizes.on_host(weights, is_gpu=is_gpu)
-        if sizes.on_device(weights) <= on_device and of_host <= host:
-            return weights, WORK_BYTES // 2 + (host - of_host) // 2
+        of_device, of_host = sizes.on_device(weights), sizes.on_host(weights, is_gpu=is_gpu)
+        if of_device <= on_device and of_host <= host:
+            return weights, Left(
+                host=WORK_BYTES // 2 + (host - of_host) // 2,
+                device=(on_device - of_device) // 2 if is_gpu else 0,
+            )
     raise _does_not_fit(sizes, device, allowance, on_device, host)
 
 

@@ -5,7 +5,8 @@ computes does not depend on its store.
 """
 
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,14 +15,27 @@ from torch import Tensor
 from autoquant.model.streaming.blocks import BlockReader, decoder_blocks, places_of, require_finite
 
 
+@dataclass(slots=True)
+class Brought:
+    """What a store has brought from the host's memory or the disk so far."""
+
+    blocks: int = 0
+    bytes: int = 0
+    """As they are stored there."""
+
+
 class BlockStore(Protocol):
     """Brings the weights of blocks into a model."""
 
     is_streamed: bool
     """Whether a block's weights leave the device again."""
+    brought: Brought
 
     def open(self, block: int) -> None:
         """Bring a block's weights; those of another may leave."""
+
+    def settle(self) -> None:
+        """Wait for what is on its way, so that memory changes no more until a block is opened."""
 
 
 class Resident:
@@ -39,6 +53,7 @@ class Resident:
     is_streamed = False
 
     def __init__(self, model: Any, reader: BlockReader, device: torch.device) -> None:
+        self.brought = Brought()
         for number, block in enumerate(decoder_blocks(model)):
             content = {n: t.to(device) for n, t in reader.read(number).items()}
             require_finite(content)
@@ -47,6 +62,9 @@ class Resident:
 
     def open(self, block: int) -> None:
         """Everything is there already."""
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
 
 
 class Streamed:
@@ -69,6 +87,7 @@ class Streamed:
         *,
         in_memory: Mapping[int, Mapping[str, Tensor]],
     ) -> None:
+        self.brought = Brought()
         self._reader = reader
         self._device = device
         self._places = [places_of(model, block) for block in decoder_blocks(model)]
@@ -104,6 +123,11 @@ class Streamed:
         if 0 <= after < len(self._places):
             self._coming = after, self._thread.submit(self._fetched, after)
 
+    def settle(self) -> None:
+        """Wait for the block that is on its way; what ends it is raised when it is opened."""
+        if self._coming is not None:
+            wait([self._coming[1]])
+
     def _arrived(self, block: int) -> Mapping[str, Tensor]:
         """The content of a block on the device; what comes instead of it is dropped."""
         coming, self._coming = self._coming, None
@@ -129,8 +153,12 @@ class Streamed:
     def _fetched(self, block: int) -> Mapping[str, Tensor]:
         """In the thread: the content of a block on the device."""
         content = self._host.get(block)
+        self.brought.blocks += 1
         if content is None:
+            self.brought.bytes += self._reader.stored_bytes(block)
             content = self._reader.read(block)
+        else:
+            self.brought.bytes += self._reader.bytes(block)
         if self._copies is None:
             return content
         with torch.cuda.stream(self._copies):

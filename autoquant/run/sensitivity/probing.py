@@ -22,6 +22,7 @@ from autoquant.plan.kv_cache import cached_attention
 from autoquant.plan.plan import Plan
 from autoquant.progress import Progress
 from autoquant.run.config import ProbeConfig
+from autoquant.run.machines.work import Work
 from autoquant.run.measuring import (
     calibrate_session,
     code_cache,
@@ -40,6 +41,7 @@ from autoquant.store.run_directory import (
     SENSITIVITY,
     SPLITS,
     STATISTICS,
+    WORK,
     RunDirectory,
     read_identity,
     read_seconds,
@@ -94,9 +96,7 @@ class Probing:
         self.run.write_json(GROUPS, self.plan.to_dict())
 
     def _open(self) -> Session:
-        if self.shared.session is None:
-            self.shared.session = self._load()
-        session = self.shared.session
+        session = self.shared.session or self._load()
         self._require_same_tokens(session)
         self._record_environment(session)
         for name, split in session.splits.items():
@@ -110,9 +110,10 @@ class Probing:
         signature = (read_identity(home) or {}).get("signature", {})
         announce_step(ranks, LOAD, str(home.absolute()), signature)
         with self._timed("load"):
-            return ranks.own(
+            session = self.shared.session = ranks.own(
                 lambda: open_to_probe(self.config, self.plan, home, self.observer, ranks)
             )
+        return session
 
     def _require_same_tokens(self, session: Session) -> None:
         digests = {name: split.digest for name, split in session.splits.items()}
@@ -184,12 +185,20 @@ class Probing:
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        started = time.monotonic()
+        started, before = time.monotonic(), self._work()
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
+            seconds = time.monotonic() - started
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
             self.run.write_json(SECONDS, self.seconds)
+            work = self._work().since(before)
+            self.run.append(WORK, {"stage": stage, "seconds": seconds, **work.to_dict()})
+
+    def _work(self) -> Work:
+        """What this process has taken so far."""
+        session = self.shared.session
+        return Work() if session is None else Work.of(session.scorer)
 
 
 def open_to_probe(
