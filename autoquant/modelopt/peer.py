@@ -21,7 +21,7 @@ from torch.nn import functional
 from autoquant.environment import modelopt
 from autoquant.errors import ConfigError
 from autoquant.export.layouts.presets import presets
-from autoquant.formats import BF16, NVFP4, Choice
+from autoquant.formats import BF16, Choice, Format
 from autoquant.measure.session import Session
 from autoquant.modelopt.stored_weights import StoredWeights
 from autoquant.plan.assignment import Assignment
@@ -45,7 +45,7 @@ class Peer:
         plan: what is open; scale rules aside, which ModelOpt's default formats have not.
         session: the model that assignments are translated to, and the tokens.
         method: `gradient` or `kl_div`.
-        codes: of weights in NVFP4, for its scoring and in its assignments.
+        codes: of weights in the first preset's format, for its scoring and in its assignments.
 
     Raises:
         ConfigError: ModelOpt is not installed, or the plan opens neither of its formats.
@@ -54,7 +54,7 @@ class Peer:
     plan: Plan
     session: Session
     method: str
-    codes: Choice = NVFP4
+    codes: Choice = field(default_factory=lambda: presets()[_NAMES[0]])
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,8 +94,9 @@ class Peer:
         )
         model.config.use_cache = False
         model.to(self.session.loaded.device).eval()
-        if self.codes != NVFP4:
-            _register_backend(self._backend, StoredWeights(model, self.session, self.codes))
+        if self.codes != _plain():
+            own = {g: self.codes for g in self._groups() if self._may_take(self.codes.format, g)}
+            _register_backend(self._backend, StoredWeights(model, self.session, own))
         calibration, search = (self.session.splits[n].batches for n in ("calibration", "search"))
         # One loader serves both passes; each stops after its number of batches.
         loader = _Loader(calibration, search)
@@ -120,7 +121,11 @@ class Peer:
 
     def _open_presets(self) -> list[str]:
         """The presets whose format some group may take."""
-        found = [name for name in _NAMES if any(self._allows(name, g) for g in self._groups())]
+        found = [
+            name
+            for name in _NAMES
+            if any(self._may_take(presets()[name].format, g) for g in self._groups())
+        ]
         if not found:
             raise ConfigError(
                 f"the search space opens no format of {' and '.join(_NAMES)}.",
@@ -131,9 +136,8 @@ class Peer:
     def _groups(self) -> set[str]:
         return set(self.group_of.values())
 
-    def _allows(self, name: str, group: str) -> bool:
-        wanted = presets()[name].format
-        return any(choice.format == wanted for choice in self.plan.options.choices[group])
+    def _may_take(self, format: Format, group: str) -> bool:
+        return any(choice.format == format for choice in self.plan.options.choices[group])
 
     def _disabled(self, model: Any) -> Iterator[str]:
         """Linears that AutoQuant keeps in BF16 too."""
@@ -146,7 +150,7 @@ class Peer:
         every = tuple(self._open_presets())
         modules: dict[tuple[str, ...], list[str]] = {}
         for module, group in self.group_of.items():
-            own = tuple(name for name in every if self._allows(name, group))
+            own = tuple(name for name in every if self._may_take(presets()[name].format, group))
             if own != every:
                 modules.setdefault(own, []).append(module)
         return [
@@ -173,7 +177,7 @@ class Peer:
             if not entry.get("cfg"):
                 continue
             is_weight = entry["quantizer_name"].endswith("weight_quantizer")
-            fitted = is_weight and choice == self.codes != NVFP4
+            fitted = is_weight and choice == self.codes != _plain()
             entry["cfg"]["backend"] = self._backend if fitted else BACKEND
             if not is_weight and not self.session.quantized.mode.quantizes_input(choice):
                 entry["enable"] = False
@@ -199,6 +203,11 @@ class Peer:
             assert found.setdefault(group, choice) == choice, f"{group} is split"
         searched = self.plan.accounting.searched
         return {name: found.get(name, BF16) for name in searched}
+
+
+def _plain() -> Choice:
+    """What the first preset says, whose weights the kernels round by ModelOpt's own ranges."""
+    return presets()[_NAMES[0]]
 
 
 def _preset(name: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The weights of a model as a choice stores them, for ModelOpt's weight quantizers."""
+"""The weights of a model as choices store them, for ModelOpt's weight quantizers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from autoquant.model.experts import parameter_name
 
 
 class StoredWeights:
-    """A backend of ModelOpt: what a weight quantizer is given, as the choice stores it.
+    """A backend of ModelOpt: what a weight quantizer is given, as a choice stores it.
 
     A quantizer is given a parameter, or the view of one expert. Which one it is shows in the
     memory that it lies in, so that the model's parameters must stay where they are.
@@ -21,12 +21,12 @@ class StoredWeights:
     Args:
         model: ModelOpt's copy of the session's model.
         session: has the codes.
-        choice: of every group that may take its format.
+        choices: of the groups whose weights are asked for.
     """
 
-    def __init__(self, model: nn.Module, session: Session, choice: Choice) -> None:
+    def __init__(self, model: nn.Module, session: Session, choices: Mapping[str, Choice]) -> None:
         self._stored: dict[int, torch.Tensor] = {}
-        for parameter, weight in _stored(model, session, choice):
+        for parameter, weight in _stored(model, session, choices):
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
             self._stored[_memory(parameter)] = weight
 
@@ -36,12 +36,14 @@ class StoredWeights:
 
 
 def _stored(
-    model: nn.Module, session: Session, choice: Choice
+    model: nn.Module, session: Session, choices: Mapping[str, Choice]
 ) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
     """Yield each parameter of a group, and what its codes decode to, of the same shape."""
     names = {module: name for name, module in session.loaded.model.named_modules()}
     book = session.quantized.book
     for group, slot in session.quantized.slots:
+        if group.name not in choices:
+            continue
         module: Any = model.get_submodule(names[slot.module])
         units = {unit.name: unit for unit in book.units(group)}
         if isinstance(slot, DenseSlot):
@@ -52,7 +54,7 @@ def _stored(
                 for part in slot.products
             }
         for name, parameter in found.items():
-            yield parameter, book.unit(group, units[name], choice.of_weight).decode()
+            yield parameter, book.unit(group, units[name], choices[group.name].of_weight).decode()
 
 
 def _memory(x: torch.Tensor) -> int:

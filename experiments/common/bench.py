@@ -11,6 +11,8 @@ from pathlib import Path
 
 from optuna.samplers import BaseSampler
 
+from autoquant.codes.cache import CodeCache
+from autoquant.codes.statistics import StatisticsStore
 from autoquant.data.passages import Row
 from autoquant.data.text import load_corpus
 from autoquant.data.tokens import Split, TokenPlan, batched, make_splits
@@ -21,6 +23,7 @@ from autoquant.measure.kl import TokenKl
 from autoquant.measure.method import ProbeMethod
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.measure.session import Session, open_session
+from autoquant.measure.statistics.moments import collect_moments
 from autoquant.model.memory import keep_freed_memory
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
@@ -71,18 +74,26 @@ class Bench:
         subject: which model.
         space: name or file of a search space.
         tokens: as the search has it, seed included.
+        mode: which inputs are quantized.
+        folder: for codes that rest on the statistics of inputs; None without such codes.
     """
 
     subject: Subject
     space: str
     tokens: TokenPlan
     device: str = "cpu"
+    mode: ActivationMode = ActivationMode.W4A4
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         keep_freed_memory()
         self._scores: dict[tuple[str, str], TokenKl] = {}
-        calibration = calibrate(self.session.scorer, self.splits["calibration"], lambda: None)
-        self.session.quantized.set_input_scales(calibration.scales())
+        scorer, split = self.session.scorer, self.splits["calibration"]
+        self.calibration = calibrate(scorer, split, lambda: None)
+        self.session.quantized.set_input_scales(self.calibration.scales())
+        if self.session.statistics is not None:
+            groups = self.session.quantized.groups
+            collect_moments(scorer, split, groups, self.session.statistics, lambda: None)
 
     @cached_property
     def evaluator(self) -> Remembering:
@@ -100,11 +111,20 @@ class Bench:
             open_groups,
             calibration=str(self.subject.text),
             tokens=self.tokens,
-            mode=ActivationMode.W4A4,
+            mode=self.mode,
             device=self.device,
             trust_remote_code=False,
+            codes=self._codes,
+            statistics=None if self.folder is None else StatisticsStore(self.folder / "statistics"),
             observer=Logged(),
         )
+
+    @property
+    def _codes(self) -> CodeCache | None:
+        if self.folder is None:
+            return None
+        digest = self.plan.source.digest
+        return CodeCache(self.folder / "codes", made_from=digest, most_bytes=1 << 36)
 
     @property
     def splits(self) -> dict[str, Split]:
