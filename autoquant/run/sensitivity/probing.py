@@ -22,7 +22,6 @@ from autoquant.plan.kv_cache import cached_attention
 from autoquant.plan.plan import Plan
 from autoquant.progress import Progress
 from autoquant.run.config import ProbeConfig
-from autoquant.run.machines.work import Work
 from autoquant.run.measuring import (
     calibrate_session,
     code_cache,
@@ -32,6 +31,7 @@ from autoquant.run.measuring import (
 )
 from autoquant.run.observer import Observer
 from autoquant.run.sensitivity.probes import Probes
+from autoquant.run.sensitivity.work import Work
 from autoquant.run.shared import Shared
 from autoquant.run.signature import NUMERICS_VERSION
 from autoquant.store.run_directory import (
