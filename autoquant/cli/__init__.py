@@ -15,6 +15,7 @@ MODULES = {
     "export": "autoquant.cli.commands.export",
     "verify": "autoquant.cli.commands.verify",
     "evaluate": "autoquant.cli.commands.evaluate",
+    "receipt": "autoquant.cli.commands.receipt",
     "report": "autoquant.cli.commands.report",
     "compare": "autoquant.cli.commands.compare",
     "spaces": "autoquant.cli.commands.spaces",

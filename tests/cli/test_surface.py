@@ -80,6 +80,11 @@ SURFACE = {
     | TOKENS
     | {"[MODEL|RUN|CHECKPOINT]", "--source", "--assignment", "--target", "--activation-mode"}
     | {"--kv-cache", "--tasks", "--limit", "--shots", "--chat-template", "--out"},
+    "receipt": (MODEL - {"[MODEL]"})
+    | DEVICE
+    | TOKENS
+    | {"[RUN|CHECKPOINT]", "--source", "--check", "--target", "--activation-mode", "--kv-cache"}
+    | {"--out"},
     "export": MODEL
     | DEVICE
     | TOKENS

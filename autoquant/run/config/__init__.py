@@ -8,7 +8,7 @@ from autoquant.run.config.commands import (
     ScoreConfig,
     SearchConfig,
 )
-from autoquant.run.config.evaluating import EvaluateConfig
+from autoquant.run.config.evaluating import EvaluateConfig, ReceiptConfig
 from autoquant.run.config.parts import MeasuredConfig
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "MeasuredConfig",
     "PlanConfig",
     "ProbeConfig",
+    "ReceiptConfig",
     "ScoreConfig",
     "SearchConfig",
 ]

@@ -1,10 +1,21 @@
-"""The settings of `autoquant evaluate`."""
+"""The settings of the commands that take a run directory or a checkpoint for a model."""
 
 from typing import Annotated, ClassVar
 
 from autoquant.run.config.parts import MeasuredConfig
 from autoquant.run.config.setting import Setting
-from autoquant.run.config.types import Names, Natural, NewFile, Positive
+from autoquant.run.config.types import ExistingFile, Names, Natural, NewFile, Positive
+
+CheckpointSource = Annotated[
+    str | None,
+    Setting(
+        "Model",
+        "The model that a checkpoint was made from: a folder or a hub id.",
+        "MODEL",
+        unset="that of the run directory it lies in",
+        is_saved=False,
+    ),
+]
 
 
 class EvaluateConfig(MeasuredConfig):
@@ -21,16 +32,7 @@ class EvaluateConfig(MeasuredConfig):
             is_argument=True,
         ),
     ] = None
-    source: Annotated[
-        str | None,
-        Setting(
-            "Model",
-            "The model that a checkpoint was made from: a folder or a hub id.",
-            "MODEL",
-            unset="that of the run directory it lies in",
-            is_saved=False,
-        ),
-    ] = None
+    source: CheckpointSource = None
     assignment: Annotated[
         Names | None,
         Setting(
@@ -66,6 +68,40 @@ class EvaluateConfig(MeasuredConfig):
             "JSON file for the scores, items included.",
             "FILE",
             unset="evaluation.json of a run directory",
+            is_saved=False,
+        ),
+    ] = None
+
+
+class ReceiptConfig(MeasuredConfig):
+    """The settings of `autoquant receipt`; a run and a receipt bring their own."""
+
+    command: ClassVar[str] = "receipt"
+
+    model: Annotated[
+        str | None,
+        Setting(
+            "Model", "Run directory or exported checkpoint.", "[RUN|CHECKPOINT]", is_argument=True
+        ),
+    ] = None
+    source: CheckpointSource = None
+    check: Annotated[
+        ExistingFile | None,
+        Setting(
+            "Model",
+            "Receipt to hold against what is here: every file is read and the KL measured again, "
+            "with the settings of the receipt. The exit code is 4 where it does not hold.",
+            "FILE",
+            is_saved=False,
+        ),
+    ] = None
+    out: Annotated[
+        NewFile | None,
+        Setting(
+            "Output",
+            "File for the receipt.",
+            "FILE",
+            unset="receipt.json beside the checkpoint's folder",
             is_saved=False,
         ),
     ] = None
