@@ -31,8 +31,8 @@ from autoquant.plan.linears import LayerGroup
 
 CODES_OF_A_BLOCK = 2
 """Memory for codes where blocks are streamed, in shares of a block in BF16: those of its linears in
-every choice. Gradients try them all, batch after batch, and those of the default effort take less than 4
-bytes an element."""
+every choice. Gradients try them all, batch after batch, and those of the default effort take less
+than 4 bytes an element."""
 
 
 @dataclass(slots=True)
