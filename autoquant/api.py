@@ -196,6 +196,7 @@ def search(
     input_headroom: float = 2.0,
     search_tokens: int = 16_384,
     report_tokens: int = 65_536,
+    report_by: Literal["position"] | None = None,
     sequence_length: int | None = None,
     batch_tokens: int = 4_096,
     device: str | None = None,
@@ -265,6 +266,7 @@ def search(
             less where small blocks would suffer.
         search_tokens: tokens that probes and trials are measured on.
         report_tokens: tokens that the finalists are confirmed on.
+        report_by: `position` also reports the KL by the position of tokens in their sequences.
         sequence_length: longest sequence, tokens; shorter if the model takes fewer. 256 for the
             bundled model and 2,048 for any other by default.
         batch_tokens: tokens of one forward.

@@ -43,6 +43,13 @@ class TokenKl:
         """Mean KL of each sequence, nats per token, [S]."""
         return np.asarray(np.bincount(self.sequence, self.kl) / self.tokens_by_sequence())
 
+    def position(self) -> Integers:
+        """Tokens before each token in its sequence, [T]."""
+        counts = np.bincount(self.sequence)
+        starts = np.cumsum(counts) - counts
+        found: Integers = np.arange(len(self.sequence)) - starts[self.sequence]
+        return found
+
     def tokens_by_sequence(self) -> Floats:
         return np.bincount(self.sequence).astype(np.float64)
 

@@ -10,6 +10,7 @@ import autoquant
 from autoquant.errors import ConfigError
 from autoquant.files import write_atomic
 from autoquant.report import figures, maps, words
+from autoquant.report.positions import positions
 from autoquant.report.record import RunRecord
 from autoquant.report.style import PALETTE, project_style, to_png, to_svg
 from autoquant.store.run_directory import REPORT
@@ -24,6 +25,7 @@ PICTURES: Mapping[str, tuple[Callable[[RunRecord], "Figure"], str]] = {
     "sensitivity": (maps.sensitivity, "The most sensitive layer groups"),
     "prediction": (figures.prediction, "Measured KL against predicted KL"),
     "convergence": (figures.convergence, "KL of each trial and the best so far"),
+    "positions": (positions, "KL by position in the sequence"),
     "tokens": (figures.tokens, "Distribution of KL over tokens"),
     "coverage": (maps.coverage, "Calibration tokens per expert"),
     "sizes": (maps.sizes, "Bytes by role and format"),
@@ -93,6 +95,7 @@ def available(record: RunRecord) -> list[str]:
         "sensitivity": bool(record.groups and record.probes),
         "prediction": bool(record.trials and record.probes),
         "convergence": bool(record.trials),
+        "positions": bool((record.result or {}).get("by_position")),
         "tokens": record.tokens is not None,
         "coverage": has_experts,
         "sizes": record.best is not None and bool(record.groups),

@@ -13,10 +13,11 @@ from autoquant.plan.assignment import Assignment
 from autoquant.plan.budget import Scope
 from autoquant.plan.model_costs import CostKind
 from autoquant.plan.plan import Plan
+from autoquant.run.by_token.positions import describe_positions
+from autoquant.run.by_token.worst import describe_tokens
 from autoquant.run.config import SearchConfig
 from autoquant.run.confirmation import Confirmed
 from autoquant.run.polishing import Winner
-from autoquant.run.worst_tokens import describe_tokens
 from autoquant.search.confirm import Difference
 from autoquant.search.history import History
 from autoquant.search.predictions import describe_predictions
@@ -80,6 +81,7 @@ def make_result(
             for i, t in enumerate(confirmed.candidates)
             if t.stage is not Stage.BASELINE or i == confirmed.winner
         ],
+        **({"by_position": _by_position(confirmed, winner)} if config.report_by else {}),
         "resolution": confirmed.resolution,
         "counts": assignment.counts(),
         "fitted": _fitted(session, assignment),
@@ -145,16 +147,24 @@ def _experts(calibration: Calibration) -> dict[str, Any] | None:
     return coverage.to_dict() | {"all_experts": calibration.all_experts}
 
 
-def make_tokens(session: Session, confirmed: Confirmed, winner: Winner) -> dict[str, Any]:
-    """The contents of `tokens.json`: the winner token by token, baselines as histograms."""
-    baselines = {
+def _baselines(confirmed: Confirmed) -> dict[str, TokenScores]:
+    return {
         trial.name: scores
         for trial, scores in zip(confirmed.candidates, confirmed.scores, strict=True)
         if trial.stage is Stage.BASELINE
     }
+
+
+def _by_position(confirmed: Confirmed, winner: Winner) -> list[dict[str, Any]]:
+    """The winner first, and each recipe."""
+    return describe_positions({"the winner": winner.scores, **_baselines(confirmed)})
+
+
+def make_tokens(session: Session, confirmed: Confirmed, winner: Winner) -> dict[str, Any]:
+    """The contents of `tokens.json`: the winner token by token, baselines as histograms."""
     return describe_tokens(
         winner.scores,
-        baselines,
+        _baselines(confirmed),
         session.splits["report"],
         session.loaded.tokenizer.decode,
     )

@@ -34,6 +34,7 @@ _AFTER_PROBES = {
     "trials_at_once",
     "max_tokens",
     "layout",
+    "report_by",
     "polish",
     "finalists",
 }
@@ -62,6 +63,7 @@ def search_signature(config: SearchConfig, plan: Plan) -> dict[str, Any]:
         **({"trials_at_once": config.trials_at_once} if config.trials_at_once > 1 else {}),
         **({"max_tokens": config.max_tokens} if config.max_tokens is not None else {}),
         **({"layout": str(config.layout)} if config.layout is not Layout.MODELOPT else {}),
+        **({"report_by": config.report_by} if config.report_by is not None else {}),
         **({"polish": True} if config.effort.polishes else {}),
         "finalists": FINALISTS,
     }

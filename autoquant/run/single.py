@@ -17,6 +17,7 @@ from autoquant.model.memory import keep_freed_memory
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.kv_cache import cached_attention
 from autoquant.progress import Unit
+from autoquant.run.by_token.positions import describe_positions
 from autoquant.run.config import ExportConfig, ScoreConfig
 from autoquant.run.independent import check_export, make_evidence
 from autoquant.run.measuring import book_of_run, open_measuring
@@ -52,7 +53,7 @@ def score(config: ScoreConfig, observer: Observer) -> dict[str, Any]:
     else:
         assert config.assignment is not None
         opened = open_assignments(config, source, [Assignment.read(config.assignment)], observer)
-    return _measure(opened, opened.assignments[0], config.split, observer) | {
+    return _measure(opened, opened.assignments[0], config, observer) | {
         "model": source.model,
         "checkpoint": str(config.checkpoint) if config.checkpoint is not None else None,
         "target": str(config.served_by),
@@ -142,9 +143,9 @@ def _write_recipe(source: Source, assignment: Assignment, kv_cache: KvCache, fil
 
 
 def _measure(
-    opened: Opened, assignment: Assignment, name: str, observer: Observer
+    opened: Opened, assignment: Assignment, config: ScoreConfig, observer: Observer
 ) -> dict[str, Any]:
-    session = opened.session
+    session, name = opened.session, config.split
     split = session.splits[name]
     if (caution := split.caution()) is not None:
         observer.warn(caution)
@@ -164,4 +165,9 @@ def _measure(
             "units": split.unit_count,
             "digest": split.digest,
         },
+        **(
+            {"by_position": describe_positions({"the assignment": scores})}
+            if config.report_by
+            else {}
+        ),
     }

@@ -64,6 +64,7 @@ SURFACE = {
         "--cost",
         "--cost-limit",
         "--cost-table",
+        "--report-by",
     },
     "probe": MODEL
     | DEVICE
@@ -74,7 +75,8 @@ SURFACE = {
     "score": MODEL
     | DEVICE
     | TOKENS
-    | {"--assignment", "--checkpoint", "--target", "--activation-mode", "--kv-cache", "--split"},
+    | {"--assignment", "--checkpoint", "--target", "--activation-mode", "--kv-cache", "--split"}
+    | {"--report-by"},
     "evaluate": (MODEL - {"[MODEL]"})
     | DEVICE
     | TOKENS

@@ -249,6 +249,7 @@ OTHER = {
     "input_headroom": 4,
     "search_tokens": 34,
     "report_tokens": 35,
+    "report_by": "position",
     "mlflow": False,
     "study_storage": "sqlite:///study.db",
     "mlflow_experiment": "e",

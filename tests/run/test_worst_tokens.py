@@ -6,7 +6,7 @@ import torch
 
 from autoquant.data.tokens import Split
 from autoquant.measure.kl import TokenScores
-from autoquant.run.worst_tokens import EDGES, describe_tokens
+from autoquant.run.by_token.worst import EDGES, describe_tokens
 
 ROWS, LENGTH = 3, 40
 

@@ -6,7 +6,7 @@ import click
 
 from autoquant.cli.configured import ConfiguredCommand
 from autoquant.cli.options import format_option
-from autoquant.cli.output import figure, print_fields, print_json
+from autoquant.cli.output import figure, print_fields, print_json, print_table
 from autoquant.run.config import ScoreConfig
 
 
@@ -59,3 +59,16 @@ def _print(result: dict[str, Any]) -> None:
             f"digest {result['split']['digest']})",
         }
     )
+    for row in result.get("by_position", ()):
+        print_table(
+            ("positions", "KL", "+-", "tokens"),
+            [
+                (
+                    f"{bucket['first']} to {bucket['last']}",
+                    f"{bucket['kl']:.6f}",
+                    figure(bucket["stderr"], ".6f"),
+                    f"{bucket['tokens']:,}",
+                )
+                for bucket in row["buckets"]
+            ],
+        )

@@ -13,6 +13,7 @@ from autoquant.measure.method import ProbeMethod
 from autoquant.plan.budget import Budget, Scope
 from autoquant.plan.model_costs import CostKind
 from autoquant.run.config.parts import (
+    BreakdownConfig,
     CacheConfig,
     InputsConfig,
     LayoutConfig,
@@ -100,7 +101,7 @@ class ProbeConfig(CacheConfig, InputsConfig, SpaceConfig, LoadedConfig):
     ] = True
 
 
-class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
+class SearchConfig(BreakdownConfig, LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
     """The settings of `autoquant search`."""
 
     command: ClassVar[str] = "search"
@@ -241,7 +242,7 @@ class SearchConfig(LayoutConfig, TrackingConfig, ReportConfig, ProbeConfig):
         return budgets[0] if len(budgets) == 1 else list(budgets)
 
 
-class ScoreConfig(MeasuredConfig):
+class ScoreConfig(BreakdownConfig, MeasuredConfig):
     """The settings of `autoquant score`."""
 
     command: ClassVar[str] = "score"

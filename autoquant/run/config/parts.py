@@ -276,6 +276,19 @@ class MeasuredConfig(CacheConfig, InputsConfig, ReportConfig):
     """How assignments that nobody searches are measured."""
 
 
+class BreakdownConfig(Config):
+    """What else is said of a KL than its distribution over tokens."""
+
+    report_by: Annotated[
+        Literal["position"] | None,
+        Setting(
+            "Data",
+            "Report the KL by the position of tokens in their sequences too: what a long context "
+            "does. Sequences are as long as --sequence-length.",
+        ),
+    ] = None
+
+
 class LayoutConfig(Config):
     """How a checkpoint is written."""
 

@@ -1,0 +1,1 @@
+"""What single tokens say: the worst of them, and those of each place in a sequence."""
