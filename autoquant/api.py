@@ -187,6 +187,7 @@ def search(
     trials: int = 30,
     sampler: str = "budget",
     trials_at_once: int = 1,
+    workers: int = 1,
     max_seconds: float | None = None,
     max_tokens: int | None = None,
     seed: int = 0,
@@ -248,8 +249,10 @@ def search(
             check of their scale rules and roundings.
         sampler: who proposes the trials: `budget`, Optuna's `tpe`, `cmaes`, `nsgaii` or `random`,
             or `module:Class`, a subclass of `optuna.samplers.BaseSampler`.
-        trials_at_once: trials that are measured in one pass over the weights. They race against
-            the best trial before them.
+        trials_at_once: trials of a round: each worker measures its share in one pass over the
+            weights. They race against the best trial before them.
+        workers: processes of this machine that measure different trials of a round, each with the
+            whole model; at most `trials_at_once`. Results are the same.
         max_seconds: start no trial after so many seconds of loading, calibration, probes and
             trials, interrupted calls included. A finished result stays; `resume=False` sets it
             aside.

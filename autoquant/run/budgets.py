@@ -82,8 +82,8 @@ def run_searches(config: SearchConfig, observer: Observer) -> list[Outcome]:
         One for each budget, on every rank.
 
     Raises:
-        ConfigError: the space leaves nothing to choose, `sensitivity` holds no probes, or there is
-            no such sampler.
+        ConfigError: the space leaves nothing to choose, `sensitivity` holds no probes, there is
+            no such sampler, or several ranks were to have workers too.
         InfeasibleBudget: one of them; nothing was written and no weight was read.
         RunConflict: a directory holds another search, or another process holds it, or the probes
             of `sensitivity` rest on other settings, or the study's storage does not answer or has
@@ -98,6 +98,8 @@ def run_searches(config: SearchConfig, observer: Observer) -> list[Outcome]:
 
 
 def _run_searches(config: SearchConfig, observer: Observer, ranks: Ranks) -> list[Outcome]:
+    if ranks.size > 1 and config.workers > 1:
+        raise _two_ways(config, ranks)
     require_sampler(config.sampler)
     storage = open_storage(config.study_storage) if config.study_storage is not None else None
     plan = _open_plan(config, ranks)
@@ -123,6 +125,14 @@ def _run_searches(config: SearchConfig, observer: Observer, ranks: Ranks) -> lis
             write_frontier(paths, plan.accounting)
             observer.note(f"the frontier as a study: {frontier}")
     return outcomes
+
+
+def _two_ways(config: SearchConfig, ranks: Ranks) -> ConfigError:
+    return ConfigError(
+        f"{ranks.size} processes share the batches of this search, and --workers {config.workers} "
+        "would share its trials.",
+        fix="leave --workers out, or start one process.",
+    )
 
 
 def run_probes(config: ProbeConfig, observer: Observer) -> Outcome:

@@ -15,7 +15,6 @@ from autoquant.errors import SourceError
 from autoquant.files import set_aside
 from autoquant.independent.forward import Evidence
 from autoquant.measure.calibration import Calibration
-from autoquant.measure.evaluator import LocalEvaluator
 from autoquant.measure.kl import TokenScores
 from autoquant.measure.sensitivity import Sensitivity
 from autoquant.measure.session import Session
@@ -26,6 +25,7 @@ from autoquant.progress import Unit
 from autoquant.run.config import SearchConfig
 from autoquant.run.confirmation import Confirmed, confirm
 from autoquant.run.independent import check_export, make_evidence
+from autoquant.run.machines.worker import evaluator_of_search
 from autoquant.run.measuring import book_of_run
 from autoquant.run.observer import or_warn
 from autoquant.run.polishing import Winner, is_polished, make_polish, polished_winner
@@ -83,7 +83,7 @@ class Search(Probing):
         problem = Problem(
             accounting=self.plan.accounting, limits=self.limits, sensitivity=sensitivity.bounded()
         )
-        history, explored = self._measure(session, problem)
+        history, explored = self._measure(session, calibration, problem)
         if (caution := explored.problem.knapsack.solution.caution()) is not None:
             self.observer.warn(caution)
         confirmed = self._confirm(session, history, explored)
@@ -101,18 +101,28 @@ class Search(Probing):
         self.observer.step()
         return found, METHOD
 
-    def _measure(self, session: Session, problem: Problem) -> tuple[History, Explored]:
+    def _measure(
+        self, session: Session, calibration: Calibration, problem: Problem
+    ) -> tuple[History, Explored]:
         """Everything that is measured jointly on the search split."""
-        return self._trials().measure(
+        with evaluator_of_search(
             self.config,
-            problem,
-            LocalEvaluator(session.scorer, session.splits["search"], self.config.trials_at_once),
-            split=session.splits["search"],
-            accounting=self.plan.accounting,
-            elsewhere=self.shared.trials(),
-            in_time=self._in_time(),
-            timed=self._timed,
-        )
+            session,
+            calibration,
+            self.plan.source,
+            self.shared.home(self.run.path),
+            self.observer,
+        ) as evaluator:
+            return self._trials().measure(
+                self.config,
+                problem,
+                evaluator,
+                split=session.splits["search"],
+                accounting=self.plan.accounting,
+                elsewhere=self.shared.trials(),
+                in_time=self._in_time(),
+                timed=self._timed,
+            )
 
     def _trials(self) -> Trials:
         return Trials(

@@ -37,6 +37,7 @@ EFFORT = {
     "--trials",
     "--sampler",
     "--trials-at-once",
+    "--workers",
     "--max-seconds",
     "--max-tokens",
 }

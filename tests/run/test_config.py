@@ -112,6 +112,8 @@ def configs(draw: st.DrawFn) -> SearchConfig:
     values |= {"sampler": "my.own:Sampler"} if "sampler" in values else {}
     if "target" in values:
         values.pop("activation_mode", None)  # the same by an earlier name
+    if "workers" in values:
+        values["trials_at_once"] = max(values["workers"], values.get("trials_at_once", 1))
     return SearchConfig.of(values)
 
 
@@ -155,6 +157,7 @@ def test_settings_of_an_earlier_version_are_read(tmp_path):
         "sampler": "budget",
         "weights": "auto",
         "trials_at_once": 1,
+        "workers": 1,
         "effort": "default",
         "a16_share": 0.0,
         "input_headroom": 2.0,
@@ -238,6 +241,7 @@ OTHER = {
     "sensitivity": "runs/probes",
     "sampler": "tpe",
     "trials_at_once": 4,
+    "workers": 2,
     "max_seconds": 9,
     "max_tokens": 99,
     "calibration": "text",

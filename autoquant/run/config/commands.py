@@ -176,8 +176,18 @@ class SearchConfig(BreakdownConfig, LayoutConfig, TrackingConfig, ReportConfig, 
         Positive,
         Setting(
             "Search",
-            "Trials that are measured in one pass over the weights. This saves time where weights "
-            "are streamed. They race against the best trial before them.",
+            "Trials of a round: each worker measures its share of them in one pass over the "
+            "weights, which saves time where these are streamed. They race against the best trial "
+            "before them.",
+            "N",
+        ),
+    ] = 1
+    workers: Annotated[
+        Positive,
+        Setting(
+            "Search",
+            "Processes of this machine that measure different trials of a round, each with the "
+            "whole model. Results are the same. Needs as many --trials-at-once, or more.",
             "N",
         ),
     ] = 1
@@ -234,6 +244,13 @@ class SearchConfig(BreakdownConfig, LayoutConfig, TrackingConfig, ReportConfig, 
             raise ConfigError(
                 f"--sampler {self.sampler} is no sampler.",
                 fix=f"name {OWN_SAMPLER}, {', '.join(OPTUNA_SAMPLERS)}, or module:Class.",
+            )
+        if self.workers > self.trials_at_once:
+            raise ConfigError(
+                f"--workers {self.workers} share the trials of a round, and "
+                f"--trials-at-once {self.trials_at_once} is less.",
+                fix=f"give --trials-at-once {self.workers} or more. It decides what a search "
+                "finds, since the trials of a round race against what was best before them.",
             )
         return self
 

@@ -1,0 +1,1 @@
+"""Processes of one machine that measure different candidates of a round."""
