@@ -92,6 +92,15 @@ def test_a_checkpoint_answers_as_the_winner_that_it_holds(run, evaluate, choices
     assert stored["limit"] is None
 
 
+def test_a_file_beside_a_run_is_measured_as_the_run_s_trials_are(run, evaluate, choices):
+    (run / "mine.yaml").write_text((run / "assignment.yaml").read_text())
+    flags = ("--tasks", choices, "--limit", 4, "--assignment")
+    evaluate(run, *flags, "winner")
+    rows = evaluate(run, *flags, run / "mine.yaml")
+    own, other = (next(r for r in rows if r["name"] == name) for name in ("winner", "mine"))
+    assert (other["kl"], other["bpe"], other["value"]) == (own["kl"], own["bpe"], own["value"])
+
+
 def test_a_model_under_a_file_of_an_assignment(model, run, evaluate, choices, text):
     rows = evaluate(
         *(model, "--tasks", choices, "--calibration", text, *TOKEN_FLAGS),

@@ -37,8 +37,8 @@ class EvaluateConfig(MeasuredConfig):
         Names | None,
         Setting(
             "Model",
-            "What is evaluated: bf16, files of assignments, and of a run its winner and its trials "
-            "by number or name, such as uniform nvfp4.",
+            "What is evaluated: bf16, files of assignments, of a run its winner and its trials by "
+            "number or name, such as uniform nvfp4.",
             "NAME|FILE[,...]",
             unset="bf16, and what a run or a checkpoint chose",
             is_saved=False,

@@ -1,6 +1,7 @@
 """A finished run opened for tasks: its winner and its trials, with the codes that were scored."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from autoquant.codes.statistics import StatisticsStore
@@ -8,7 +9,7 @@ from autoquant.errors import ConfigError
 from autoquant.evaluate.evaluated import BASELINE, Candidate
 from autoquant.formats import Choice
 from autoquant.forward.flow import BF16_MODEL
-from autoquant.plan.assignment import Assignment
+from autoquant.plan.assignment import Assignment, require_legal
 from autoquant.report.record import RunRecord
 from autoquant.run.config import EvaluateConfig
 from autoquant.run.measuring import code_cache
@@ -54,7 +55,9 @@ def open_run(run: RunRecord, config: EvaluateConfig, observer: Observer) -> Open
         codes=code_cache(open_model(settings), run.path),
         statistics=StatisticsStore(run.path / STATISTICS),
     )
-    session, accounting = reopened.session, reopened.plan.accounting
+    session = reopened.session
+    for assignment in chosen.values():
+        require_legal(assignment, reopened.plan.groups)
     collect_for(session, list(chosen.values()), observer)
     for assignment in chosen.values():
         if is_polished(assignment):
@@ -63,9 +66,7 @@ def open_run(run: RunRecord, config: EvaluateConfig, observer: Observer) -> Open
         config=reopened.config,
         plan=reopened.plan,
         session=session,
-        candidates=tuple(
-            (_candidate(run, name, own, accounting.bpe(own)), own) for name, own in chosen.items()
-        ),
+        candidates=tuple((_candidate(run, reopened, n, own), own) for n, own in chosen.items()),
     )
 
 
@@ -83,25 +84,32 @@ def _assignment(run: RunRecord, name: str) -> Assignment:
         return BF16_MODEL
     if name == WINNER:
         return Assignment.read(run.path / ASSIGNMENT)
+    if Path(name).is_file():
+        return Assignment.read(Path(name))
     trial = next((t for t in run.trials if name in (t.name, str(t.number))), None)
     if trial is not None:
         return Assignment.of({group: Choice.parse(own) for group, own in trial.groups.items()})
     recipes = (f"{t.number} ({t.name})" for t in run.trials if t.stage == Stage.BASELINE)
     raise ConfigError(
-        f"{run.path} has no trial {name!r}.",
+        f"{run.path} has no trial {name!r}, and there is no such file.",
         fix=f"write {BASELINE}, {WINNER}, or a trial's number or name: {', '.join(recipes)}.",
     )
 
 
-def _candidate(run: RunRecord, name: str, assignment: Assignment, bpe: float) -> Candidate:
-    """With the KL on the report tokens, where the run confirmed the assignment on them."""
+def _candidate(run: RunRecord, reopened: Reopened, name: str, assignment: Assignment) -> Candidate:
+    """With the KL on the report tokens: as the run confirmed it on them, or measured now."""
+    bpe = reopened.plan.accounting.bpe(assignment)
     if name == BASELINE:
         return Candidate.bf16(bpe)
     result = require_finished(run)
     rows = [*result["baselines"], *result["finalists"]]
     confirmed = next((r for r in rows if name in (r["name"], str(r["trial"]))), None)
-    kl, stderr = result["kl"]["mean"], result["kl"]["stderr"]
-    if name != WINNER:
-        kl = None if confirmed is None else confirmed["kl"]
-        stderr = None if confirmed is None else confirmed["stderr"]
-    return Candidate(name=name, digest=assignment.digest, bpe=bpe, kl=kl, stderr=stderr)
+    if name == WINNER:
+        kl, stderr = result["kl"]["mean"], result["kl"]["stderr"]
+    elif confirmed is not None:
+        kl, stderr = confirmed["kl"], confirmed["stderr"]
+    else:
+        found = reopened.session.scorer.score(assignment, reopened.session.splits["report"])
+        kl, stderr = found.mean, found.stderr()
+    title = Path(name).stem if Path(name).is_file() else name
+    return Candidate(name=title, digest=assignment.digest, bpe=bpe, kl=kl, stderr=stderr)
