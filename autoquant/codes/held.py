@@ -14,3 +14,9 @@ class Weights(StrEnum):
     """In the host's memory; a block at a time is on the device."""
     DISK = "disk"
     """In the checkpoint's files; a block at a time is on the device."""
+
+
+CODES_OF_A_BLOCK = 2
+"""Memory for codes where blocks are streamed, in shares of a block in BF16: those of its linears in
+every choice. Gradients try them all, batch after batch, and those of the default effort take less
+than 4 bytes an element."""

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from autoquant.codes.book import CodeBook
 from autoquant.codes.cache import CodeCache
+from autoquant.codes.held import CODES_OF_A_BLOCK
 from autoquant.codes.kept import Kept
 from autoquant.codes.statistics import DriftStatistics, StatisticsStore
 from autoquant.codes.weights import WeightSource
@@ -28,11 +29,6 @@ from autoquant.model.streaming.stores import BlockStore, Brought
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.linears import LayerGroup
-
-CODES_OF_A_BLOCK = 2
-"""Memory for codes where blocks are streamed, in shares of a block in BF16: those of its linears in
-every choice. Gradients try them all, batch after batch, and those of the default effort take less
-than 4 bytes an element."""
 
 
 @dataclass(slots=True)

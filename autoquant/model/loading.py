@@ -149,8 +149,10 @@ def sizes_of(source: Source, *, trust_remote_code: bool = False) -> Sizes:
         _, inside = by_block(shape, source.headers.to_write(()))
         reader = BlockReader(shape, inside)
         blocks = tuple(map(reader.bytes, range(len(reader))))
+        stored = sum(map(reader.stored_bytes, range(len(reader))))
+        width = shape.get_output_embeddings().weight.shape[1]
     held = sum(t.numel() * t.element_size() for t in (*shape.parameters(), *shape.buffers()))
-    return Sizes(outside=held - sum(blocks), blocks=blocks)
+    return Sizes(outside=held - sum(blocks), blocks=blocks, stored=stored, width=width)
 
 
 @contextmanager

@@ -72,7 +72,12 @@ SURFACE = {
     | (TOKENS - {"--report-tokens"})
     | {"--out", "--resume", "--fresh", "--space", "--effort", "--a16-share"}
     | {"--target", "--activation-mode", "--kv-cache", "--probe"},
-    "plan": MODEL | DEVICE | BUDGET | {"--space", "--effort", "--a16-share", "--forecast"},
+    "plan": MODEL
+    | DEVICE
+    | BUDGET
+    | TOKENS
+    | {"--space", "--effort", "--a16-share", "--forecast"}
+    | {"--probe", "--trials", "--trials-at-once"},
     "score": MODEL
     | DEVICE
     | TOKENS

@@ -101,7 +101,7 @@ def test_a_file_that_becomes_shorter_is_named(tmp_path):
 
 
 GIB = 1 << 30
-SIZES = Sizes(outside=2 * GIB, blocks=(4 * GIB,) * 10)
+SIZES = Sizes(outside=2 * GIB, blocks=(4 * GIB,) * 10, stored=40 * GIB, width=8)
 
 
 @pytest.mark.parametrize(
@@ -130,5 +130,5 @@ def test_what_fits_nowhere_is_refused_with_what_would(weights):
     may = Allowance(weights=weights, device_bytes=8 * GIB, host_bytes=8 * GIB)
     with pytest.raises(OutOfMemory, match=r"8\.59 GB of cpu may be used") as caught:
         choose(SIZES, CPU, may)
-    assert "--weights disk takes least, 26.52 GB" in caught.value.fix
+    assert "--weights disk takes least, 31.25 GB" in caught.value.fix
     assert caught.value.exit_code == 6

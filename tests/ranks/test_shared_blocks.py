@@ -74,5 +74,5 @@ def test_several_processes_take_one_copy_where_each_its_own_does_not_fit(
 ):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(placement, "can_share", lambda: can_share)
-    sizes = Sizes(outside=GB, blocks=(GB,) * 40)
+    sizes = Sizes(outside=GB, blocks=(GB,) * 40, stored=40 * GB, width=8)
     assert choose(sizes, CPU, Allowance(host_bytes=free))[0] is expected

@@ -1,15 +1,18 @@
-"""`autoquant plan --forecast`: where weights will be, by the sizes that loading goes by."""
+"""`autoquant plan --forecast`: where weights will be, by the sizes that loading goes by, and how
+often they will be read.
+"""
 
 import json
 
 import pytest
 import torch
-from searchable import save_searchable
+from searchable import TOKEN_FLAGS, save_searchable, save_text
 from tiny_models import save_model
 
 from autoquant.model.loading import load_model, sizes_of
 from autoquant.model.streaming import placement
 from autoquant.source.source import open_source
+from autoquant.store.run_directory import WORK, read_records
 
 CPU = torch.device("cpu")
 
@@ -67,3 +70,39 @@ def test_no_weight_is_read_and_none_is_needed(autoquant, tmp_path):
 def test_without_the_flag_nothing_is_said(autoquant, tmp_path):
     model = save_model("llama", tmp_path / "model")
     assert json.loads(autoquant("plan", model, "--format", "json").stdout)["forecast"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [1, 8])
+@pytest.mark.parametrize("probe", ["screened", "gradient", "exact"])
+def test_passes_are_those_that_a_search_then_counts(autoquant, tmp_path, probe, at_once):
+    """Where what is measured decides, at most those."""
+    model = save_searchable("minimax_m2", tmp_path / "model", num_hidden_layers=3)
+    text, run = save_text(tmp_path / "text"), tmp_path / "run"
+    flags = (
+        *("--calibration", text, *TOKEN_FLAGS, "--effort", "fast", "--device", "cpu"),
+        *("--weights", "disk", "--host-memory", "1GiB", "--probe", probe),
+        *("--trials", 5, "--trials-at-once", at_once),
+    )
+    found = forecast(autoquant, model, *flags)
+    done = autoquant(
+        *("search", model, "--budget-bpe", 9, *flags, "--no-mlflow", "--no-export", "--out", run)
+    )
+    assert done.exit_code == 0, done.stderr
+    work = {stage["stage"]: stage for stage in read_records(run, WORK)}
+    assert found["passes"].keys() == work.keys()
+    for name, part in found["passes"].items():
+        taken = work[name]["passes"]
+        assert 0 < taken <= part["passes"] if part["is_most"] else taken == part["passes"], name
+    brought = sum(stage["bytes_brought"] for stage in work.values())
+    assert brought <= found["brought_bytes"] < 2 * brought
+
+
+def test_passes_are_more_where_states_of_all_batches_do_not_fit(autoquant, tmp_path):
+    model = save_model("llama", tmp_path / "model", hidden_size=256)
+    flags = (model, "--device", "cpu", "--weights", "disk", "--host-memory")
+    more = forecast(autoquant, *flags, "580MiB", "--calibration-tokens", 2**20)
+    assert more["passes"]["calibrate"] == {"passes": 2, "is_most": False}
+    enough = forecast(autoquant, *flags, "2GiB", "--calibration-tokens", 2**20)
+    assert enough["passes"]["calibrate"] == {"passes": 1, "is_most": False}
+    assert enough["brought_bytes"] < more["brought_bytes"]

@@ -55,7 +55,7 @@ def command(config: PlanConfig, format: str) -> None:
 def _forecast(config: PlanConfig, plan: "Plan") -> "Forecast":
     from autoquant.run.machines.forecast import Forecast
 
-    return Forecast.of(config, plan.source)
+    return Forecast.of(config, plan)
 
 
 def _budget(plan: "Plan", budget: "Budget | None") -> dict[str, object] | None:
@@ -85,6 +85,8 @@ def _print(plan: "Plan", budget: "Budget | None", forecast: "Forecast | None") -
         fields["on disk"] = f"{_size(taken)} of statistics for fitted codes; --effort fast has none"
     if forecast is not None:
         fields["in memory"] = forecast.in_words()
+        if passes := forecast.passes_in_words():
+            fields["passes"] = passes
     print_fields(fields)
     click.echo()
     _print_groups(plan)

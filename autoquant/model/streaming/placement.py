@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from autoquant.codes.held import Weights
+from autoquant.codes.held import CODES_OF_A_BLOCK, Weights
 from autoquant.decimals import gigabytes
 from autoquant.errors import OutOfMemory
 from autoquant.model.streaming.blocks import BlockReader
@@ -20,9 +20,9 @@ WORK_BYTES = 1 << 29
 """What is taken beside weights in any case: activations, states, logits."""
 WORK_SHARE = 1 / 10
 """The same in shares of the weights on the device."""
-BLOCKS_AT_ONCE = 5
-"""Blocks' worth of memory where blocks are streamed: the present one, the next, the parts that it
-is put together from, codes, and decoded codes."""
+BLOCKS_AT_ONCE = 3 + CODES_OF_A_BLOCK
+"""Blocks' worth of memory where blocks are streamed: the present one, the next, one of decoded
+codes, and the codes. On a CPU also the parts that the next one is put together from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,17 +47,22 @@ class Sizes:
     outside: int
     """Embeddings, head and what else is in no block."""
     blocks: tuple[int, ...]
+    stored: int
+    """Of the blocks, as the checkpoint's files hold them."""
+    width: int
+    """Elements of a token's state between two blocks."""
 
     @property
     def all(self) -> int:
         return self.outside + sum(self.blocks)
 
-    def on_device(self, weights: Weights) -> int:
+    def on_device(self, weights: Weights, *, is_gpu: bool) -> int:
         """What a search takes of the device."""
         if weights is Weights.RESIDENT:
             held = self.all
         else:
-            held = self.outside + BLOCKS_AT_ONCE * max(self.blocks, default=0)
+            blocks = BLOCKS_AT_ONCE if is_gpu else BLOCKS_AT_ONCE + 1
+            held = self.outside + blocks * max(self.blocks, default=0)
         return int(held * (1 + WORK_SHARE)) + WORK_BYTES
 
     def on_host(self, weights: Weights, *, is_gpu: bool) -> int:
@@ -66,8 +71,8 @@ class Sizes:
         """
         if weights is Weights.HOST:
             held = sum(self.blocks) // (processes_here() if can_share() else 1)
-            return held + (WORK_BYTES if is_gpu else self.on_device(Weights.DISK))
-        return WORK_BYTES if is_gpu else self.on_device(weights)
+            return held + (WORK_BYTES if is_gpu else self.on_device(Weights.DISK, is_gpu=False))
+        return WORK_BYTES if is_gpu else self.on_device(weights, is_gpu=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +108,8 @@ def open_store(
     sizes = Sizes(
         outside=sum(t.numel() * t.element_size() for t in outside),
         blocks=tuple(map(reader.bytes, range(len(reader)))),
+        stored=sum(map(reader.stored_bytes, range(len(reader)))),
+        width=model.get_output_embeddings().weight.shape[1],
     )
     weights, left = choose(sizes, device, allowance, present=sizes.outside)
     if weights is Weights.RESIDENT:
@@ -134,7 +141,8 @@ def choose(
     if not is_gpu:
         host = on_device = min(host, on_device)
     for weights in _in_order(allowance.weights, is_gpu=is_gpu):
-        of_device, of_host = sizes.on_device(weights), sizes.on_host(weights, is_gpu=is_gpu)
+        of_device = sizes.on_device(weights, is_gpu=is_gpu)
+        of_host = sizes.on_host(weights, is_gpu=is_gpu)
         if of_device <= on_device and of_host <= host:
             return weights, Left(
                 host=WORK_BYTES // 2 + (host - of_host) // 2,
@@ -174,7 +182,8 @@ def _does_not_fit(
 
     def needs(weights: Weights) -> str:
         of_host = f" and {gigabytes(sizes.on_host(weights, is_gpu=True))} of the host"
-        return f"{gigabytes(sizes.on_device(weights))} of {device}{of_host if is_gpu else ''}"
+        of_device = gigabytes(sizes.on_device(weights, is_gpu=is_gpu))
+        return f"{of_device} of {device}{of_host if is_gpu else ''}"
 
     wanted = Weights.DISK if allowance.weights is Weights.AUTO else allowance.weights
     there = f"{gigabytes(on_device)} of {device}"

@@ -19,7 +19,6 @@ from autoquant.run.config.parts import (
     LayoutConfig,
     LoadedConfig,
     MeasuredConfig,
-    MemoryConfig,
     ReportConfig,
     SpaceConfig,
     TrackingConfig,
@@ -45,7 +44,35 @@ BudgetScope = Annotated[
 ]
 
 
-class PlanConfig(MemoryConfig, SpaceConfig):
+ProbeWith = Annotated[
+    ProbeMethod,
+    Setting(
+        "Search",
+        "How the KL of each group is found: measured in every choice (exact); measured in one "
+        "choice and scaled to the others by gradients (screened); or by gradients alone.",
+    ),
+]
+Trials = Annotated[
+    Natural,
+    Setting(
+        "Search",
+        "Whole assignments to measure, beyond the fixed recipes, the solver's optima and the "
+        "check of their scale rules and roundings.",
+        "N",
+    ),
+]
+TrialsAtOnce = Annotated[
+    Positive,
+    Setting(
+        "Search",
+        "Trials of a round: each worker measures its share of them in one pass over the weights, "
+        "which saves time where these are streamed. They race against the best trial before them.",
+        "N",
+    ),
+]
+
+
+class PlanConfig(ReportConfig, SpaceConfig):
     """The settings of `autoquant plan`."""
 
     command: ClassVar[str] = "plan"
@@ -56,10 +83,14 @@ class PlanConfig(MemoryConfig, SpaceConfig):
         bool,
         Setting(
             "Output",
-            "Say where a search would keep the weights on this machine, and what memory it would "
-            "take; no weights are read, and it takes seconds.",
+            "Say where a search with these settings would keep the weights on this machine, what "
+            "memory it would take, and how often it would read weights that do not fit; no weights "
+            "are read now, and it takes seconds.",
         ),
     ] = False
+    probe: ProbeWith = ProbeMethod.SCREENED
+    trials: Trials = 30
+    trials_at_once: TrialsAtOnce = 1
 
     @property
     def budget(self) -> Budget | None:
@@ -72,14 +103,7 @@ class ProbeConfig(CacheConfig, InputsConfig, SpaceConfig, LoadedConfig):
 
     command: ClassVar[str] = "probe"
 
-    probe: Annotated[
-        ProbeMethod,
-        Setting(
-            "Search",
-            "How the KL of each group is found: measured in every choice (exact); measured in one "
-            "choice and scaled to the others by gradients (screened); or by gradients alone.",
-        ),
-    ] = ProbeMethod.SCREENED
+    probe: ProbeWith = ProbeMethod.SCREENED
     out: Annotated[
         Folder | None,
         Setting(
@@ -141,15 +165,7 @@ class SearchConfig(BreakdownConfig, LayoutConfig, TrackingConfig, ReportConfig, 
             is_saved=False,
         ),
     ] = None
-    trials: Annotated[
-        Natural,
-        Setting(
-            "Search",
-            "Whole assignments to measure, beyond the fixed recipes, the solver's optima and the "
-            "check of their scale rules and roundings.",
-            "N",
-        ),
-    ] = 30
+    trials: Trials = 30
     study_storage: Annotated[
         str | None,
         Setting(
@@ -172,16 +188,7 @@ class SearchConfig(BreakdownConfig, LayoutConfig, TrackingConfig, ReportConfig, 
             "NAME",
         ),
     ] = OWN_SAMPLER
-    trials_at_once: Annotated[
-        Positive,
-        Setting(
-            "Search",
-            "Trials of a round: each worker measures its share of them in one pass over the "
-            "weights, which saves time where these are streamed. They race against the best trial "
-            "before them.",
-            "N",
-        ),
-    ] = 1
+    trials_at_once: TrialsAtOnce = 1
     workers: Annotated[
         Positive,
         Setting(

@@ -1,14 +1,17 @@
 """What a search will take of this machine, before a weight is read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from autoquant.codes.held import Weights
 from autoquant.decimals import gigabytes
+from autoquant.forward.room import STATE_BYTES
 from autoquant.model.loading import choose_device, sizes_of
 from autoquant.model.streaming.placement import Sizes, choose
+from autoquant.plan.plan import Plan
 from autoquant.run.config import PlanConfig
-from autoquant.source.source import Source
+from autoquant.run.machines.passes import Passes, Streaming, forecast_passes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,13 +22,15 @@ class Forecast:
     weights: Weights
     sizes: Sizes
     device_bytes: int
-    """Of the device's memory, work beside the weights included."""
+    """Most of the device's memory, work beside the weights included."""
     host_bytes: int
-    """Of the host's; beside a CPU that is the device's."""
+    """Most of the host's; beside a CPU that is the device's."""
+    passes: Mapping[str, Passes]
+    """Over weights that are streamed, by part of the search; empty where they are resident."""
 
     @classmethod
-    def of(cls, config: PlanConfig, source: Source) -> Self:
-        """The forecast of a search of this model.
+    def of(cls, config: PlanConfig, plan: Plan) -> Self:
+        """The forecast of a search with these settings.
 
         Raises:
             OutOfMemory: what is asked for does not fit, or nothing does; it says what would.
@@ -33,15 +38,37 @@ class Forecast:
             ConfigError: no such device.
         """
         device = choose_device(config.device)
-        sizes = sizes_of(source, trust_remote_code=config.trust_remote_code)
-        weights, _ = choose(sizes, device, config.allowance)
+        is_gpu = device.type == "cuda"
+        sizes = sizes_of(plan.source, trust_remote_code=config.trust_remote_code)
+        weights, left = choose(sizes, device, config.allowance)
+        streaming = Streaming(
+            stages=len(sizes.blocks),
+            width=sizes.width,
+            state_bytes=max(left.host, STATE_BYTES + left.device),
+            is_gpu=is_gpu,
+        )
+        is_streamed = weights is not Weights.RESIDENT
         return cls(
             device=str(device),
             weights=weights,
             sizes=sizes,
-            device_bytes=sizes.on_device(weights),
-            host_bytes=sizes.on_host(weights, is_gpu=device.type == "cuda"),
+            device_bytes=sizes.on_device(weights, is_gpu=is_gpu),
+            host_bytes=sizes.on_host(weights, is_gpu=is_gpu),
+            passes=forecast_passes(config, plan, streaming) if is_streamed else {},
         )
+
+    @property
+    def all_passes(self) -> int:
+        """Of the whole search, at most."""
+        return sum(part.passes for part in self.passes.values())
+
+    @property
+    def brought_bytes(self) -> int:
+        """What is brought to the device in these passes, at most."""
+        block_bytes = self.sizes.stored
+        if self.weights is Weights.HOST:
+            block_bytes = sum(self.sizes.blocks)
+        return self.all_passes * block_bytes
 
     def in_words(self) -> str:
         """One line."""
@@ -50,6 +77,19 @@ class Forecast:
         if self.weights is Weights.RESIDENT:
             return f"{taken}: all weights on the device"
         return f"{taken}: blocks of {gigabytes(max(self.sizes.blocks))} from the {self.weights}"
+
+    def passes_in_words(self) -> str:
+        """One line; empty where weights are resident."""
+        if not self.passes:
+            return ""
+        parts = (
+            f"{name} {'up to ' if part.is_most else ''}{part.passes}"
+            for name, part in self.passes.items()
+        )
+        return (
+            f"up to {self.all_passes} over the weights, {gigabytes(self.brought_bytes)}: "
+            f"{', '.join(parts)}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -60,4 +100,9 @@ class Forecast:
             "largest_block_bytes": max(self.sizes.blocks, default=0),
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
+            "passes": {
+                name: {"passes": part.passes, "is_most": part.is_most}
+                for name, part in self.passes.items()
+            },
+            "brought_bytes": self.brought_bytes,
         }

@@ -198,7 +198,7 @@ class Probing:
     def _work(self) -> Work:
         """What this process has taken so far."""
         session = self.shared.session
-        return Work() if session is None else Work.of(session.scorer)
+        return Work.of(None if session is None else session.scorer)
 
 
 def open_to_probe(

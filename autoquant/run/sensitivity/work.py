@@ -1,8 +1,9 @@
-"""What measuring takes besides time: passes over the weights, and what is brought for them.
+"""What measuring takes besides time: passes over the weights, what is brought for them, cores.
 
 These numbers say where the time of a search goes whose weights are streamed.
 """
 
+import time
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -23,10 +24,14 @@ class Work:
     """Of states between blocks, from the device to the host's memory or back."""
     weights_encoded: int = 0
     """How often codes of a weight, or of a product of all experts, were made."""
+    cpu_seconds: float = 0.0
+    """Of all threads of the process, whatever else the machine runs."""
 
     @classmethod
-    def of(cls, scorer: Scorer) -> Self:
-        """All that a scorer has taken since it was made, and its model since it was loaded."""
+    def of(cls, scorer: Scorer | None) -> Self:
+        """All that this process has taken so far, before it has a scorer or with it."""
+        if scorer is None:
+            return cls(cpu_seconds=time.process_time())
         quantized = scorer.quantized
         brought = quantized.brought
         return cls(
@@ -35,6 +40,7 @@ class Work:
             bytes_brought=brought.bytes,
             state_bytes_moved=scorer.room.moved_bytes,
             weights_encoded=quantized.book.encoded,
+            cpu_seconds=time.process_time(),
         )
 
     def since(self, before: Self) -> "Work":
@@ -50,4 +56,5 @@ class Work:
             "bytes_brought": self.bytes_brought,
             "state_bytes_moved": self.state_bytes_moved,
             "weights_encoded": self.weights_encoded,
+            "cpu_seconds": self.cpu_seconds,
         }

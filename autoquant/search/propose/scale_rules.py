@@ -1,7 +1,7 @@
 """The joint check of what is free at a choice's bits: what helps each group alone must help all."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -84,7 +84,12 @@ class ScaleRules:
 
 def ways_of(problem: Problem) -> Mapping[str, str]:
     """Every scale rule and rounding of a problem's choices, each with the default of its kind."""
-    choices = [choice for legal in problem.accounting.choices.values() for choice in legal]
+    return ways_among(problem.accounting.choices.values())
+
+
+def ways_among(legal: Iterable[Iterable[Choice]]) -> Mapping[str, str]:
+    """The same of the choices of every group."""
+    choices = [choice for own in legal for choice in own]
     ruled = [choice for choice in choices if choice.scale_rule is not None]
     known = {
         rule: c.format.scale_rules[0] or NEAREST

@@ -1,0 +1,129 @@
+"""How often a search passes over weights that are streamed, before it begins.
+
+The parts have the names of `work.jsonl`, which says how often it was.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from autoquant.codes.statistics_size import groups_with_moments
+from autoquant.measure.method import ProbeMethod
+from autoquant.measure.screen import measured_batches
+from autoquant.measure.sensitivity import keys_of
+from autoquant.plan.plan import Plan
+from autoquant.run.config import PlanConfig
+from autoquant.run.signature import FINALISTS
+from autoquant.search.propose.baselines import recipes
+from autoquant.search.propose.scale_rules import ways_among
+from autoquant.search.propose.shares import Effort
+
+_OPTIMA = 3
+"""Optima of the solver at most: of probes, of gradients, of one scale rule."""
+_STATE_BYTES = 2
+"""Of an element of a state between two blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Of one part of a search."""
+
+    passes: int
+    is_most: bool = False
+    """Whether what is measured decides, so that it may be fewer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streaming:
+    """What decides how many forwards go through the blocks together."""
+
+    stages: int
+    width: int
+    """Elements of a token's state."""
+    state_bytes: int
+    """Memory for states between blocks."""
+    is_gpu: bool
+
+
+def forecast_passes(config: PlanConfig, plan: Plan, streaming: Streaming) -> dict[str, Passes]:
+    """Passes over the blocks of each part of a search with these settings, in its order.
+
+    Args:
+        config: with the settings of the search.
+        plan: what it names, opened.
+        streaming: of the model on its machine.
+    """
+    waves = _waves(config, streaming)
+    found = {
+        "load": Passes(2 if streaming.is_gpu else 1),  # on a GPU, what a forward takes is measured
+        "calibrate": Passes(waves(_batches(config, config.calibration_tokens), 1)),
+    }
+    if groups_with_moments(plan.options.choices, tuple(plan.groups)):
+        found["statistics"] = Passes(1)
+    found["probe"] = _of_probes(config, plan, waves, streaming)
+    found |= _of_trials(config, plan, waves)
+    report = _batches(config, config.report_tokens)
+    most = 1 + FINALISTS + len(recipes())
+    found["confirm"] = Passes(waves(report, most) + 1, is_most=True)
+    if config.effort.polishes:
+        found["polish"] = Passes(1 + waves(report, 1), is_most=True)
+    found["inputs"] = Passes(waves(report, 1))
+    return found
+
+
+_Waves = Callable[[int, int], int]
+"""Passes of so many batches, with so many forwards of each."""
+
+
+def _batches(config: PlanConfig, tokens: int) -> int:
+    """Batches of a split, as far as the text has sequences of full length."""
+    sequences = math.ceil(tokens / config.longest)
+    return math.ceil(sequences / max(1, config.batch_tokens // config.longest))
+
+
+def _bytes_of_batch(config: PlanConfig, streaming: Streaming) -> int:
+    tokens = max(1, config.batch_tokens // config.longest) * config.longest
+    return tokens * streaming.width * _STATE_BYTES
+
+
+def _waves(config: PlanConfig, streaming: Streaming) -> _Waves:
+    each = _bytes_of_batch(config, streaming)
+
+    def waves(batches: int, forwards: int) -> int:
+        together = max(1, streaming.state_bytes // (each * forwards))
+        return math.ceil(batches / together)
+
+    return waves
+
+
+def _of_probes(config: PlanConfig, plan: Plan, waves: _Waves, streaming: Streaming) -> Passes:
+    """Gradients forward and back; the noise floor; exact probes, as many together as fit."""
+    batches = _batches(config, config.search_tokens)
+    together = max(1, streaming.state_bytes // _bytes_of_batch(config, streaming))
+    keys = [*keys_of(plan.options.choices)]
+    if config.probe is ProbeMethod.EXACT:
+        return Passes(math.ceil(len(keys) * batches / together))
+    gradients = 2 * waves(batches, streaming.stages)
+    if config.probe is ProbeMethod.GRADIENT:
+        return Passes(gradients)
+    exact = len({group for group, _ in keys}) * len(measured_batches(batches))
+    return Passes(gradients + 1 + math.ceil(exact / together))
+
+
+def _of_trials(config: PlanConfig, plan: Plan, waves: _Waves) -> Mapping[str, Passes]:
+    """Rounds of trials, each a pass where the states of all their forwards fit."""
+    batches, width = _batches(config, config.search_tokens), config.trials_at_once
+
+    def rounds(*trials: int) -> Passes:
+        passes = (
+            waves(batches, min(width, left)) for count in trials for left in range(count, 0, -width)
+        )
+        return Passes(sum(passes), is_most=True)
+
+    ways = len(ways_among(plan.options.choices.values()))
+    effort = Effort.of(config.trials)
+    return {
+        "baselines": rounds(len(recipes())),
+        "solve": rounds(_OPTIMA, ways, 1) if ways > 1 else rounds(_OPTIMA),
+        "refine": rounds(effort.runners_up, effort.refit, effort.swaps),
+    }
