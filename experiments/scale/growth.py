@@ -1,7 +1,7 @@
 """How the time of a search grows with the number of blocks, at equal width and equal tokens.
 
-Each search runs in a process of its own. Times are of its processor (`cpu_seconds` of `work.jsonl`),
-which other programs on the machine hardly change.
+Each search runs in a process of its own. Times are of its processor (`cpu_seconds` of
+`work.jsonl`), which other programs on the machine hardly change.
 """
 
 import argparse
