@@ -12,6 +12,10 @@ BASELINE = "bf16"
 """The name of the model as it is, which others are held against."""
 
 
+WINNER = "winner"
+"""The name of what a search chose."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """An assignment that tasks were run on."""

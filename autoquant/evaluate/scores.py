@@ -109,18 +109,23 @@ class TaskRow:
 
     score: TaskScore
     metric: Metric
-    to_bf16: PairedDifference | None
-    """None of BF16 itself, and where BF16 was not evaluated on these items."""
+    to_base: PairedDifference | None
+    """None of the other itself, and where it was not evaluated on these items."""
 
 
-def rows_of(scores: Iterable[TaskScore], baseline: str) -> list[TaskRow]:
-    """The table of scores: by task and figure, each assignment beside the one called `baseline`."""
+def rows_of(scores: Iterable[TaskScore], baseline: str | None) -> list[TaskRow]:
+    """The table of scores: by task and figure, each assignment beside the one called `baseline`.
+
+    Args:
+        scores: of several assignments.
+        baseline: whom each is held against; the first of those on the same items if None.
+    """
     scores = list(scores)
     places = dict.fromkeys((s.task, s.digest, m.name) for s in scores for m in s.metrics)
     rows = []
     for task, digest, name in places:
         same = [s for s in scores if (s.task, s.digest) == (task, digest) and s.metric(name)]
-        base = next((s for s in same if s.name == baseline), None)
+        base = next((s for s in same if baseline in (s.name, None)), None)
         rows += [_row(score, base, name) for score in same]
     return rows
 
@@ -133,7 +138,7 @@ def _row(score: TaskScore, base: TaskScore | None, name: str) -> TaskRow:
     difference = (
         paired_difference(metric.items, theirs.items) if pairs and theirs is not None else None
     )
-    return TaskRow(score=score, metric=metric, to_bf16=difference)
+    return TaskRow(score=score, metric=metric, to_base=difference)
 
 
 def merged(old: Iterable[TaskScore], new: Iterable[TaskScore]) -> list[TaskScore]:

@@ -5,6 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autoquant.evaluate.evaluated import WINNER
+from autoquant.evaluate.scores import TaskRow
+from autoquant.evaluate.scores import rows_of as rows_of_tasks
 from autoquant.report.figures import NORMAL_95
 from autoquant.report.html import template
 from autoquant.report.record import RunRecord
@@ -214,6 +217,21 @@ def plot_runs(records: Sequence[RunRecord], rivals: Sequence[Rival] = ()) -> "Fi
     return figure
 
 
+def task_rows(records: Sequence[RunRecord]) -> list[TaskRow]:
+    """Tasks of the runs' winners, each held against the first run's on the same items.
+
+    Scores are called by their run's label.
+    """
+    scores = [
+        replace(score, name=label)
+        for record, label in zip(records, labels(records), strict=True)
+        if record.evaluation is not None
+        for score in record.evaluation.scores
+        if score.name == WINNER
+    ]
+    return rows_of_tasks(scores, None)
+
+
 def render_comparison(records: Sequence[RunRecord], rivals: Sequence[Rival] = ()) -> str:
     """The comparison as HTML text."""
     rows = rows_of(records, rivals)
@@ -227,6 +245,7 @@ def render_comparison(records: Sequence[RunRecord], rivals: Sequence[Rival] = ()
         caveats=caveats(records),
         runs=len(records),
         notes=[*budget_notes(records), *rival_notes(records, rivals)],
+        tasks=task_rows(records),
         picture=picture,
         palette=PALETTE,
     )

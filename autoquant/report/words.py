@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autoquant.decimals import shortest
+from autoquant.evaluate.scores import TaskRow
 from autoquant.report.record import RunRecord
 from autoquant.store.run_directory import IDENTITY, RESULT, Status
 
@@ -37,6 +38,16 @@ def fixed(value: float | None, digits: int, sign: str = "") -> str:
 def percent(value: float | None) -> str:
     """A share in per cent, or a dash where there is none."""
     return "-" if value is None else f"{value:.2%}"
+
+
+def task_cells(row: TaskRow) -> tuple[str, str, str, str]:
+    """A figure of a task: value, standard error, difference to the other and its interval."""
+    paired = row.to_base
+    own = (fixed(row.metric.value, 4), fixed(row.metric.stderr, 4))
+    if paired is None:
+        return (*own, "-", "-")
+    low, high = fixed(paired.low, 4, sign="+"), fixed(paired.high, 4, sign="+")
+    return (*own, fixed(paired.mean, 4, sign="+"), f"{low} to {high}")
 
 
 def kl_range(mean: float, stderr: float | None) -> str:

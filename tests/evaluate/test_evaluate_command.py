@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from searchable import TOKEN_FLAGS, save_searchable, save_text
@@ -15,7 +16,9 @@ from autoquant.report.record import RunRecord
 from autoquant.run.config import EvaluateConfig
 from autoquant.run.evaluation.of_run import open_run
 from autoquant.run.observer import Logged
-from autoquant.store.run_directory import read_json
+from autoquant.store.run_directory import read_json, write_json
+
+EVIDENCE = Path(__file__).parents[2] / "experiments" / "evidence"
 
 
 @pytest.fixture
@@ -273,3 +276,75 @@ def test_a_source_without_a_checkpoint_is_refused(model, evaluate, choices):
 def test_an_evaluation_that_is_damaged_is_named(run, evaluate, choices):
     (run / "evaluation.json").write_text('{"schema_version": 1}')
     assert "evaluation.json" in refused(evaluate, run, choices, "--limit", 2, code=4)
+
+
+def test_a_task_that_asks_for_text_is_answered_and_filtered(model, tmp_path, evaluate, text):
+    """Examples from another split, stops, and a figure for each filter, as GSM8K has them."""
+    for name, numbers in (("train", (1, 2, 3)), ("test", (4, 5))):
+        records = [{"question": f"what is {n}", "answer": f"so #### {n}"} for n in numbers]
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    task = tmp_path / "numbers.yaml"
+    given = (EVIDENCE / "gsm8k.yaml").read_text().replace("gsm8k_held_out", "numbers")
+    given = given.replace("FOLDER", str(tmp_path)).replace("num_fewshot: 5", "num_fewshot: 1")
+    task.write_text(given.replace("do_sample: false", "do_sample: false\n  max_gen_toks: 4"))
+    rows = evaluate(model, "--calibration", text, *TOKEN_FLAGS, "--tasks", task)
+    assert [(row["metric"], row["items"]) for row in rows] == [
+        ("exact_match (strict-match)", 2),
+        ("exact_match (flexible-extract)", 2),
+    ]
+    assert all(0 <= row["value"] <= 1 for row in rows)
+
+
+def test_prompts_in_a_chat_format_that_the_model_lacks_are_refused(model, evaluate, choices, text):
+    flags = ("--chat-template", "--calibration", text, *TOKEN_FLAGS)
+    assert "chat template" in refused(evaluate, model, choices, *flags, code=4)
+
+
+def test_prompts_in_the_model_s_chat_format_are_other_items(
+    model, tmp_path, evaluate, choices, text
+):
+    spoken = shutil.copytree(model, tmp_path / "spoken")
+    config = json.loads((spoken / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    config["chat_template"] = template + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    (spoken / "tokenizer_config.json").write_text(json.dumps(config))
+    flags = ("--calibration", text, *TOKEN_FLAGS, "--tasks", choices, "--limit", 4)
+    (plain, *_), (chat, *_) = evaluate(spoken, *flags), evaluate(spoken, *flags, "--chat-template")
+    assert plain["digest"] != chat["digest"]
+
+
+def test_more_examples_are_other_items(model, evaluate, choices, text):
+    flags = ("--calibration", text, *TOKEN_FLAGS, "--tasks", choices, "--limit", 4)
+    (none, *_), (two, *_) = evaluate(model, *flags), evaluate(model, *flags, "--shots", 2)
+    assert none["digest"] != two["digest"]
+
+
+def test_runs_side_by_side_are_compared_on_the_same_items(run, autoquant, evaluate, choices):
+    other = shutil.copytree(run, run.parent / "other")
+    evaluate(run, "--tasks", choices)
+    evaluate(other, "--tasks", choices)
+    stored = json.loads((other / "evaluation.json").read_text())
+    stored.pop("checksum")
+    winner = next(s for s in stored["scores"] if s["name"] == "winner")
+    acc = winner["metrics"][0]
+    acc["items"] = [1.0 - value for value in acc["items"]]
+    acc["value"] = sum(acc["items"]) / len(acc["items"])
+    write_json(other, "evaluation.json", stored)
+    page = run.parent / "compared.html"
+    done = autoquant("compare", run, other, "--format", "json", "--out", page)
+    rows = [row for row in json.loads(done.stdout)["tasks"] if row["metric"] == "acc"]
+    assert [(row["run"], row["to_first"] is None) for row in rows] == [
+        ("run", True),
+        ("other", False),
+    ]
+    assert rows[1]["to_first"]["mean"] == pytest.approx(rows[1]["value"] - rows[0]["value"])
+    assert "<h2>Tasks</h2>" in page.read_text()
+    shown = autoquant("compare", run, other).stdout
+    assert "to the first" in shown
+
+
+def test_runs_without_tasks_have_no_table_of_them(run, autoquant):
+    done = autoquant("compare", run, "--format", "json")
+    assert "tasks" not in json.loads(done.stdout)
+    assert "to the first" not in autoquant("compare", run).stdout

@@ -72,7 +72,7 @@ def test_only_scores_on_the_same_items_are_compared():
         score_of("winner", [1, 0, 0], task="other"),
     ]
     rows = rows_of(scores, "bf16")
-    compared = {(r.score.name, r.score.task, r.score.digest): r.to_bf16 for r in rows}
+    compared = {(r.score.name, r.score.task, r.score.digest): r.to_base for r in rows}
     assert compared["winner", "words", "d"].mean == pytest.approx(-1 / 3)
     others = {key: found for key, found in compared.items() if key != ("winner", "words", "d")}
     assert set(others.values()) == {None}

@@ -9,6 +9,7 @@ from autoquant.cli.options import HeadedCommand, format_option, option, out_opti
 from autoquant.cli.output import print_json, print_table, warn
 
 if TYPE_CHECKING:
+    from autoquant.evaluate.scores import TaskRow
     from autoquant.report.compare import Rival, RunRow
     from autoquant.report.record import RunRecord
 
@@ -38,13 +39,19 @@ def command(runs: tuple[Path, ...], peer: str | None, out: Path | None, format: 
     from dataclasses import asdict
 
     from autoquant.files import write_atomic
-    from autoquant.report.compare import caveats, render_comparison, rival_notes, rows_of
+    from autoquant.report.compare import (
+        caveats,
+        render_comparison,
+        rival_notes,
+        rows_of,
+        task_rows,
+    )
     from autoquant.report.html import writing
     from autoquant.report.record import RunRecord
 
     records = [RunRecord.read(path) for path in runs]
     rivals = _rivals(records) if peer is not None else ()
-    rows = rows_of(records, rivals)
+    rows, tasks = rows_of(records, rivals), task_rows(records)
     notes = caveats(records)
     if out is not None:
         page = render_comparison(records, rivals)
@@ -52,11 +59,16 @@ def command(runs: tuple[Path, ...], peer: str | None, out: Path | None, format: 
             write_atomic(out, page)
     if format == "json":
         listed = {"runs": [asdict(row) for row in rows], "caveats": notes}
+        if tasks:
+            listed["tasks"] = [_listed_task(row) for row in tasks]
         if peer is not None:
             listed["rivals"] = [_listed(rival) for rival in rivals]
         print_json(listed | ({"report": str(out)} if out is not None else {}))
         return
     _print(rows)
+    if tasks:
+        click.echo()
+        _print_tasks(tasks)
     for note in rival_notes(records, rivals):
         click.echo(f"{note}.")
     if out is not None:
@@ -82,6 +94,37 @@ def _listed(rival: "Rival") -> dict[str, Any]:
         "kl": rival.kl,
         "groups": dict(rival.groups),
     }
+
+
+def _listed_task(row: "TaskRow") -> dict[str, Any]:
+    """A figure of a run's winner as JSON types."""
+    from dataclasses import asdict
+
+    return {
+        "run": row.score.name,
+        "task": row.score.task,
+        "metric": row.metric.name,
+        "value": row.metric.value,
+        "stderr": row.metric.stderr,
+        "items": row.score.items,
+        "to_first": None if row.to_base is None else asdict(row.to_base),
+    }
+
+
+def _print_tasks(rows: "list[TaskRow]") -> None:
+    from autoquant.report.words import task_cells
+
+    header = (
+        *("task", "figure", "run", "value", "+-", "to the first"),
+        *("95 % interval", "items"),
+    )
+    print_table(
+        header,
+        [
+            (row.score.task, row.metric.name, row.score.name, *task_cells(row), row.score.items)
+            for row in rows
+        ],
+    )
 
 
 def _print(rows: "list[RunRow]") -> None:

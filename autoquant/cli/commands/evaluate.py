@@ -50,28 +50,21 @@ def command(config: EvaluateConfig, format: str) -> None:
 
 
 def _print(found: "Evaluation") -> None:
-    from autoquant.report.words import fixed
+    from autoquant.report.words import fixed, task_cells
 
     header = (
-        *("task", "figure", "assignment", "BPE", "KL", "value", "+-", "to BF16"),
-        *("95 % interval", "items"),
+        *("task", "figure", "assignment", "BPE", "KL"),
+        *("value", "+-", "to BF16", "95 % interval", "items"),
     )
     rows = []
     for row in found.rows():
-        candidate, paired = found.candidate(row.score.name), row.to_bf16
+        candidate = found.candidate(row.score.name)
         rows.append(
             (
-                row.score.task,
-                row.metric.name,
-                row.score.name,
+                *(row.score.task, row.metric.name, row.score.name),
                 fixed(None if candidate is None else candidate.bpe, 3),
                 fixed(None if candidate is None else candidate.kl, 5),
-                fixed(row.metric.value, 4),
-                fixed(row.metric.stderr, 4),
-                "-" if paired is None else fixed(paired.mean, 4, sign="+"),
-                "-"
-                if paired is None
-                else f"{fixed(paired.low, 4, sign='+')} to {fixed(paired.high, 4, sign='+')}",
+                *task_cells(row),
                 row.score.items,
             )
         )

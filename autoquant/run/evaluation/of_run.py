@@ -6,7 +6,7 @@ from typing import Any
 
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.errors import ConfigError
-from autoquant.evaluate.evaluated import BASELINE, Candidate
+from autoquant.evaluate.evaluated import BASELINE, WINNER, Candidate
 from autoquant.formats import Choice
 from autoquant.forward.flow import BF16_MODEL
 from autoquant.plan.assignment import Assignment, require_legal
@@ -20,8 +20,6 @@ from autoquant.run.subjects.assignments import collect_for
 from autoquant.run.subjects.finished import Reopened, config_of, reopen, require_finished
 from autoquant.search.trials import Stage
 from autoquant.store.run_directory import ASSIGNMENT, STATISTICS
-
-WINNER = "winner"
 
 
 @dataclass(frozen=True, kw_only=True)

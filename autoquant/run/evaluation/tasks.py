@@ -223,7 +223,7 @@ def as_rows(found: Evaluation) -> list[dict[str, Any]]:
                 "metric": row.metric.name,
                 "value": row.metric.value,
                 "stderr": row.metric.stderr,
-                "to_bf16": None if row.to_bf16 is None else asdict(row.to_bf16),
+                "to_bf16": None if row.to_base is None else asdict(row.to_base),
             }
         )
     return rows
