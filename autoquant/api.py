@@ -94,6 +94,16 @@ class Run:
         columns = ("name", "role", "layer", "elements", "choice", "bytes", "is_open")
         return _frame(map(asdict, self._record.groups), columns).set_index("name")
 
+    def tasks(self) -> "pd.DataFrame":
+        """What `autoquant evaluate` has measured on the run's assignments; empty without it.
+
+        Columns: name (of the assignment), bpe, kl, task, items, digest (of the items), metric,
+        value, stderr, to_bf16 (mean, low and high of the difference on the same items, or None).
+        """
+        columns = ("name", "bpe", "kl", "task", "items", "digest", "metric", "value", "stderr")
+        found = self._record.evaluation
+        return _frame([] if found is None else found.table(), (*columns, "to_bf16"))
+
     def baselines(self) -> "pd.DataFrame":
         """The winner and the fixed recipes by KL on the report split.
 

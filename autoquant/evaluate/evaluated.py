@@ -48,6 +48,27 @@ class Evaluation:
         """The table, each figure beside that of BF16 on the same items."""
         return rows_of(self.scores, BASELINE)
 
+    def table(self) -> list[dict[str, Any]]:
+        """The lines of the table as JSON values, without the items."""
+        found = []
+        for row in self.rows():
+            candidate = self.candidate(row.score.name)
+            found.append(
+                {
+                    "name": row.score.name,
+                    "bpe": None if candidate is None else candidate.bpe,
+                    "kl": None if candidate is None else candidate.kl,
+                    "task": row.score.task,
+                    "items": row.score.items,
+                    "digest": row.score.digest,
+                    "metric": row.metric.name,
+                    "value": row.metric.value,
+                    "stderr": row.metric.stderr,
+                    "to_bf16": None if row.to_base is None else asdict(row.to_base),
+                }
+            )
+        return found
+
     def candidate(self, name: str) -> Candidate | None:
         return next((own for own in self.candidates if own.name == name), None)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.report.record import RunRecord
-from autoquant.run.evaluation.tasks import as_rows
 from autoquant.store.run_directory import EVALUATION, read_json
 from experiments.common import record
 
@@ -49,7 +48,7 @@ def collected(run: RunRecord, commit: str | None) -> dict[str, Any]:
             "versions": stored["versions"],
             "device": stored["device"],
             "candidates": [asdict(candidate) for candidate in run.evaluation.candidates],
-            "rows": _longest(as_rows(run.evaluation)),
+            "rows": _longest(run.evaluation.table()),
         },
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
+import autoquant as autoquant_api
 from autoquant.environment import extra
 from autoquant.errors import ConfigError
 from autoquant.evaluate.evaluated import Evaluation
@@ -79,6 +80,15 @@ def test_scores_are_kept_in_the_run_its_report_and_mlflow(run, evaluate, choices
     for score in stored.scores:
         name = f"task/words/acc/{score.name}"
         assert metrics[name] == score.metric("acc").value
+
+
+def test_scores_are_read_from_python(run, evaluate, choices):
+    assert autoquant_api.load_run(run).tasks().empty
+    rows = evaluate(run, "--tasks", choices, "--limit", 5)
+    table = autoquant_api.load_run(run).tasks()
+    assert table["value"].tolist() == [row["value"] for row in rows]
+    assert table["name"].tolist() == [row["name"] for row in rows]
+    assert table["to_bf16"][1] == rows[1]["to_bf16"]
 
 
 @pytest.mark.slow

@@ -39,12 +39,12 @@ def command(config: EvaluateConfig, format: str) -> None:
     Two assignments are compared on the same items, which is far sharper than two error bars.
     """
     from autoquant.cli.terminal import Terminal
-    from autoquant.run.evaluation.tasks import as_rows, evaluate_tasks
+    from autoquant.run.evaluation.tasks import evaluate_tasks
 
     with Terminal() as terminal:
         found = evaluate_tasks(config, terminal)
     if format == "json":
-        print_json({"model": found.model, "target": found.target, "scores": as_rows(found)})
+        print_json({"model": found.model, "target": found.target, "scores": found.table()})
     else:
         _print(found)
 

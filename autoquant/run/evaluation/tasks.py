@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -205,25 +205,3 @@ def _of_run(config: EvaluateConfig, folder: Path, observer: Observer) -> Subject
         candidates=opened.candidates,
         run=run,
     )
-
-
-def as_rows(found: Evaluation) -> list[dict[str, Any]]:
-    """The lines of the table as JSON values, without the items."""
-    rows = []
-    for row in found.rows():
-        candidate = found.candidate(row.score.name)
-        rows.append(
-            {
-                "name": row.score.name,
-                "bpe": None if candidate is None else candidate.bpe,
-                "kl": None if candidate is None else candidate.kl,
-                "task": row.score.task,
-                "items": row.score.items,
-                "digest": row.score.digest,
-                "metric": row.metric.name,
-                "value": row.metric.value,
-                "stderr": row.metric.stderr,
-                "to_bf16": None if row.to_base is None else asdict(row.to_base),
-            }
-        )
-    return rows
