@@ -55,6 +55,14 @@ def run_address(server: str, experiment: str, run: str, tab: str = "") -> str:
     return f"{server}/#/experiments/{experiment}/runs/{run}{tab}"
 
 
+def open_study(browser: Chromium, server: str) -> Any:
+    """The dashboard's page of the only study: its trials in parallel coordinates and in time."""
+    page = browser.open(f"{server}/dashboard/studies/0/smartSelection", width=1500, height=1240)
+    page.locator(".parcoords .axis-title").first.wait_for()
+    page.locator(".scatterlayer .point").first.wait_for()
+    return page
+
+
 def picture(page: Any, label: str) -> Any:
     """The picture of this label, in a page or a frame."""
     return page.locator(f'svg[aria-label="{label}"]')

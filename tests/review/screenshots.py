@@ -2,19 +2,21 @@
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mlflow.tracking import MlflowClient
-from pages import LAYER_MAP, chromium, picture, report_of, run_address
-from servers import mlflow_server
+from pages import LAYER_MAP, chromium, open_study, picture, report_of, run_address
+from servers import mlflow_server, optuna_dashboard
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 
 def take(run: Path) -> None:
-    """Write the report, and MLflow's pages of the run, as PNG."""
+    """Write the report, MLflow's pages of the run and the dashboard of its study, as PNG."""
+    take_study(run)
     store = MlflowClient(tracking_uri=f"sqlite:///{run.parent / 'mlflow.db'}")
     experiment = store.get_experiment_by_name("autoquant").experiment_id
     run_id = json.loads((run / "tracking.json").read_text())["run_id"]
@@ -37,6 +39,15 @@ def take(run: Path) -> None:
                 page.get_by_placeholder("Search metric charts").fill(curves)
             page.wait_for_timeout(3_000)  # charts are drawn a while after they are there
             page.screenshot(path=IMAGES / f"{name}.png")
+
+
+def take_study(run: Path) -> None:
+    """Write the dashboard's page of a run's study, as PNG."""
+    log = Path(tempfile.mkdtemp(prefix="autoquant-")) / "dashboard.log"
+    with chromium() as browser, optuna_dashboard(run / "study.log", log) as server:
+        page = open_study(browser, server.url)
+        page.wait_for_timeout(3_000)  # pictures move into their place
+        page.screenshot(path=IMAGES / "dashboard.png")
 
 
 if __name__ == "__main__":

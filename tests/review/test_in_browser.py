@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from optuna.trial import TrialState
 from pages import (
     CHROMIUM,
     COMPARED,
@@ -12,14 +13,16 @@ from pages import (
     LAYER_MAP,
     chromium,
     cut_off,
+    open_study,
     picture,
     report_of,
     run_address,
 )
 from searchable import TOKEN_FLAGS, save_searchable, save_text
-from servers import mlflow_server
+from servers import mlflow_server, optuna_dashboard
 
 from autoquant.api import search
+from autoquant.study.journal import read_study
 
 pytest.importorskip("playwright", reason="playwright is absent: pip install 'autoquant[test]'")
 pytestmark = [
@@ -124,4 +127,18 @@ def test_mlflow_shows_the_result_the_baselines_the_checkpoint_and_the_report(
             picture(report, label).wait_for()
         for name in baselines:
             report.get_by_role("cell", name=name, exact=True).first.wait_for()
+    assert browser.errors == []
+
+
+def test_the_dashboard_shows_the_study_by_group_and_in_time(run, browser, tmp_path):
+    study = read_study(run)
+    groups = [*study.trials[0].distributions]
+    with optuna_dashboard(run / "study.log", tmp_path / "dashboard.log") as server:
+        page = open_study(browser, server.url)
+        for label in ("Parallel Coordinate", "History"):
+            assert page.get_by_role("heading", name=label).is_visible()
+        axes = page.locator(".parcoords .axis-title")
+        assert axes.count() == 1 + len(groups)  # and the KL
+        points = page.locator(".scatterlayer .points path")
+        assert points.count() == len(study.get_trials(states=(TrialState.COMPLETE,)))
     assert browser.errors == []
