@@ -64,7 +64,8 @@ RECENT: dict[str, tuple[str, dict[str, Any]]] = {
         | _INDEXER
         | {
             "num_key_value_heads": 1,
-            "head_dim": 32,
+            "head_dim": 512,
+            "index_head_dim": 128,
             "q_lora_rank": 32,
             "o_lora_rank": 32,
             "o_groups": 2,
@@ -72,7 +73,10 @@ RECENT: dict[str, tuple[str, dict[str, Any]]] = {
             "hc_mult": 2,
             "sliding_window": 16,
             "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
-            "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+            "compress_rates": {
+                "compressed_sparse_attention": 4,
+                "heavily_compressed_attention": 128,
+            },
             "mlp_layer_types": ["hash_moe", "moe"],
             "num_nextn_predict_layers": 0,
         },

@@ -172,6 +172,7 @@ SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
         BASE
         | {
             "num_hidden_layers": 6,
+            "num_key_value_heads": 4,
             "layers_block_type": ["mamba", "hybrid"] * 3,
             "num_mem_blocks": 1,
             "mamba_d_state": 16,

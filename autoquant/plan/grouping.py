@@ -133,7 +133,7 @@ def group_tensors(
         seat = seats.get(routed["container"] if routed else name)
         linear = _linear(tensor, place)
         if seat is not None and not routed:
-            names = _engine_names(name, seat)
+            names = _engine_names(name, seat, text_config)
             linear = replace(linear, engine_names=names, is_known=seat.is_known)
         members.setdefault((place.group, place.role), []).append((linear, seat))
     groups = [_group(name, role, own) for (name, role), own in members.items()]
@@ -144,7 +144,7 @@ def group_tensors(
 def engine_names(
     linears: Iterable[str], config: Mapping[str, Any], text_config: Mapping[str, Any]
 ) -> dict[str, tuple[str, ...]]:
-    """What engines call the matrices in which they join linears, by the linear's name on disk.
+    """What else engines call the matrices that hold linears, by the linear's name on disk.
 
     Args:
         linears: names of all modules that may be linears.
@@ -152,14 +152,20 @@ def engine_names(
         text_config: of its language model.
     """
     seats = _seats(linears, engine_tables(config, text_config))
-    return {name: own for name, seat in seats.items() if (own := _engine_names(name, seat))}
+    found = {name: _engine_names(name, seat, text_config) for name, seat in seats.items()}
+    return {name: own for name, own in found.items() if own}
 
 
-def _engine_names(linear: str, seat: Matrix | None) -> tuple[str, ...]:
+def _engine_names(
+    linear: str, seat: Matrix | None, text_config: Mapping[str, Any]
+) -> tuple[str, ...]:
     layer = table.LAYER.fullmatch(linear)
     if layer is None or seat is None:
         return ()
-    return tuple(f"{layer['layer']}.{name}" for name in seat.engine_names)
+    joined = tuple(f"{layer['layer']}.{name}" for name in seat.engine_names)
+    kind, depth = text_config.get("model_type"), text_config.get("num_hidden_layers")
+    others = (table.looked_up(name, kind, depth or 0) for name in joined or (linear,))
+    return (*joined, *(name for name in others if name is not None))
 
 
 def _seats(names: Iterable[str], engines: tuple[EngineTable, ...]) -> dict[str, Matrix]:

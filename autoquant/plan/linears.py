@@ -23,7 +23,8 @@ class Linear:
     casts_to: str = ""
     """The format that keeps the codes which the source stores; empty if none does."""
     engine_names: tuple[str, ...] = ()
-    """What engines call the matrix in which they join it with others; empty if they do not."""
+    """What else engines call the matrix that holds it: the one in which they join it with others,
+    or a name that is not its path. Empty if its own name is all."""
     tensor: str = ""
     """Tensor name on disk; `{name}.weight` unless the checkpoint says otherwise."""
 

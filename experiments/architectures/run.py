@@ -1,11 +1,13 @@
-"""Every supported architecture through every command, as the table of docs/architectures.md.
+r"""Every supported architecture through every command, as the table of docs/architectures.md.
 
-    python experiments/architectures/run.py --vllm-python PYTHON --vllm-check SCRIPT
+    python experiments/architectures/run.py --vllm-python PYTHON --vllm-check SCRIPT \
+        --sglang-python PYTHON
 
 Each row is a miniature that the architecture's own transformers class makes, saved as its
-publisher saves it. A cell is what a command did with it; none is filled in by hand. The vLLM cells
-need an interpreter with vLLM, and a script that takes a checkpoint, lets vLLM load it on a CPU, and
-prints `{"modules": {name: method}}`; without them they say so.
+publisher saves it. A cell is what a command did with it; none is filled in by hand. Rows are kept
+in results/, and the page is made of them. The cells of an engine need an interpreter that has it;
+vLLM's also a script that takes a checkpoint, lets vLLM load it on a CPU, and prints
+`{"modules": {name: method}}`.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,19 +37,17 @@ from autoquant.plan.grouping import find_groups  # noqa: E402
 from autoquant.source.source import open_source  # noqa: E402
 
 PAGE = ROOT / "docs" / "architectures.md"
+RESULTS = Path(__file__).with_name("results")
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+ENGINES = ("vLLM", "SGLang")
 COLUMNS = (
-    "plan",
-    "search",
-    *(f"export {layout}" for layout in LAYOUTS),
-    "verify",
-    "verify --forward",
-    *(f"vLLM {what} {layout}" for layout in LAYOUTS for what in ("map", "load")),
+    *("plan", "search", "export", "verify", "verify --forward"),
+    *(f"{engine} {layout}" for engine in ENGINES for layout in LAYOUTS),
 )
 NOT_EVEN_SOURCE = "not here"
-"""Where this vLLM does not load the unquantized model on this machine either."""
+"""Where this engine does not load the unquantized model on this machine either."""
 
-ON_ANY_CPU = Path(__file__).with_name("vllm_on_any_cpu.py")
+HERE = Path(__file__).parent
 
 TITLES = {
     "llama": "Llama: dense",
@@ -83,6 +83,9 @@ TITLES = {
 }
 
 
+KINDS = (*ARCHITECTURES, *(f"{kind}-fp8" for kind in BLOCK_FP8))
+
+
 @dataclass
 class Row:
     """One architecture."""
@@ -104,23 +107,21 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Vllm:
-    """How to let vLLM load a checkpoint."""
+class Engine:
+    """How to let a serving engine load a checkpoint."""
 
-    python: Path
-    script: Path
+    name: str
+    command: tuple[str | Path, ...]
+    """Takes a checkpoint, prints `{"modules": {name: method}}`."""
 
     def methods(self, checkpoint: Path) -> dict[str, str]:
         """Quantization method by module.
 
         Raises:
-            RuntimeError: vLLM refused; its last words.
+            RuntimeError: the engine refused; its last words.
         """
         done = subprocess.run(
-            [self.python, ON_ANY_CPU, self.script, checkpoint],
-            capture_output=True,
-            text=True,
-            check=False,
+            [*self.command, checkpoint], capture_output=True, text=True, check=False
         )
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if re.search(r"\w+Error\b", line)]
@@ -129,7 +130,7 @@ class Vllm:
         return modules
 
     def loads(self, folder: Path) -> bool:
-        """Whether vLLM loads a model at all."""
+        """Whether the engine loads a model at all."""
         try:
             self.methods(folder)
         except RuntimeError:
@@ -141,7 +142,7 @@ def call(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
-def journey(kind: str, folder: Path, vllm: Vllm | None) -> Row:
+def journey(kind: str, folder: Path, engines: Iterable[Engine]) -> Row:
     row = Row(kind)
     own = Journey(save_published(kind, folder / "source"), folder, call)
     plan = row.run("plan", own.plan)
@@ -152,14 +153,13 @@ def journey(kind: str, folder: Path, vllm: Vllm | None) -> Row:
     row.run("verify --forward", lambda: own.verify(own.run / "checkpoint", "--forward"))
     for number, assignment in enumerate(own.mixes(plan)):
         for layout in LAYOUTS:
-            exported = row.run(
-                f"export {layout}", partial(own.export, assignment, layout, f"{layout}-{number}")
-            )
+            name = f"{layout}-{number}"
+            exported = row.run("export", partial(own.export, assignment, layout, name))
+            if exported is None:
+                continue
             row.run("verify", partial(own.verify, exported))
-            if vllm is None:
-                row.cells |= {f"vLLM {what} {layout}": "not run" for what in ("map", "load")}
-            elif exported is not None:
-                _ask_vllm(row, layout, exported, own, assignment, vllm)
+            for engine in engines:
+                _ask(engine, row, layout, exported, own, assignment)
     return row
 
 
@@ -169,19 +169,20 @@ def _require_same_kl(own: Journey, result: Mapping[str, Any]) -> None:
         raise RuntimeError(f"searched {result['kl']['mean']}, stored {measured['mean']}")
 
 
-def _ask_vllm(
-    row: Row, layout: str, exported: Path, own: Journey, assignment: Assignment, vllm: Vllm
+def _ask(
+    engine: Engine, row: Row, layout: str, exported: Path, own: Journey, assignment: Assignment
 ) -> None:
-    methods = row.run(f"vLLM load {layout}", partial(vllm.methods, exported))
-    if methods is None:
-        cell = "fails" if vllm.loads(own.source) else NOT_EVEN_SOURCE
-        row.cells |= {f"vLLM {what} {layout}": cell for what in ("map", "load")}
-    else:
-        row.run(f"vLLM map {layout}", lambda: _require_formats(methods, own, assignment))
+    """Fill the engine's cell: it loads the checkpoint, and each module has its format."""
+    column = f"{engine.name} {layout}"
+    methods = row.run(column, partial(engine.methods, exported))
+    if methods is not None:
+        row.run(column, lambda: _require_formats(methods, own, assignment))
+    elif not engine.loads(own.source):
+        row.cells[column] = NOT_EVEN_SOURCE
 
 
 def _require_formats(methods: Mapping[str, str], own: Journey, assignment: Assignment) -> None:
-    """Raise unless every group is in vLLM what the assignment says, and all else in BF16."""
+    """Raise unless every group is there what the assignment says, and all else in BF16."""
     found = {
         _place(name): _format(method) for name, method in methods.items() if "KVCache" not in method
     }
@@ -190,7 +191,7 @@ def _require_formats(methods: Mapping[str, str], own: Journey, assignment: Assig
         for linear in group.linears:
             container = experts_container(linear.name)
             names = (*linear.engine_names, *([container] if container else ()), linear.name)
-            place = next((p for p in map(_place, names) if p in found), names[0])
+            place = next((p for p in map(_place, names) if p in found), linear.name)
             wanted[place] = str(assignment[group.name].format)
     for place in wanted.keys() | found.keys():
         if found.get(place) != wanted.get(place, "bf16"):
@@ -207,6 +208,7 @@ def _place(name: str) -> str:
         (".block_sparse_moe.", ".mlp."),
         (".attn.", ".self_attn."),
         (".short_conv.", ".conv."),
+        (".mamba.mamba.", ".mamba."),
     ):
         inner = inner.replace(theirs, ours)
     return inner
@@ -228,7 +230,7 @@ def table(rows: Iterable[Row]) -> str:
     lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     notes: list[str] = []
     for row in rows:
-        cells = " | ".join(row.cells.get(column, "") for column in COLUMNS)
+        cells = " | ".join(row.cells.get(column, "not run") for column in COLUMNS)
         title = TITLES[row.kind.removesuffix("-fp8")]
         source = " (block FP8)" if row.kind.endswith("-fp8") else ""
         lines.append(f"| {title}{source} | {cells} |")
@@ -240,20 +242,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vllm-python", type=Path, help="interpreter that has vLLM")
     parser.add_argument("--vllm-check", type=Path, help="script that lets vLLM load a checkpoint")
-    parser.add_argument("--only", nargs="*", help="rows to make; the page is left alone")
+    parser.add_argument("--sglang-python", type=Path, help="interpreter that has SGLang")
+    parser.add_argument("--only", nargs="*", help="rows to make; the page keeps the others")
     arguments = parser.parse_args()
-    given = (arguments.vllm_python, arguments.vllm_check)
-    vllm = Vllm(*given) if all(given) else None
-    kinds = (*ARCHITECTURES, *(f"{kind}-fp8" for kind in BLOCK_FP8))
-    rows = []
-    for kind in arguments.only or kinds:
+    engines = []
+    if arguments.vllm_python and arguments.vllm_check:
+        script = HERE / "vllm_on_any_cpu.py"
+        engines.append(Engine("vLLM", (arguments.vllm_python, script, arguments.vllm_check)))
+    if arguments.sglang_python:
+        script = HERE / "sglang_on_any_cpu.py"
+        engines.append(Engine("SGLang", (arguments.sglang_python, script)))
+    RESULTS.mkdir(exist_ok=True)
+    for kind in arguments.only or KINDS:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(journey(kind, Path(folder), vllm))
-        print(table(rows[-1:]), flush=True)
-    if not arguments.only:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        after = rest.partition(END)[2]
-        PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}{END}{after}")
+            row = journey(kind, Path(folder), engines)
+        (RESULTS / f"{kind}.json").write_text(json.dumps(asdict(row), indent=1) + "\n")
+        print(table([row]), flush=True)
+    files = [file for kind in KINDS if (file := RESULTS / f"{kind}.json").exists()]
+    rows = [Row(**json.loads(file.read_text())) for file in files]
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

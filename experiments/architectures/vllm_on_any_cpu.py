@@ -7,12 +7,16 @@ They compute; they neither create parameters nor load them. Replaced is only wha
 so that configs, names, methods and the loader stay vLLM's own.
 """
 
+import os
 import runpy
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+for flag in ("VLLM_KIMI_K3_GEMM_AR", "VLLM_ENABLE_GEMM_RS"):  # their kernels import CUTLASS
+    os.environ[flag] = "0"
 
 torch.cpu._is_amx_tile_supported = lambda: False
 torch.cpu._is_avx512_bf16_supported = lambda: False
@@ -32,15 +36,34 @@ def dense_backend(cls: type, selected_backend: Any, attn_selector_config: Any, *
     return chosen_backend(cls, selected_backend, config, **named)
 
 
+def without_prefix_caching(cls: type, vllm_config: Any) -> None:
+    """Undo what prefix caching chose where the platform turns it off, as it does for MLA."""
+    checked_config(cls, vllm_config)
+    cache = vllm_config.cache_config
+    if not cache.enable_prefix_caching:
+        cache.mamba_block_size = None
+
+
+class OfGpu:
+    """A stream of a GPU, or an event that orders some; models make them while they are built."""
+
+    def __init__(self, *arguments: object, **named: object) -> None: ...
+
+
 chosen_backend = CpuPlatform.get_attn_backend_cls.__func__
 CpuPlatform.get_attn_backend_cls = classmethod(dense_backend)
+checked_config = CpuPlatform.check_and_update_config.__func__
+CpuPlatform.check_and_update_config = classmethod(without_prefix_caching)
+torch.cuda.Event = torch.cuda.Stream = OfGpu
 vllm.platforms._current_platform = CpuPlatform()
 
 from vllm.model_executor.layers.fused_moe import config, unquantized_fused_moe_method  # noqa: E402
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import (  # noqa: E402
     UnquantizedMoeBackend,
 )
+from vllm.model_executor.layers.mamba.gdn import olmo_gdn_linear_attn  # noqa: E402
 from vllm.model_executor.models import registry  # noqa: E402
+from vllm.triton_utils import triton  # noqa: E402
 
 
 class WithExpertsOfGpus(CpuPlatform):
@@ -61,6 +84,11 @@ unquantized_fused_moe_method.select_unquantized_moe_backend = lambda **arguments
     None,
 )
 registry._run_in_subprocess = inspect_here
+torch.library.define("_C::convert_weight_packed", "(Tensor weight) -> Tensor")  # for a kernel
+torch.library.impl("_C::convert_weight_packed", "CPU", lambda weight: weight)
+# vLLM 0.33 asks for a convolution's place in the joined one and does not hand it over
+olmo_gdn_linear_attn._make_fused_conv1d_weight_loader = lambda *sizes: lambda *tensors: None
+triton.set_allocator = lambda allocator: None  # of kernels' memory; the placeholder lacks it
 
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")

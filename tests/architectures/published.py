@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,41 @@ ONLY_PUBLISHED: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "deepseek_v32": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "deepseek_v4": {"num_hash_layers": 1, "topk_method": "noaux_tc"},
     "glm_moe_dsa": {"first_k_dense_replace": 1, "moe_layer_freq": 1, "topk_method": "noaux_tc"},
-    "lfm2": {"conv_dim": 64, "conv_dim_out": 64},
+    "lfm2": {"conv_dim": 64, "conv_dim_out": 64, "block_dim": 64, "block_ff_dim": 96},
+    "kimi_linear": {
+        "first_k_dense_replace": 1,
+        "linear_attn_config": {
+            "full_attn_layers": [2],
+            "head_dim": 16,
+            "kda_layers": [1],
+            "num_heads": 4,
+            "short_conv_kernel_size": 4,
+        },
+        "mla_use_nope": True,
+        "moe_layer_freq": 1,
+        "moe_router_activation_func": "sigmoid",
+    },
+    "llama4": {"interleave_moe_layer_step": 2},
     "lfm2_moe": {"conv_dim": 64, "conv_dim_out": 64},
 }
 """Keys of the publishers' config.json that transformers does not save; vLLM reads them."""
+
+PUBLISHED_NAMES = {
+    "deepseek_v4": {
+        r"^model\.(layers|norm)\.": r"\1.",
+        r"^model\.embed_tokens\.": "embed.",
+        r"^model\.hc_head\.hc_": "hc_head_",
+        r"\.attn\.norm\.": ".attn.kv_norm.",
+    },
+    "kimi_linear": {r"layers\.0\.block_sparse_moe\.": "layers.0.mlp."},
+    "olmo_hybrid": {
+        "attention_layer_norm": "input_layernorm",
+        "feedforward_layer_norm": "post_attention_layernorm",
+    },
+}
+"""Publishers' names where transformers 5.23, which reads both, saves others."""
 
 BLOCK = 128
 _CODES = re.compile(r".+\.layers\..+(_proj|_proj_with_mqa|\.w[123])\.weight")
@@ -76,6 +106,8 @@ def save_published(kind: str, folder: Path) -> Path:
         changes |= {"intermediate_size": 160, "hidden_size": 144}
     save_searchable(base, folder, **changes)
     add_draft_layers(base, folder)
+    if base in PUBLISHED_NAMES:
+        change_tensors(folder, lambda tensors: rename(tensors, PUBLISHED_NAMES[base]))
     if base == "minimax_m3_vl":
         write_keys_of_minimax_m3(folder)
     if base == "qwen3_vl_moe":
@@ -120,6 +152,15 @@ def add_draft_layers(kind: str, folder: Path) -> None:
 
     change_tensors(folder, add)
     change_config(folder, num_nextn_predict_layers=1)
+
+
+def rename(tensors: dict[str, torch.Tensor], names: Mapping[str, str]) -> None:
+    """Replace expressions in the tensors' names."""
+    for name in list(tensors):
+        published = name
+        for pattern, replacement in names.items():
+            published = re.sub(pattern, replacement, published)
+        tensors[published] = tensors.pop(name)
 
 
 def write_keys_of_minimax_m3(folder: Path) -> None:

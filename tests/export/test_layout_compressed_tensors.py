@@ -131,19 +131,21 @@ def test_reciprocals_of_other_tools_are_inverted(value):
     assert abs(found.double().item() * value - 1) < 2.0**-22
 
 
-def test_mixed_file_names_every_linear_once_and_fp8_first(dense, assignment):
+def test_mixed_file_names_every_matrix_once_and_fp8_first(dense, assignment):
     config = config_of(dense, assignment)
     assert (config["quant_method"], config["format"]) == (CT, "mixed-precision")
     assert config["quantization_status"] == "compressed"
     fp8, nvfp4 = config["config_groups"].values()
     assert fp8["targets"] == [O]
-    assert set(nvfp4["targets"]) == {
-        *(f"model.layers.0.self_attn.{part}_proj" for part in "qkv"),
-        *(f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up")),
-    }
+    assert sorted(nvfp4["targets"]) == sorted(
+        [
+            *(f"model.layers.0.self_attn.{part}_proj" for part in ("q", "k", "v", "qkv")),
+            *(f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "gate_up")),
+        ]
+    )
     assert (fp8["format"], nvfp4["format"]) == ("float-quantized", "nvfp4-pack-quantized")
-    linears = {linear.name for linear in find_groups(dense).linears}
-    left = linears - {*fp8["targets"], *nvfp4["targets"]}
+    named = {name for own in find_groups(dense).linears for name in (own.name, *own.engine_names)}
+    left = named - {*fp8["targets"], *nvfp4["targets"]}
     assert {*left, "lm_head", "model.embed_tokens"} == set(config["ignore"])
 
 

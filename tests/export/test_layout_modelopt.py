@@ -66,7 +66,7 @@ def test_every_linear_has_its_format_in_the_engines_eyes(kind, tmp_path):
                 assert view.form(linear.name) == assignment[group.name].form
 
 
-def test_mixed_file_names_every_linear_once_on_either_side(dense):
+def test_mixed_file_names_every_matrix_once_on_either_side(dense):
     groups = find_groups(dense)
     assignment = mixed(groups)
     flat, _ = files_of(dense, assignment)
@@ -79,8 +79,16 @@ def test_mixed_file_names_every_linear_once_on_either_side(dense):
         for linear in group.linears
         if assignment[group.name] != BF16
     }
-    assert flat["quantized_layers"] == expected
-    plain = {linear.name for linear in groups.linears} - expected.keys()
+    joined = {
+        name: expected[linear.name]
+        for linear in groups.linears
+        for name in linear.engine_names
+        if linear.name in expected
+    }
+    assert len(joined) > 1
+    assert flat["quantized_layers"] == expected | joined
+    names = {name for own in groups.linears for name in (own.name, *own.engine_names)}
+    plain = names - expected.keys() - joined.keys()
     assert plain | {"model.embed_tokens"} == set(flat["ignore"]) - {"lm_head"} | (
         plain & {"lm_head"}
     )
@@ -98,7 +106,7 @@ def test_one_format_beside_bf16_is_a_uniform_checkpoint(dense, choice, algorithm
     assert "quantized_layers" not in flat
     assert "quantized_layers" not in nested["quantization"]
     assert ("group_size" in nested["quantization"]) == (algorithm == "NVFP4")
-    attention = {f"model.layers.0.self_attn.{part}_proj" for part in "qkv"}
+    attention = {f"model.layers.0.self_attn.{part}_proj" for part in ("q", "k", "v", "qkv")}
     assert attention | {"lm_head", "model.embed_tokens"} == set(flat["ignore"])
     assert flat["config_groups"]["group_0"]["targets"] == ["Linear"]
 
@@ -205,6 +213,25 @@ def test_a_matrix_is_excluded_with_any_linear_that_an_engine_joins_in_it():
     flat["ignore"].append("model.layers.0.self_attn.b_proj")
     view, _ = modelopt_views(flat, nested, names)
     assert {view.form(linear.name) for linear in group.linears} == {BF16.form}
+
+
+def test_falcon_h1_is_declared_under_the_names_that_vllm_looks_up(tmp_path):
+    """They lack the module of attention, and state-space branches stand behind all blocks."""
+    source = open_source(save_model("falcon_h1", tmp_path))
+    groups = find_groups(source)
+    first, second = (f"model.layers.{index}" for index in range(2))
+    everywhere = uniform(groups, NVFP4_MAX)
+    kept = {f"{second}.self_attn.o_proj": BF16, f"{second}.mamba.in_proj": BF16}
+    eight = {f"{first}.mamba.in_proj": FP8}
+    flat, nested = files_of(source, everywhere.replace(kept | eight))
+    algorithms = {name: own["quant_algo"] for name, own in flat["quantized_layers"].items()}
+    assert algorithms[f"{first}.qkv_proj"] == algorithms[f"{first}.o_proj"] == "NVFP4"
+    assert (algorithms["model.2.mixer.in_proj"], algorithms["model.2.mixer.out_proj"]) == (
+        "FP8",
+        "NVFP4",
+    )
+    for excluded in (flat["ignore"], nested["quantization"]["exclude_modules"]):
+        assert {f"{second}.o_proj", "model.3.mixer.in_proj"} < set(excluded)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2_moe", "deepseek_v3"])

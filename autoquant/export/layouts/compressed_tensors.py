@@ -6,7 +6,7 @@ engines that know the experts of a checkpoint under other names find them by an 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import autoquant_kernels as kernels
@@ -21,6 +21,7 @@ from autoquant.export.layouts.modules import (
 )
 from autoquant.formats import A16, FP8, NVFP4, Choice, ScaleRule, all_formats
 from autoquant.plan.grouping import Groups
+from autoquant.plan.linears import Linear
 from autoquant.source import names as table
 from autoquant.source.headers import Headers
 
@@ -49,9 +50,10 @@ def quantization_config(
         choices: of every quantized linear by name; at least one.
         fp8_kv_cache: whether the checkpoint holds scales of an FP8 cache.
     """
-    members: dict[str, list[str]] = {}
-    for name, choice in choices.items():
-        members.setdefault(choice.form, []).append(name)
+    members: dict[str, list[Linear]] = {}
+    for linear in groups.linears:
+        if linear.name in choices:
+            members.setdefault(choices[linear.name].form, []).append(linear)
     used = sorted(
         map(Choice.parse, members), key=lambda choice: (-choice.format.weight_bits, choice.form)
     )
@@ -122,7 +124,7 @@ def form_of_group(group: Mapping[str, Any]) -> str:
     raise KeyError(f"weights of {bits} bits")
 
 
-def _targets(names: list[str]) -> list[str]:
+def _targets(linears: Iterable[Linear]) -> list[str]:
     """Every linear under all of its names, and experts as engines may look for them.
 
     Never the class of all linears: engines rename modules of vision towers, and would not find
@@ -131,9 +133,9 @@ def _targets(names: list[str]) -> list[str]:
     """
     targets: dict[str, None] = {}
     parts: dict[str, set[str]] = {}
-    for name in names:
-        targets |= dict.fromkeys(spellings(name))
-        expert = table.ROUTED_EXPERT.fullmatch(name)
+    for linear in linears:
+        targets |= dict.fromkeys((*spellings(linear.name), *linear.engine_names))
+        expert = table.ROUTED_EXPERT.fullmatch(linear.name)
         if expert:
             parts.setdefault(expert["container"], set()).add(expert["part"])
     for container in [c for c, own in parts.items() if own != _ENGINES_PARTS]:

@@ -45,7 +45,7 @@ def quantization_files(
     safe = _without_traps(ignore, groups, choices)
     algorithms = {_algorithm(choice)["quant_algo"] for choice in choices.values()}
     if len(algorithms) > 1 or safe != ignore or _keeps_inputs(choices):
-        algorithm, layers = MIXED, _quantized_layers(choices)
+        algorithm, layers = MIXED, _quantized_layers(groups, choices)
     else:
         algorithm, layers = algorithms.pop(), None
     flat = _flat(algorithm, layers, safe, choices)
@@ -55,14 +55,17 @@ def quantization_files(
     return flat, nested
 
 
-def _quantized_layers(choices: Mapping[str, Choice]) -> dict[str, dict[str, Any]]:
-    """Every quantized linear, and the container that engines look experts up by."""
+def _quantized_layers(groups: Groups, choices: Mapping[str, Choice]) -> dict[str, dict[str, Any]]:
+    """Every quantized linear, and what engines call the matrices that hold them."""
     layers: dict[str, dict[str, Any]] = {}
-    for name, choice in choices.items():
-        layers[name] = _algorithm(choice)
-        container = experts_container(name)
-        if container is not None:
-            layers |= dict.fromkeys(spellings(container), _algorithm(choice))
+    for linear in groups.linears:
+        choice = choices.get(linear.name)
+        if choice is None:
+            continue
+        layers[linear.name] = _algorithm(choice)
+        container = experts_container(linear.name)
+        names = linear.engine_names if container is None else spellings(container)
+        layers |= dict.fromkeys(names, _algorithm(choice))
     return layers
 
 

@@ -17,12 +17,17 @@ def unquantized_modules(
 ) -> list[str]:
     """Every module that holds a matrix and stays as it is, and the containers of its experts.
 
+    Joined matrices are there under the engines' names too: SGLang 0.5 has models that do not say
+    what they join, such as Llama.
+
     Args:
         headers: the source's tensors.
         groups: its layer groups.
         choices: of every quantized linear by name.
     """
-    modules = [linear.name for linear in groups.linears if linear.name not in choices]
+    left = [linear for linear in groups.linears if linear.name not in choices]
+    modules = [linear.name for linear in left]
+    modules += dict.fromkeys(name for linear in left for name in linear.engine_names)
     matrices = (tensor.name for tensor in groups.fixed if len(headers[tensor.name].shape) >= 2)
     modules += (name.removesuffix(".weight") for name in matrices)
     if not any(map(is_head, choices)):
