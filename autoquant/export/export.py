@@ -1,6 +1,7 @@
 """Export: the source checkpoint with the assigned linears quantized, streamed tensor by tensor."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -186,28 +187,32 @@ def _write_shards(
     folder: Path,
     on_bytes: Callable[[int], None],
 ) -> _Weights:
-    """Write every weight file, and read it back for its digest while the system has it cached."""
+    """Write every weight file; a thread reads it back for its digest, while the system has it
+    cached and the next one is written.
+    """
     placed: dict[str, str] = {}
-    digests: dict[str, str] = {}
     size = 0
     streamed = ahead(_quantized_tensors(source, codes))
-    for file, parts in groupby(streamed, key=lambda part: part[0].file):
-        headers = [h for h in source.headers.to_write(codes.linears) if h.file == file]
-        stored = [t for header in headers for t in _announce(header, codes, added)]
-        metadata = source.headers.metadata[file]
-        with ShardWriter(folder / file.name, stored, metadata) as shard:
-            for header, tensors in parts:
-                if tensors is None:
-                    shard.copy(header)
-                else:
-                    for name, tensor in tensors.items():
+    with ThreadPoolExecutor(1, thread_name_prefix="digests") as thread:
+        written = []
+        for file, parts in groupby(streamed, key=lambda part: part[0].file):
+            headers = [h for h in source.headers.to_write(codes.linears) if h.file == file]
+            stored = [t for header in headers for t in _announce(header, codes, added)]
+            metadata = source.headers.metadata[file]
+            with ShardWriter(folder / file.name, stored, metadata) as shard:
+                for header, tensors in parts:
+                    if tensors is None:
+                        shard.copy(header)
+                    else:
+                        for name, tensor in tensors.items():
+                            shard.put(name, tensor)
+                    for name, tensor in added.get(header.name, {}).items():
                         shard.put(name, tensor)
-                for name, tensor in added.get(header.name, {}).items():
-                    shard.put(name, tensor)
-                on_bytes(header.bytes)
-        placed |= dict.fromkeys((tensor.name for tensor in stored), file.name)
-        digests |= file_digests([folder / file.name])
-        size += shard.data_bytes
+                    on_bytes(header.bytes)
+            placed |= dict.fromkeys((tensor.name for tensor in stored), file.name)
+            written.append(thread.submit(file_digests, [folder / file.name]))
+            size += shard.data_bytes
+        digests = {name: own for done in written for name, own in done.result().items()}
     return _Weights(placed=placed, digests=digests, bytes=size)
 
 

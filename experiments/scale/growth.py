@@ -1,6 +1,6 @@
 """How the time of a search grows with the number of blocks, at equal width and equal tokens.
 
-Each search runs in a process of its own. Times are of its processor (`cpu_seconds` of
+Each search runs in a process of its own. Its times are processor seconds (`cpu_seconds` of
 `work.jsonl`), which other programs on the machine hardly change.
 """
 
@@ -22,8 +22,8 @@ from experiments.scale.make import make
 
 BLOCKS = (8, 16, 32)
 WIDTH = {
-    "hidden_size": 256,
-    "intermediate_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 128,
     "num_local_experts": 8,
     "vocab_size": 1024,
 }
@@ -36,13 +36,13 @@ def search(model: Path, out: Path) -> None:
         model,
         budget_bpe=6.0,
         calibration="stdlib",
-        calibration_tokens=2_048,
-        search_tokens=4_096,
-        report_tokens=2_048,
-        sequence_length=256,
-        batch_tokens=1_024,
+        calibration_tokens=512,
+        search_tokens=512,
+        report_tokens=512,
+        sequence_length=64,
+        batch_tokens=256,
         effort="fast",
-        trials=8,
+        trials=4,
         mlflow=False,
         export=False,
         out=out,
