@@ -97,7 +97,8 @@ def _task_of(items: ItemFile) -> dict[str, Any]:
 
     With choices, the likeliest counts: by its probability (acc), and by that over its length in
     bytes (acc_norm), as for HellaSwag. With an answer, the item is right where every token of the
-    answer is the likeliest, as greedy decoding would write it.
+    answer is the likeliest, as greedy decoding would write it; the harness puts a space before a
+    choice, and none before such an answer.
     """
     scored = ("acc", "acc_norm") if items.has_choices else ("acc",)
 
@@ -112,7 +113,7 @@ def _task_of(items: ItemFile) -> dict[str, Any]:
         "test_split": "test",
         "output_type": "multiple_choice" if items.has_choices else "loglikelihood",
         "doc_to_text": "{{query}}",
-        "doc_to_target": "{{gold}}" if items.has_choices else "{{answer}}",
+        "doc_to_target": "{{gold}}" if items.has_choices else " {{answer}}",
         **({"doc_to_choice": "choices"} if items.has_choices else {}),
         "metric_list": [
             {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in scored

@@ -13,6 +13,7 @@ import autoquant as autoquant_api
 from autoquant.environment import extra
 from autoquant.errors import ConfigError
 from autoquant.evaluate.evaluated import Evaluation
+from autoquant.evaluate.tasks import open_tasks
 from autoquant.report.record import RunRecord
 from autoquant.run.config import EvaluateConfig
 from autoquant.run.evaluation.of_run import open_run
@@ -153,6 +154,19 @@ def test_items_with_answers_ask_for_what_greedy_decoding_writes(model, tmp_path,
         lines.write('{"query": "a b", "answer": "c"}\n{"query": "b c", "answer": "d"}\n')
     rows = evaluate(model, "--calibration", text, *TOKEN_FLAGS, "--tasks", file)
     assert [(row["task"], row["metric"], row["items"]) for row in rows] == [("answers", "acc", 2)]
+
+
+def test_a_space_stands_before_a_choice_and_before_an_answer(tmp_path, choices):
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"query": "The pass key is", "answer": "82023"}\n')
+    tasks = open_tasks([str(file), str(choices)], shots=None)
+    asked = {}
+    for name, task in tasks.items():
+        task.build_all_requests(limit=1)
+        asked[name] = [instance.args for instance in task.instances]
+    assert asked["answers"] == [("The pass key is", " 82023")]
+    assert asked["words"][0] == ("the scale of a", " scale")
+    assert len(asked["words"]) == 4
 
 
 def refused(evaluate, model, tasks, *flags, code):
