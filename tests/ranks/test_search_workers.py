@@ -1,6 +1,7 @@
 """Workers share the trials of a round, and the search ends as one process ends it."""
 
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -111,7 +112,8 @@ def test_a_worker_that_is_killed_changes_nothing(made, autoquant, workers, monke
     assert "has ended (SIGKILL). What it measured is measured again by the others." in line
 
 
-def test_a_search_that_is_killed_takes_its_workers_along_and_goes_on(made, tmp_path):
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_search_that_ends_takes_its_workers_along_and_goes_on(made, tmp_path, how, code):
     folder, alone = made("llama")
     run, log = tmp_path / "run", tmp_path / "err"
     command = [*map(str, words(folder, run, *ROUND, "--workers", 2))]
@@ -125,9 +127,10 @@ def test_a_search_that_is_killed_takes_its_workers_along_and_goes_on(made, tmp_p
             assert time.monotonic() < deadline
             time.sleep(0.01)
         left = children(process.pid)
-        process.kill()
-        process.wait()
+        process.send_signal(how)
+        assert process.wait(timeout=launched.PATIENCE) == code
     assert len(left) == 1
+    assert "Traceback" not in log.read_text()
     while any(map(is_running, left)):
         assert time.monotonic() < deadline
         time.sleep(0.1)

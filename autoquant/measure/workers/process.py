@@ -77,6 +77,7 @@ class ProcessWorker:
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno() if _has_descriptor() else subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
+                process_group=0,  # an interruption from the terminal is this process's to handle
             )
 
     def _answer(self, asked: Any) -> Any:
@@ -106,13 +107,10 @@ class ProcessWorker:
 def serve(descriptor: int, evaluator_of: Callable[[Any], Evaluator]) -> None:
     """Measure for the process at the other end until that ends or closes it.
 
-    An interruption is that process's to handle: it ends this one.
-
     Args:
         descriptor: of the connection.
         evaluator_of: makes the evaluator of the order.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
     with Connection(descriptor) as leader:
         try:
