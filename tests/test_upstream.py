@@ -310,7 +310,7 @@ def test_both_libraries_are_bounded_above_the_release_that_the_tests_run_with(pa
     assert any(bound.operator == "<" for bound in wanted.specifier)
 
 
-DOCUMENTED = {"transformers.utils.logging", "__notes__"}
+DOCUMENTED = {"_exit", "transformers.utils.logging", "__notes__"}
 """By transformers, and by Python."""
 
 
