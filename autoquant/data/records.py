@@ -12,6 +12,8 @@ from autoquant.parsing import Unreadable, parse_json
 def read_records(path: Path, text: str) -> Iterator[str | Conversation]:
     """Yield the documents of JSON objects: one a line, all in one array, or a single one.
 
+    An object may hold the array, as `{"version": ..., "data": [...]}` does.
+
     Args:
         path: of the file, for messages.
         text: what it holds.
@@ -53,16 +55,33 @@ def document(record: Any, origin: str) -> str | Conversation:
 
 
 def _one_value(text: str) -> list[Any] | None:
-    """The records of a file that is a single array or object over several lines, or None."""
-    begin = text.lstrip()[:1]
-    first_line = text.strip().partition("\n")[0]
-    if begin == "[" or (begin == "{" and not first_line.rstrip().endswith("}")):
-        try:
-            value = parse_json(text)
-        except Unreadable:
-            return None
-        return value if isinstance(value, list) else [value]
-    return None
+    """The records of a file that is a single array or object, or None: it has one a line."""
+    first_line, _, rest = text.strip().partition("\n")
+    is_object = first_line.startswith("{") and not (rest and first_line.rstrip().endswith("}"))
+    if not first_line.startswith("[") and not is_object:
+        return None
+    try:
+        value = parse_json(text)
+    except Unreadable:
+        return None
+    if isinstance(value, list):
+        return value
+    return _held(value) or ([value] if rest else None)
+
+
+def _held(value: dict[str, Any]) -> list[Any]:
+    """The array that an object holds which is no record itself; empty if there is none.
+
+    Either its texts (`{"text": [...]}`), or its only array of objects.
+    """
+    texts = value.get("text")
+    if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+        return texts
+    if isinstance(texts, str) or "messages" in value or Conversation.of(value) is not None:
+        return []
+    arrays = [own for own in value.values() if isinstance(own, list) and own]
+    records = [own for own in arrays if all(isinstance(record, dict) for record in own)]
+    return records[0] if len(records) == 1 else []
 
 
 def _parse_line(path: Path, number: int, line: str) -> Any:

@@ -117,7 +117,7 @@ def loaded(checkpoint: str) -> tuple[str | None, torch.nn.Module]:
     from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
     from sglang.srt.layers.dp_attention import initialize_dp_attention
     from sglang.srt.model_loader import get_model, loader
-    from sglang.srt.runtime_context import SpawnRanks, publish
+    from sglang.srt.runtime_context import SpawnRanks, override_platform, publish
     from sglang.srt.server_args import ServerArgs
 
     torch.cuda.get_device_capability = lambda *device: (10, 0)
@@ -137,9 +137,10 @@ def loaded(checkpoint: str) -> tuple[str | None, torch.nn.Module]:
     initialize_model_parallel(backend="gloo")
     initialize_dp_attention(arguments)
     config = ModelConfig.from_server_args(arguments)
-    model = get_model(
-        model_config=config, load_config=LoadConfig(), device_config=DeviceConfig("cpu")
-    )
+    with override_platform(is_blackwell=True):  # experts ask whether the machine has NVFP4
+        model = get_model(
+            model_config=config, load_config=LoadConfig(), device_config=DeviceConfig("cpu")
+        )
     return config.quantization, model
 
 

@@ -88,6 +88,27 @@ def test_an_indented_object_is_one_record(tmp_path):
     assert load_corpus(str(tmp_path)).documents == ("one",)
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    ("around", "key", "array"),
+    [
+        ({"version": "1.0"}, "data", [{"prompt": "one"}, {"prompt": "two"}]),
+        ({}, "text", ["one", "two"]),
+    ],
+)
+def test_an_object_may_hold_the_array(tmp_path, indent, around, key, array):
+    """As SQuAD's files do, and the columns of a data set."""
+    file = tmp_path / "records.json"
+    file.write_text(json.dumps(around | {key: array}, indent=indent))
+    assert list(load_corpus(str(file)).documents) == ["one", "two"]
+
+
+def test_a_record_with_an_array_beside_its_text_is_one_record(tmp_path):
+    file = tmp_path / "records.json"
+    file.write_text(json.dumps({"text": "one", "sources": [{"url": "two"}]}))
+    assert list(load_corpus(str(file)).documents) == ["one"]
+
+
 def test_a_record_of_an_array_without_text_is_named(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"text": "fine"}, {"score": 1}]))
     assert f"{tmp_path / 'a.json'} record 2 has no text field" in refused(tmp_path).message
