@@ -7,6 +7,9 @@ import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
+LARGE_BUFFER_BYTES = 1 << 22
+"""From here on a buffer has pages of its own where blocks are streamed."""
+
 
 def keep_freed_memory() -> None:
     """Tell glibc to reuse large buffers instead of returning them to the system.
@@ -18,6 +21,17 @@ def keep_freed_memory() -> None:
     if libc is not None and hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_large_buffers() -> None:
+    """Tell glibc to give large buffers pages of their own, which it returns when they are freed.
+
+    By itself it keeps buffers like those that it has freed once, up to 32 MiB, in its heap. Weights
+    that come and go leave holes there, about a block's worth.
+    """
+    libc = _libc()
+    if libc is not None and hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BUFFER_BYTES)
 
 
 def return_freed_memory() -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from searchable import save_searchable
 
 PROGRAM = """
 import re, torch
@@ -20,6 +21,37 @@ before = resident()
 return_freed_memory()
 print(before - resident())
 """
+
+
+STREAMED = """
+import re, sys, torch
+from pathlib import Path
+from autoquant.codes.held import Weights
+from autoquant.model.loading import load_model
+from autoquant.model.streaming.placement import Allowance
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+
+allowance = Allowance(weights=Weights.DISK)
+loaded = load_model(Path(sys.argv[1]), torch.device("cpu"), allowance=allowance)
+torch.ones(2**21)  # from here on glibc by itself would keep others of its size
+tensors = [torch.ones(2**21) for _ in range(20)]
+before = resident()
+del tensors[:-1]
+print(before - resident())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other C libraries are left alone")
+def test_parts_of_blocks_that_come_and_go_leave_no_holes(tmp_path):
+    """19 tensors of 8 MiB are freed below one that stays, where blocks are streamed."""
+    folder = save_searchable("llama", tmp_path / "source")
+    done = subprocess.run(
+        [sys.executable, "-c", STREAMED, str(folder)], capture_output=True, text=True, check=True
+    )
+    assert 120 < int(done.stdout) < 180
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other C libraries are left alone")

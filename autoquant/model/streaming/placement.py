@@ -10,6 +10,7 @@ import torch
 from autoquant.codes.held import CODES_OF_A_BLOCK, Weights
 from autoquant.decimals import gigabytes
 from autoquant.errors import OutOfMemory
+from autoquant.model.memory import return_large_buffers
 from autoquant.model.streaming.blocks import BlockReader
 from autoquant.model.streaming.shared import ALONE, Peers, can_share, read_blocks
 from autoquant.model.streaming.stores import BlockStore, Resident, Streamed
@@ -114,6 +115,7 @@ def open_store(
     weights, left = choose(sizes, device, allowance, present=sizes.outside)
     if weights is Weights.RESIDENT:
         return Resident(model, reader, device), left
+    return_large_buffers()
     blocks = read_blocks(reader, peers) if weights is Weights.HOST else {}
     return Streamed(model, reader, device, in_memory=blocks), left
 
