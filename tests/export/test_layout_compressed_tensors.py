@@ -384,3 +384,14 @@ def test_nvfp4_experts_are_run_by_score_and_said_to_be(autoquant, tmp_path):
     of_out = json.loads(autoquant("score", source, "--checkpoint", tmp_path / "out", *flags).stdout)
     assert of_out["kl"] == of_mix["kl"]
     assert of_out["kl"]["mean"] > 0
+
+
+def test_experts_that_stay_are_left_out_under_the_names_that_sglang_asks(tmp_path):
+    """Of the first expert, whatever the checkpoint calls its parts."""
+    source = open_source(save_model("minimax_m2", tmp_path))
+    everywhere = uniform(find_groups(source), FP8)
+    kept = "model.layers.0.block_sparse_moe.experts"
+    ignored = config_of(source, everywhere.replace({kept: BF16}))["ignore"]
+    asked = {f"{kept}.0.{part}_proj" for part in ("gate", "up", "down")}
+    assert asked < set(ignored)
+    assert not any("layers.1" in name and ".experts.0." in name for name in ignored)

@@ -68,7 +68,10 @@ def quantization_config(
         "quantization_status": "compressed",
         "version": VERSION,
         "config_groups": config_groups,
-        "ignore": unquantized_modules(headers, groups, choices),
+        "ignore": [
+            *unquantized_modules(headers, groups, choices),
+            *_first_experts(groups, choices),
+        ],
         "kv_cache_scheme": KV_CACHE_SCHEME if fp8_kv_cache else None,
     }
 
@@ -144,6 +147,25 @@ def _targets(linears: Iterable[Linear]) -> list[str]:
         expression = "|".join(map(re.escape, containers))
         targets[rf"{EXPRESSION}({expression})\.\d+\.\w+$"] = None
     return list(targets)
+
+
+def _first_experts(groups: Groups, choices: Mapping[str, Choice]) -> list[str]:
+    """Parts of the first expert of every layer whose experts stay, by the names that SGLang asks.
+
+    It takes their answer for that of all experts of the layer.
+    """
+    parts: dict[str, set[str]] = {}
+    for linear in groups.linears:
+        expert = table.ROUTED_EXPERT.fullmatch(linear.name)
+        if expert and linear.name not in choices:
+            parts.setdefault(expert["container"], set()).add(expert["part"])
+    return [
+        f"{name}.0.{part}"
+        for container, own in parts.items()
+        if own != _ENGINES_PARTS
+        for name in spellings(container)
+        for part in sorted(_ENGINES_PARTS)
+    ]
 
 
 def transformers_caveat(groups: Groups, choices: Mapping[str, Choice]) -> str | None:
