@@ -7,6 +7,7 @@ tensors and the source, as an export would make it, and compared key by key.
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from autoquant.errors import ConfigError, SourceError
@@ -18,7 +19,7 @@ from autoquant.export.layouts.modelopt import QUANTIZATION_FILE
 from autoquant.export.read_back import QuantizedCheckpoint
 from autoquant.formats import Choice
 from autoquant.formats.kv_cache import KvCache
-from autoquant.plan.grouping import SharedExperts, group_tensors
+from autoquant.plan.grouping import Groups, SharedExperts, group_tensors
 from autoquant.plan.kv_cache import attention_modules
 from autoquant.plan.linears import LayerGroup
 from autoquant.source.contents import file_digests
@@ -70,7 +71,21 @@ def declaration_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
     except TypeError as error:
         yield f"a declaration of the quantization is not what engines read: {error}."
     else:
-        yield from _undeclared(declared, flat, nested)
+        if not lacks_joined_names(checkpoint):
+            yield from _undeclared(declared, flat, nested)
+
+
+def lacks_joined_names(checkpoint: QuantizedCheckpoint) -> bool:
+    """Whether all is declared as an export does, save for what engines call joined matrices.
+
+    That is how AutoQuant wrote checkpoints before SGLang was asked.
+    """
+    flat, file = checkpoint.config.get(_QUANTIZATION), checkpoint.path / QUANTIZATION_FILE
+    earlier = _declared(checkpoint, with_joined_names=False)
+    if earlier is None or earlier == _declared(checkpoint):
+        return False
+    nested = read_json_object(file) if earlier.files else None
+    return not [*_undeclared(earlier, flat, nested)]
 
 
 def _read_by_engines(
@@ -209,16 +224,29 @@ def _digest_problems(checkpoint: QuantizedCheckpoint, said: Any) -> Iterator[str
             yield f"{name} has changed since it was exported: its SHA-256 is {digest[:16]}..."
 
 
-def _declared(checkpoint: QuantizedCheckpoint) -> Declaration | None:
+def _declared(
+    checkpoint: QuantizedCheckpoint, *, with_joined_names: bool = True
+) -> Declaration | None:
     """What an export of the stored tensors declares; None where nothing is quantized."""
     if not checkpoint.choices:
         return None
+    groups = checkpoint.groups
     return declare(
         checkpoint.layout,
         checkpoint.source_headers,
-        checkpoint.groups,
+        groups if with_joined_names else _without_joined_names(groups),
         checkpoint.choices,
         KvCache.of(quantized=bool(checkpoint.attention)),
+    )
+
+
+def _without_joined_names(groups: Groups) -> Groups:
+    return replace(
+        groups,
+        groups=tuple(
+            replace(group, linears=tuple(replace(own, engine_names=()) for own in group.linears))
+            for group in groups.groups
+        ),
     )
 
 

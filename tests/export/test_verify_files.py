@@ -76,6 +76,37 @@ def is_refused(folder: Path) -> bool:
         return True
 
 
+def test_an_earlier_versions_declaration_is_a_note(checkpoint):
+    """It lacks what engines call joined matrices; anything else that it lacks is a problem."""
+    for file, *keys in (
+        ("config.json", "quantization_config", "quantized_layers"),
+        ("hf_quant_config.json", "quantization", "quantized_layers"),
+    ):
+        layers = json.loads((checkpoint / file).read_text())
+        for key in keys:
+            layers = layers[key]
+        own = {name: said for name, said in layers.items() if "qkv_proj" not in name}
+        own = {name: said for name, said in own.items() if "gate_up_proj" not in name}
+        assert len(own) < len(layers)
+        change(checkpoint / file, *keys, value=own)
+        whole = json.loads((checkpoint / file).read_text())[keys[0]]
+        left = whole["ignore" if "ignore" in whole else "exclude_modules"]
+        left = [name for name in left if "qkv_proj" not in name and "gate_up_proj" not in name]
+        change(
+            checkpoint / file,
+            keys[0],
+            "ignore" if "ignore" in whole else "exclude_modules",
+            value=left,
+        )
+    found = verify(checkpoint)
+    assert found.problems == ()
+    assert ["SGLang" in note for note in found.notes] == [True]
+    change(checkpoint / "config.json", "quantization_config", "quantized_layers", Q, remove=True)
+    found = verify(checkpoint)
+    assert found.problems
+    assert found.notes == ()
+
+
 @pytest.mark.parametrize("layout", Layout)
 def test_an_export_agrees_with_itself_and_keeps_what_json_lacks(source, tmp_path, layout):
     folder = exported(source, tmp_path / "out", layout)
