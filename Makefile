@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 KILLS ?= 1000
 MUTATIONS ?= 10000
 # One thread in each process of the tests is faster than all cores in one; a process takes 2 GB.
-PROCESSES ?= -n auto --maxprocesses 4 --dist loadfile
+PROCESSES ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Empty unless an interpreter of a supported version can make virtual environments.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \

@@ -17,6 +17,12 @@ settings.register_profile("autoquant", deadline=None)  # a busy machine is no fa
 settings.load_profile("autoquant")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no process ends with one while others have nothing."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_TRACKING_URI", "AUTOQUANT_KERNELS", "AUTOQUANT_CPU_PRODUCTS", "HF_TOKEN"):

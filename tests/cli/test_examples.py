@@ -123,7 +123,6 @@ def save_what_tasks_and_receipts_need(folder: Path, run: Path) -> None:
     assert task is not None
     (folder / "tasks").mkdir()
     (folder / "tasks" / "own.yaml").write_text(textwrap.dedent(task[0]))
-    shutil.copy(run / "assignment.yaml", folder / "mine.yaml")
     shutil.copy(run / "receipt.json", folder)
     for name in ("checkpoint", "downloaded"):
         shutil.copytree(run / "checkpoint", folder / name)

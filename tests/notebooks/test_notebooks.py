@@ -1,11 +1,13 @@
 """Notebooks run from nothing, and what is shown of them is their text."""
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from searchable import save_searchable
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 LARGEST = 300_000
@@ -59,7 +61,42 @@ def test_a_notebook_with_its_outputs_is_small(source):
     assert source.with_suffix(".ipynb").stat().st_size < LARGEST
 
 
+SMALLER = """
+import autoquant.run.opening
+import autoquant.source.source
+from pathlib import Path
+
+for module in (autoquant.run.opening, autoquant.source.source):
+    module.REFERENCE_MODEL = Path({folder!r})
+"""
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory) -> Path:
+    """A folder for the path, which gives every process a smaller model than the bundled one: of
+    the same architecture, with as many layers and experts.
+    """
+    folder = tmp_path_factory.mktemp("smaller")
+    model = save_searchable(
+        "minimax_m2",
+        folder / "model",
+        num_hidden_layers=6,
+        hidden_size=128,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=8,
+        tie_word_embeddings=True,
+    )
+    (folder / "sitecustomize.py").write_text(SMALLER.format(folder=str(model)))
+    return folder
+
+
 @pytest.mark.slow
-def test_a_notebook_runs_from_nothing_and_shows_the_same_kinds(source, tmp_path):
+def test_a_notebook_runs_from_nothing_and_shows_the_same_kinds(
+    source, smaller, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(smaller), prepend=os.pathsep)
     ran = RUNNER.execute(source, tmp_path)
     assert kinds(ran) == kinds(nbformat.read(source.with_suffix(".ipynb"), as_version=4))

@@ -25,8 +25,9 @@ TOKENS = TokenPlan(
 )
 
 
-@pytest.mark.parametrize("mode", [ActivationMode.W4A4, ActivationMode.W4A16])
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("llama", ActivationMode.W4A16), ("qwen3_moe", ActivationMode.W4A4)]
+)
 def test_its_scores_are_the_kl_of_each_group_in_these_codes(tmp_path, kind, mode):
     """ModelOpt's `kl_div` is the sum over the tokens that a probe takes the mean of."""
     plan = make_plan(open_source(save_searchable(kind, tmp_path / "model")), load_space("default"))
