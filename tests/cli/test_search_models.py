@@ -57,6 +57,7 @@ def test_an_architecture_of_plain_linears_is_searched(search, tmp_path):
     assert json.loads((run / "result.json").read_text())["bpe"]["checkpoint"] <= 9.5
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(autoquant, finished, text, tmp_path):
     other = save_searchable("qwen3_moe", tmp_path / "other", seed=1)
     result = autoquant(

@@ -50,6 +50,7 @@ def same(one, other):
     return as_bytes(one) == as_bytes(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_search_and_export_encode_each_choice_of_a_group_once(
     autoquant, tmp_path, monkeypatch, kind

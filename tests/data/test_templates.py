@@ -72,7 +72,9 @@ def test_a_template_that_fails_gives_no_text(tokenizer, name):
     assert Conversation((("user", "why"), ("assistant", "so"))).render(tokenizer) == "why\nso"
 
 
-@pytest.mark.parametrize("name", EXCESSIVE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow][: n != "loops"]) for n in EXCESSIVE]
+)
 def test_a_template_that_takes_too_much_is_an_error_in_any_thread_and_the_next_is_rendered(name):
     process = TemplateProcess(seconds=0, memory=2**29)
     found = []

@@ -20,6 +20,8 @@ from autoquant.run.evaluation.of_run import open_run
 from autoquant.run.observer import Logged
 from autoquant.store.run_directory import read_json, write_json
 
+pytestmark = pytest.mark.slow
+
 EVIDENCE = Path(__file__).parents[2] / "experiments" / "evidence"
 
 
@@ -64,7 +66,6 @@ def test_the_model_is_the_one_that_was_scored(run):
     assert scorer.score(bf16, split).mean == 0.0
 
 
-@pytest.mark.slow
 def test_scores_are_kept_in_the_run_its_report_and_mlflow(run, evaluate, choices):
     from mlflow.tracking import MlflowClient
 
@@ -92,7 +93,6 @@ def test_scores_are_read_from_python(run, evaluate, choices):
     assert table["to_bf16"][1] == rows[1]["to_bf16"]
 
 
-@pytest.mark.slow
 def test_a_checkpoint_answers_as_the_winner_that_it_holds(run, evaluate, choices, text):
     winner = evaluate(run, "--tasks", choices, "--assignment", "winner")
     found = evaluate(
@@ -204,14 +204,12 @@ def test_a_file_that_is_not_there_is_refused(model, tmp_path, evaluate):
         assert "does not exist" in refused(evaluate, model, tmp_path / name, code=2)
 
 
-@pytest.mark.slow
 def test_an_unknown_task_names_its_neighbours(model, evaluate):
     said = refused(evaluate, model, "helaswag", code=2)
     assert "'helaswag' is no task" in said
     assert "hellaswag" in said.partition("no file of a task")[2]
 
 
-@pytest.mark.slow
 def test_without_a_network_a_hub_s_data_set_cannot_be_had(model, evaluate):
     said = refused(evaluate, model, "hellaswag", code=4)
     assert "the data set of the task hellaswag cannot be had" in said

@@ -138,6 +138,7 @@ def test_nothing_else_changes(tmp_path):
             assert torch.equal(stored[name], tensor)
 
 
+@pytest.mark.slow
 def test_what_is_no_form_of_the_weights_comes_along_and_the_rest_is_named(tmp_path, autoquant):
     folder = save_searchable("llama", tmp_path / "source")
     shard = "model-00001-of-00001.safetensors"

@@ -54,6 +54,7 @@ def test_parts_of_blocks_that_come_and_go_leave_no_holes(tmp_path):
     assert 120 < int(done.stdout) < 180
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other C libraries are left alone")
 def test_holes_between_what_is_kept_are_returned():
     """100 tensors of 1 MiB are freed, each between two that stay."""

@@ -73,6 +73,7 @@ def test_the_kernels_count_is_of_work_and_of_the_cores_allowed(tmp_path, monkeyp
     assert CoreTimes.now().busy == ticks / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.slow
 def test_a_second_team_of_threads_comes_and_goes():
     code = """
 import os, time, torch

@@ -45,8 +45,6 @@ def test_more_processes_than_batches(folder, tmp_path):
     run = tmp_path / "run"
     error = refused([words(folder, run)] * 3, tmp_path / "logs", ConfigError.exit_code)
     assert "3 processes share 2 batches of search tokens" in error
-    processes = launched.start([words(folder, run, "--no-export")] * 2, tmp_path / "fewer")
-    assert [process.wait(timeout=launched.PATIENCE) for process in processes] == [0, 0]
 
 
 def test_a_weight_that_differs(folder, tmp_path):

@@ -8,8 +8,9 @@ from page import Page, change, page_of
 
 from autoquant.report.record import RunRecord
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 @pytest.mark.parametrize(
     ("fit", "said"),
     [
@@ -53,7 +54,6 @@ def test_errors_of_predictions_are_those_of_the_result(autoquant, run):
     assert shown == [f"{100 * error[name]:.1f}" for name in ("sum", "with_interactions")]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cost", "scope", "said"),
     [
@@ -90,7 +90,6 @@ def test_a_budget_of_stored_bits_is_a_line_on_their_axis(html):
     assert "BPE is of the whole checkpoint" not in text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "said"),
     [

@@ -11,6 +11,8 @@ from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 from autoquant.cli import cli
 
+pytestmark = pytest.mark.slow
+
 FLAGS = (*TOKEN_FLAGS, "--budget-bpe", 9, "--trials", 0, "--probe", "gradient")
 FLAGS = (*FLAGS, "--no-mlflow", "--no-export")
 
@@ -64,13 +66,11 @@ def test_versions_kernels_and_device_are_recorded(folder):
     assert recorded["device"].startswith("cpu")
 
 
-@pytest.mark.slow
 def test_going_on_in_the_same_environment_says_nothing(folder, begun):
     assert warnings(search(folder, begun)) == []
     assert len(environments(begun)) == 1
 
 
-@pytest.mark.slow
 def test_going_on_elsewhere_is_one_line_that_names_what_differs(folder, begun):
     (ours,) = environments(begun)
     change(begun, torch="1.0", device="cuda (H200)")
@@ -82,7 +82,6 @@ def test_going_on_elsewhere_is_one_line_that_names_what_differs(folder, begun):
     assert warnings(search(folder, begun)) == []  # it holds the result, and measures nothing
 
 
-@pytest.mark.slow
 def test_a_run_of_two_environments_says_so_whenever_it_measures(folder, begun):
     change(begun, torch="1.0")
     for _ in range(2):
@@ -91,7 +90,6 @@ def test_a_run_of_two_environments_says_so_whenever_it_measures(folder, begun):
     assert len(environments(begun)) == 2
 
 
-@pytest.mark.slow
 def test_a_run_that_recorded_none_goes_on(folder, begun):
     identity = json.loads((begun / "run.json").read_text())
     ours = identity.pop("environments")
@@ -100,7 +98,6 @@ def test_a_run_that_recorded_none_goes_on(folder, begun):
     assert environments(begun) == ours
 
 
-@pytest.mark.slow
 def test_probes_of_elsewhere_that_are_taken_over_are_told_too(folder, begun, tmp_path):
     change(begun, kernels="triton")
     (line,) = warnings(search(folder, tmp_path / "other", "--sensitivity", begun))
@@ -108,7 +105,6 @@ def test_probes_of_elsewhere_that_are_taken_over_are_told_too(folder, begun, tmp
     assert len(environments(tmp_path / "other")) == 2
 
 
-@pytest.mark.slow
 def test_a_trial_that_is_asked_for_later_than_elsewhere_keeps_its_number(folder, begun):
     """Elsewhere another order led to the second trial first, which was number 0 there."""
     log = begun / "study.log"

@@ -47,6 +47,7 @@ def best_of_all(knapsack):
     return min(map(knapsack.score, kept(knapsack)), default=None)
 
 
+@pytest.mark.slow
 @given(limited())
 def test_the_solution_is_the_best_of_all_that_keep_both(knapsack):
     best = best_of_all(knapsack)

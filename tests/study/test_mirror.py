@@ -75,6 +75,7 @@ def test_each_trial_is_there_as_soon_as_it_is_in_the_journal(log, trials, url):
     assert loaded(url).user_attrs[ABOUT] == log.study.user_attrs[ABOUT]
 
 
+@pytest.mark.slow
 def test_a_storage_that_goes_away_ends_no_search_and_has_all_in_the_end(log, trials, url):
     warned: list[str] = []
     storage = Going(url)
@@ -90,6 +91,7 @@ def test_a_storage_that_goes_away_ends_no_search_and_has_all_in_the_end(log, tri
     assert warned[1:] == ["the study's storage is back, and has all trials."]
 
 
+@pytest.mark.slow
 def test_what_a_storage_lacks_is_added_by_the_next_call(log, trials, url):
     warned: list[str] = []
     storage = Going(url)

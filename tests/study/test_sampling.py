@@ -55,6 +55,7 @@ def test_optunas_own_go_on_after_an_interruption(problem, name, width):
         assert facts(again.history.trials) == facts(trials)
 
 
+@pytest.mark.slow
 def test_samplers_differ(problem):
     found = set()
     for name in ("budget", *OPTUNA_SAMPLERS):
