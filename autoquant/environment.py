@@ -6,7 +6,7 @@ import platform
 import re
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,9 +89,13 @@ def describe() -> dict[str, Any]:
     }
 
 
-def package_versions() -> dict[str, str | None]:
-    """Installed version of every package that results depend on; None if it is absent."""
-    return {name: _installed(name) for name in PACKAGES}
+def package_versions(names: Container[str] = PACKAGES) -> dict[str, str | None]:
+    """Installed version of every package that results depend on; None if it is absent.
+
+    Args:
+        names: which of them are asked for.
+    """
+    return {name: _installed(name) for name in PACKAGES if name in names}
 
 
 def machine() -> dict[str, Any]:

@@ -58,13 +58,8 @@ class Evaluation:
                     "name": row.score.name,
                     "bpe": None if candidate is None else candidate.bpe,
                     "kl": None if candidate is None else candidate.kl,
-                    "task": row.score.task,
-                    "items": row.score.items,
                     "digest": row.score.digest,
-                    "metric": row.metric.name,
-                    "value": row.metric.value,
-                    "stderr": row.metric.stderr,
-                    "to_bf16": None if row.to_base is None else asdict(row.to_base),
+                    **row.to_dict(BASELINE),
                 }
             )
         return found

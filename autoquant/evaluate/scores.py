@@ -112,6 +112,21 @@ class TaskRow:
     to_base: PairedDifference | None
     """None of the other itself, and where it was not evaluated on these items."""
 
+    def to_dict(self, other: str) -> dict[str, Any]:
+        """As JSON values, without the items.
+
+        Args:
+            other: what the one is called that it is held against.
+        """
+        return {
+            "task": self.score.task,
+            "items": self.score.items,
+            "metric": self.metric.name,
+            "value": self.metric.value,
+            "stderr": self.metric.stderr,
+            f"to_{other}": None if self.to_base is None else asdict(self.to_base),
+        }
+
 
 def rows_of(scores: Iterable[TaskScore], baseline: str | None) -> list[TaskRow]:
     """The table of scores: by task and figure, each assignment beside the one called `baseline`.

@@ -32,6 +32,10 @@ _SETS = ("ignore", "exclude_modules", "targets")
 """Keys of lists of modules, whose order says nothing."""
 _WRITER = "producer.autoquant"
 """The version that wrote a checkpoint, which may be another than this one, or too old to say."""
+_WITHOUT_JOINED_NAMES = (
+    "an earlier version declared it, without the names that engines have for joined matrices: vLLM "
+    "loads it, SGLang 0.5 refuses models such as Llama. Export it again for that."
+)
 _ABSENT = object()
 _SHARED_EXPERTS: tuple[SharedExperts, ...] = ("with_routed", "separate")
 
@@ -44,8 +48,13 @@ def config_problems(checkpoint: QuantizedCheckpoint, source: Source) -> Iterator
     yield from _differences(CONFIG_FILE, found, expected, "the source has")
 
 
-def declaration_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
-    """Disagreement between what is stored and what the JSON files declare."""
+def declaration_problems(checkpoint: QuantizedCheckpoint, notes: list[str]) -> Iterator[str]:
+    """Disagreement between what is stored and what the JSON files declare.
+
+    Args:
+        checkpoint: whose files.
+        notes: gets what is no problem.
+    """
     flat = checkpoint.config.get(_QUANTIZATION)
     file = checkpoint.path / QUANTIZATION_FILE
     declared = _declared(checkpoint)
@@ -71,21 +80,12 @@ def declaration_problems(checkpoint: QuantizedCheckpoint) -> Iterator[str]:
     except TypeError as error:
         yield f"a declaration of the quantization is not what engines read: {error}."
     else:
-        if not lacks_joined_names(checkpoint):
-            yield from _undeclared(declared, flat, nested)
-
-
-def lacks_joined_names(checkpoint: QuantizedCheckpoint) -> bool:
-    """Whether all is declared as an export does, save for what engines call joined matrices.
-
-    That is how AutoQuant wrote checkpoints before SGLang was asked.
-    """
-    flat, file = checkpoint.config.get(_QUANTIZATION), checkpoint.path / QUANTIZATION_FILE
-    earlier = _declared(checkpoint, with_joined_names=False)
-    if earlier is None or earlier == _declared(checkpoint):
-        return False
-    nested = read_json_object(file) if earlier.files else None
-    return not [*_undeclared(earlier, flat, nested)]
+        problems = [*_undeclared(declared, flat, nested)]
+        earlier = _declared(checkpoint, with_joined_names=False) if problems else None
+        if earlier is None or [*_undeclared(earlier, flat, nested)]:
+            yield from problems
+        else:
+            notes.append(_WITHOUT_JOINED_NAMES)
 
 
 def _read_by_engines(

@@ -14,7 +14,6 @@ from autoquant.export.fitted import FittedCheck
 from autoquant.export.json_files import (
     config_problems,
     declaration_problems,
-    lacks_joined_names,
     provenance_problems,
     read_provenance,
 )
@@ -33,10 +32,6 @@ _WEIGHT = ".weight"
 _OLDER_DIGEST = (
     f"{AUTOQUANT_FILE} names its source by a digest of an earlier version, which covers samples of "
     "the weights and cannot be compared; the tensors themselves were."
-)
-_WITHOUT_JOINED_NAMES = (
-    "an earlier version declared it, without the names that engines have for joined matrices: vLLM "
-    "loads it, SGLang 0.5 refuses models such as Llama. Export it again for that."
 )
 
 
@@ -110,20 +105,19 @@ def verify(
     """
     checkpoint = open_quantized(folder)
     errors: dict[str, float] = {}
-    declared = [*declaration_problems(checkpoint)]
+    notes: list[str] = []
     problems = [
         *_scale_problems(checkpoint),
         *_sharing_problems(checkpoint),
-        *declared,
+        *declaration_problems(checkpoint, notes),
         *provenance_problems(checkpoint),
         *companion_problems(
             checkpoint.path, checkpoint.headers.files, None if source is None else source.path
         ),
     ]
     is_foreign = False if source is None else _is_foreign(checkpoint, source)
-    notes = [_OLDER_DIGEST] if is_foreign is None else []
-    if not declared and lacks_joined_names(checkpoint):
-        notes.append(_WITHOUT_JOINED_NAMES)
+    if is_foreign is None:
+        notes.append(_OLDER_DIGEST)
     if source is not None:
         if is_foreign:
             problems.append(f"{AUTOQUANT_FILE} names another source than {source.path}.")

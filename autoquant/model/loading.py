@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -148,11 +148,9 @@ def sizes_of(source: Source, *, trust_remote_code: bool = False) -> Sizes:
         shape = _empty(_read_config(source.path, trust_remote_code), extent, trust_remote_code)
         _, inside = by_block(shape, source.headers.to_write(()))
         reader = BlockReader(shape, inside)
-        blocks = tuple(map(reader.bytes, range(len(reader))))
-        stored = sum(map(reader.stored_bytes, range(len(reader))))
-        width = shape.get_output_embeddings().weight.shape[1]
-    held = sum(t.numel() * t.element_size() for t in (*shape.parameters(), *shape.buffers()))
-    return Sizes(outside=held - sum(blocks), blocks=blocks, stored=stored, width=width)
+        held = sum(t.numel() * t.element_size() for t in (*shape.parameters(), *shape.buffers()))
+        sizes = Sizes.of(shape, reader, outside=held)
+    return replace(sizes, outside=held - sum(sizes.blocks))
 
 
 @contextmanager

@@ -106,8 +106,7 @@ def make_result(
         "uncalibrated": list(calibration.unseen),
         "seed": config.seed,
         "device": str(session.loaded.device),
-        "versions": {"autoquant": autoquant.__version__}
-        | {name: found for name, found in package_versions().items() if name in PACKAGES},
+        "versions": {"autoquant": autoquant.__version__} | package_versions(PACKAGES),
         "python": sys.version.split()[0],
         "machine": f"{platform.system()} {platform.machine()}",
     }

@@ -60,7 +60,7 @@ def command(runs: tuple[Path, ...], peer: str | None, out: Path | None, format: 
     if format == "json":
         listed = {"runs": [asdict(row) for row in rows], "caveats": notes}
         if tasks:
-            listed["tasks"] = [_listed_task(row) for row in tasks]
+            listed["tasks"] = [{"run": row.score.name, **row.to_dict("first")} for row in tasks]
         if peer is not None:
             listed["rivals"] = [_listed(rival) for rival in rivals]
         print_json(listed | ({"report": str(out)} if out is not None else {}))
@@ -93,21 +93,6 @@ def _listed(rival: "Rival") -> dict[str, Any]:
         "bpe": rival.bpe,
         "kl": rival.kl,
         "groups": dict(rival.groups),
-    }
-
-
-def _listed_task(row: "TaskRow") -> dict[str, Any]:
-    """A figure of a run's winner as JSON types."""
-    from dataclasses import asdict
-
-    return {
-        "run": row.score.name,
-        "task": row.score.task,
-        "metric": row.metric.name,
-        "value": row.metric.value,
-        "stderr": row.metric.stderr,
-        "items": row.score.items,
-        "to_first": None if row.to_base is None else asdict(row.to_base),
     }
 
 

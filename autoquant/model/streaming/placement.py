@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -52,6 +52,17 @@ class Sizes:
     """Of the blocks, as the checkpoint's files hold them."""
     width: int
     """Elements of a token's state between two blocks."""
+
+    @classmethod
+    def of(cls, model: Any, reader: BlockReader, *, outside: int) -> Self:
+        """Of a model, or of its shape alone, and of its blocks' content."""
+        numbers = range(len(reader))
+        return cls(
+            outside=outside,
+            blocks=tuple(map(reader.bytes, numbers)),
+            stored=sum(map(reader.stored_bytes, numbers)),
+            width=model.get_output_embeddings().weight.shape[1],
+        )
 
     @property
     def all(self) -> int:
@@ -106,12 +117,8 @@ def open_store(
         SourceError: a weight is not finite, or cannot be read.
     """
     outside = (t for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
-    sizes = Sizes(
-        outside=sum(t.numel() * t.element_size() for t in outside),
-        blocks=tuple(map(reader.bytes, range(len(reader)))),
-        stored=sum(map(reader.stored_bytes, range(len(reader)))),
-        width=model.get_output_embeddings().weight.shape[1],
-    )
+    held = sum(t.numel() * t.element_size() for t in outside)
+    sizes = Sizes.of(model, reader, outside=held)
     weights, left = choose(sizes, device, allowance, present=sizes.outside)
     if weights is Weights.RESIDENT:
         return Resident(model, reader, device), left

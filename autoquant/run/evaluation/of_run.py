@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.errors import ConfigError
@@ -17,7 +16,7 @@ from autoquant.run.observer import Observer
 from autoquant.run.opening import open_model
 from autoquant.run.polishing import is_polished, make_polish
 from autoquant.run.subjects.assignments import collect_for
-from autoquant.run.subjects.finished import Reopened, config_of, reopen, require_finished
+from autoquant.run.subjects.finished import Reopened, config_of, placing, reopen, require_finished
 from autoquant.search.trials import Stage
 from autoquant.store.run_directory import ASSIGNMENT, STATISTICS
 
@@ -45,7 +44,7 @@ def open_run(run: RunRecord, config: EvaluateConfig, observer: Observer) -> Open
     result = require_finished(run)
     names = config.assignment or (BASELINE, WINNER)
     chosen = {name: _assignment(run, name) for name in names}
-    settings = config_of(run, **_of_this_machine(config))
+    settings = config_of(run, **placing(config))
     reopened = reopen(
         run,
         settings,
@@ -66,15 +65,6 @@ def open_run(run: RunRecord, config: EvaluateConfig, observer: Observer) -> Open
         session=session,
         candidates=tuple((_candidate(run, reopened, n, own), own) for n, own in chosen.items()),
     )
-
-
-def _of_this_machine(config: EvaluateConfig) -> dict[str, Any]:
-    """Settings that concern where a run is measured again, as far as they are given."""
-    names = ("device", "device_memory", "host_memory")
-    given = {name: getattr(config, name) for name in names}
-    return {name: value for name, value in given.items() if value is not None} | {
-        "weights": config.weights
-    }
 
 
 def _assignment(run: RunRecord, name: str) -> Assignment:

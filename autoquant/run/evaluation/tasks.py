@@ -96,7 +96,7 @@ def _facts(config: EvaluateConfig, session: Session, seconds: float) -> dict[str
         "device": str(session.loaded.device),
         "seconds": seconds,
         "versions": {"autoquant": autoquant.__version__, "lm-eval": _harness_version()}
-        | {name: found for name, found in package_versions().items() if name in PACKAGES},
+        | package_versions(PACKAGES),
     }
 
 

@@ -77,13 +77,15 @@ _Waves = Callable[[int, int], int]
 
 def _batches(config: PlanConfig, tokens: int) -> int:
     """Batches of a split, as far as the text has sequences of full length."""
-    sequences = math.ceil(tokens / config.longest)
-    return math.ceil(sequences / max(1, config.batch_tokens // config.longest))
+    return math.ceil(math.ceil(tokens / config.longest) / _sequences_of_batch(config))
+
+
+def _sequences_of_batch(config: PlanConfig) -> int:
+    return max(1, config.batch_tokens // config.longest)
 
 
 def _bytes_of_batch(config: PlanConfig, streaming: Streaming) -> int:
-    tokens = max(1, config.batch_tokens // config.longest) * config.longest
-    return tokens * streaming.width * _STATE_BYTES
+    return _sequences_of_batch(config) * config.longest * streaming.width * _STATE_BYTES
 
 
 def _waves(config: PlanConfig, streaming: Streaming) -> _Waves:

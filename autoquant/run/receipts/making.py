@@ -9,7 +9,8 @@ from autoquant.data.tokens import FEWEST_UNITS
 from autoquant.environment import git_commit, package_versions
 from autoquant.errors import ConfigError, SourceError
 from autoquant.export.companions import AUTOQUANT_FILE
-from autoquant.export.read_back import open_quantized
+from autoquant.export.layouts.modelopt import QUANTIZATION_FILE
+from autoquant.export.read_back import QuantizedCheckpoint, open_quantized
 from autoquant.measure.kl import TokenScores
 from autoquant.report.record import RunRecord
 from autoquant.run.config import MeasuredConfig, ReceiptConfig
@@ -29,7 +30,7 @@ from autoquant.run.receipts.receipt import (
     digest_of_code,
 )
 from autoquant.run.subjects.assignments import Opened, open_checkpoint
-from autoquant.run.subjects.finished import config_of
+from autoquant.run.subjects.finished import config_of, placing
 from autoquant.run.subjects.source import source_of
 from autoquant.source.contents import file_digests
 from autoquant.source.source import CONFIG_FILE, Source
@@ -37,7 +38,7 @@ from autoquant.store.run_directory import CHECKPOINT, IDENTITY
 
 PACKAGES = ("torch", "transformers", "numpy", "safetensors")
 
-_DECLARATIONS = (CONFIG_FILE, "hf_quant_config.json")
+_DECLARATIONS = (CONFIG_FILE, QUANTIZATION_FILE)
 """What engines read of a checkpoint besides its weights."""
 
 
@@ -80,8 +81,7 @@ def _named(config: ReceiptConfig) -> Path:
 
 def here(config: ReceiptConfig) -> dict[str, object]:
     """Settings of this machine, which no result depends on, as far as they are given."""
-    names = ("device", "weights", "device_memory", "host_memory", "trust_remote_code")
-    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    return placing(config) | {"trust_remote_code": config.trust_remote_code}
 
 
 def measured(
@@ -97,7 +97,8 @@ def measured(
     observer.stage("hash", 2)
     files = file_digests(source.headers.files)
     observer.step()
-    stored = _checkpoint_files(checkpoint)
+    exported = open_quantized(checkpoint)
+    stored = _checkpoint_files(exported)
     observer.step()
     opened = open_checkpoint(config, source, checkpoint, observer)
     (assignment,) = opened.assignments
@@ -118,7 +119,7 @@ def measured(
         source=SourceFacts(
             model=source.model, revision=source.revision, digest=source.digest, files=files
         ),
-        checkpoint=_facts_of(opened, stored, checkpoint),
+        checkpoint=_facts_of(opened, stored, exported),
         tokens=TokenFacts(
             digest=split.digest,
             tokens=split.tokens,
@@ -131,22 +132,23 @@ def measured(
         code=CodeFacts(
             autoquant=autoquant.__version__, commit=git_commit(), digest=digest_of_code()
         ),
-        versions={name: found for name, found in package_versions().items() if name in PACKAGES},
+        versions=package_versions(PACKAGES),
         python=sys.version.split()[0],
         machine=f"{platform.system()} {platform.machine()}",
         device=str(opened.session.loaded.device),
     )
 
 
-def _checkpoint_files(checkpoint: Path) -> dict[str, str]:
-    weights = open_quantized(checkpoint).headers.files
-    declared = (checkpoint / name for name in _DECLARATIONS)
-    return file_digests([*weights, *(file for file in declared if file.exists())])
+def _checkpoint_files(exported: QuantizedCheckpoint) -> dict[str, str]:
+    declared = (exported.path / name for name in _DECLARATIONS)
+    return file_digests([*exported.headers.files, *(file for file in declared if file.exists())])
 
 
-def _facts_of(opened: Opened, files: dict[str, str], checkpoint: Path) -> CheckpointFacts:
+def _facts_of(
+    opened: Opened, files: dict[str, str], exported: QuantizedCheckpoint
+) -> CheckpointFacts:
     (assignment,) = opened.assignments
-    size = open_quantized(checkpoint).headers.bytes
+    size = exported.headers.bytes
     return CheckpointFacts(
         files=files,
         assignment=assignment.digest,

@@ -15,6 +15,7 @@ from autoquant.plan.plan import Plan
 from autoquant.report.record import RunRecord
 from autoquant.run.config import SearchConfig
 from autoquant.run.config.file import read_settings
+from autoquant.run.config.parts import MemoryConfig
 from autoquant.run.measuring import open_measuring, use_calibration
 from autoquant.run.observer import Observer
 from autoquant.run.opening import open_plan
@@ -56,6 +57,12 @@ def config_of(run: RunRecord, **changes: Any) -> SearchConfig:
     budget = require_finished(run)["budget_bpe"]
     settings = read_settings(run.path / CONFIG, SearchConfig)
     return SearchConfig.of(settings | {"budget_bpe": [budget]} | changes)
+
+
+def placing(config: MemoryConfig) -> dict[str, Any]:
+    """Settings that say where a model is measured, as far as they are given."""
+    names = ("device", "weights", "device_memory", "host_memory")
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
 
 
 def subject_of(result: Mapping[str, Any]) -> dict[str, Any]:
