@@ -1,10 +1,13 @@
 """Several processes that run `autoquant` together, as a launcher starts them."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -54,6 +57,24 @@ def start(
                 )
             )
     return processes
+
+
+def wait_for(line: str, printed: Callable[[], str], process: subprocess.Popen[bytes]) -> None:
+    """Return when a running process has printed a line that matches."""
+    deadline = time.monotonic() + PATIENCE
+    while not re.search(line, printed(), re.MULTILINE):
+        assert process.poll() is None, printed()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextmanager
+def alone(words: Sequence[object], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process for a command line, whose standard error goes into a file."""
+    with log.open("wb") as stderr:
+        yield subprocess.Popen(
+            [*_AUTOQUANT, *map(str, words)], stdout=subprocess.DEVNULL, stderr=stderr
+        )
 
 
 def printed(folder: Path, rank: int, stream: str) -> str:

@@ -2,9 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
-import time
 
 import launched
 import optuna
@@ -93,16 +90,8 @@ def test_a_server_that_goes_away_ends_no_search_and_the_same_command_adds_the_re
 def interrupted(folder, run, server):
     """What a search prints whose storage ends behind its second trial."""
     log = run.with_suffix(".err")
-    command = [*map(str, words(folder, run, "--study-storage", server.url))]
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "autoquant", *command], stdout=subprocess.DEVNULL, stderr=stderr
-        )
-        deadline = time.monotonic() + launched.PATIENCE
-        while not re.search(r"^trial   1", log.read_text(), re.MULTILINE):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+    with launched.alone(words(folder, run, "--study-storage", server.url), log) as process:
+        launched.wait_for("^trial   1", log.read_text, process)
         server.stop()
         assert process.wait(timeout=launched.PATIENCE) == 0, log.read_text()
     return log.read_text()

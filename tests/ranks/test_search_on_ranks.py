@@ -1,10 +1,9 @@
 """Processes that share a search end as one process does, and none waits for one that is gone."""
 
 import json
-import re
 import subprocess
 import sys
-import time
+from functools import partial
 
 import launched
 import pytest
@@ -87,11 +86,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes(made, kind, size,
 
 def kill_at(line, victim, processes, logs):
     """End a process when the leader prints a line, and wait for the others to end by themselves."""
-    deadline = time.monotonic() + launched.PATIENCE
-    while not re.search(line, launched.printed(logs, 0, "err"), re.MULTILINE):
-        assert processes[0].poll() is None, launched.printed(logs, 0, "err")
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    launched.wait_for(line, partial(launched.printed, logs, 0, "err"), processes[0])
     processes[victim].kill()
     return [process.wait(timeout=launched.PATIENCE) for process in processes]
 

@@ -1,6 +1,5 @@
 """Workers share the trials of a round, and the search ends as one process ends it."""
 
-import re
 import signal
 import subprocess
 import sys
@@ -116,16 +115,10 @@ def test_a_worker_that_is_killed_changes_nothing(made, autoquant, workers, monke
 def test_a_search_that_ends_takes_its_workers_along_and_goes_on(made, tmp_path, how, code):
     folder, alone = made("llama")
     run, log = tmp_path / "run", tmp_path / "err"
-    command = [*map(str, words(folder, run, *ROUND, "--workers", 2))]
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "autoquant", *command], stdout=subprocess.DEVNULL, stderr=stderr
-        )
+    command = words(folder, run, *ROUND, "--workers", 2)
+    with launched.alone(command, log) as process:
         deadline = time.monotonic() + launched.PATIENCE
-        while not re.search(r"^trial   4", log.read_text(), re.MULTILINE):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        launched.wait_for("^trial   4", log.read_text, process)
         left = children(process.pid)
         process.send_signal(how)
         assert process.wait(timeout=launched.PATIENCE) == code
@@ -134,8 +127,8 @@ def test_a_search_that_ends_takes_its_workers_along_and_goes_on(made, tmp_path, 
     while any(map(is_running, left)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    again = subprocess.run([sys.executable, "-m", "autoquant", *command], capture_output=True)
-    assert again.returncode == 0, again.stderr.decode()
+    with launched.alone(command, log) as again:
+        assert again.wait(timeout=launched.PATIENCE) == 0, log.read_text()
     assert told(run) == alone
 
 
