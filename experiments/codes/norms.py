@@ -26,8 +26,8 @@ from autoquant.measure.polish.visitor import polish
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.budget import Scope
+from experiments.common import record
 from experiments.common.bench import Bench
-from experiments.common.record import provenance, write
 from experiments.common.subjects import Subject
 
 ROWS = 8
@@ -118,15 +118,14 @@ def main() -> None:
         print(f"{model.mean_kl(held_out) / before:.4f} of the KL before", flush=True)
     for own in parameters:
         own.data = own.data.bfloat16().float() if own.ndim else own.data  # as they are stored
-    settings = {name: _said_of(value) for name, value in vars(arguments).items() if name != "out"}
     result = {
-        "settings": settings,
+        "settings": record.settings(arguments),
         "parameters": sum(own.numel() for own in parameters),
         "kl_before": before,
         "kl_after": model.mean_kl(held_out),
         "seconds": time.monotonic() - started,
     }
-    write(arguments.out, result | provenance(None))
+    record.write(arguments.out, result | record.provenance(None))
     print(result)
 
 
@@ -164,10 +163,6 @@ def _rows(split: Split) -> torch.Tensor:
     """The sequences of full length, [R, L]."""
     longest = max(batch.shape[1] for batch in split.batches)
     return torch.cat([batch for batch in split.batches if batch.shape[1] == longest])
-
-
-def _said_of(value: Any) -> Any:
-    return value.name if isinstance(value, Path) else value
 
 
 def _arguments() -> argparse.Namespace:

@@ -30,7 +30,7 @@ from autoquant.plan.plan import Plan, make_plan
 from autoquant.plan.space_file import load_space
 from autoquant.run.observer import Logged
 from autoquant.source.source import open_source
-from experiments.common.record import provenance, write
+from experiments.common import record
 
 CHOICES = (
     *("nvfp4/max", "nvfp4/mse", "nvfp4/four_over_six", "nvfp4/diagonal", "nvfp4/hessian"),
@@ -53,8 +53,8 @@ def main() -> None:
         for text in filter(None, (arguments.text, arguments.unlike)):
             for mode in MODES:
                 rows += study.scored(arguments.choices, text, mode)
-    settings = {name: _said_of(value) for name, value in vars(arguments).items() if name != "out"}
-    write(arguments.out, {"settings": settings, "rows": rows} | provenance(arguments.commit))
+    result = {"settings": record.settings(arguments), "rows": rows}
+    record.write(arguments.out, result | record.provenance(arguments.commit))
 
 
 class Study:
@@ -127,7 +127,7 @@ class Study:
                 if text == self._arguments.text:
                     yield self._polish(session, assignment, name, mode)
             (scores,) = session.scorer.score_fully([assignment], split)
-            row = {"part": "score", "choice": name, "mode": str(mode), "text": _said_of(text)}
+            row = {"part": "score", "choice": name, "mode": str(mode), "text": record.said(text)}
             yield _said(
                 row | {"kl": scores.mean, "stderr": scores.stderr(), "tokens": split.tokens}
             )
@@ -162,11 +162,6 @@ class Study:
             statistics=self._statistics,
             observer=Logged(),
         )
-
-
-def _said_of(value: Any) -> Any:
-    """A setting without the folders of this machine."""
-    return Path(value).name if isinstance(value, (str, Path)) and "/" in str(value) else value
 
 
 def _said(row: dict[str, Any]) -> dict[str, Any]:

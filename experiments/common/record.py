@@ -1,5 +1,6 @@
 """Results as JSON files that say what made them."""
 
+import argparse
 import json
 import platform
 import subprocess
@@ -20,6 +21,17 @@ def provenance(commit: str | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of a command line but for `out`, without the folders of this machine."""
+    return {name: said(value) for name, value in vars(arguments).items() if name != "out"}
+
+
+def said(value: Any) -> Any:
+    """A value of a setting; of a file or a folder its name alone."""
+    is_place = isinstance(value, Path) or (isinstance(value, str) and Path(value).exists())
+    return Path(value).name if is_place else value
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

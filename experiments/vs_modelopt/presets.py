@@ -12,17 +12,18 @@ fresh tokens counts.
 """
 
 import argparse
-import dataclasses
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import autoquant
 from autoquant.api import Run
 from autoquant.data.tokens import Split, TokenPlan
-from autoquant.formats import Choice
+from autoquant.export.layouts.presets import presets
+from autoquant.formats import NVFP4
 from autoquant.measure.calibration import Calibration
 from autoquant.measure.kl import TokenKl
 from autoquant.modelopt.peer import METHODS, Peer
@@ -32,19 +33,18 @@ from autoquant.plan.budget import Scope
 from autoquant.report.record import RunRecord
 from autoquant.run.observer import Logged
 from autoquant.run.polishing import is_polished, make_polish
-from autoquant.search.confirm import paired_difference
+from autoquant.search.problem import Problem
 from autoquant.store.run_directory import ASSIGNMENT
 from experiments.common import record
 from experiments.common.bench import Bench
 from experiments.common.subjects import add_arguments, subject
+from experiments.vs_modelopt.run import contender, difference
 
 PRESETS = {
-    "NVFP4_DEFAULT_CFG": "nvfp4/max",
-    "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG": "nvfp4/mse",
-    "NVFP4_FOUR_OVER_SIX_CFG": "nvfp4/four_over_six",
-    "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG": "nvfp4/hessian",
-    "NVFP4_DEFAULT_CFG, gptq": "nvfp4/max/gptq",
-}
+    name: choice
+    for name, choice in presets().items()
+    if choice.format == NVFP4.format and not choice.keeps_input
+} | {"NVFP4_DEFAULT_CFG, gptq": replace(NVFP4, rounding="gptq")}
 """ModelOpt's presets for NVFP4, and the choice whose codes stand for each."""
 
 BUDGETS = (4.75, 5.0, 5.5, 6.0)
@@ -52,6 +52,7 @@ BUDGETS = (4.75, 5.0, 5.5, 6.0)
 
 def main() -> None:
     arguments = _arguments()
+    arguments.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         bench = _bench(arguments, Path(folder))
         fresh = bench.fresh(arguments.fresh_tokens)
@@ -66,7 +67,7 @@ def main() -> None:
         }
         best: list[TokenKl | None] = [None] * len(arguments.budgets)
         for preset, method in ((p, m) for p in arguments.presets for m in METHODS):
-            peer = Peer(bench.plan, bench.session, method, Choice.parse(PRESETS[preset]))
+            peer = Peer(bench.plan, bench.session, method, PRESETS[preset])
             for number, cell in enumerate(result["cells"]):
                 row, kl = _of_peer(bench, peer, cell["budget_bpe"], fresh)
                 cell["modelopt"][f"{preset} {method}"] = row
@@ -75,7 +76,7 @@ def main() -> None:
         for cell, run, rival in zip(
             result["cells"], _searched(bench, arguments), best, strict=True
         ):
-            cell["autoquant"] = _of_run(bench, run, fresh, rival)
+            cell["autoquant"] = _of_run(bench, run, cell["budget_bpe"], fresh, rival)
             record.write(arguments.out, result)
 
 
@@ -88,7 +89,7 @@ def _bench(arguments: argparse.Namespace, folder: Path) -> Bench:
         seed=arguments.seed,
     )
     mode = ActivationMode(arguments.mode)
-    searched = dataclasses.replace(chosen, scope=Scope.SEARCHED)
+    searched = replace(chosen, scope=Scope.SEARCHED)
     return Bench(searched, "default", tokens, arguments.device, mode, folder)
 
 
@@ -102,10 +103,12 @@ def _of_peer(
         return None, None
     kl, assignment = min(tried, key=lambda pair: pair[0].mean)
     seconds = peer.seconds["calibrate and score"] + peer.seconds["solve"]
-    return _row(bench, assignment, kl) | {"tried": len(tried), "seconds": seconds}, kl
+    return _row(bench, problem, assignment, kl) | {"tried": len(tried), "seconds": seconds}, kl
 
 
-def _of_run(bench: Bench, run: Run, fresh: Split, rival: TokenKl | None) -> dict[str, Any]:
+def _of_run(
+    bench: Bench, run: Run, bpe: float, fresh: Split, rival: TokenKl | None
+) -> dict[str, Any]:
     """What a search chose, polish included, on the fresh tokens."""
     result: Mapping[str, Any] = run.result or {}
     assignment = Assignment.read(run.path / ASSIGNMENT)
@@ -118,30 +121,19 @@ def _of_run(bench: Bench, run: Run, fresh: Split, rival: TokenKl | None) -> dict
     if not math.isclose(report, result["kl"]["mean"], rel_tol=1e-9):
         raise RuntimeError(f"{run.path}: {report} here, {result['kl']['mean']} in its result")
     kl = session.scorer.score(assignment, fresh)
-    row = _row(bench, assignment, kl) | {
+    row = _row(bench, bench.unmeasured_problem(bpe), assignment, kl) | {
         "is_polished": is_polished(assignment),
         "seconds": result["seconds"]["total"],
     }
     if rival is not None:
-        difference = paired_difference(kl, rival, seed=0)
-        row["to_best_peer"] = {
-            "ratio": kl.mean / rival.mean,
-            "low": 1 + difference.low / rival.mean,
-            "high": 1 + difference.high / rival.mean,
-        }
+        row["to_best_peer"] = difference(kl, rival)
     print(row, flush=True)
     return row
 
 
-def _row(bench: Bench, assignment: Assignment, kl: TokenKl) -> dict[str, Any]:
-    accounting = bench.plan.accounting
-    return {
-        "digest": assignment.digest,
-        "kl": kl.mean,
-        "stderr": kl.stderr(),
-        "searched_bpe": bench.plan.limit(bench.subject.budget(6.0)).taken(assignment),
-        "checkpoint_bytes": accounting.checkpoint_bytes(assignment),
-    }
+def _row(bench: Bench, problem: Problem, assignment: Assignment, kl: TokenKl) -> dict[str, Any]:
+    size = bench.plan.accounting.checkpoint_bytes(assignment)
+    return contender(problem, assignment, kl) | {"checkpoint_bytes": size}
 
 
 def _searched(bench: Bench, arguments: argparse.Namespace) -> Iterator[Run]:

@@ -183,16 +183,17 @@ def against(ours: TokenKl, peer: TokenKl | None, fixed: TokenKl | None) -> dict[
     """Paired differences to the best peer and the best baseline, 95 % intervals."""
     rivals = {"to_peer": peer, "to_baseline": fixed}
     return {
-        name: None if rival is None else _difference(ours, rival) for name, rival in rivals.items()
+        name: None if rival is None else difference(ours, rival) for name, rival in rivals.items()
     }
 
 
-def _difference(ours: TokenKl, rival: TokenKl) -> dict[str, float]:
-    difference = paired_difference(ours, rival, seed=0)
+def difference(ours: TokenKl, rival: TokenKl) -> dict[str, float]:
+    """The ratio of two KL, and the interval of their difference over the rival's."""
+    paired = paired_difference(ours, rival, seed=0)
     return {
         "ratio": ours.mean / rival.mean,
-        "low": difference.low / rival.mean,
-        "high": difference.high / rival.mean,
+        "low": paired.low / rival.mean,
+        "high": paired.high / rival.mean,
     }
 
 
