@@ -194,7 +194,7 @@ class QuantizedModel:
         """Codes of every group and choice."""
         self._context = _Context(mode=mode, book=self.book, decoded=Kept(decoded_bytes, recent))
         self._experts: list[_ExpertsForward] = []
-        self._uses = _uses(model, [slot for _, slot in self._slots])
+        self._uses = uses_of(model, [slot for _, slot in self._slots])
         for state, slot in self._slots:
             self._install(state, slot)
 
@@ -358,7 +358,7 @@ class QuantizedModel:
             self._experts.append(hook)
 
 
-def _uses(model: Any, slots: Iterable[Slot]) -> dict[str, list[Any]]:
+def uses_of(model: Any, slots: Iterable[Slot]) -> dict[str, list[Any]]:
     """The modules that multiply with each slot's weight, by the slot's name.
 
     There are several where layers share a parameter, which a checkpoint stores once (Zamba2).
