@@ -48,8 +48,6 @@ from autoquant.study.sampling import sampler_of
 from autoquant.study.space import StudySpace
 from experiments.common.subjects import Subject
 
-BATCH_TOKENS = 4096
-
 
 @dataclass(frozen=True)
 class Remembering:
@@ -141,7 +139,7 @@ class Bench:
         more = make_splits(corpus, self.session.loaded.tokenizer, longer)["report"]
         seen = {row.tokens for split in self.splits.values() for row in _rows(split)}
         rows = [row for row in _rows(more) if row.tokens not in seen]
-        return batched("fresh", rows, BATCH_TOKENS)
+        return batched("fresh", rows, self.tokens.batch_tokens)
 
     def score(self, assignment: Assignment, split: Split) -> TokenKl:
         """KL of every token; measured once per assignment and split."""

@@ -13,15 +13,22 @@ fresh tokens counts.
 
 import argparse
 import math
+import multiprocessing
+import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import autoquant
 from autoquant.api import Run
 from autoquant.data.tokens import Split, TokenPlan
+from autoquant.errors import first_line
 from autoquant.export.layouts.presets import presets
 from autoquant.formats import NVFP4
 from autoquant.measure.calibration import Calibration
@@ -50,53 +57,128 @@ PRESETS = {
 BUDGETS = (4.75, 5.0, 5.5, 6.0)
 
 
+Found = tuple[dict[str, Any] | None, TokenKl | None]
+"""Of a contender at a budget: its row, and its KL on the fresh tokens; None where nothing fits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What every contender is given."""
+
+    subject: str
+    models: Path
+    texts: Path
+    seed: int
+    mode: str
+    effort: str
+    device: str
+    budgets: tuple[float, ...]
+    calibration_tokens: int
+    search_tokens: int
+    report_tokens: int
+    fresh_tokens: int
+    batch_tokens: int
+    work: Path
+    threads: int
+    """Of each process."""
+
+
 def main() -> None:
     arguments = _arguments()
     arguments.work.mkdir(parents=True, exist_ok=True)
+    names = Settings.__dataclass_fields__.keys() & vars(arguments).keys()
+    own = {name: getattr(arguments, name) for name in names} | {
+        "budgets": tuple(arguments.budgets),
+        "threads": max(1, (os.cpu_count() or 1) // arguments.processes),
+    }
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-        bench = _bench(arguments, Path(folder))
-        fresh = bench.fresh(arguments.fresh_tokens)
-        result = record.provenance(arguments.commit) | {
-            "subject": bench.subject.name,
-            "seed": arguments.seed,
-            "mode": str(bench.mode),
-            "effort": arguments.effort,
-            "tokens": {name: split.tokens for name, split in bench.splits.items()}
-            | {"fresh": fresh.tokens},
-            "cells": [{"budget_bpe": bpe, "modelopt": {}} for bpe in arguments.budgets],
+        settings = Settings(**own | {"work": Path(folder)})
+        table = _Table(settings, arguments)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
+            tasks: dict[Future[list[Found]], str | float] = {}
+            for bpe in settings.budgets:
+                tasks[pool.submit(_of_search, settings, bpe)] = bpe
+            for preset, method in ((p, m) for p in arguments.presets for m in METHODS):
+                tasks[pool.submit(_of_peer, settings, preset, method)] = f"{preset} {method}"
+            for done in as_completed(tasks):
+                table.put(tasks[done], done)
+
+
+class _Table:
+    """The result, written again whenever a contender has come to an end."""
+
+    def __init__(self, settings: Settings, arguments: argparse.Namespace) -> None:
+        self._out = arguments.out
+        self._result = record.provenance(arguments.commit) | {
+            name: value for name, value in record.settings(arguments).items() if name != "commit"
         }
-        best: list[TokenKl | None] = [None] * len(arguments.budgets)
-        for preset, method in ((p, m) for p in arguments.presets for m in METHODS):
-            peer = Peer(bench.plan, bench.session, method, PRESETS[preset])
-            for number, cell in enumerate(result["cells"]):
-                row, kl = _of_peer(bench, peer, cell["budget_bpe"], fresh)
-                cell["modelopt"][f"{preset} {method}"] = row
-                best[number] = min(filter(None, (best[number], kl)), key=_mean, default=None)
-            record.write(arguments.out, result)
-        for cell, run, rival in zip(
-            result["cells"], _searched(bench, arguments), best, strict=True
-        ):
-            cell["autoquant"] = _of_run(bench, run, cell["budget_bpe"], fresh, rival)
-            record.write(arguments.out, result)
+        self._cells = {bpe: _Cell() for bpe in settings.budgets}
+        self._failed: dict[str, str] = {}
+
+    def put(self, name: str | float, done: Future[list[Found]]) -> None:
+        """Take in a contender: the name of a peer, or the budget of a search."""
+        if isinstance(name, float):
+            ((self._cells[name].row, self._cells[name].kl),) = done.result()
+        elif error := done.exception():
+            self._failed[name] = first_line(error)
+        else:
+            for cell, found in zip(self._cells.values(), done.result(), strict=True):
+                cell.peers[name] = found
+        cells = [{"budget_bpe": bpe} | cell.to_dict() for bpe, cell in self._cells.items()]
+        record.write(self._out, self._result | {"failed": self._failed, "cells": cells})
 
 
-def _bench(arguments: argparse.Namespace, folder: Path) -> Bench:
-    chosen = subject(arguments.subject, arguments.models, arguments.texts)
+class _Cell:
+    """All contenders at one budget."""
+
+    def __init__(self) -> None:
+        self.peers: dict[str, Found] = {}
+        self.row: dict[str, Any] | None = None
+        self.kl: TokenKl | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        best = min((kl for _, kl in self.peers.values() if kl), key=_mean, default=None)
+        ours = self.row
+        if ours is not None and self.kl is not None and best is not None:
+            ours = ours | {"to_best_peer": difference(self.kl, best)}
+        return {"modelopt": {name: row for name, (row, _) in self.peers.items()}} | (
+            {} if ours is None else {"autoquant": ours}
+        )
+
+
+@cache
+def _bench(settings: Settings) -> Bench:
+    """The model, its tokens and codes, once in each process."""
+    torch.set_num_threads(settings.threads)
+    chosen = subject(settings.subject, settings.models, settings.texts)
     tokens = TokenPlan(
-        calibration=arguments.calibration_tokens,
-        search=arguments.search_tokens,
-        report=arguments.report_tokens,
-        seed=arguments.seed,
+        calibration=settings.calibration_tokens,
+        search=settings.search_tokens,
+        report=settings.report_tokens,
+        batch_tokens=settings.batch_tokens,
+        seed=settings.seed,
     )
-    mode = ActivationMode(arguments.mode)
     searched = replace(chosen, scope=Scope.SEARCHED)
-    return Bench(searched, "default", tokens, arguments.device, mode, folder)
+    folder = settings.work / f"codes-{os.getpid()}"
+    mode = ActivationMode(settings.mode)
+    return Bench(searched, "default", tokens, settings.device, mode, folder)
 
 
-def _of_peer(
-    bench: Bench, peer: Peer, bpe: float, fresh: Split
-) -> tuple[dict[str, Any] | None, TokenKl | None]:
-    """The best on the fresh tokens of what ModelOpt's solver finds around a budget."""
+@cache
+def _fresh(settings: Settings) -> Split:
+    return _bench(settings).fresh(settings.fresh_tokens)
+
+
+def _of_peer(settings: Settings, preset: str, method: str) -> list[Found]:
+    """What ModelOpt's solver finds around each budget: the best of it on the fresh tokens."""
+    bench = _bench(settings)
+    bench.session.quantized.set_input_scales(bench.calibration.scales())
+    peer = Peer(bench.plan, bench.session, method, PRESETS[preset])
+    return [_best(bench, peer, bpe, _fresh(settings)) for bpe in settings.budgets]
+
+
+def _best(bench: Bench, peer: Peer, bpe: float, fresh: Split) -> Found:
     problem = bench.unmeasured_problem(bpe)
     tried = [(bench.score(own, fresh), own) for own in peer.choices(problem)]
     if not tried:
@@ -106,10 +188,10 @@ def _of_peer(
     return _row(bench, problem, assignment, kl) | {"tried": len(tried), "seconds": seconds}, kl
 
 
-def _of_run(
-    bench: Bench, run: Run, bpe: float, fresh: Split, rival: TokenKl | None
-) -> dict[str, Any]:
+def _of_search(settings: Settings, bpe: float) -> list[Found]:
     """What a search chose, polish included, on the fresh tokens."""
+    bench = _bench(settings)
+    run = _searched(bench, settings, bpe)
     result: Mapping[str, Any] = run.result or {}
     assignment = Assignment.read(run.path / ASSIGNMENT)
     session = bench.session
@@ -120,15 +202,13 @@ def _of_run(
     report = session.scorer.score(assignment, bench.splits["report"]).mean
     if not math.isclose(report, result["kl"]["mean"], rel_tol=1e-9):
         raise RuntimeError(f"{run.path}: {report} here, {result['kl']['mean']} in its result")
-    kl = session.scorer.score(assignment, fresh)
+    kl = session.scorer.score(assignment, _fresh(settings))
     row = _row(bench, bench.unmeasured_problem(bpe), assignment, kl) | {
         "is_polished": is_polished(assignment),
         "seconds": result["seconds"]["total"],
     }
-    if rival is not None:
-        row["to_best_peer"] = difference(kl, rival)
     print(row, flush=True)
-    return row
+    return [(row, kl)]
 
 
 def _row(bench: Bench, problem: Problem, assignment: Assignment, kl: TokenKl) -> dict[str, Any]:
@@ -136,23 +216,24 @@ def _row(bench: Bench, problem: Problem, assignment: Assignment, kl: TokenKl) ->
     return contender(problem, assignment, kl) | {"checkpoint_bytes": size}
 
 
-def _searched(bench: Bench, arguments: argparse.Namespace) -> Iterator[Run]:
-    yield from autoquant.search_budgets(
+def _searched(bench: Bench, settings: Settings, bpe: float) -> Run:
+    return autoquant.search(
         bench.subject.path,
-        budgets_bpe=arguments.budgets,
+        budget_bpe=bpe,
         budget_scope=str(bench.subject.scope),
         calibration=str(bench.subject.text),
-        calibration_tokens=arguments.calibration_tokens,
-        search_tokens=arguments.search_tokens,
-        report_tokens=arguments.report_tokens,
+        calibration_tokens=settings.calibration_tokens,
+        search_tokens=settings.search_tokens,
+        report_tokens=settings.report_tokens,
         sequence_length=bench.tokens.sequence_length,
-        batch_tokens=bench.tokens.batch_tokens,
-        activation_mode=arguments.mode,
-        effort=arguments.effort,
-        seed=arguments.seed,
-        device=arguments.device,
+        batch_tokens=settings.batch_tokens,
+        activation_mode=settings.mode,
+        effort=settings.effort,
+        seed=settings.seed,
+        device=settings.device,
         mlflow=False,
-        out=arguments.work / f"{bench.subject.name}-{arguments.mode}-{arguments.seed}",
+        export=False,
+        out=settings.work / f"search-{bpe}",
     )
 
 
@@ -171,6 +252,10 @@ def _arguments() -> argparse.Namespace:
     for name in ("calibration", "search", "report"):
         default = getattr(TokenPlan(), name)
         parser.add_argument(f"--{name}-tokens", type=int, default=default)
+    parser.add_argument("--batch-tokens", type=int, default=TokenPlan().batch_tokens)
+    parser.add_argument(
+        "--processes", type=int, default=1, help="contenders at a time, whose seconds are then more"
+    )
     return parser.parse_args()
 
 

@@ -25,8 +25,11 @@ SHAPES = ((4096, 4096), (8192, 28672), (32768, 4096))
 REPEATS = 100
 FLUSH_BYTES = 1 << 30
 MATRICES = 128
+COMPENSATED_BYTES = 8 + (8 + 1 + 1) / 16
+"""An element: float32 weights and errors; a block: codes, and a scale that is read and written."""
 HEAD = (32768, 4096, 131072)
 SCALE_RULES = ("mse", "four_over_six")
+WEIGHTED_RULES = ("diagonal", "hessian")
 
 
 def main() -> None:
@@ -61,12 +64,24 @@ def check_bits() -> None:
         assert_equal(expected, ak.fake_quant_nvfp4(x.cuda(), g))
         reference.fake_quant_fp8(x, [g], expected)
         assert_equal(expected, ak.fake_quant_fp8(x.cuda(), g))
-        for rule in ("max", *SCALE_RULES):
-            reference.fake_quant_nvfp4_weight(x, [g], rule, None, expected)
-            assert_equal(expected, ak.fake_quant_nvfp4_weight(x.cuda(), g, rule=rule))
-            codes, scales = ak.quantize_nvfp4(x.cuda(), g, rule=rule)
+        weighs = moments(x.shape[1])
+        for rule in ("max", *SCALE_RULES, *WEIGHTED_RULES):
+            m = weighs.get(rule)
+            reference.fake_quant_nvfp4_weight(
+                x, [g], rule, None if m is None else m[None], expected
+            )
+            m = None if m is None else m.cuda()
+            assert_equal(expected, ak.fake_quant_nvfp4_weight(x.cuda(), g, rule=rule, moments=m))
+            codes, scales = ak.quantize_nvfp4(x.cuda(), g, rule=rule, moments=m)
             assert_equal(expected, ak.dequantize_nvfp4(codes, scales, g, dtype=dtype))
     print("bits equal the reference's")
+
+
+def moments(columns: int) -> dict[str, Tensor]:
+    """Of blocks of inputs that depend on each other, by the rule that weighs by them."""
+    inputs = torch.randn(256, columns // 16, 16) @ torch.randn(16, 16)
+    blocks = torch.einsum("tbi,tbj->bij", inputs, inputs) / len(inputs)
+    return {"hessian": blocks, "diagonal": blocks.diagonal(dim1=1, dim2=2).contiguous()}
 
 
 def modelopt_kernel(x: Tensor, g: Tensor, out: Tensor) -> None:
@@ -146,7 +161,11 @@ def operations(shape: tuple[int, int]) -> dict[str, tuple[str, float, Callable[[
     fp8 = ak.quantize_fp8(x, scale)
     device_g = torch.tensor(g, device="cuda")
     weight = ak.fake_quant_nvfp4_weight
+    weighted = triton_backend.fake_quant_nvfp4_weight  # moments are not searched for NaN each time
     each = ak.nvfp4_global_scale(x.abs().view(MATRICES, -1).amax(dim=1))
+    weighs = {rule: own.cuda()[None] for rule, own in moments(shape[1]).items()}
+    rows, first = x.view(-1, 16).float(), scales.view(-1)
+    carries = torch.linalg.cholesky(weighs["hessian"][0, 0].inverse(), upper=True)
     return {
         "copy": ("torch", 4, lambda: out.copy_(x)),
         "fake_quant_nvfp4": ("triton", 4, lambda: ak.fake_quant_nvfp4(x, g, out=out)),
@@ -174,6 +193,26 @@ def operations(shape: tuple[int, int]) -> dict[str, tuple[str, float, Callable[[
             lambda: weight(x, g256, rule="four_over_six", out=out),
         ),
         "weight mse": ("triton", 4, lambda: weight(x, g, rule="mse", out=out)),
+        "weight diagonal": (
+            "triton",
+            4,
+            lambda: weighted(x, [g], "diagonal", weighs["diagonal"], out),
+        ),
+        "weight hessian": (
+            "triton",
+            4,
+            lambda: weighted(x, [g], "hessian", weighs["hessian"], out),
+        ),
+        "compensate": (
+            "triton",
+            COMPENSATED_BYTES,
+            lambda: ak.compensate_nvfp4(rows, carries, g, first, search=False),
+        ),
+        "compensate, scales searched": (
+            "triton",
+            COMPENSATED_BYTES,
+            lambda: ak.compensate_nvfp4(rows, carries, g, first, search=True),
+        ),
     }
 
 
