@@ -10,14 +10,16 @@ products keep their shapes and results do not depend on who else is on the way.
 Shapes: B sequences, L tokens, H hidden.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 
 from autoquant.forward.room import Room
 from autoquant.forward.trunk import Part, Trunk, Visitor
+from autoquant.model.inputs import Clips
 from autoquant.model.live import QuantizedModel
 from autoquant.model.waiting import waits
 from autoquant.plan.assignment import Assignment
@@ -43,6 +45,10 @@ class Flow:
     """A forward of the same batch that agrees with this one before `start`."""
     keep: bool = False
     """Whether other forwards may later start anywhere between stages."""
+    inside: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Makes what is in force while it runs a stage, and for no other forward."""
+    clips: dict[int, Clips] | None = None
+    """What it clips of its inputs in each stage, where that is counted."""
     states: States = ()
     boundaries: list[States] = field(default_factory=list)
     """States before each stage, where they are kept."""
@@ -78,16 +84,34 @@ class Flow:
             tensors.append(self._hidden)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    def clipped(self) -> dict[str, tuple[int, int]]:
+        """Input elements of each set that it clipped, and all that it quantized, as far as that is
+        counted.
+        """
+        found: dict[str, tuple[int, int]] = {}
+        for clips in (self.clips or {}).values():
+            for name, (beyond, elements) in clips.counted().items():
+                before = found.get(name, (0, 0))
+                found[name] = before[0] + beyond, before[1] + elements
+        return found
+
     def begin(self) -> None:
         """Take the state before `start`, from the tokens or the other forward."""
         if self.after is None:
             self.states = tuple(part.state for part in self.parts)
             return
+        self._take_clips(self.after)
         known = self.after.boundaries
         self.states = known[self.start] if self.start < len(known) else self.after.states
         if self.keep:
             self.boundaries = known[: self.start]
         self.after = None
+
+    def _take_clips(self, other: "Flow") -> None:
+        """Count what the stages before `start` clip, which only the other forward runs."""
+        if self.clips is not None:
+            assert other.clips is not None, "the other forward counts nothing"
+            self.clips |= {s: own for s, own in other.clips.items() if s < self.start}
 
     def advance(self, trunk: Trunk, stage: int, room: Room, alive: int) -> None:
         """Run a stage, whose weights are there.
@@ -112,6 +136,7 @@ class Flow:
     def finish(self, trunk: Trunk, room: Room) -> None:
         """Compute the final hidden states; the last state is not needed any more."""
         if self.after is not None:  # it differs behind the last stage alone
+            self._take_clips(self.after)
             self._hidden, self.boundaries = self.after.hidden, self.after.boundaries
             self.after = None
             return
@@ -141,10 +166,17 @@ class Flows:
         try:
             for flow in self._by_weights(stage, alive):
                 self.quantized.apply(flow.assignment, with_cache=flow.with_cache)
-                flow.advance(self.trunk, stage, self.room, len(alive))
+                with flow.inside(), self._counting(flow, stage):
+                    flow.advance(self.trunk, stage, self.room, len(alive))
         finally:
             self.quantized.apply(BF16_MODEL)
             self.quantized.forget_inputs()
+
+    def _counting(self, flow: Flow, stage: int) -> AbstractContextManager[None]:
+        """Count what a forward clips in a stage, where it is to."""
+        if flow.clips is None:
+            return nullcontext()
+        return self.quantized.counting(flow.clips.setdefault(stage, Clips()))
 
     def _by_weights(self, stage: int, flows: Sequence[Flow]) -> list[Flow]:
         """Forwards that multiply with the same weights behind each other, since memory holds the

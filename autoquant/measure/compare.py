@@ -30,6 +30,8 @@ class Batch:
     """Final hidden states of the BF16 model, [B, L, H], once they are known."""
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
     """Reference logit tiles by first token, as far as memory allows."""
+    noise: TokenKl | None = None
+    """KL between two BF16 runs, once it is known."""
     previous: Flow | None = None
     """The last candidate that was measured alone, with its states."""
 
@@ -108,7 +110,14 @@ class Comparison:
             for name, values in tile.items():
                 columns.setdefault(name, []).append(values)
         joined = {name: torch.cat(values).cpu().numpy() for name, values in columns.items()}
-        return TokenScores(sequence=batch.sequence, unit=batch.units, **joined)
+        return TokenScores(
+            sequence=batch.sequence,
+            unit=batch.units,
+            kl=joined["kl"],
+            agrees=joined["agrees"],
+            nll_reference=joined["nll_reference"],
+            nll=joined["nll"],
+        )
 
     def _tiles(
         self, batch: Batch, hidden: torch.Tensor

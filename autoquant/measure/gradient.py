@@ -70,6 +70,7 @@ def gradient_probe(
     keep: Callable[[BatchEstimate], None],
     *,
     seed: int,
+    with_noise: bool = False,
 ) -> list[BatchEstimate]:
     """Estimate every key on every batch that is not done yet.
 
@@ -80,6 +81,7 @@ def gradient_probe(
         done: estimates of an earlier process with the same keys and seed.
         keep: called with each new batch before the next begins.
         seed: of the random factors.
+        with_noise: measure what the scorer's `noise` says on the way.
 
     Returns:
         The estimates of each batch.
@@ -90,7 +92,7 @@ def gradient_probe(
     results = {estimate.batch: estimate for estimate in done}
     missing = [batch for batch in range(len(split.batches)) if batch not in results]
     for wave in scorer.waves(split, missing, forwards=scorer.trunk.stages):
-        for estimate in estimate_batches(scorer, split, wave, keys, seed):
+        for estimate in estimate_batches(scorer, split, wave, keys, seed, with_noise):
             results[estimate.batch] = estimate
             keep(estimate)
     return list(results.values())
@@ -105,7 +107,12 @@ def mean_estimate(
 
 @together
 def estimate_batches(
-    scorer: Scorer, split: Split, batches: Sequence[int], keys: Sequence[Key], seed: int
+    scorer: Scorer,
+    split: Split,
+    batches: Sequence[int],
+    keys: Sequence[Key],
+    seed: int,
+    with_noise: bool = False,
 ) -> list[BatchEstimate]:
     """Estimate every key on some batches, each dealt to a rank.
 
@@ -113,17 +120,22 @@ def estimate_batches(
         NoGradient: an architecture or a kernel without a backward pass.
     """
     own = scorer.ranks.dealt(batches)
-    return scorer.ranks.gathered(lambda: [*_estimates(scorer, split, own, keys, seed)])
+    return scorer.ranks.gathered(lambda: [*_estimates(scorer, split, own, keys, seed, with_noise)])
 
 
 def _estimates(
-    scorer: Scorer, split: Split, batches: Sequence[int], keys: Sequence[Key], seed: int
+    scorer: Scorer,
+    split: Split,
+    batches: Sequence[int],
+    keys: Sequence[Key],
+    seed: int,
+    with_noise: bool,
 ) -> Iterator[BatchEstimate]:
     """Estimate the groups inside blocks; behind them, in the head, the exact KL costs no more."""
     head = {group.name for group in scorer.quantized.groups if group.layer is None}
     inside = [key for key in keys if key[0] not in head]
     behind = [key for key in keys if key[0] in head]
-    flows = scorer.bf16_states(split, batches)
+    flows = scorer.bf16_states(split, batches, with_noise=with_noise)
     effects = _effects(scorer, flows, batches, inside, seed) if inside else [{} for _ in flows]
     for batch, flow, found in zip(batches, flows, effects, strict=True):
         probes = [_of_effects(batch, key, found[key]) for key in inside]

@@ -3,8 +3,8 @@
 Shapes: T tokens, S sequences, V vocabulary.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -33,8 +33,8 @@ class TokenKl:
         offsets = np.cumsum([0] + [int(part.sequence[-1]) + 1 for part in parts[:-1]])
         columns = {
             name: np.concatenate([getattr(part, name) for part in parts])
-            for name in parts[0].__dict__
-            if name != "sequence"
+            for name, own in parts[0].__dict__.items()
+            if name != "sequence" and isinstance(own, np.ndarray)
         }
         sequence = [part.sequence + offset for part, offset in zip(parts, offsets, strict=True)]
         return cls(**columns, sequence=np.concatenate(sequence))
@@ -94,6 +94,19 @@ class TokenScores(TokenKl):
     """Negative log-likelihood of the actual next token under BF16, nats; NaN at sequence ends."""
     nll: Floats
     """The same under the candidate."""
+    clipped: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Input elements of each set that were beyond what its scale holds, and all that were
+    quantized, where that was counted."""
+
+    @classmethod
+    def joined(cls, batches: Iterable[Self]) -> Self:
+        """Consecutive batches as one; what is clipped of their inputs is summed."""
+        parts, clipped = list(batches), dict[str, tuple[int, int]]()
+        for part in parts:
+            for name, (beyond, elements) in part.clipped.items():
+                before = clipped.get(name, (0, 0))
+                clipped[name] = before[0] + beyond, before[1] + elements
+        return replace(super().joined(parts), clipped=clipped)
 
     def top1_agreement(self) -> float:
         return float(self.agrees.mean())

@@ -11,13 +11,16 @@ Shapes: B sequences, L tokens, H hidden, V vocabulary.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, zip_longest
 from typing import TypeVar
 
 import torch
 
 from autoquant.data.tokens import Split
+from autoquant.forward.again import second_forward
 from autoquant.forward.check import check_forward, limit_memory
+from autoquant.forward.differences import Differences
 from autoquant.forward.flow import BF16_MODEL, Flow, walk
 from autoquant.forward.head import Head
 from autoquant.forward.room import Room
@@ -67,7 +70,7 @@ class Scorer:
         self._cache = Cache(cache_bytes)
         self._comparison = Comparison(self.head, self._cache)
         self._batches: dict[tuple[str, int], Batch] = {}
-        self._layer = self._first_layers()
+        self._differences = Differences(self.trunk, quantized)
 
     def check(self, split: Split) -> None:
         """Verify on one sequence that block by block gives the model's own logits.
@@ -112,6 +115,13 @@ class Scorer:
         states = forwards * max((self._state_bytes(split, index) for index in batches), default=1)
         return self.room.waves(batches, states, ranks=self.ranks.size)
 
+    def fitting(self, split: Split) -> int:
+        """Forwards of a batch that memory holds, where every pass over them brings the weights; one
+        where the weights are there.
+        """
+        most = max(self._state_bytes(split, index) for index in range(len(split.batches)))
+        return max(1, self.room.walk_bytes // most) if self.room.is_streamed else 1
+
     def score(self, assignment: Assignment, split: Split) -> TokenKl:
         """KL of a whole assignment on every token of the split."""
         waves = self.waves(split, range(len(split.batches)), forwards=1)
@@ -130,24 +140,52 @@ class Scorer:
         """
         return self.ranks.gathered(
             lambda: self._measure(
-                assignments, split, self.ranks.dealt(batches), self._comparison.kl
+                assignments,
+                split,
+                self.ranks.dealt(batches),
+                lambda batch, flow: self._comparison.kl(batch, flow.hidden),
             )
         )
 
-    def score_fully(self, assignments: Sequence[Assignment], split: Split) -> list[TokenScores]:
-        """The KL of each assignment on the split, with agreement and likelihoods."""
+    def score_fully(
+        self, assignments: Sequence[Assignment], split: Split, *, with_noise: bool = False
+    ) -> list[TokenScores]:
+        """The KL of each assignment on the split, with agreement, likelihoods and what is clipped.
+
+        Args:
+            assignments: group to choice.
+            split: the tokens.
+            with_noise: measure what `noise` says on the way.
+        """
         waves = self.waves(split, range(len(split.batches)), forwards=len(assignments))
-        batches = [b for wave in waves for b in self._score_batches_fully(assignments, split, wave)]
+        batches = [
+            own
+            for wave in waves
+            for own in self._score_batches_fully(assignments, split, wave, with_noise)
+        ]
         return [TokenScores.joined(scores) for scores in zip(*batches, strict=True)]
 
     @together
     def _score_batches_fully(
-        self, assignments: Sequence[Assignment], split: Split, batches: Sequence[int]
+        self,
+        assignments: Sequence[Assignment],
+        split: Split,
+        batches: Sequence[int],
+        with_noise: bool,
     ) -> list[list[TokenScores]]:
         own = self.ranks.dealt(batches)
 
         def measured() -> list[list[TokenScores]]:
-            found = self._measure(assignments, split, own, self._comparison.fully)
+            found = self._measure(
+                assignments,
+                split,
+                own,
+                lambda batch, flow: replace(
+                    self._comparison.fully(batch, flow.hidden), clipped=flow.clipped()
+                ),
+                counted=True,
+                with_noise=with_noise,
+            )
             self._drop_logits(split, own)  # nobody asks for these tokens again
             return_freed_memory()
             return found
@@ -220,12 +258,22 @@ class Scorer:
                 kl, change = self._comparison.kl_and_sketch(batch, flow.hidden, sketch)
             yield Probed(batch=index, key=key, kl=kl, sketch=change.cpu())
 
-    def bf16_states(self, split: Split, batches: Sequence[int]) -> list[Flow]:
-        """Forwards of the BF16 model at their end, with the states between blocks."""
+    def bf16_states(
+        self, split: Split, batches: Sequence[int], *, with_noise: bool = False
+    ) -> list[Flow]:
+        """Forwards of the BF16 model at their end, with the states between blocks.
+
+        Args:
+            split: the tokens.
+            batches: of it.
+            with_noise: measure what `noise` says on the way.
+        """
         flows = [Flow(parts=self._parts(split, index), keep=True) for index in batches]
-        self._walk(flows)
+        again = self._again(split, batches, with_noise)
+        self._walk([*flows, *again])
         for index, flow in zip(batches, flows, strict=True):
             self._keep_reference(split, index, flow)
+        self._keep_noise(split, again)
         return flows
 
     def probe_head(
@@ -244,24 +292,24 @@ class Scorer:
             with self.applied(flow):
                 yield self._comparison.kl(self._batch(split, index), bf16.hidden)
 
-    def noise(self, split: Split, index: int) -> TokenKl:
-        """KL between two BF16 runs of one batch.
+    def noise(self, split: Split) -> TokenKl:
+        """KL between two BF16 runs of the first batch; see `second_forward`."""
+        batch = self._batch(split, 0)
+        if batch.noise is None:
+            self._measure((), split, [0], lambda *_: None, with_noise=True)
+        assert batch.noise is not None
+        return batch.noise
 
-        The second computes attention with other kernels, or, where the architecture has only one,
-        a sequence at a time.
-        """
-        batch = self._batch(split, index)
-        if batch.reference is None:
-            self._measure((), split, [index], self._comparison.kl)
-        before = self.room.sequences_at_once
-        with self.trunk.other_attention() as is_other:
-            if before is not None or not is_other:  # every pair of positions is in memory
-                self.room.sequences_at_once = 1
-            try:
-                (hidden,) = self.forward([batch.tokens])
-            finally:
-                self.room.sequences_at_once = before
-        return self._comparison.kl(batch, hidden)
+    def _again(self, split: Split, indices: Sequence[int], wanted: bool) -> list[Flow]:
+        """A second BF16 forward of the first batch, if it is among these and its noise wanted."""
+        if not wanted or 0 not in indices or self._batch(split, 0).noise is not None:
+            return []
+        return [second_forward(self.trunk, self.room, self._batch(split, 0).tokens)]
+
+    def _keep_noise(self, split: Split, again: Sequence[Flow]) -> None:
+        for flow in again:
+            batch = self._batch(split, 0)
+            batch.noise = self._comparison.kl(batch, flow.hidden)
 
     @together
     def forget(self, split: Split) -> None:
@@ -281,24 +329,6 @@ class Scorer:
             batch = self._batch(split, index)
             self._cache.left += sum(map(bytes_of, batch.logits.values()))
             batch.logits.clear()
-
-    def _first_layers(self) -> dict[str, int | None]:
-        """The first layer that uses each group's weights, None for a head's.
-
-        Layers may share weights, and a checkpoint stores those under any of them.
-        """
-        layer_of: dict[int, int] = {}
-        for index, block in enumerate(self.trunk.blocks):
-            for module in block.modules():
-                layer_of.setdefault(id(module), index)
-        used: dict[str, list[int]] = {}
-        for name, module in self.quantized.modules():
-            if id(module) in layer_of:
-                used.setdefault(name, []).append(layer_of[id(module)])
-        return {
-            group.name: min(used[group.name]) if group.name in used else group.layer
-            for group in self.quantized.groups
-        }
 
     def _batch(self, split: Split, index: int) -> Batch:
         key = (split.digest, index)
@@ -332,7 +362,7 @@ class Scorer:
         return Flow(
             parts=bf16.parts,
             assignment=Assignment.of(dict([key])),
-            start=self.trunk.stage_of(self._layer[key[0]]),
+            start=self._differences.first_stage(key[0]),
             after=bf16,
         )
 
@@ -341,63 +371,54 @@ class Scorer:
         assignments: Sequence[Assignment],
         split: Split,
         indices: Sequence[int],
-        compare: Callable[[Batch, torch.Tensor], _Scores],
+        compare: Callable[[Batch, Flow], _Scores],
+        *,
+        counted: bool = False,
+        with_noise: bool = False,
     ) -> list[list[_Scores]]:
-        """Scores of each assignment on each batch, in one pass over the blocks."""
+        """Scores of each assignment on each batch, in one pass over the blocks.
+
+        Args:
+            assignments: group to choice.
+            split: the tokens.
+            indices: of batches.
+            compare: the BF16 model's forward of a batch with another, whose choices are in force.
+            counted: whether what is clipped of inputs is counted.
+            with_noise: whether what `noise` says is measured on the way.
+        """
         batches = [self._batch(split, index) for index in indices]
         references = {
             index: Flow(parts=self._enter(batch.tokens))
             for index, batch in zip(indices, batches, strict=True)
             if batch.reference is None
         }
-        candidates = [self._candidates(batch, assignments) for batch in batches]
-        self._walk([*references.values(), *(flow for flows in candidates for flow in flows)])
+        again = self._again(split, indices, with_noise)
+        candidates = [self._candidates(batch, assignments, counted) for batch in batches]
+        self._walk([*references.values(), *again, *chain.from_iterable(candidates)])
         for index, flow in references.items():
             self._keep_reference(split, index, flow)
+        self._keep_noise(split, again)
         found = []
         for batch, flows in zip(batches, candidates, strict=True):
             scores = []
             for flow in flows:
                 with self.applied(flow):
-                    scores.append(compare(batch, flow.hidden))
+                    scores.append(compare(batch, flow))
                 if flow.keep:
                     batch.previous = flow
             found.append(scores)
         return found
 
-    def _candidates(self, batch: Batch, assignments: Sequence[Assignment]) -> list[Flow]:
+    def _candidates(
+        self, batch: Batch, assignments: Sequence[Assignment], counted: bool
+    ) -> list[Flow]:
         """The forwards of assignments, each from where it leaves one that has been there."""
         before = batch.previous
+        if counted and before is not None and before.clips is None:
+            before = None
         parts = self._enter(batch.tokens) if before is None else before.parts
         keep = len(assignments) == 1 and (before is not None or self._may_keep(parts))
-        flows: list[Flow] = []
-        for assignment in assignments:
-            known = flows if before is None else [before, *flows]
-            start, after = max(
-                ((self._first_difference(flow, assignment), flow) for flow in known),
-                key=lambda found: found[0],
-                default=(0, None),
-            )
-            flows.append(
-                Flow(
-                    parts=parts,
-                    assignment=assignment,
-                    with_cache=True,
-                    start=start,
-                    after=after if start else None,
-                    keep=keep,
-                )
-            )
-        return flows
-
-    def _first_difference(self, flow: Flow, assignment: Assignment) -> int:
-        """First stage in which an assignment differs from a forward's."""
-        differing = [
-            self.trunk.stage_of(layer)
-            for group, layer in self._layer.items()
-            if flow.assignment[group] != assignment[group]
-        ]
-        return min(differing, default=self.trunk.stages)
+        return self._differences.forwards(parts, assignments, before, keep=keep, counted=counted)
 
     def _may_keep(self, parts: Sequence[Part]) -> bool:
         """Whether memory holds the states of a forward, which then is taken."""

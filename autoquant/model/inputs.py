@@ -37,6 +37,30 @@ class InputScale:
 
 
 @dataclass(slots=True)
+class Clips:
+    """What forwards clip of their inputs, by input set."""
+
+    elements: dict[str, int] = field(default_factory=dict)
+    """Input elements that were quantized."""
+    clipped: dict[str, torch.Tensor] = field(default_factory=dict)
+    """How many of them were beyond what the scale holds, int64 on the device."""
+
+    def add(self, name: str, x: torch.Tensor, largest: float) -> None:
+        """Count an input of a set whose scale holds magnitudes up to `largest`."""
+        beyond, before = (x.abs() > largest).sum(), self.clipped.get(name)
+        self.clipped[name] = beyond if before is None else before + beyond
+        self.elements[name] = self.elements.get(name, 0) + x.numel()
+
+    def counted(self) -> dict[str, tuple[int, int]]:
+        """Elements of each set that were beyond its scale, and all of them."""
+        beyond = torch.stack([*self.clipped.values()]).tolist() if self.clipped else []
+        return {
+            name: (clipped, elements)
+            for (name, elements), clipped in zip(self.elements.items(), beyond, strict=True)
+        }
+
+
+@dataclass(slots=True)
 class InputSet:
     """The state of one input scale set in a live model."""
 
@@ -45,34 +69,25 @@ class InputSet:
     observed: float | None = None
     """Largest magnitude seen while observing."""
     observing: bool = False
-    counting: bool = False
-    """Whether `quantize` counts what it clips."""
-    elements: int = 0
-    """Input elements that were counted."""
-    clipped: torch.Tensor | None = None
-    """How many of them were beyond what the scale holds, int64."""
     sizes: torch.Tensor | None = field(default=None, repr=False)
     """Blocks seen while observing by the exponent of their largest magnitude, int64 [E]."""
     _seen: torch.Tensor | None = field(default=None, repr=False)
     _quantized: dict[Format, torch.Tensor] = field(default_factory=dict, repr=False)
 
-    def quantize(self, x: torch.Tensor, format: Format) -> torch.Tensor:
-        """`x` as the quantized kernels of `format` see it; computed once per tensor and format."""
+    def quantize(self, x: torch.Tensor, format: Format, clips: Clips | None = None) -> torch.Tensor:
+        """`x` as the quantized kernels of `format` see it; computed once per tensor and format, and
+        counted then.
+        """
         if x is not self._seen:
             self.forget()
             self._seen = x
         if format not in self._quantized:
             assert self.scale is not None, f"{self.name} was not calibrated"
             scale = self.scale.of(format)
-            if self.counting:
-                self._count(x, format.largest_input(scale))
+            if clips is not None:
+                clips.add(self.name, x, format.largest_input(scale))
             self._quantized[format] = format.input(x, scale)
         return self._quantized[format]
-
-    def _count(self, x: torch.Tensor, largest: float) -> None:
-        beyond = (x.abs() > largest).sum()
-        self.clipped = beyond if self.clipped is None else self.clipped + beyond
-        self.elements += x.numel()
 
     def observe(self, x: torch.Tensor) -> None:
         """Widen the range by `x`.

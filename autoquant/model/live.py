@@ -22,7 +22,7 @@ from autoquant.formats import BF16, REFIT, Choice
 from autoquant.model.attention import QuantizedCache
 from autoquant.model.binding import DenseSlot, ExpertsSlot, Names, Slot, bind
 from autoquant.model.experts import WIDE, ExpertsHook
-from autoquant.model.inputs import InputScale, InputSet
+from autoquant.model.inputs import Clips, InputScale, InputSet
 from autoquant.model.live_weights import LiveWeights
 from autoquant.model.products import CpuProducts
 from autoquant.model.streaming.stores import BlockStore, Brought
@@ -57,6 +57,8 @@ class _Context:
     """Weights as they are multiplied with."""
     inputs: dict[str, InputSet] = field(default_factory=dict)
     last_read: InputSet | None = None
+    clips: Clips | None = None
+    """Where what is clipped of inputs is counted."""
 
     def forget_inputs(self) -> None:
         """Drop the tensors of the set that was read last."""
@@ -79,7 +81,7 @@ class _Context:
         if inputs.observing:
             inputs.observe(x)
         if self.mode.quantizes_input(choice):
-            return inputs.quantize(x, choice.format)
+            return inputs.quantize(x, choice.format, self.clips)
         return x
 
     def weight(self, state: GroupState, unit: str, weight: torch.Tensor) -> torch.Tensor:
@@ -297,24 +299,14 @@ class QuantizedModel:
         return {name: sizes.cpu() for name, sizes in found.items() if sizes is not None}
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count, from zero, what the forwards inside clip of their inputs."""
-        for inputs in self._context.inputs.values():
-            inputs.counting, inputs.elements, inputs.clipped = True, 0, None
+    def counting(self, clips: Clips) -> Iterator[None]:
+        """Count what the forwards inside clip of their inputs."""
+        self.forget_inputs()  # which another forward may have read, and are counted once
+        self._context.clips = clips
         try:
             yield
         finally:
-            for inputs in self._context.inputs.values():
-                inputs.counting = False
-            self.forget_inputs()
-
-    def clipped(self) -> dict[str, tuple[int, int]]:
-        """Input elements of each set that were clipped while counting, and all of them."""
-        return {
-            name: (0 if inputs.clipped is None else int(inputs.clipped), inputs.elements)
-            for name, inputs in self._context.inputs.items()
-            if inputs.elements
-        }
+            self._context.clips = None
 
     def expert_counts(self) -> dict[str, list[int]]:
         """Tokens that each expert of each block saw while observing."""

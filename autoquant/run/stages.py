@@ -18,7 +18,7 @@ from autoquant.measure.calibration import Calibration
 from autoquant.measure.kl import TokenScores
 from autoquant.measure.sensitivity import Sensitivity
 from autoquant.measure.session import Session
-from autoquant.measure.statistics.clipping import count_clipped, describe_clipped
+from autoquant.measure.statistics.clipping import clipped_by_group, describe_clipped
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.limit import Limit
 from autoquant.progress import Unit
@@ -150,7 +150,7 @@ class Search(Probing):
                 history,
                 finalists=FINALISTS,
                 score=lambda assignments: self._score_fully(session, assignments),
-                noise=lambda: session.scorer.noise(split, 0).mean,
+                noise=lambda: session.scorer.noise(split).mean,
                 seed=self.config.seed,
                 observer=self.observer,
             )
@@ -177,7 +177,8 @@ class Search(Probing):
         """Scores on the report split; what another budget has confirmed is taken from there."""
         known, split = self.shared.confirmed, session.splits["report"]
         new = [each for each in assignments if each.digest not in known]
-        for assignment, scores in zip(new, session.scorer.score_fully(new, split), strict=True):
+        found = session.scorer.score_fully(new, split, with_noise=True)
+        for assignment, scores in zip(new, found, strict=True):
             known[assignment.digest] = scores
         return [known[each.digest] for each in assignments]
 
@@ -200,7 +201,8 @@ class Search(Probing):
             self.config, self.plan, session, problem, history, calibration, confirmed, winner
         )
         result["command"] = self.command
-        result["inputs"] = self._clipped(session, assignment, calibration)
+        rows = clipped_by_group(session.quantized.groups, winner.scores.clipped)
+        result["inputs"] = describe_clipped(rows, calibration.headroom)
         if self.config.export:
             evidence = make_evidence(session, assignment, session.splits["report"])
             book = session.book_of_export(self.plan.source)
@@ -214,16 +216,6 @@ class Search(Probing):
             )
             result["forward"] = None if found is None else found.to_dict()
         return self._keep_result(result)
-
-    def _clipped(
-        self, session: Session, assignment: Assignment, calibration: Calibration
-    ) -> dict[str, Any]:
-        """What the winner clips of its inputs on the report tokens."""
-        split = session.splits["report"]
-        with self._timed("inputs"):
-            self.observer.stage("inputs", len(split.batches))
-            rows = count_clipped(session.scorer, split, assignment, self.observer.step)
-        return describe_clipped(rows, calibration.headroom)
 
     def _keep_result(self, result: dict[str, Any]) -> dict[str, Any]:
         result["seconds"] = {**self.seconds, "total": sum(self.seconds.values())}

@@ -12,7 +12,7 @@ from autoquant.search.predictor import Predictor
 from autoquant.search.problem import Problem
 from autoquant.search.propose.baselines import baselines
 from autoquant.search.propose.optima import optima
-from autoquant.search.propose.proposal import Listed
+from autoquant.search.propose.proposal import Given, Listed
 from autoquant.search.propose.scale_rules import ScaleRules, ways_of
 from autoquant.search.trials import Stage, Trial
 from autoquant.study.driver import Driver
@@ -61,12 +61,17 @@ def explore(
     Raises:
         SourceError: no assignment within the budget has a finite KL.
     """
-    history = driver.history
-    with timed("baselines"):
-        driver.run(Listed(Stage.BASELINE, baselines(problem)))
+    history, rules = driver.history, ScaleRules(problem)
     with timed("solve"):
-        driver.run(Listed(Stage.SOLVER, optima(problem)))
-        rules = ScaleRules(problem)
+        driver.run(
+            Given(
+                (
+                    Listed(Stage.BASELINE, baselines(problem)),
+                    Listed(Stage.SOLVER, optima(problem)),
+                    Listed(Stage.RULES, rules.replacements()),
+                )
+            )
+        )
         driver.run(rules)
         sound, incumbent = rules.verdict(history)
     predictor = Predictor(sound)

@@ -69,7 +69,7 @@ def measured(folder):
     keys = [(group.name, choice) for group in quantized.groups for choice in (NVFP4, FP8)]
     estimates = gradient_probe(scorer, SPLIT, keys, [], lambda _: None, seed=0)
     exact = probe(scorer, SPLIT, keys, [], lambda _: None)
-    scorer.noise(SPLIT, 0)
+    scorer.noise(SPLIT)
     kl = scorer.score(Assignment.of(dict.fromkeys((name for name, _ in keys), NVFP4)), SPLIT)
     by_gradient = [probe.kl_sum for estimate in estimates for probe in estimate.probes]
     return kl.kl.mean(), [exact[key] for key in keys], by_gradient

@@ -2,12 +2,14 @@
 
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from searchable import save_searchable
 from test_scores import SPLIT, scorer_of
 
 from autoquant.formats import FP8
+from autoquant.forward.again import second_forward
 from autoquant.measure.kl import likelihoods
 from autoquant.plan.assignment import Assignment
 
@@ -71,25 +73,36 @@ def test_noise_is_of_other_kernels_or_of_single_sequences(
     scorer, monkeypatch, before, is_other, expected
 ):
     """Attention that writes out every pair of positions also goes a sequence at a time."""
-    seen = []
-    forward = scorer.forward
-
-    def spy(batches):
-        seen.append(scorer.room.sequences_at_once)
-        return forward(batches)
+    inside = []
 
     @contextmanager
     def other_attention():
+        inside.append(True)
         yield is_other
+        inside.pop()
 
-    monkeypatch.setattr(scorer, "forward", spy)
     monkeypatch.setattr(scorer.trunk, "other_attention", other_attention)
-    scorer.noise(SPLIT, 0)
-    seen.clear()
     monkeypatch.setattr(scorer.room, "sequences_at_once", before)
-    scorer.noise(SPLIT, 0)
-    assert seen == [expected]
+    flow = second_forward(scorer.trunk, scorer.room, SPLIT.batches[0])
+    assert {len(part.tokens) for part in flow.parts} == {expected or ROWS}
     assert scorer.room.sequences_at_once == before
+    with flow.inside():
+        assert inside, "its blocks run there too"
+
+
+def test_noise_is_measured_on_the_way_without_a_pass_of_its_own(scorer):
+    fp8 = Assignment.of({group.name: FP8 for group in scorer.quantized.groups})
+    alone = scorer.noise(SPLIT)
+    assert alone.mean > 0.0
+    for measure in (
+        lambda: scorer.score_fully([fp8], SPLIT, with_noise=True),
+        lambda: scorer.bf16_states(SPLIT, [0, 1], with_noise=True),
+    ):
+        scorer.forget(SPLIT)
+        measure()
+        before = scorer.trunk.opened
+        assert np.array_equal(scorer.noise(SPLIT).kl, alone.kl)
+        assert scorer.trunk.opened == before
 
 
 def test_likelihoods_are_of_the_next_token_and_none_of_the_last():

@@ -176,7 +176,7 @@ def test_a_batch_in_parts_with_its_states_on_the_host_scores_the_same(folder, sc
     (probed,) = limited.probe(SPLIT, [(0, key)])
     ((alone,),) = limited.score_batches([Assignment.of(dict([key]))], SPLIT, [0])
     assert np.array_equal(probed.kl.kl, alone.kl)
-    assert limited.noise(SPLIT, 0).mean < 1e-2  # a router may turn at one token
+    assert limited.noise(SPLIT).mean < 1e-2  # a router may turn at one token
 
 
 def test_blocks_that_share_more_than_a_state_are_run_whole(folder):
@@ -204,7 +204,7 @@ def test_blocks_that_share_more_than_a_state_are_run_whole(folder):
 
 
 def test_noise_is_far_below_any_quantization(scorer, candidates):
-    noise = scorer.noise(SPLIT, 0).mean
+    noise = scorer.noise(SPLIT).mean
     assert 0.0 <= noise < 0.1 * scorer.score(candidates[1], SPLIT).mean
 
 

@@ -11,7 +11,7 @@ from autoquant.cli import cli
 from autoquant.formats import FP8, NVFP4
 from autoquant.formats.input_range import InputRange
 from autoquant.measure.calibration import Calibration
-from autoquant.model.inputs import InputScale, InputSet, small_of
+from autoquant.model.inputs import Clips, InputScale, InputSet, small_of
 
 
 @pytest.mark.parametrize(
@@ -54,15 +54,15 @@ def test_ninety_nine_blocks_of_a_hundred_are_not_below_what_is_called_small():
 
 @pytest.mark.parametrize("choice", [NVFP4, FP8])
 def test_what_a_scale_does_not_hold_is_counted_once(choice):
-    inputs = InputSet("x", scale=InputScale(amax=1.7), counting=True)
+    inputs, clips = InputSet("x", scale=InputScale(amax=1.7)), Clips()
     x = torch.full((4, 16), 1.7)
-    inputs.quantize(x, choice.format)
-    assert (int(inputs.clipped), inputs.elements) == (0, 64)
+    inputs.quantize(x, choice.format, clips)
+    assert clips.counted() == {"x": (0, 64)}
     x = x.clone()
     x[1, :3] = -1.71
     for _ in range(2):
-        inputs.quantize(x, choice.format)
-    assert (int(inputs.clipped), inputs.elements) == (3, 128)
+        inputs.quantize(x, choice.format, clips)
+    assert clips.counted() == {"x": (3, 128)}
     stored = choice.format.input_scale(1.7)
     assert choice.format.largest_input(stored) == pytest.approx(1.7, rel=1e-5)
 

@@ -4,10 +4,11 @@ import dataclasses
 import math
 
 import pytest
-from joint import FREE, driver_of, explored, summed, with_space
+from joint import FREE, SPLIT, Scored, driver_of, explored, summed, with_space
 
 from autoquant.errors import SourceError
 from autoquant.formats import Choice
+from autoquant.measure.evaluator import LocalEvaluator
 from autoquant.search.limits import Bounds
 from autoquant.search.predictor import Predictor
 from autoquant.search.propose.scale_rules import ScaleRules, is_clearly_better
@@ -241,3 +242,26 @@ def test_half_of_the_trials_are_runners_up_and_refits_and_swaps_share_the_rest()
     assert Effort.of(21) == Effort(runners_up=11, refit=5, swaps=5)
     many = Effort.of(3 * MOST_RUNNERS_UP)
     assert many.runners_up == many.refit == many.swaps == MOST_RUNNERS_UP
+
+
+class Asked:
+    """Keeps how many requests come at a time."""
+
+    def __init__(self, evaluator):
+        self.counts, self._evaluator = [], evaluator
+
+    def measure(self, requests):
+        requests = [*requests]
+        self.counts.append(len(requests))
+        return self._evaluator.measure(requests)
+
+
+def test_what_rests_on_no_measurement_is_asked_for_at_once(even):
+    """Recipes, optima and replaced rules: a pass over streamed weights serves them all."""
+    joint = by_rules(mse=0.5, max=0.4, four_over_six=0.45)
+    asked = Asked(LocalEvaluator(Scored(joint), SPLIT))
+    driver = driver_of(even, joint, evaluator=asked)
+    explored(even, driver, NOTHING)
+    closed = driver.history.trials[-1]
+    assert closed.name == "optimum, rules closed"
+    assert [count for count in asked.counts if count] == [len(driver.history.trials) - 1, 1]

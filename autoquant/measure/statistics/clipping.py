@@ -4,14 +4,11 @@ A few such elements cost little in mean KL; they are why a model writes on and o
 contexts and on text unlike the calibration.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autoquant.data.tokens import Split
-from autoquant.measure.ranks.together import together
-from autoquant.measure.scorer import Scorer
-from autoquant.plan.assignment import Assignment
+from autoquant.plan.linears import LayerGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,50 +20,23 @@ class Clipped:
     elements: int
 
 
-def count_clipped(
-    scorer: Scorer, split: Split, assignment: Assignment, advance: Callable[[], None]
+def clipped_by_group(
+    groups: Iterable[LayerGroup], clipped: Mapping[str, tuple[int, int]]
 ) -> list[Clipped]:
-    """Count what a whole assignment clips of its inputs on every token of the split.
+    """A row for each group with quantized inputs, in the order of the forward pass.
 
     Args:
-        scorer: calibrated.
-        split: tokens that are not those of the calibration.
-        assignment: group to choice.
-        advance: called after each batch.
-
-    Returns:
-        A row for each group with quantized inputs, in the order of the forward pass.
+        groups: of the model.
+        clipped: elements of each input set that were clipped, and all of them, as `TokenScores`
+            has them.
     """
-    found: dict[str, tuple[int, int]] = {}
-    for wave in scorer.waves(split, range(len(split.batches)), forwards=1):
-        for own in _clipped(scorer, split, wave, assignment):
-            for name, (clipped, elements) in own.items():
-                before = found.get(name, (0, 0))
-                found[name] = before[0] + clipped, before[1] + elements
-        for _ in wave:
-            advance()
     rows = []
-    for group in scorer.quantized.groups:
-        sets = {linear.input_scale_set for linear in group.linears} & found.keys()
+    for group in groups:
+        sets = {linear.input_scale_set for linear in group.linears} & clipped.keys()
         if sets:
-            clipped, elements = (sum(found[name][i] for name in sets) for i in (0, 1))
-            rows.append(Clipped(group=group.name, clipped=clipped, elements=elements))
+            beyond, elements = (sum(clipped[name][i] for name in sets) for i in (0, 1))
+            rows.append(Clipped(group=group.name, clipped=beyond, elements=elements))
     return rows
-
-
-@together
-def _clipped(
-    scorer: Scorer, split: Split, batches: Sequence[int], assignment: Assignment
-) -> list[dict[str, tuple[int, int]]]:
-    """Of each rank's batches: input elements of each set that were clipped, and all of them."""
-
-    def counted() -> dict[str, tuple[int, int]]:
-        with scorer.quantized.counting():
-            own = [split.batches[index] for index in scorer.ranks.dealt(batches)]
-            scorer.forward(own, assignment)
-            return scorer.quantized.clipped()
-
-    return scorer.ranks.all_of(counted)
 
 
 def describe_clipped(rows: list[Clipped], headroom: float) -> dict[str, Any]:

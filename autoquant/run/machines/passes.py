@@ -61,13 +61,12 @@ def forecast_passes(config: PlanConfig, plan: Plan, streaming: Streaming) -> dic
     if groups_with_moments(plan.options.choices, tuple(plan.groups)):
         found["statistics"] = Passes(1)
     found["probe"] = _of_probes(config, plan, waves, streaming)
-    found |= _of_trials(config, plan, waves)
+    found |= _of_trials(config, plan, waves, streaming)
     report = _batches(config, config.report_tokens)
     most = 1 + FINALISTS + len(recipes())
-    found["confirm"] = Passes(waves(report, most) + 1, is_most=True)
+    found["confirm"] = Passes(waves(report, most), is_most=True)
     if config.effort.polishes:
         found["polish"] = Passes(1 + waves(report, 1), is_most=True)
-    found["inputs"] = Passes(waves(report, 1))
     return found
 
 
@@ -99,7 +98,7 @@ def _waves(config: PlanConfig, streaming: Streaming) -> _Waves:
 
 
 def _of_probes(config: PlanConfig, plan: Plan, waves: _Waves, streaming: Streaming) -> Passes:
-    """Gradients forward and back; the noise floor; exact probes, as many together as fit."""
+    """Gradients forward, with the noise floor, and back; exact probes, as many together as fit."""
     batches = _batches(config, config.search_tokens)
     together = max(1, streaming.state_bytes // _bytes_of_batch(config, streaming))
     keys = [*keys_of(plan.options.choices)]
@@ -109,23 +108,26 @@ def _of_probes(config: PlanConfig, plan: Plan, waves: _Waves, streaming: Streami
     if config.probe is ProbeMethod.GRADIENT:
         return Passes(gradients)
     exact = len({group for group, _ in keys}) * len(measured_batches(batches))
-    return Passes(gradients + 1 + math.ceil(exact / together))
+    return Passes(gradients + math.ceil(exact / together))
 
 
-def _of_trials(config: PlanConfig, plan: Plan, waves: _Waves) -> Mapping[str, Passes]:
-    """Rounds of trials, each a pass where the states of all their forwards fit."""
+def _of_trials(
+    config: PlanConfig, plan: Plan, waves: _Waves, streaming: Streaming
+) -> Mapping[str, Passes]:
+    """What is given, together; then the optimum of what passed the check; then rounds of trials.
+    Each is a pass where the states of all its forwards fit.
+    """
     batches, width = _batches(config, config.search_tokens), config.trials_at_once
+    together = max(1, streaming.state_bytes // _bytes_of_batch(config, streaming))
 
-    def rounds(*trials: int) -> Passes:
-        passes = (
-            waves(batches, min(width, left)) for count in trials for left in range(count, 0, -width)
-        )
-        return Passes(sum(passes), is_most=True)
+    def passes(count: int, at_once: int) -> int:
+        return sum(waves(batches, min(at_once, left)) for left in range(count, 0, -at_once))
 
     ways = len(ways_among(plan.options.choices.values()))
+    given = len(recipes()) + _OPTIMA + (ways if ways > 1 else 0)
     effort = Effort.of(config.trials)
+    refined = sum(passes(count, width) for count in (effort.runners_up, effort.refit, effort.swaps))
     return {
-        "baselines": rounds(len(recipes())),
-        "solve": rounds(_OPTIMA, ways, 1) if ways > 1 else rounds(_OPTIMA),
-        "refine": rounds(effort.runners_up, effort.refit, effort.swaps),
+        "solve": Passes(passes(given, together) + (ways > 1), is_most=True),
+        "refine": Passes(refined, is_most=True),
     }

@@ -38,7 +38,7 @@ class Order:
     tokens: str
     """Digest of the search tokens."""
     together: int
-    """Requests that go through the blocks together."""
+    """Requests that go through the blocks together at least."""
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def evaluator_of_search(
     """
     split = session.splits["search"]
     together = -(-config.trials_at_once // config.workers)
-    own = LocalEvaluator(session.scorer, split, together)
+    own = _local(session, together)
     if config.workers == 1:
         yield own
         return
@@ -123,7 +123,15 @@ def _evaluator_of(order: Order) -> Evaluator:
     use_calibration(session, Calibration.from_dict(order.calibration), silent)
     resting = groups_with_moments(plan.options.choices, session.quantized.groups)
     collect_statistics(session, resting, silent)
-    return LocalEvaluator(session.scorer, split, order.together)
+    return _local(session, order.together)
+
+
+def _local(session: Session, together: int) -> LocalEvaluator:
+    """Measures on the search tokens in this process; where the weights are brought for every pass,
+    all that is asked for at once, as far as memory holds it.
+    """
+    split = session.splits["search"]
+    return LocalEvaluator(session.scorer, split, max(together, session.scorer.fitting(split)))
 
 
 if __name__ == "__main__":

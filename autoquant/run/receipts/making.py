@@ -112,9 +112,9 @@ def measured(
     if (caution := split.caution()) is not None:
         observer.warn(caution)
     observer.stage("score", 1)
-    (scores,) = opened.session.scorer.score_fully([assignment], split)
+    (scores,) = opened.session.scorer.score_fully([assignment], split, with_noise=True)
     observer.step()
-    noise = opened.session.scorer.noise(split, 0).mean
+    noise = opened.session.scorer.noise(split).mean
     return Receipt(
         source=SourceFacts(
             model=source.model, revision=source.revision, digest=source.digest, files=files

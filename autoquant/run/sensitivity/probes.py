@@ -47,7 +47,7 @@ class Probes:
         if method is ProbeMethod.EXACT:
             return self._exact(self.keys, everywhere), method
         try:
-            estimates = self._estimates()
+            estimates = self._estimates(with_noise=method is ProbeMethod.SCREENED)
         except NoGradient as reason:
             self.observer.warn(f"every probe is measured exactly, without gradients: {reason}.")
             return self._exact(self.keys, everywhere), ProbeMethod.EXACT
@@ -80,11 +80,12 @@ class Probes:
         """Mean KL between two BF16 runs of a batch, nats per token; measured once in a run."""
         stored = self.run.read_json(NOISE)
         if stored is None:
-            stored = {"unit": "nats per token", "kl": self.scorer.noise(self.split, 0).mean}
+            stored = {"unit": "nats per token", "kl": self.scorer.noise(self.split).mean}
             self.run.write_json(NOISE, stored)
         return float(stored["kl"])
 
-    def _estimates(self) -> list[BatchEstimate]:
+    def _estimates(self, *, with_noise: bool) -> list[BatchEstimate]:
+        """Of every batch; with what the noise floor needs on the way, unless that is measured."""
         done = [BatchEstimate.from_dict(record) for record in self.run.records(GRADIENT_LOG)]
         self.observer.stage("gradient", len(self.split.batches) - len(done))
 
@@ -92,7 +93,15 @@ class Probes:
             self.run.append(GRADIENT_LOG, result.to_dict())
             self.observer.step()
 
-        return gradient_probe(self.scorer, self.split, self.keys, done, keep, seed=self.seed)
+        return gradient_probe(
+            self.scorer,
+            self.split,
+            self.keys,
+            done,
+            keep,
+            seed=self.seed,
+            with_noise=with_noise and self.run.read_json(NOISE) is None,
+        )
 
     def _exact(self, keys: tuple[Key, ...], batches: Sequence[int]) -> Sensitivity:
         done = [BatchProbe.from_dict(record) for record in self.run.records(SENSITIVITY_LOG)]

@@ -10,7 +10,7 @@ from autoquant.formats import NEAREST, Choice
 from autoquant.plan.assignment import Assignment
 from autoquant.search.history import History
 from autoquant.search.problem import Problem
-from autoquant.search.propose.proposal import Proposal, take
+from autoquant.search.propose.proposal import Named, Proposal, take
 from autoquant.search.trials import Stage, Trial
 
 CLEAR = 2.0
@@ -19,22 +19,25 @@ CLEAR = 2.0
 
 @dataclass(frozen=True)
 class ScaleRules:
-    """Proposes the problem's optimum with each scale rule and each rounding replaced by the
-    format's default, and then the optimum without those that did harm.
+    """Replaces each scale rule and each rounding of the problem's optimum by the format's default,
+    and proposes the optimum without those that did harm.
 
     Four-over-six is known to pass layer by layer and to fail as a whole (Nemotron 3 Ultra at 4.85
     bits).
     """
 
     problem: Problem
-    """With all rules and roundings; its optimum is measured."""
+    """With all rules and roundings."""
+
+    def replacements(self) -> Iterator[Named]:
+        """The optimum with each of those that it uses replaced."""
+        for way, default, replaced in self._replaced():
+            yield f"{way} replaced by {default}", replaced
 
     def propose(self, history: History, count: int) -> Sequence[Proposal]:
-        found = take(self._named(), history, count, Stage.RULES)
-        if not found:
-            optimum = self._without_harmful(history).optimum()
-            found = take([("optimum, rules closed", optimum)], history, count, Stage.SOLVER)
-        return found
+        """The optimum without those that did harm; it and the replacements are measured."""
+        optimum = self._without_harmful(history).optimum()
+        return take([("optimum, rules closed", optimum)], history, count, Stage.SOLVER)
 
     def verdict(self, history: History) -> tuple[Problem, Trial]:
         """The problem that is searched on, and the trial of its optimum.
@@ -61,10 +64,6 @@ class ScaleRules:
 
     def _optimum(self, history: History) -> Trial:
         return history[self.problem.optimum()]
-
-    def _named(self) -> Iterator[tuple[str, Assignment]]:
-        for way, default, replaced in self._replaced():
-            yield f"{way} replaced by {default}", replaced
 
     def _replaced(self) -> Iterator[tuple[str, str, Assignment]]:
         """Yield each rule and rounding that the optimum uses, the default of its kind, and the
