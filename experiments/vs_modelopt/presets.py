@@ -79,6 +79,9 @@ class Settings:
     fresh_tokens: int
     batch_tokens: int
     work: Path
+    """For run directories, which stay."""
+    codes: Path
+    """For codes and statistics, which do not."""
     threads: int
     """Of each process."""
 
@@ -92,7 +95,7 @@ def main() -> None:
         "threads": max(1, (os.cpu_count() or 1) // arguments.processes),
     }
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-        settings = Settings(**own | {"work": Path(folder)})
+        settings = Settings(**own | {"codes": Path(folder)})
         table = _Table(settings, arguments)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
@@ -160,7 +163,7 @@ def _bench(settings: Settings) -> Bench:
         seed=settings.seed,
     )
     searched = replace(chosen, scope=Scope.SEARCHED)
-    folder = settings.work / f"codes-{os.getpid()}"
+    folder = settings.codes / str(os.getpid())
     mode = ActivationMode(settings.mode)
     return Bench(searched, "default", tokens, settings.device, mode, folder)
 
@@ -233,7 +236,7 @@ def _searched(bench: Bench, settings: Settings, bpe: float) -> Run:
         device=settings.device,
         mlflow=False,
         export=False,
-        out=settings.work / f"search-{bpe}",
+        out=settings.work / f"{settings.subject}-{settings.mode}-{settings.seed}-{bpe}",
     )
 
 
