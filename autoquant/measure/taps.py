@@ -96,6 +96,8 @@ class Taps:
             total = self.effects.setdefault((group, choice), effect.new_zeros(self._tokens))
             if tokens is None:
                 total += effect.view(self._tokens, -1).sum(dim=1)
+            elif total.is_cuda:  # where `index_add_` adds in another order each time
+                total.index_put_((tokens,), effect, accumulate=True)
             else:
                 total.index_add_(0, tokens, effect)
 
