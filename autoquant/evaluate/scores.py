@@ -8,9 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from autoquant.errors import SourceError
-
-NORMAL_95 = 1.959964
-"""Quantile of the normal distribution at 97.5 %."""
+from autoquant.measure.uncertainty import NORMAL_95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

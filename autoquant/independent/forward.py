@@ -5,7 +5,7 @@ Shapes: S sequences, L tokens, V vocabulary.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -138,29 +138,88 @@ def run_checkpoint(
     """
     tokens = torch.tensor(evidence.sequences)
     plain = dict(weights) if weights is not None else read_tensors(source)
-    model = _model(source, plain, device)
-    with Products(_NOTHING, model, evidence.rounds):
-        reference = _log_probabilities(model, tokens, device)
+    model = OwnModel(source, plain, _NOTHING, evidence.rounds, device)
+    reference = [model.log_probabilities(row).cpu() for row in tokens]
     del model
-    stored = read_stored(checkpoint)
-    state = _as_in_source(stored, plain)
+    model = OwnModel.of_checkpoint(checkpoint, plain, evidence.rounds, device)
     del plain
-    model = _model(checkpoint, state, device)
-    with Products(stored, model, evidence.rounds) as products:
-        kl = _kl(reference, _log_probabilities(model, tokens, device))
-    unused = sorted(
-        name
-        for name in stored.quantized - products.used
-        if ".experts." not in name and _is_in(model, stored.tensors[f"{name}.weight"])
-    )
+    rows = zip(reference, tokens, strict=True)
+    kl = torch.stack([token_kl(p, model.log_probabilities(row).cpu()).mean() for p, row in rows])
     said = torch.tensor(evidence.kl, dtype=torch.float64)
     return Agreement(
         kl=kl.mean().item(),
         said=said.mean().item(),
         tokens=tokens.numel(),
-        unused=tuple(unused),
+        unused=model.unused(),
         allowed=_allowed(kl - said, said.mean().item()),
     )
+
+
+class OwnModel:
+    """transformers' own model of a folder, with the weights that files hold.
+
+    Args:
+        folder: its config.json names the class.
+        state: weights by their names on disk.
+        stored: what of them a checkpoint quantizes.
+        rounds: whether inputs of so many bits are rounded where it is served.
+        device: where to run.
+
+    Raises:
+        SourceError: transformers cannot load it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        state: Mapping[str, Tensor],
+        stored: StoredModel,
+        rounds: Callable[[int], bool],
+        device: torch.device,
+    ) -> None:
+        self._model = _model(folder, state, device)
+        self._stored = stored
+        self._device = device
+        self._products = Products(stored, self._model, rounds)
+
+    @classmethod
+    def of_source(cls, source: Path, device: torch.device) -> Self:
+        """The model that checkpoints are made from."""
+        return cls(source, read_tensors(source), _NOTHING, lambda bits: False, device)
+
+    @classmethod
+    def of_checkpoint(
+        cls,
+        checkpoint: Path,
+        source: Mapping[str, Tensor],
+        rounds: Callable[[int], bool],
+        device: torch.device,
+    ) -> Self:
+        """A checkpoint, by whatever tool wrote it; `source` are the weights it was made from."""
+        stored = read_stored(checkpoint)
+        return cls(checkpoint, _as_in_source(stored, source), stored, rounds, device)
+
+    @torch.inference_mode()
+    def log_probabilities(self, tokens: Tensor) -> Tensor:
+        """Of the next token at each position of a sequence [L], float32 [L, V] on the device."""
+        with self._products:
+            logits = self._model(input_ids=tokens[None].to(self._device), use_cache=False).logits
+        return torch.as_tensor(logits[0].float().log_softmax(-1))
+
+    def unused(self) -> tuple[str, ...]:
+        """Quantized linears that no product so far multiplied with, in order of their names."""
+        tensors, quantized = self._stored.tensors, self._stored.quantized
+        return tuple(
+            name
+            for name in sorted(quantized - self._products.used)
+            if ".experts." not in name and _is_in(self._model, tensors[f"{name}.weight"])
+        )
+
+
+def token_kl(reference: Tensor, other: Tensor) -> Tensor:
+    """KL of two distributions at each position, nats, float64 [L], of log-probabilities [L, V]."""
+    reference = reference.double()
+    return (reference.exp() * (reference - other.double())).sum(-1)
 
 
 def _as_in_source(stored: StoredModel, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -242,22 +301,3 @@ def _class_of(folder: Path, config: Any) -> Any:
         return kind
     with torch.device("meta"):
         return type(transformers.AutoModelForCausalLM.from_config(config))
-
-
-@torch.inference_mode()
-def _log_probabilities(model: Any, tokens: Tensor, device: torch.device) -> list[Tensor]:
-    """Of each sequence, float32 [L, V] in the host's memory."""
-    found = []
-    for row in tokens:
-        logits = model(input_ids=row[None].to(device), use_cache=False).logits[0]
-        found.append(logits.float().log_softmax(-1).cpu())
-    return found
-
-
-def _kl(reference: Iterable[Tensor], other: Iterable[Tensor]) -> Tensor:
-    """Mean KL of each sequence, float64 [S]."""
-    rows = [
-        (p.double().exp() * (p.double() - q.double())).sum(-1).mean()
-        for p, q in zip(reference, other, strict=True)
-    ]
-    return torch.stack(rows)

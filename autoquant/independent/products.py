@@ -4,6 +4,7 @@
 are known by their first rows, not by names or modules: a use that nobody knows of is seen too.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -83,8 +84,11 @@ def _key(weight: Tensor) -> bytes:
 def rounded(x: Tensor, own: InputQuantizer) -> Tensor:
     """`x` [*, K] as a quantized product reads it."""
     if own.bits == 8:
-        codes = (x.float() / own.scale).clamp(-_LARGEST_E4M3, _LARGEST_E4M3)
-        return (codes.to(torch.float8_e4m3fn).float() * own.scale).to(x.dtype)
+        rows = x.float().reshape(-1, own.block or x.shape[-1])
+        scale = _own_scale(rows, own) if own.scale is None else own.scale
+        codes = (rows / scale).clamp(-_LARGEST_E4M3, _LARGEST_E4M3)
+        return (codes.to(torch.float8_e4m3fn).float() * scale).reshape(x.shape).to(x.dtype)
+    assert own.scale is not None
     blocks = x.float().reshape(-1, BLOCK)
     scale = blocks.abs().amax(dim=1, keepdim=True) / (own.scale * _LARGEST_E2M1)
     scale = scale.clamp(max=_LARGEST_E4M3).to(torch.float8_e4m3fn).float() * own.scale
@@ -94,3 +98,14 @@ def rounded(x: Tensor, own: InputQuantizer) -> Tensor:
     index = torch.where(above % 2 == 0, above, below)  # at a midpoint the even code
     numbers = _NUMBERS.to(x.device)[index] * scale
     return torch.copysign(numbers, blocks).reshape(x.shape).to(x.dtype)
+
+
+def _own_scale(rows: Tensor, own: InputQuantizer) -> Tensor:
+    """Of each row, [R, 1]: its largest value over E4M3's largest.
+
+    For MXFP8 the powers of two of both (OCP Microscaling Formats 1.0, section 6.3).
+    """
+    largest = rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    if own.block is None:
+        return largest / _LARGEST_E4M3
+    return torch.exp2(largest.log2().floor() - math.floor(math.log2(_LARGEST_E4M3)))

@@ -14,6 +14,9 @@ import numpy as np
 
 from autoquant.arrays import Floats, Integers
 
+NORMAL_95 = 1.959964
+"""Standard errors on each side of a 95 % interval: the normal distribution's quantile at 97.5 %."""
+
 RESAMPLES = 10_000
 
 _BLOCK = 1 << 20

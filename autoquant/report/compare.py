@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from autoquant.evaluate.evaluated import WINNER
 from autoquant.evaluate.scores import TaskRow
 from autoquant.evaluate.scores import rows_of as rows_of_tasks
-from autoquant.report.figures import NORMAL_95
+from autoquant.measure.uncertainty import NORMAL_95
 from autoquant.report.html import template
 from autoquant.report.record import RunRecord
 from autoquant.report.style import LIGHT, PALETTE, new_figure, plain_log, project_style, to_svg

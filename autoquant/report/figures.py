@@ -6,6 +6,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from autoquant.decimals import shortest
+from autoquant.measure.uncertainty import NORMAL_95
 from autoquant.report.record import RunRecord, TrialRow
 from autoquant.report.style import LIGHT, new_figure, plain_log, powers_of_ten
 from autoquant.report.words import counts_stored_bits, rank_correlation
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STAGES = ("baseline", "solver", "rules", "runner-up", "reweight", "refit", "swap")
-NORMAL_95 = 1.96
-"""Standard errors on each side of a 95 % interval."""
 
 _LEAST_NEAR = 4
 """Candidates that are worth a panel of their own."""

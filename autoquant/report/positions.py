@@ -3,7 +3,7 @@
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from autoquant.report.figures import NORMAL_95
+from autoquant.measure.uncertainty import NORMAL_95
 from autoquant.report.record import RunRecord
 from autoquant.report.style import LIGHT, new_figure, plain_log
 

@@ -13,8 +13,8 @@ from optuna.samplers import BaseSampler
 
 from autoquant.codes.cache import CodeCache
 from autoquant.codes.statistics import StatisticsStore
-from autoquant.data.passages import Row
-from autoquant.data.text import load_corpus
+from autoquant.data.passages import Row, Tokenizer
+from autoquant.data.text import Corpus, load_corpus
 from autoquant.data.tokens import Split, TokenPlan, batched, make_splits
 from autoquant.formats import BF16
 from autoquant.measure.calibration import calibrate
@@ -129,17 +129,11 @@ class Bench:
         return self.session.splits
 
     def fresh(self, tokens: int) -> Split:
-        """Sequences of the report side that come after those that the search reports on."""
-        longer = dataclasses.replace(
-            self.tokens,
-            report=self.tokens.report + tokens,
-            sequence_length=min(self.tokens.sequence_length, self.session.loaded.max_length),
-        )
+        """`fresh_split` of the text that the search has."""
+        length = min(self.tokens.sequence_length, self.session.loaded.max_length)
+        plan = dataclasses.replace(self.tokens, sequence_length=length)
         corpus = load_corpus(str(self.subject.text))
-        more = make_splits(corpus, self.session.loaded.tokenizer, longer)["report"]
-        seen = {row.tokens for split in self.splits.values() for row in _rows(split)}
-        rows = [row for row in _rows(more) if row.tokens not in seen]
-        return batched("fresh", rows, self.tokens.batch_tokens)
+        return fresh_split(corpus, self.session.loaded.tokenizer, plan, tokens)
 
     def score(self, assignment: Assignment, split: Split) -> TokenKl:
         """KL of every token; measured once per assignment and split."""
@@ -222,6 +216,16 @@ class Bench:
         """For sizes and budgets, which rest on no measurement."""
         keys = list(keys_of(self.plan.options.choices))
         return self.problem(bpe, Sensitivity(dict.fromkeys(keys, 0.0), dict.fromkeys(keys, 0.0)))
+
+
+def fresh_split(corpus: Corpus, tokenizer: Tokenizer, plan: TokenPlan, tokens: int) -> Split:
+    """Sequences of the report side that come after those that a search with `plan` reports on."""
+    splits = make_splits(corpus, tokenizer, plan)
+    longer = dataclasses.replace(plan, report=plan.report + tokens)
+    more = make_splits(corpus, tokenizer, longer)["report"]
+    seen = {row.tokens for split in splits.values() for row in _rows(split)}
+    rows = [row for row in _rows(more) if row.tokens not in seen]
+    return batched("fresh", rows, plan.batch_tokens)
 
 
 def _rows(split: Split) -> Iterator[Row]:

@@ -3,9 +3,11 @@
     python -m experiments.evidence.summary experiments/vs_modelopt/results \
         experiments/evidence/results --picture experiments/evidence/kl.png
 
-Files are those of `experiments.vs_modelopt` (ours beside ModelOpt's picks) and of
+Files are those of `experiments.vs_modelopt` (ours beside ModelOpt's picks), of
+`experiments.evidence.judge` (ours beside checkpoints of other tools) and of
 `experiments.evidence.collect` (tasks). What is worse than the best peer is listed with its reason
-from `reasons.yaml`; one that has no reason there ends the script with an error.
+from `reasons.yaml`; one that has no reason there ends the script with an error. What could not be
+run stands there too.
 """
 
 import argparse
@@ -51,10 +53,13 @@ def main() -> None:
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     rows = [row for result in results if "cells" in result for row in rows_of(result)]
     tasks = [result for result in results if result.get("kind") == "tasks"]
-    reasons = yaml.safe_load(REASONS.read_text(encoding="utf-8")) or {}
-    parts = (kl_table(rows), task_table(tasks), position_table(tasks), worse_table(rows, reasons))
+    reasons = yaml.safe_load(REASONS.read_text(encoding="utf-8"))
+    worse, left_out = reasons["worse"], reasons["not run"]
+    parts = (kl_table(rows), task_table(tasks), position_table(tasks), worse_table(rows, worse))
     for part in filter(None, parts):
         print(part, end="\n\n")
+    for name, reason in left_out.items():
+        print(f"- not run: {name}: {reason}")
     draw(rows, arguments.picture)
 
 
@@ -68,6 +73,8 @@ def rows_of(result: Mapping[str, Any]) -> Iterator[Row]:
             if best is not None:
                 seconds = best.get("seconds", _older_seconds(result, name))
                 yield _row(place, f"ModelOpt {name}", seed, best, seconds, is_peer=True)
+        for name, found in cell.get("peers", {}).items():
+            yield _row(place, name, seed, found, found["seconds"], is_peer=True)
         for name, kl in cell.get("baselines", {}).items():
             yield _row(place, name, seed, {"kl": kl}, None, is_peer=False)
         ours = cell.get("autoquant", {})

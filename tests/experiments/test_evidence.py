@@ -48,6 +48,15 @@ def test_ours_is_held_against_the_peer_that_is_best_with_each_seed():
     assert "| 1,000 | 7.0 |" in table
 
 
+def test_checkpoints_of_other_tools_are_peers_too():
+    result = of_presets(0.1, {"a": 0.2})
+    row = {"kl": 0.05, "checkpoint_bytes": 980, "seconds": 9.0}
+    result["cells"][0]["peers"] = {"PrismaQuant": row}
+    (found,) = by_cell(rows_of(result)).values()
+    assert summary.ratios(found) == {0: (pytest.approx(2.0), "PrismaQuant")}
+    assert "| 980 | 9.0 |" in kl_table(rows_of(result))
+
+
 def test_a_peer_that_found_nothing_is_left_out():
     rows = list(rows_of(of_presets(0.1, {"a": None, "b": 0.2})))
     assert {row.who for row in rows} == {"AutoQuant", "ModelOpt b"}

@@ -1,6 +1,8 @@
 """What a reviewer opens: the report and MLflow's page of a search, in a browser."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,9 @@ from searchable import TOKEN_FLAGS, save_searchable, save_text
 from servers import mlflow_server, optuna_dashboard
 
 from autoquant.api import search
+from autoquant.evaluate.evaluated import Candidate, Evaluation
+from autoquant.evaluate.scores import Metric, TaskScore
+from autoquant.store.run_directory import EVALUATION, write_json
 from autoquant.study.journal import read_study
 
 pytest.importorskip("playwright", reason="playwright is absent: pip install 'autoquant[test]'")
@@ -108,6 +113,40 @@ def test_a_winner_with_a_long_name_pushes_no_column_out_of_sight(run, browser):
     table = page.locator(".scroll").first
     assert table.evaluate("t => t.scrollWidth <= t.clientWidth")
     assert browser.errors == []
+
+
+def test_no_column_of_the_tasks_is_cut_off(run, autoquant, browser, tmp_path):
+    names = "bf16", "uniform nvfp4", "winner"
+    items = [float(number % 3 > 0) for number in range(10_042)]
+    metric = Metric(name="exact_match (strict-match)", value=0.2, higher_is_better=True)
+    scores = [
+        TaskScore(
+            name=name,
+            assignment=name,
+            task="gsm8k_held_out",
+            items=len(items),
+            digest="d",
+            shots=5,
+            metrics=(replace(metric, items=(*items[number:], *items[:number])),),
+        )
+        for number, name in enumerate(names)
+    ]
+    found = Evaluation(
+        model="m",
+        target="blackwell",
+        candidates=tuple(
+            Candidate(name=own, digest=own, bpe=16.0, kl=0.1, stderr=0.1) for own in names
+        ),
+        scores=tuple(scores),
+    )
+    copy = tmp_path / "evaluated"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoint"))
+    write_json(copy, EVALUATION, found.to_dict())
+    assert autoquant("report", copy).exit_code == 0
+    page = browser.open(report_of(copy), width=900)
+    table = page.locator("h2:has-text('Tasks') + .scroll")
+    assert table.get_by_role("cell", name="10,042").count() == len(names)
+    assert table.evaluate("t => t.scrollWidth <= t.clientWidth")
 
 
 def test_mlflow_shows_the_result_the_baselines_the_checkpoint_and_the_report(
