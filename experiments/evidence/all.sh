@@ -32,4 +32,4 @@ for mode in w4a4 w4a16; do
             --models "$work/models" --texts "$work/texts" --work "$work" --device "$device" --out "$out"
     done
 done
-python -m experiments.evidence.summary experiments/vs_modelopt/results "$results" --picture experiments/evidence/kl.png
+python -m experiments.evidence.summary "$results" --picture experiments/evidence/kl.png

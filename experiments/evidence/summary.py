@@ -22,6 +22,8 @@ from typing import Any
 
 import yaml
 
+from autoquant.modelopt.peer import METHODS
+
 REASONS = Path(__file__).with_name("reasons.yaml")
 OURS = "AutoQuant"
 
@@ -55,7 +57,13 @@ def main() -> None:
     tasks = [result for result in results if result.get("kind") == "tasks"]
     reasons = yaml.safe_load(REASONS.read_text(encoding="utf-8"))
     worse, left_out = reasons["worse"], reasons["not run"]
-    parts = (kl_table(rows), task_table(tasks), position_table(tasks), worse_table(rows, worse))
+    parts = (
+        ratio_table(rows),
+        kl_table(rows),
+        task_table(tasks),
+        position_table(tasks),
+        worse_table(rows, worse),
+    )
     for part in filter(None, parts):
         print(part, end="\n\n")
     for name, reason in left_out.items():
@@ -164,6 +172,33 @@ def kl_table(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
+def ratio_table(rows: Iterable[Row]) -> str:
+    """Ours beside the peer that is best in each cell, over the same seeds."""
+    lines = [
+        "| model | mode | bits | seeds | AutoQuant | best peer | whose KL | ratio | worst |",
+        "|---|---|---:|---:|---:|---|---:|---:|---:|",
+    ]
+    pooled: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for (model, mode, bits), found in by_cell(rows).items():
+        own = ratios(found)
+        if not own:
+            continue
+        of_cell = [ratio for ratio, _ in own.values()]
+        pooled[model, mode] += of_cell
+        best = " or ".join(sorted({who for _, who in own.values()}))
+        ours = geometric([row.kl for row in found[OURS] if row.seed in own])
+        lines.append(
+            f"| {model} | {mode} | {bits:g} | {len(own)} | {ours:.5f} | {best} "
+            f"| {ours / geometric(of_cell):.5f} | {geometric(of_cell):.3f} | {max(of_cell):.3f} |"
+        )
+    for (model, mode), found_ratios in pooled.items():
+        lines.append(
+            f"| {model} | {mode} | all | {len(found_ratios)} | | | | {geometric(found_ratios):.3f} "
+            f"| {max(found_ratios):.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def task_table(results: Iterable[Mapping[str, Any]]) -> str:
     """Tasks of each assignment beside its KL; differences to BF16 on the same items."""
     lines = [
@@ -230,15 +265,19 @@ def worse_table(rows: Iterable[Row], reasons: Mapping[str, str]) -> str:
 
 
 def draw(rows: Iterable[Row], path: Path) -> None:
-    """KL against bits of every contender, a panel for each model and mode; means over seeds."""
+    """KL against bits, a panel for each model and mode; means over seeds.
+
+    Of a peer's methods the better one in each cell.
+    """
     from matplotlib.figure import Figure
 
-    curves: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = defaultdict(
-        lambda: defaultdict(list)
+    curves: dict[tuple[str, str], dict[str, dict[float, float]]] = defaultdict(
+        lambda: defaultdict(dict)
     )
     for (model, mode, bpe), found in by_cell(rows).items():
         for who, same in found.items():
-            curves[model, mode][who].append((bpe, geometric(_kls(same))))
+            curve, kl = curves[model, mode][_without_method(who)], geometric(_kls(same))
+            curve[bpe] = min(kl, curve.get(bpe, kl))
     names = list(dict.fromkeys(who for found in curves.values() for who in found))
     figure = Figure(figsize=(3.4 * max(1, len(curves)), 4.2), layout="constrained")
     panels = figure.subplots(1, max(1, len(curves)), squeeze=False)[0]
@@ -246,7 +285,7 @@ def draw(rows: Iterable[Row], path: Path) -> None:
         for who, points in found.items():
             number = names.index(who)
             axes.plot(
-                *zip(*points, strict=True),
+                *zip(*points.items(), strict=True),
                 marker="os^DvPX"[number % 7],
                 color=f"C{number % 10}",
                 linewidth=2 if who == OURS else 1,
@@ -261,8 +300,14 @@ def draw(rows: Iterable[Row], path: Path) -> None:
         for axes in panels
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _without_method(who: str) -> str:
+    """A preset of ModelOpt, without which of its methods chose."""
+    preset, _, method = who.rpartition(" ")
+    return preset if method in METHODS else who
 
 
 def _kls(rows: Iterable[Row]) -> list[float]:
