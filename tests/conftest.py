@@ -1,5 +1,6 @@
 """What every test runs under: no network, no settings of the person who runs it."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -21,6 +22,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first, so that no process ends with one while others have nothing."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +65,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable:
 # A runner in the background of a script is started with interrupts ignored, and so would be the
 # commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What the files of tests import stays: no collection finds anything before the first test.
+gc.disable()

@@ -5,6 +5,7 @@ import signal
 import click
 
 import autoquant
+from autoquant import collector
 from autoquant.cli.group import LazyGroup
 
 MODULES = {
@@ -43,5 +44,6 @@ def cli(debug: bool) -> None:
 
 def main() -> None:
     """Entry point of the console script; a termination request is an interrupt, so runs resume."""
+    collector.rest()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     cli.main(prog_name="autoquant")

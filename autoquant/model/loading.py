@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoquant import collector
 from autoquant.data.tokenizer import load_tokenizer
 from autoquant.errors import AutoQuantError, ConfigError, OutOfMemory, SourceError, first_line
 from autoquant.model import experts
@@ -102,6 +103,7 @@ def load_model(
     from transformers.utils import logging
 
     experts.register()
+    collector.resume()  # most of what transformers imports is there now
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     source = open_source(path)

@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 
 import optuna
 from optuna.storages import BaseStorage
-from sqlalchemy.exc import ArgumentError
 
 from autoquant.environment import redact
 from autoquant.errors import ConfigError, RunConflict
@@ -35,6 +34,8 @@ def open_storage(url: str) -> BaseStorage:
         ConfigError: it is no such URL, or a package that it needs is not installed.
         RunConflict: the storage does not answer.
     """
+    from sqlalchemy.exc import ArgumentError  # slow
+
     shown, parts = redact(url), urlsplit(url)
     if not parts.scheme or "://" not in url:
         raise ConfigError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoquant import collector
 from autoquant.codes.statistics_size import groups_with_moments
 from autoquant.errors import RunConflict
 from autoquant.measure.calibration import Calibration
@@ -135,4 +136,5 @@ def _local(session: Session, together: int) -> LocalEvaluator:
 
 
 if __name__ == "__main__":
+    collector.rest()
     serve(int(sys.argv[1]), _evaluator_of)
