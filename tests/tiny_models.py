@@ -167,6 +167,11 @@ SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
             "final_logit_softcapping": 30.0,
         },
     ),
+    "falcon": (
+        "Falcon",
+        {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
+        | {"ffn_hidden_size": 96, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
     "zamba2": (
         "Zamba2",
         BASE

@@ -1,7 +1,8 @@
 """Every product of a model's own forward, seen from outside of its modules.
 
-`torch.nn.functional.linear` is what linears and experts call, whatever module they are in. Weights
-are known by their first rows, not by names or modules: a use that nobody knows of is seen too.
+`torch.nn.functional.linear` is what linears and experts call, whatever module they are in; some
+models (Falcon) multiply with a transposed weight instead. Weights are known by their first rows,
+not by names or modules: a use that nobody knows of is seen too.
 """
 
 import math
@@ -17,6 +18,9 @@ from autoquant.independent.stored import BLOCK, InputQuantizer, StoredModel
 _ROWS = 4
 """First rows of a weight that it is known by; linears joined along N begin with those of the first,
 whose inputs they share."""
+
+_MATRIX_PRODUCTS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm}
+"""Of an input and a transposed weight; `@` is one of them."""
 
 _LARGEST_E4M3, _LARGEST_E2M1 = 448.0, 6.0
 _MIDPOINTS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
@@ -52,9 +56,13 @@ class Products(TorchFunctionMode):
         args: Iterable[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is not torch.nn.functional.linear:
-            return func(*args, **(kwargs or {}))
-        return self._linear(*args, **(kwargs or {}))
+        if func is torch.nn.functional.linear:
+            return self._linear(*args, **(kwargs or {}))
+        if func in _MATRIX_PRODUCTS and not kwargs:
+            input, other = args
+            if other.ndim == 2 and self._names(other.t()):
+                return self._linear(input, other.t())
+        return func(*args, **(kwargs or {}))
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         names = self._names(weight)

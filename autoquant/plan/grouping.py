@@ -162,10 +162,11 @@ def _engine_names(
     layer = table.LAYER.fullmatch(linear)
     if layer is None or seat is None:
         return ()
-    joined = tuple(f"{layer['layer']}.{name}" for name in seat.engine_names)
+    own = tuple(f"{layer['layer']}.{name}" for name in seat.engine_names)
     kind, depth = text_config.get("model_type"), text_config.get("num_hidden_layers")
-    others = (table.looked_up(name, kind, depth or 0) for name in joined or (linear,))
-    return (*joined, *(name for name in others if name is not None))
+    modules = own if len(seat.parts) > 1 else (linear,)
+    others = (table.looked_up(name, kind, depth or 0) for name in modules)
+    return (*own, *(name for name in others if name is not None))
 
 
 def _seats(names: Iterable[str], engines: tuple[EngineTable, ...]) -> dict[str, Matrix]:

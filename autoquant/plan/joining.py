@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from autoquant.source import names as table
-from autoquant.source.engines import EngineTable
+from autoquant.source.engines import ANY_INDEX, EngineTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,7 @@ class Matrix:
     """Its linears by their names inside of the block."""
     role: str
     engine_names: tuple[str, ...] = field(default=(), repr=False)
-    """What engines call it, as a module beside its first linear; none if nothing is joined."""
+    """What engines call it, where that is not the name of its one linear."""
     is_known: bool = False
     """Whether an engine's table knows its linears."""
     closed: str = ""
@@ -63,7 +63,11 @@ def matrices(block: Collection[str], engines: tuple[EngineTable, ...]) -> dict[s
         fused = [own for own in fused if own not in overlapping]
         fused.append(_Joined.with_all(overlapping, joined))
     members = {part for own in fused for part in own.parts}
-    alone = [_Joined(name, (), (name,)) for name in block if name not in members]
+    alone = [
+        _Joined(name, tuple(_renamed(name, engines)), (name,))
+        for name in block
+        if name not in members
+    ]
     refusing = [(engine, engine.unquantized_in(block)) for engine in engines]
     made = [_matrix(own, refusing) for own in (*fused, *alone)]
     return {part: matrix for matrix in made for part in matrix.parts}
@@ -93,6 +97,13 @@ def _by_names(block: Collection[str], engines: tuple[EngineTable, ...]) -> Itera
             if len(parts) > 1:
                 engine_name = _beside(parts[0], row.engine_name)
                 yield _Joined(_beside(parts[0], row.name), (engine_name,), parts)
+
+
+def _renamed(name: str, engines: Iterable[EngineTable]) -> Iterator[str]:
+    """Names that engines hold a linear under, where they are not its own."""
+    for module in dict.fromkeys(engine.module(name) for engine in engines):
+        if module is not None and module != name and ANY_INDEX not in module:
+            yield module
 
 
 def _beside(linear: str, name: str) -> str:

@@ -89,14 +89,15 @@ CLOSED = {
 joined matrix have places for q, k and v alone)."""
 
 LOOKED_UP = {
+    "mixtral": ((re.compile(r"self_attn\.(?P<part>\w+)"), "layers.{index}.self_attn.{part}"),),
     "falcon_h1": (
         (re.compile(r"self_attn\.(?P<part>\w+)"), "{layer}.{part}"),
         (re.compile(r"mamba\.(?P<part>\w+)"), "{root}.{behind}.mixer.{part}"),
     ),
 }
-"""By model type: modules of a block whose quantization vLLM 0.33 looks up under another name than
-their own, and that name. `root` is what holds the layers; `behind` is the block's index if the
-state-space branches stood behind all blocks."""
+"""By model type: modules of a block whose quantization vLLM 0.33 (Falcon-H1) or SGLang 0.5.23
+(Mixtral) looks up under another name than their own, and that name. `root` is what holds the
+layers; `behind` is the block's index if the state-space branches stood behind all blocks."""
 
 SHARED_EXPERT_ROLES = {"gate_up": "shared_gate_up", "down": "shared_down"}
 
@@ -133,8 +134,13 @@ def looked_up(module: str, model_type: str | None, depth: int) -> str | None:
         found = block and pattern.fullmatch(block["rest"])
         if block and found:
             root = block["layer"].rpartition(".layers.")[0]
-            behind = depth + int(block["index"])
-            return name.format(layer=block["layer"], root=root, behind=behind, **found.groupdict())
+            return name.format(
+                layer=block["layer"],
+                root=root,
+                index=block["index"],
+                behind=depth + int(block["index"]),
+                **found.groupdict(),
+            )
     return None
 
 

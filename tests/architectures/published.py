@@ -49,6 +49,7 @@ KEPT = {"minimax_m2": ["gate", "e_score_correction_bias", "lm_head"], "deepseek_
 """`modules_to_not_convert` as published."""
 
 ONLY_PUBLISHED: dict[str, dict[str, Any]] = {
+    "gemma2": {"hidden_act": "gelu_pytorch_tanh"},
     "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "deepseek_v32": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
@@ -71,7 +72,7 @@ ONLY_PUBLISHED: dict[str, dict[str, Any]] = {
     "llama4": {"interleave_moe_layer_step": 2},
     "lfm2_moe": {"conv_dim": 64, "conv_dim_out": 64},
 }
-"""Keys of the publishers' config.json that transformers does not save; vLLM reads them."""
+"""Keys of the publishers' config.json that transformers does not save; engines read them."""
 
 PUBLISHED_NAMES = {
     "deepseek_v4": {

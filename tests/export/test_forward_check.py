@@ -52,11 +52,12 @@ def exported(tmp_path, autoquant, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "qwen3_vl_moe", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "qwen3_vl_moe", "gemma2", "falcon"])
 def test_a_right_export_is_confirmed(exported, autoquant, kind, layout):
     source, out, done = exported(kind, "--layout", layout)
     assert done.exit_code == 0, done.stderr
     assert "not run" not in done.stderr
+    assert "in no product" not in done.stderr
     found = autoquant("verify", out, "--source", source, "--forward", "--format", "json")
     assert found.exit_code == 0, found.stderr
     forward = json.loads(found.stdout)["forward"]

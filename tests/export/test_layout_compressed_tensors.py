@@ -196,6 +196,7 @@ def test_experts_are_targeted_under_the_names_of_every_engine(tmp_path):
     view = compressed_tensors_view(config_of(source, chosen))
     for name in ("mlp.experts.0.gate_proj", "block_sparse_moe.experts.12.w1"):
         assert view.form(f"model.layers.1.{name}") == FP8.form
+        assert view.form(f"layers.1.{name}") == FP8.form
     for other in ("model.layers.11.mlp.experts.0.up_proj", "model.layers.1.mlp.gate"):
         assert view.form(other) == BF16.form
 
@@ -395,3 +396,11 @@ def test_experts_that_stay_are_left_out_under_the_names_that_sglang_asks(tmp_pat
     asked = {f"{kept}.0.{part}_proj" for part in ("gate", "up", "down")}
     assert asked < set(ignored)
     assert not any("layers.1" in name and ".experts.0." in name for name in ignored)
+
+
+def test_experts_in_one_tensor_are_left_out_under_the_names_that_sglang_asks(tmp_path):
+    source = open_source(save_model("gpt_oss", tmp_path))
+    ignored = config_of(source, uniform(find_groups(source), FP8))["ignore"]
+    for layer in range(2):
+        first = f"model.layers.{layer}.mlp.experts.0"
+        assert {f"{first}.{part}_proj" for part in ("gate", "up", "down")} < set(ignored)

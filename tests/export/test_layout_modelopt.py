@@ -234,6 +234,43 @@ def test_falcon_h1_is_declared_under_the_names_that_vllm_looks_up(tmp_path):
         assert {f"{second}.o_proj", "model.3.mixer.in_proj"} < set(excluded)
 
 
+@pytest.mark.parametrize(
+    ("config", "linear", "looked_up"),
+    [
+        ({"architectures": ["Lfm2MoeForCausalLM"]}, "feed_forward.w2", "feed_forward.down_proj"),
+        ({"architectures": ["HrmTextForCausalLM"]}, "attn.o_proj", "self_attn.o_proj"),
+    ],
+)
+def test_a_linear_that_an_engine_calls_otherwise_is_declared_under_both_names(
+    config, linear, looked_up
+):
+    headers, groups = block(linear, "self_attn.out_proj", **config)
+    assignment = Assignment.of({f"model.layers.0.{linear}": FP8})
+    flat, nested = quantization_files(headers, groups, quantized_linears(groups, assignment))
+    assert nested["quantization"]["quant_algo"] == flat["quant_algo"] == "FP8"
+    [own] = {own.engine_names for own in groups.linears if own.name.endswith(linear)}
+    assert own == (f"model.layers.0.{looked_up}",)
+    left = quantization_files(
+        headers,
+        groups,
+        quantized_linears(groups, Assignment.of({"model.layers.0.self_attn.out_proj": FP8})),
+    )
+    assert f"model.layers.0.{looked_up}" in left[0]["ignore"]
+
+
+def test_mixtral_is_declared_under_the_names_that_sglang_looks_up():
+    """They lack what holds the layers."""
+    parts = [f"self_attn.{part}_proj" for part in "qkvo"]
+    headers, groups = block(*parts, model_type="mixtral", architectures=["MixtralForCausalLM"])
+    assignment = Assignment.of(
+        {"model.layers.0.self_attn.qkv": NVFP4_MAX, "model.layers.0.self_attn.o_proj": FP8}
+    )
+    flat, _ = quantization_files(headers, groups, quantized_linears(groups, assignment))
+    assert {"layers.0.self_attn.qkv_proj", "layers.0.self_attn.o_proj"} < flat[
+        "quantized_layers"
+    ].keys()
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2_moe", "deepseek_v3"])
 def test_exact_names_only_and_none_excluded_by_a_substring(kind, tmp_path):
     source = open_source(save_model(kind, tmp_path))

@@ -143,7 +143,10 @@ def _targets(linears: Iterable[Linear]) -> list[str]:
             parts.setdefault(expert["container"], set()).add(expert["part"])
     for container in [c for c, own in parts.items() if own != _ENGINES_PARTS]:
         other = re.sub(r"^backbone\.", "model.", container)
-        containers = dict.fromkeys((*spellings(container), *spellings(other)))
+        inner = other.removeprefix("model.")  # SGLang's Mixtral begins with `layers`
+        containers = dict.fromkeys(
+            name for own in (container, other, inner) for name in spellings(own)
+        )
         expression = "|".join(map(re.escape, containers))
         targets[rf"{EXPRESSION}({expression})\.\d+\.\w+$"] = None
     return list(targets)
@@ -155,6 +158,10 @@ def _first_experts(groups: Groups, choices: Mapping[str, Choice]) -> list[str]:
     It takes their answer for that of all experts of the layer.
     """
     parts: dict[str, set[str]] = {}
+    for tensor in groups.fixed:
+        stack = table.FUSED_EXPERTS.fullmatch(tensor.name)
+        if stack and tensor.reason is table.Fixed.FUSED_EXPERTS:
+            parts[stack["container"]] = {stack["product"]}
     for linear in groups.linears:
         expert = table.ROUTED_EXPERT.fullmatch(linear.name)
         if expert and linear.name not in choices:
