@@ -172,6 +172,10 @@ SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
         {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
         | {"ffn_hidden_size": 96, "new_decoder_architecture": True, "num_kv_heads": 2},
     ),
+    "hrm_text": (
+        "HrmText",
+        {key: value for key, value in BASE.items() if key != "num_key_value_heads"} | HEAD_DIM,
+    ),
     "zamba2": (
         "Zamba2",
         BASE

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from autoquant.errors import SourceError
+from autoquant.errors import SourceError, first_line
 from autoquant.forward.flow import Flow, Flows, loop, walk
 from autoquant.forward.room import Room
 from autoquant.forward.trunk import Trunk
@@ -45,8 +45,8 @@ def check_forward(
         tokens: int64 [1, L].
 
     Raises:
-        SourceError: logits are not the head applied to the final hidden states, scaled or capped
-            token by token.
+        SourceError: the model's own forward fails, or its logits are not the head applied to the
+            final hidden states, scaled or capped token by token.
     """
     if not trunk.is_whole and (
         _passes_block_by_block(trunk, quantized, room, tokens)
@@ -57,9 +57,10 @@ def check_forward(
     ):
         return
     trunk.is_whole = True
+    logits = _own_logits(trunk, tokens)
     flow = Flow(parts=(trunk.enter(tokens),))
     walk(trunk, quantized, room, [flow])
-    if not _is_output(trunk, flow.hidden, trunk.logits(tokens)):
+    if not _is_output(trunk, flow.hidden, logits):
         raise SourceError(
             f"{type(trunk.model).__name__} does more to its logits behind the head than to scale "
             "or cap them, which scoring from hidden states would miss.",
@@ -119,9 +120,28 @@ class _Measured:
         self.taken = max(self.taken, self.memory.peak() - before)
 
 
+def _own_logits(trunk: Trunk, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [1, L, V] of the model's own forward.
+
+    Raises:
+        SourceError: it fails, whatever runs beside it.
+    """
+    try:
+        return trunk.logits(tokens)
+    except torch.OutOfMemoryError:
+        raise
+    except _NOT_BLOCK_BY_BLOCK as error:
+        raise SourceError(
+            f"transformers' own forward of {type(trunk.model).__name__} fails in BF16 on a "
+            f"sequence of {tokens.shape[1]} tokens: {first_line(error)}",
+            fix="use a version of transformers that runs this model, or sequences of another "
+            "--sequence-length.",
+        ) from error
+
+
 def _some_return_tuples(trunk: Trunk, tokens: torch.Tensor) -> bool:
     """Whether a block returns its state in a tuple, which the trunk learns when the model runs."""
-    trunk.logits(tokens)
+    _own_logits(trunk, tokens)
     return any(trunk.returns_tuple)
 
 

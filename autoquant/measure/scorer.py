@@ -78,8 +78,8 @@ class Scorer:
         Also finds out whether forwards may start between blocks, and how much fits a GPU.
 
         Raises:
-            SourceError: logits are not the head applied to the final hidden states, scaled or
-                capped token by token.
+            SourceError: the model's own forward fails, or its logits are not the head applied to
+                the final hidden states, scaled or capped token by token.
         """
         tokens = split.batches[0][:1].to(self.device)
         check_forward(self.trunk, self.quantized, self.room, tokens)

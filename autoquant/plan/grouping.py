@@ -229,6 +229,9 @@ def _why_fixed(
         return shape_reason
     if config.get("model_type") in table.TRANSPOSED_MODELS:
         return Fixed.TRANSPOSED
+    split = table.HELD_IN_PARTS.get(text_config.get("model_type", ""))
+    if split is not None and split.fullmatch(last):
+        return Fixed.HELD_IN_PARTS
     if table.HEAD.fullmatch(last):
         return Fixed.TIED_HEAD if ties_embeddings(config, text_config) else None
     in_block = table.LAYER.fullmatch(tensor.name.removesuffix(_WEIGHT))

@@ -152,6 +152,10 @@ TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_trans
 """Model types whose matrices are stored [in, out]."""
 
 
+HELD_IN_PARTS = {"hrm_text": re.compile(r"gate_up_proj|gqkv_proj")}
+"""By model type: matrices on disk whose rows transformers 5.23 holds in several linears."""
+
+
 class Fixed(StrEnum):
     """Why a tensor is copied as it is."""
 
@@ -167,6 +171,7 @@ class Fixed(StrEnum):
     KV_B = "kv_b_proj, which engines absorb into attention"
     STATE_SPACE = "state-space gates"
     TRANSPOSED = "transposed matrices (Conv1D)"
+    HELD_IN_PARTS = "matrices that transformers holds in parts"
     DTYPE = "tensors that are not BF16, FP16 or FP32"
     UNKNOWN = "tensors of an unknown kind"
 

@@ -52,7 +52,9 @@ def exported(tmp_path, autoquant, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "qwen3_vl_moe", "gemma2", "falcon"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen3_moe", "qwen3_vl_moe", "gemma2", "falcon", "hrm_text"]
+)
 def test_a_right_export_is_confirmed(exported, autoquant, kind, layout):
     source, out, done = exported(kind, "--layout", layout)
     assert done.exit_code == 0, done.stderr

@@ -9,6 +9,7 @@ from searchable import save_searchable
 
 from autoquant.codes.held import Weights
 from autoquant.data.tokens import Split
+from autoquant.errors import SourceError
 from autoquant.formats import FP8, NVFP4
 from autoquant.formats.packed import Packed
 from autoquant.measure.calibration import calibrate
@@ -201,3 +202,13 @@ def test_forwards_with_the_same_weights_go_behind_each_other(folder, monkeypatch
     scorer.score_batches([*both, *both], SPLIT, EVERY)
     units = sum(len(quantized.weights.units(group)) for group in inside)
     assert len(decoded) == quantized.book.encoded == 2 * units
+
+
+def test_a_model_whose_own_forward_fails_is_refused(scorer, monkeypatch):
+    def failing(self, *args, **kwargs):
+        raise RuntimeError("expected m1 and m2 to have the same dtype")
+
+    monkeypatch.setattr(type(scorer.quantized.model), "forward", failing)
+    monkeypatch.setattr(scorer.trunk, "is_whole", False)
+    with pytest.raises(SourceError, match=r"own forward of \w+ fails in BF16 .*same dtype"):
+        scorer.check(SPLIT)

@@ -163,6 +163,9 @@ def test_why_tensors_of_real_models_are_fixed(tmp_path):
     assert fixed["model.norm.weight"] is Fixed.VECTOR
     assert fixed["model.layers.1.mlp.gate.weight"] is Fixed.ROUTER
     assert fixed["model.layers.0.self_attn.kv_b_proj.weight"] is Fixed.KV_B
+    fixed = reasons(find_groups(open_source(save_model("hrm_text", tmp_path / "hrm"))))
+    for part in ("mlp.gate_up_proj", "attn.gqkv_proj"):
+        assert fixed[f"model.L_module.layers.1.{part}.weight"] is Fixed.HELD_IN_PARTS
     fixed = reasons(find_groups(open_source(save_model("qwen2_moe", tmp_path / "qwen"))))
     assert fixed["model.layers.0.mlp.shared_expert_gate.weight"] is Fixed.ROUTER
     assert fixed["model.layers.0.self_attn.q_proj.bias"] is Fixed.BIAS

@@ -142,12 +142,7 @@ def _targets(linears: Iterable[Linear]) -> list[str]:
         if expert:
             parts.setdefault(expert["container"], set()).add(expert["part"])
     for container in [c for c, own in parts.items() if own != _ENGINES_PARTS]:
-        other = re.sub(r"^backbone\.", "model.", container)
-        inner = other.removeprefix("model.")  # SGLang's Mixtral begins with `layers`
-        containers = dict.fromkeys(
-            name for own in (container, other, inner) for name in spellings(own)
-        )
-        expression = "|".join(map(re.escape, containers))
+        expression = "|".join(map(re.escape, _containers(container)))
         targets[rf"{EXPRESSION}({expression})\.\d+\.\w+$"] = None
     return list(targets)
 
@@ -170,9 +165,16 @@ def _first_experts(groups: Groups, choices: Mapping[str, Choice]) -> list[str]:
         f"{name}.0.{part}"
         for container, own in parts.items()
         if own != _ENGINES_PARTS
-        for name in spellings(container)
+        for name in _containers(container)
         for part in sorted(_ENGINES_PARTS)
     ]
+
+
+def _containers(name: str) -> dict[str, None]:
+    """A container of experts as engines may call it; SGLang's Mixtral begins with `layers`."""
+    other = re.sub(r"^backbone\.", "model.", name)
+    ways = (name, other, other.removeprefix("model."))
+    return dict.fromkeys(spelled for own in ways for spelled in spellings(own))
 
 
 def transformers_caveat(groups: Groups, choices: Mapping[str, Choice]) -> str | None:
