@@ -1,5 +1,6 @@
 """Layer groups of a checkpoint, from the names and shapes on disk."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +21,9 @@ SharedExperts = Literal["with_routed", "separate"]
 """Whether a shared expert takes its layer's routed format, or is a group of its own."""
 
 _WEIGHT = ".weight"
+
+_HELD_IN_PARTS = {"hrm_text": re.compile(r"gate_up_proj|gqkv_proj")}
+"""By model type: matrices on disk whose rows transformers 5.23 holds in several linears."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +233,7 @@ def _why_fixed(
         return shape_reason
     if config.get("model_type") in table.TRANSPOSED_MODELS:
         return Fixed.TRANSPOSED
-    split = table.HELD_IN_PARTS.get(text_config.get("model_type", ""))
+    split = _HELD_IN_PARTS.get(text_config.get("model_type", ""))
     if split is not None and split.fullmatch(last):
         return Fixed.HELD_IN_PARTS
     if table.HEAD.fullmatch(last):

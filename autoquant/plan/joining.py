@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from autoquant.source import names as table
-from autoquant.source.engines import ANY_INDEX, EngineTable
+from autoquant.source.engines import EngineTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,7 @@ def _by_names(block: Collection[str], engines: tuple[EngineTable, ...]) -> Itera
 def _renamed(name: str, engines: Iterable[EngineTable]) -> Iterator[str]:
     """Names that engines hold a linear under, where they are not its own."""
     for module in dict.fromkeys(engine.module(name) for engine in engines):
-        if module is not None and module != name and ANY_INDEX not in module:
+        if module is not None and module != name and "*" not in module:
             yield module
 
 

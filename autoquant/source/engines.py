@@ -16,9 +16,7 @@ from typing import Any
 FILE = Path(__file__).with_name("engines.json")
 
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
-"""A part of a path that counts; `ANY_INDEX` in the tables."""
-
-ANY_INDEX = "*"
+"""A part of a path that counts; `*` in the tables."""
 
 _OR = "|"
 """Between the names on disk that fill one part of a joined module."""
@@ -66,7 +64,7 @@ class EngineTable:
 
     def module(self, name: str) -> str | None:
         """The engine's own name of a linear or of a container of experts; None if it has none."""
-        name = _INDEX.sub(ANY_INDEX, name)
+        name = _INDEX.sub("*", name)
         if name in self._known:
             return name
         spelled = f".{name}."

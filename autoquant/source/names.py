@@ -134,13 +134,8 @@ def looked_up(module: str, model_type: str | None, depth: int) -> str | None:
         found = block and pattern.fullmatch(block["rest"])
         if block and found:
             root = block["layer"].rpartition(".layers.")[0]
-            return name.format(
-                layer=block["layer"],
-                root=root,
-                index=block["index"],
-                behind=depth + int(block["index"]),
-                **found.groupdict(),
-            )
+            behind = depth + int(block["index"])
+            return name.format(**block.groupdict(), **found.groupdict(), root=root, behind=behind)
     return None
 
 
@@ -150,10 +145,6 @@ WORD_EMBEDDINGS = re.compile(r"embed_tokens|embed_in|wte|tokens_embed|(word_|tok
 """Last name of the embeddings that an output head may be tied to."""
 TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types whose matrices are stored [in, out]."""
-
-
-HELD_IN_PARTS = {"hrm_text": re.compile(r"gate_up_proj|gqkv_proj")}
-"""By model type: matrices on disk whose rows transformers 5.23 holds in several linears."""
 
 
 class Fixed(StrEnum):
