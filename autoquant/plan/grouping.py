@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from autoquant.errors import ConfigError, SourceError
 from autoquant.formats import all_formats
-from autoquant.plan.joining import Matrix, matrices
+from autoquant.plan.joining import Matrix, looked_up, matrices
 from autoquant.plan.linears import LayerGroup, Linear
 from autoquant.source import names as table
 from autoquant.source.architecture import ties_embeddings
@@ -167,9 +167,8 @@ def _engine_names(
     if layer is None or seat is None:
         return ()
     own = tuple(f"{layer['layer']}.{name}" for name in seat.engine_names)
-    kind, depth = text_config.get("model_type"), text_config.get("num_hidden_layers")
     modules = own if len(seat.parts) > 1 else (linear,)
-    others = (table.looked_up(name, kind, depth or 0) for name in modules)
+    others = (looked_up(name, text_config) for name in modules)
     return (*own, *(name for name in others if name is not None))
 
 

@@ -1,13 +1,34 @@
-"""Which linears share a matrix in a serving engine, and which an engine keeps unquantized.
+"""Which linears share a matrix in a serving engine, what it calls them, and which stay unquantized.
 
 The engines' own tables decide wherever they know a linear; the table of names is for the rest.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from autoquant.source import names as table
 from autoquant.source.engines import EngineTable
+
+_QWEN3_VL = ((re.compile(r"self_attn\.qkv_proj"), "{layer}.self_attn.qkv"),)
+LOOKED_UP = {
+    "mixtral": ((re.compile(r"self_attn\.(?P<part>\w+)"), "layers.{index}.self_attn.{part}"),),
+    "qwen3_vl_text": _QWEN3_VL,
+    "qwen3_vl_moe_text": _QWEN3_VL,
+    "falcon_h1": (
+        (re.compile(r"self_attn\.(?P<part>\w+)"), "{layer}.{part}"),
+        (re.compile(r"mamba\.(?P<part>\w+)"), "{root}.{behind}.mixer.{part}"),
+    ),
+    "zamba2": (
+        (re.compile(r"shared_transformer\.(self_attn\.)?(?P<part>.+)"), "{root}.{part}"),
+        (re.compile(r"(mamba_decoder\.)?mamba\.(?P<part>\w+)"), "{behind}.mixer.{part}"),
+        (re.compile(r"linear"), "{behind}.linear"),
+    ),
+}
+"""By model type: modules of a block whose quantization vLLM 0.33 (Falcon-H1, Zamba2) or SGLang
+0.5.23 looks up under another name than their own, and that name. `root` is what holds the layers;
+`behind` is the block's index if its state-space branch stood behind all others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,3 +160,21 @@ def _matrix(joined: _Joined, refusing: list[tuple[EngineTable, frozenset[str]]])
 def _role(last: str) -> str:
     row = next((row for row in table.FUSED if last in row.parts), None)
     return row.role if row else table.SINGLE.get(last, "")
+
+
+def looked_up(module: str, text_config: Mapping[str, Any]) -> str | None:
+    """The name under which an engine looks up a module's quantization, where it is another one.
+
+    Args:
+        module: `model.layers.3.mamba.in_proj`.
+        text_config: of the language model.
+    """
+    block = table.LAYER.fullmatch(module)
+    before = text_config.get("hybrid_layer_ids") or range(text_config.get("num_hidden_layers", 0))
+    for pattern, name in LOOKED_UP.get(text_config.get("model_type", ""), ()):
+        found = block and pattern.fullmatch(block["rest"])
+        if block and found:
+            root = block["layer"].rpartition(".layers.")[0]
+            behind = len(before) + int(block["index"])
+            return name.format(**block.groupdict(), **found.groupdict(), root=root, behind=behind)
+    return None

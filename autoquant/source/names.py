@@ -88,17 +88,6 @@ CLOSED = {
 """Why a group that a linear of this name belongs to stays BF16 (vLLM 0.33: per-tensor scales of the
 joined matrix have places for q, k and v alone)."""
 
-LOOKED_UP = {
-    "mixtral": ((re.compile(r"self_attn\.(?P<part>\w+)"), "layers.{index}.self_attn.{part}"),),
-    "falcon_h1": (
-        (re.compile(r"self_attn\.(?P<part>\w+)"), "{layer}.{part}"),
-        (re.compile(r"mamba\.(?P<part>\w+)"), "{root}.{behind}.mixer.{part}"),
-    ),
-}
-"""By model type: modules of a block whose quantization vLLM 0.33 (Falcon-H1) or SGLang 0.5.23
-(Mixtral) looks up under another name than their own, and that name. `root` is what holds the
-layers; `behind` is the block's index if the state-space branches stood behind all blocks."""
-
 SHARED_EXPERT_ROLES = {"gate_up": "shared_gate_up", "down": "shared_down"}
 
 LAYER = re.compile(r"(?P<layer>(?:.*?\.)?(?:layers|h|blocks)\.(?P<index>\d+))\.(?P<rest>.+)")
@@ -119,24 +108,6 @@ MODELS_WITH_JOINED_EXPERTS = frozenset({"qwen3_vl_moe", "qwen3_5_moe"})
 """Model types whose engines load quantized experts one by one although checkpoints join them.
 gpt_oss and llama4 are missing: vLLM transposes every expert of theirs that it reads in the ModelOpt
 layout, which packed codes do not survive."""
-
-
-def looked_up(module: str, model_type: str | None, depth: int) -> str | None:
-    """The name under which an engine looks up a module's quantization, where it is another one.
-
-    Args:
-        module: `model.layers.3.mamba.in_proj`.
-        model_type: of the language model.
-        depth: how many blocks it has.
-    """
-    block = LAYER.fullmatch(module)
-    for pattern, name in LOOKED_UP.get(model_type or "", ()):
-        found = block and pattern.fullmatch(block["rest"])
-        if block and found:
-            root = block["layer"].rpartition(".layers.")[0]
-            behind = depth + int(block["index"])
-            return name.format(**block.groupdict(), **found.groupdict(), root=root, behind=behind)
-    return None
 
 
 HEAD = re.compile(r"lm_head|embed_out|output")

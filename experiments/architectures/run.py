@@ -191,8 +191,8 @@ def _require_formats(methods: Mapping[str, str], own: Journey, assignment: Assig
         for linear in group.linears:
             container = experts_container(linear.name)
             names = (*linear.engine_names, *([container] if container else ()), linear.name)
-            place = next((p for p in map(_place, names) if p in found), linear.name)
-            wanted[place] = str(assignment[group.name].format)
+            places = [p for p in map(_place, names) if p in found] or [linear.name]
+            wanted |= dict.fromkeys(places, str(assignment[group.name].format))
     for place in wanted.keys() | found.keys():
         if found.get(place) != wanted.get(place, "bf16"):
             raise RuntimeError(f"{place} is {found.get(place)} and was to be {wanted.get(place)}")

@@ -137,6 +137,10 @@ def loaded(checkpoint: str) -> tuple[str | None, torch.nn.Module]:
     initialize_model_parallel(backend="gloo")
     initialize_dp_attention(arguments)
     config = ModelConfig.from_server_args(arguments)
+    text = config.hf_text_config
+    for heads in ("linear_num_key_heads", "linear_num_value_heads"):
+        if hasattr(text, heads):  # SGLang sets it on CPUs where it splits heads over several
+            setattr(text, f"{heads}_cpu", getattr(text, heads))
     with override_platform(is_blackwell=True):  # experts ask whether the machine has NVFP4
         model = get_model(
             model_config=config, load_config=LoadConfig(), device_config=DeviceConfig("cpu")

@@ -10,6 +10,7 @@ so that configs, names, methods and the loader stay vLLM's own.
 import os
 import runpy
 import sys
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,9 @@ checked_config = CpuPlatform.check_and_update_config.__func__
 CpuPlatform.check_and_update_config = classmethod(without_prefix_caching)
 torch.cuda.Event = torch.cuda.Stream = OfGpu
 vllm.platforms._current_platform = CpuPlatform()
+
+with unittest.mock.patch.object(CpuPlatform, "is_cpu", return_value=False):
+    import vllm.models.deepseek_v4  # the class for NVIDIA's GPUs
 
 from vllm.model_executor.layers.fused_moe import config, unquantized_fused_moe_method  # noqa: E402
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import (  # noqa: E402

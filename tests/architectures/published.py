@@ -51,6 +51,7 @@ KEPT = {"minimax_m2": ["gate", "e_score_correction_bias", "lm_head"], "deepseek_
 ONLY_PUBLISHED: dict[str, dict[str, Any]] = {
     "gemma2": {"hidden_act": "gelu_pytorch_tanh"},
     "qwen3_next": {"full_attention_interval": 2},
+    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mlp"]},
     "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "deepseek_v32": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},

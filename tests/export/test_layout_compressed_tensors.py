@@ -201,6 +201,14 @@ def test_experts_are_targeted_under_the_names_of_every_engine(tmp_path):
         assert view.form(other) == BF16.form
 
 
+def test_experts_of_gemma_4_are_named_as_sglang_holds_them(tmp_path):
+    """Under `moe`, where the checkpoint has them in the layer itself."""
+    source = open_source(save_model("gemma4_moe", tmp_path))
+    ignored = config_of(source, uniform(find_groups(source), FP8))["ignore"]
+    asked = {f"model.layers.{index}.moe.experts.0.gate_proj" for index in range(2)}
+    assert asked < set(ignored)
+
+
 def test_experts_without_a_gate_are_targeted_under_a_name_that_engines_make_up(tmp_path):
     source = open_source(save_model("nemotron_h", tmp_path))
     chosen = Assignment.of({"backbone.layers.1.mixer.experts": NVFP4_MAX})

@@ -271,6 +271,29 @@ def test_mixtral_is_declared_under_the_names_that_sglang_looks_up():
     ].keys()
 
 
+def test_zamba2_is_declared_under_the_names_that_vllm_looks_up(tmp_path):
+    """Shared blocks stand beside the layers, state-space branches behind the hybrid layers."""
+    groups = find_groups(source := open_source(save_model("zamba2", tmp_path)))
+    layer, shared = "model.layers.1", "model.layers.1.shared_transformer"
+    eight = {f"{shared}.self_attn.qkv": FP8, f"{layer}.linear": FP8}
+    kept = {f"{layer}.mamba_decoder.mamba.in_proj": BF16, f"{shared}.feed_forward.down_proj": BF16}
+    flat, _ = files_of(source, uniform(groups, NVFP4_MAX).replace(eight | kept))
+    algorithms = {name: own["quant_algo"] for name, own in flat["quantized_layers"].items()}
+    eights = ("model.qkv_proj", "4.linear")
+    fours = ("model.o_proj", "model.feed_forward.gate_up_proj", "3.mixer.in_proj", "6.linear")
+    assert {algorithms[name] for name in eights} == {"FP8"}
+    assert {algorithms[name] for name in fours} == {"NVFP4"}
+    assert {"4.mixer.in_proj", "model.feed_forward.down_proj"} <= set(flat["ignore"])
+
+
+def test_qwen3_vl_is_declared_under_a_name_that_sglang_makes_the_right_one(tmp_path):
+    """It replaces `attn.qkv` by `attn.qkv_proj` in every name that a checkpoint declares."""
+    groups = find_groups(source := open_source(save_model("qwen3_vl_moe", tmp_path)))
+    joined = "model.language_model.layers.0.self_attn.qkv"
+    flat, _ = files_of(source, uniform(groups, FP8).replace({joined: NVFP4_MAX}))
+    assert flat["quantized_layers"][joined]["quant_algo"] == "NVFP4"
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2_moe", "deepseek_v3"])
 def test_exact_names_only_and_none_excluded_by_a_substring(kind, tmp_path):
     source = open_source(save_model(kind, tmp_path))

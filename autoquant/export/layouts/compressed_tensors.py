@@ -16,6 +16,7 @@ from torch import Tensor
 from autoquant.export.layouts.base import Layout, form_of
 from autoquant.export.layouts.modules import (
     experts_container,
+    layer_of,
     spellings,
     unquantized_modules,
 )
@@ -141,7 +142,7 @@ def _targets(linears: Iterable[Linear]) -> list[str]:
         expert = table.ROUTED_EXPERT.fullmatch(linear.name)
         if expert:
             parts.setdefault(expert["container"], set()).add(expert["part"])
-    for container in [c for c, own in parts.items() if own != _ENGINES_PARTS]:
+    for container in [c for c, own in parts.items() if _are_renamed(c, own)]:
         expression = "|".join(map(re.escape, _containers(container)))
         targets[rf"{EXPRESSION}({expression})\.\d+\.\w+$"] = None
     return list(targets)
@@ -164,16 +165,30 @@ def _first_experts(groups: Groups, choices: Mapping[str, Choice]) -> list[str]:
     return [
         f"{name}.0.{part}"
         for container, own in parts.items()
-        if own != _ENGINES_PARTS
+        if _are_renamed(container, own)
         for name in _containers(container)
         for part in sorted(_ENGINES_PARTS)
     ]
 
 
+def _are_renamed(container: str, parts: set[str]) -> bool:
+    """Whether engines call experts, or their parts, otherwise than the checkpoint does."""
+    return parts != _ENGINES_PARTS or _are_in_layer(container)
+
+
+def _are_in_layer(container: str) -> bool:
+    return container == f"{layer_of(container)}.experts"
+
+
 def _containers(name: str) -> dict[str, None]:
-    """A container of experts as engines may call it; SGLang's Mixtral begins with `layers`."""
+    """A container of experts as engines may call it.
+
+    SGLang's Mixtral begins with `layers`, and its Gemma 4 has `moe` between layer and experts.
+    """
     other = re.sub(r"^backbone\.", "model.", name)
-    ways = (name, other, other.removeprefix("model."))
+    ways = [name, other, other.removeprefix("model.")]
+    if _are_in_layer(name):
+        ways.append(name.replace(".experts", ".moe.experts"))
     return dict.fromkeys(spelled for own in ways for spelled in spellings(own))
 
 
