@@ -235,7 +235,7 @@ def table(rows: Iterable[Row]) -> str:
         source = " (block FP8)" if row.kind.endswith("-fp8") else ""
         lines.append(f"| {title}{source} | {cells} |")
         notes += row.notes
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
+    return "\n".join([*lines, "", *(f"- {note}" for note in dict.fromkeys(notes))]).rstrip() + "\n"
 
 
 def main() -> None:
