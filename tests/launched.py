@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from click.testing import CliRunner
+
 PATIENCE = 400
 """Seconds that processes may take on a busy machine."""
 
@@ -66,6 +68,14 @@ def wait_for(line: str, printed: Callable[[], str], process: subprocess.Popen[by
         assert process.poll() is None, printed()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def in_this_process(words: Sequence[object]) -> None:
+    """Run a command line, which must succeed, without starting a process."""
+    from autoquant.cli import cli
+
+    done = CliRunner().invoke(cli, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
 
 
 @contextmanager

@@ -43,8 +43,9 @@ def refused(commands, logs, code):
 
 def test_more_processes_than_batches(folder, tmp_path):
     run = tmp_path / "run"
-    error = refused([words(folder, run)] * 3, tmp_path / "logs", ConfigError.exit_code)
-    assert "3 processes share 2 batches of search tokens" in error
+    command = words(folder, run, "--search-tokens", 256)
+    error = refused([command] * 2, tmp_path / "logs", ConfigError.exit_code)
+    assert "2 processes share 1 batches of search tokens" in error
 
 
 def test_a_weight_that_differs(folder, tmp_path):

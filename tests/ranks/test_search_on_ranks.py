@@ -1,8 +1,6 @@
 """Processes that share a search end as one process does, and none waits for one that is gone."""
 
 import json
-import subprocess
-import sys
 from functools import partial
 
 import launched
@@ -11,6 +9,9 @@ from records import trials_of
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 pytestmark = pytest.mark.slow
+
+WHOLE = {"llama": (), "minimax_m2": ("--search-tokens", 384)}
+"""Of each model, flags of its searches: three batches of search tokens, or four."""
 
 SAME = ("assignment.yaml", "calibration.json", "sensitivity.json", "noise.json", "groups.json")
 
@@ -25,13 +26,7 @@ def made(tmp_path_factory):
             folder = tmp_path_factory.mktemp(kind)
             save_searchable(kind, folder / "model", num_hidden_layers=3)
             save_text(folder / "text")
-            command = [
-                sys.executable,
-                "-m",
-                "autoquant",
-                *map(str, words(folder, folder / "alone", *flags)),
-            ]
-            subprocess.run(command, check=True, capture_output=True)
+            launched.in_this_process(words(folder, folder / "alone", *flags))
             folders[kind, *flags] = folder, outcome(folder / "alone")
         return folders[kind, *flags]
 
@@ -65,23 +60,42 @@ def outcome(run):
     )
 
 
+def by_torchrun(size, command, logs):
+    """What the processes of a launcher print."""
+    ended = launched.torchrun(size, command)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout, ended.stderr
+
+
+def by_variables(size, command, logs):
+    """What processes print that are told of each other as `srun` tells them."""
+    processes = launched.start([command] * size, logs)
+    codes = [process.wait(timeout=launched.PATIENCE) for process in processes]
+    assert codes == [0] * size, launched.printed(logs, 0, "err")
+    return [
+        "".join(launched.printed(logs, rank, stream) for rank in range(size))
+        for stream in ("out", "err")
+    ]
+
+
 @pytest.mark.parametrize(
-    ("kind", "size", "weights"),
+    ("kind", "size", "weights", "started"),
     [
-        ("llama", 2, "disk"),
-        ("llama", 4, "resident"),
-        ("minimax_m2", 2, "resident"),
-        ("minimax_m2", 3, "host"),
+        ("llama", 2, "disk", by_variables),
+        ("minimax_m2", 2, "resident", by_variables),
+        ("minimax_m2", 3, "host", by_torchrun),  # a batch of search tokens for each
     ],
 )
-def test_the_result_does_not_depend_on_the_number_of_processes(made, kind, size, weights):
-    folder, alone = made(kind)
+def test_the_result_does_not_depend_on_the_number_of_processes(
+    made, tmp_path, kind, size, weights, started
+):
+    folder, alone = made(kind, *WHOLE[kind])
     run = folder / f"{size}-{weights}"
-    ended = launched.torchrun(size, words(folder, run, "--weights", weights))
-    assert ended.returncode == 0, ended.stderr
+    command = words(folder, run, *WHOLE[kind], "--weights", weights)
+    out, err = started(size, command, tmp_path / "logs")
     assert outcome(run) == alone
-    assert ended.stdout.count("this search") == 1  # one of them prints
-    assert ended.stderr.count("confirm:") == 1
+    assert out.count("this search") == 1  # one of them prints
+    assert err.count("confirm:") == 1
 
 
 def kill_at(line, victim, processes, logs):
@@ -91,28 +105,23 @@ def kill_at(line, victim, processes, logs):
     return [process.wait(timeout=launched.PATIENCE) for process in processes]
 
 
-@pytest.mark.parametrize(
-    ("line", "victim", "flags"),
-    [
-        (r"^probe \d", 1, ()),
-        (r"^trial   3", 0, ()),
-        (r"^confirm:", 1, ()),
-        (r"^polish:", 1, ("--effort", "max")),
-    ],
-)
-def test_a_process_that_dies_ends_all_and_the_same_command_goes_on(
-    made, tmp_path, line, victim, flags
-):
+DEATHS = ((r"^probe \d", 1), (r"^trial   3", 0), (r"^confirm:", 1), (r"^polish:", 1))
+"""Lines, in the order of a search, and the process that is killed when the leader prints one."""
+
+
+def test_a_process_that_dies_ends_all_and_the_same_command_goes_on(made, tmp_path):
+    flags = ("--effort", "max")
     folder, alone = made("llama", *flags)
     run = tmp_path / "run"
     command = words(folder, run, *flags)
-    processes = launched.start([command] * 2, tmp_path / "killed")
-    codes = kill_at(line, victim, processes, tmp_path / "killed")
-    assert codes.pop(victim) == -9
-    assert codes == [130]
-    (error,) = launched.errors(tmp_path / "killed", 2)
-    assert "another process of this run has ended" in error
-    assert not (run / "result.json").exists()
-    (alone_again,) = launched.start([command], tmp_path / "again")  # any number goes on
-    assert alone_again.wait(timeout=launched.PATIENCE) == 0
+    for number, (line, victim) in enumerate(DEATHS):
+        logs = tmp_path / f"killed-{number}"
+        processes = launched.start([command] * 2, logs)
+        codes = kill_at(line, victim, processes, logs)
+        assert codes.pop(victim) == -9
+        assert codes == [130]
+        (error,) = launched.errors(logs, 2)
+        assert "another process of this run has ended" in error
+        assert not (run / "result.json").exists()
+    launched.in_this_process(command)  # any number goes on
     assert outcome(run) == alone
