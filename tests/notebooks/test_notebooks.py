@@ -62,31 +62,46 @@ def test_a_notebook_with_its_outputs_is_small(source):
 
 
 SMALLER = """
+from pathlib import Path
+
+from autoquant import collector
+
+collector.rest()  # as in a command, until a model is loaded
+
+import autoquant.api
 import autoquant.run.opening
 import autoquant.source.source
-from pathlib import Path
 
 for module in (autoquant.run.opening, autoquant.source.source):
     module.REFERENCE_MODEL = Path({folder!r})
+search = autoquant.api._search
+
+
+def search_less(settings, observer):
+    half = {{n: settings[n] // 2 for n in settings if n.endswith("_tokens") and settings[n]}}
+    return search(settings | half, observer)
+
+
+autoquant.api._search = search_less
 """
 
 
 @pytest.fixture(scope="module")
 def smaller(tmp_path_factory) -> Path:
-    """A folder for the path, which gives every process a smaller model than the bundled one: of
-    the same architecture, with as many layers and experts.
+    """A folder for the path, which gives every process a smaller model than the bundled one, of
+    the same architecture with half as many layers, and half of a notebook's tokens.
     """
     folder = tmp_path_factory.mktemp("smaller")
     model = save_searchable(
         "minimax_m2",
         folder / "model",
-        num_hidden_layers=6,
+        num_hidden_layers=3,
         hidden_size=128,
         intermediate_size=128,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        num_local_experts=8,
+        num_local_experts=16,
         tie_word_embeddings=True,
     )
     (folder / "sitecustomize.py").write_text(SMALLER.format(folder=str(model)))
