@@ -175,8 +175,10 @@ def test_an_installed_wheel_searches_verifies_and_its_kernels_agree(installed, t
     assert done.returncode == 0, done.stderr
     verified = installed.run("verify", run / "checkpoint", "--source", model)
     assert verified.returncode == 0, verified.stderr
-    tokens = ("--calibration", text, *TOKEN_FLAGS, "--format", "json")
-    checkpoint = ("--checkpoint", run / "checkpoint")
-    scored = installed.run("score", model, *checkpoint, *tokens, **REFERENCE)
-    assert scored.returncode == 0, scored.stderr
-    assert json.loads(scored.stdout)["kl"] == pytest.approx(json.loads(done.stdout)["kl"], rel=1e-4)
+    if installed.is_compiled:  # else both are the reference
+        tokens = ("--calibration", text, *TOKEN_FLAGS, "--format", "json")
+        checkpoint = ("--checkpoint", run / "checkpoint")
+        scored = installed.run("score", model, *checkpoint, *tokens, **REFERENCE)
+        assert scored.returncode == 0, scored.stderr
+        measured = json.loads(scored.stdout)["kl"]
+        assert measured == pytest.approx(json.loads(done.stdout)["kl"], rel=1e-4)

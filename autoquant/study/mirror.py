@@ -22,6 +22,9 @@ GRPC_PORT = 13000
 ANSWERS_WITHIN = 60.0
 """Seconds after which a storage that holds up a search counts as gone."""
 
+READY_WITHIN = 10.0
+"""Seconds in which a gRPC proxy begins to answer."""
+
 _PACKAGES = (
     "`pip install grpcio protobuf` for grpc://, `pip install 'psycopg[binary]'` for postgresql://"
 )
@@ -193,5 +196,5 @@ def _proxy(host: str, port: int) -> BaseStorage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         proxy = optuna.storages.GrpcStorageProxy(host=host, port=port)
-    proxy.wait_server_ready(timeout=10.0)
+    proxy.wait_server_ready(timeout=READY_WITHIN)
     return proxy

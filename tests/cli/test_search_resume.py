@@ -19,7 +19,7 @@ from autoquant.cli.terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (*TOKEN_FLAGS, "--batch-tokens", 64, "--budget-bpe", 8.5)
-FLAGS = (*FLAGS, "--trials", 40)
+FLAGS = (*FLAGS, "--trials", 20)
 
 
 @pytest.fixture(scope="module")

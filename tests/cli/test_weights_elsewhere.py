@@ -53,12 +53,12 @@ def outcome(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_once", [1, 4])
-def test_results_and_codes_are_those_of_weights_in_memory(search, at_once):
+@pytest.mark.parametrize(("weights", "at_once"), [("host", 1), ("disk", 4)])
+def test_results_and_codes_are_those_of_weights_in_memory(search, weights, at_once):
+    """One trial at a time from the disk: in `tests/ranks`."""
     flags = ("--trials-at-once", at_once)
     expected = outcome(search("resident", *flags, "--weights", "resident"))
-    for weights in ("host", "disk"):
-        assert outcome(search(weights, *flags, "--weights", weights)) == expected
+    assert outcome(search(weights, *flags, "--weights", weights)) == expected
 
 
 @pytest.mark.slow

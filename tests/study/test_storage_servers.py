@@ -63,7 +63,9 @@ def test_the_study_is_there_to_the_last_digit_and_none_is_added_twice(log, probl
     assert warned[1:] == ["the study's storage is back, and has all trials."]
 
 
-def test_one_that_is_gone_is_said_in_one_line_and_the_next_call_adds_the_rest(log, problem, server):
+def test_one_that_is_gone_is_said_in_one_line_and_the_next_call_adds_the_rest(
+    log, problem, server, monkeypatch
+):
     warned: list[str] = []
     copy = Mirror(source=log.study, storage=open_storage(server.url), warn=warned.append)
     for trial in solved(problem, 3):
@@ -73,8 +75,10 @@ def test_one_that_is_gone_is_said_in_one_line_and_the_next_call_adds_the_rest(lo
             server.stop()
     copy.finish()
     assert warned[1:] == ["2 trials are not in the study's storage; the same command adds them."]
-    with pytest.raises(RunConflict, match="does not answer") as refused:
-        open_storage(server.url)
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "READY_WITHIN", 1.0)
+        with pytest.raises(RunConflict, match="does not answer") as refused:
+            open_storage(server.url)
     assert "\n" not in refused.value.message
     server.start()
     Mirror(source=log.study, storage=open_storage(server.url), warn=warned.append).finish()
