@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+from click.testing import CliRunner
 from records import trials_of
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 import autoquant as package
+from autoquant.cli import cli
 
 pytestmark = pytest.mark.slow
 
@@ -22,17 +24,25 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def search(autoquant, folder):
+@pytest.fixture(scope="module")
+def search(folder):
     def call(budget, out, *flags, code=0):
-        result = autoquant(
+        words = (
             *("search", folder / "model", "--calibration", folder / "text", *TOKEN_FLAGS),
             *("--budget-bpe", budget, "--trials", 12, "--no-mlflow", "--out", out, *flags),
         )
+        result = CliRunner().invoke(cli, [str(word) for word in words])
         assert result.exit_code == code, result.stderr
         return result
 
     return call
+
+
+@pytest.fixture(scope="module")
+def searched(search, tmp_path_factory):
+    """The folder of two budgets, and what their search prints."""
+    many = tmp_path_factory.mktemp("searched") / "many"
+    return many, search("10,8.5", many, "--format", "json").stdout
 
 
 def trials(run):
@@ -46,26 +56,27 @@ def outcome(run):
     return {k: v for k, v in result.items() if k not in OWN}
 
 
-def test_each_budget_ends_as_it_would_alone(search, tmp_path):
-    many = json.loads(search("10,8.5", tmp_path / "many", "--format", "json").stdout)["runs"]
-    assert [row["budget_bpe"] for row in many] == [10.0, 8.5]
-    second = tmp_path / "many" / "8.5bpe"
+def test_each_budget_ends_as_it_would_alone(search, searched, tmp_path):
+    many, printed = searched
+    assert [row["budget_bpe"] for row in json.loads(printed)["runs"]] == [10.0, 8.5]
+    second = many / "8.5bpe"
     search(8.5, tmp_path / "alone", "--no-export")
     assert trials(second) == trials(tmp_path / "alone")
     assert outcome(second) == outcome(tmp_path / "alone")
     assert json.loads((second / "seconds.json").read_text())["probe"] < 1.0
     assert not (second / "checkpoint").exists()
-    page = (tmp_path / "many" / "compare.html").read_text()
+    page = (many / "compare.html").read_text()
     assert "8.5bpe" in page
     assert "10bpe" in page
-    again = search("10,8.5", tmp_path / "many")
+    again = search("10,8.5", many)
     assert "already holds this search's result" in again.stderr
     assert "next:       autoquant compare" in again.stdout
 
 
-def test_a_later_budget_rests_on_the_first_ones_statistics_also_after_a_kill(search, tmp_path):
-    many = tmp_path / "many"
-    search("10,8.5", many)
+def test_a_later_budget_rests_on_the_first_ones_statistics_also_after_a_kill(
+    search, searched, tmp_path
+):
+    many = shutil.copytree(searched[0], tmp_path / "many")
     assert {name for name in ("codes", "statistics") if (many / "10bpe" / name).exists()}
     kept = {name: (many / "8.5bpe" / name).exists() for name in ("codes", "statistics")}
     assert not any(kept.values())
