@@ -24,6 +24,10 @@ SCALARS = 8
 SAMPLES, LENGTH = 128, 512
 """Its own number of sequences; in its own length, 2,048 tokens, the text has not as many."""
 
+SEQUENCES = 3
+"""Of ours in a line of its text: it drops shorter lines and takes one sequence of each, and cannot
+join lines of a file (`concat` there ends in "'list' object has no attribute 'shape'")."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -31,7 +35,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=200, help="its own number of them")
     arguments = parser.parse_args()
     room = Room.of(arguments.model, arguments.budget_bpe)
-    text = write_text(arguments)
+    text = write_text(arguments, SEQUENCES)
     made = arguments.work.absolute() / "exported"
     shutil.rmtree(made, ignore_errors=True)
     bits = 8 * (room.searched_bytes - SCALARS * room.linears) / room.elements

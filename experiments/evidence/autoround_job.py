@@ -14,7 +14,7 @@ def main() -> None:
     AutoRound(
         model,
         scheme=scheme,
-        dataset=f"{text}:concat=True",
+        dataset=text,
         nsamples=int(samples),
         seqlen=int(length),
         iters=int(iterations),

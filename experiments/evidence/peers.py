@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from autoquant.data.passages import cut, deal
+from autoquant.data.passages import PASSAGE_SEQUENCES, cut, deal
 from autoquant.data.text import load_corpus
 from autoquant.data.tokenizer import load_tokenizer
 from autoquant.data.tokens import TokenPlan
@@ -54,12 +54,12 @@ class Room:
         sizes = plan.accounting
         most = plan.limit(Budget(bpe, Scope.SEARCHED)).at_most
         return cls(
-            checkpoint_bytes=sizes.checkpoint_bytes(sizes.floor)
-            - sizes.searched_bytes(sizes.floor)
-            + most,
-            searched_bytes=most,
+            checkpoint_bytes=most,
+            searched_bytes=most
+            - sizes.checkpoint_bytes(sizes.floor)
+            + sizes.searched_bytes(sizes.floor),
             elements=sizes.searched_elements,
-            linears=sum(len(group.linears) for group in plan.groups),
+            linears=sum(len(sizes.groups[name].linears) for name in sizes.searched),
         )
 
 
@@ -95,8 +95,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--commit", default=None, help="of the code, where git cannot tell")
 
 
-def write_text(arguments: argparse.Namespace) -> Path:
-    """The passages of both sides that a search calibrates and searches on, all of them."""
+def write_text(arguments: argparse.Namespace, sequences: int = PASSAGE_SEQUENCES) -> Path:
+    """All passages of both sides that a search calibrates and searches on.
+
+    Args:
+        arguments: those of `add_arguments`.
+        sequences: of a passage, at most, that stand in one line.
+    """
     tokenizer = load_tokenizer(arguments.model, trust_remote_code=False)
     first = tokenizer.bos_token_id if tokenizer("a")["input_ids"][1:] else None
     corpus = load_corpus(str(arguments.text))
@@ -105,9 +110,10 @@ def write_text(arguments: argparse.Namespace) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as lines:
         for side in SIDES:
-            for _, rows in groupby(sides[side], key=lambda row: row.passage):
-                tokens = [t for row in rows for t in row.tokens[row.tokens[0] == first :]]
-                lines.write(json.dumps({"text": tokenizer.decode(tokens)}) + "\n")
+            for _, passage in groupby(sides[side], key=lambda row: row.passage):
+                while rows := list(islice(passage, sequences)):
+                    tokens = [t for row in rows for t in row.tokens[row.tokens[0] == first :]]
+                    lines.write(json.dumps({"text": tokenizer.decode(tokens)}) + "\n")
     return file
 
 
