@@ -19,7 +19,7 @@ import torch
 
 from autoquant.data.tokens import Split
 from autoquant.forward.again import second_forward
-from autoquant.forward.check import check_forward, limit_memory
+from autoquant.forward.check import check_and_limit
 from autoquant.forward.differences import Differences
 from autoquant.forward.flow import BF16_MODEL, Flow, walk
 from autoquant.forward.head import Head
@@ -82,8 +82,7 @@ class Scorer:
                 the final hidden states, scaled or capped token by token.
         """
         tokens = split.batches[0][:1].to(self.device)
-        check_forward(self.trunk, self.quantized, self.room, tokens)
-        limit_memory(self.trunk, self.quantized, self.room, tokens)
+        check_and_limit(self.trunk, self.quantized, self.room, tokens)
 
     def forward(
         self,

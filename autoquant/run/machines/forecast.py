@@ -45,7 +45,6 @@ class Forecast:
             stages=len(sizes.blocks),
             width=sizes.width,
             state_bytes=max(left.host, STATE_BYTES + left.device),
-            is_gpu=is_gpu,
         )
         is_streamed = weights is not Weights.RESIDENT
         return cls(

@@ -42,7 +42,6 @@ class Streaming:
     """Elements of a token's state."""
     state_bytes: int
     """Memory for states between blocks."""
-    is_gpu: bool
 
 
 def forecast_passes(config: PlanConfig, plan: Plan, streaming: Streaming) -> dict[str, Passes]:
@@ -55,7 +54,7 @@ def forecast_passes(config: PlanConfig, plan: Plan, streaming: Streaming) -> dic
     """
     waves = _waves(config, streaming)
     found = {
-        "load": Passes(2 if streaming.is_gpu else 1),  # on a GPU, what a forward takes is measured
+        "load": Passes(1),
         "calibrate": Passes(waves(_batches(config, config.calibration_tokens), 1)),
     }
     if groups_with_moments(plan.options.choices, tuple(plan.groups)):
