@@ -1,5 +1,6 @@
 """Whether block by block gives what the model's own forward gives, and what that takes of a GPU."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +33,12 @@ class DeviceMemory:
 
 @torch.inference_mode()
 def check_forward(
-    trunk: Trunk, quantized: QuantizedModel, room: Room, tokens: torch.Tensor
-) -> None:
+    trunk: Trunk,
+    quantized: QuantizedModel,
+    room: Room,
+    tokens: torch.Tensor,
+    memory: DeviceMemory | None = None,
+) -> int | None:
     """Hold the walk through the blocks against the model's own forward, bit for bit.
 
     A model whose blocks share more than the state between them becomes one stage.
@@ -43,19 +48,24 @@ def check_forward(
         quantized: all groups in BF16.
         room: where states are kept.
         tokens: int64 [1, L].
+        memory: of the device, where what a forward takes of it is to be measured on the way.
+
+    Returns:
+        Bytes that a forward of these tokens takes of the device beside the weights, if measured.
 
     Raises:
         SourceError: the model's own forward fails, or its logits are not the head applied to the
             final hidden states, scaled or capped token by token.
     """
+    measured = _measured_flows(trunk, quantized, room, tokens, memory)
     if not trunk.is_whole and (
-        _passes_block_by_block(trunk, quantized, room, tokens)
+        _passes_block_by_block(trunk, quantized, room, tokens, measured)
         or (
             _some_return_tuples(trunk, tokens)
-            and _passes_block_by_block(trunk, quantized, room, tokens)
+            and _passes_block_by_block(trunk, quantized, room, tokens, measured)
         )
     ):
-        return
+        return max(visitor.taken for visitor in measured) if measured else None
     trunk.is_whole = True
     logits = _own_logits(trunk, tokens)
     flow = Flow(parts=(trunk.enter(tokens),))
@@ -66,22 +76,30 @@ def check_forward(
             "or cap them, which scoring from hidden states would miss.",
             fix="this architecture is not supported yet.",
         )
+    if memory is None:
+        return None
+    return activation_bytes(trunk, quantized, room, tokens, memory)
 
 
-def limit_memory(trunk: Trunk, quantized: QuantizedModel, room: Room, tokens: torch.Tensor) -> None:
-    """Keep later forwards on a GPU within shares of the weights; on a CPU nothing is limited.
+def check_and_limit(
+    trunk: Trunk, quantized: QuantizedModel, room: Room, tokens: torch.Tensor
+) -> None:
+    """The same check; on a GPU it also keeps later forwards within shares of the weights.
 
     Args:
         trunk: of the model.
         quantized: all groups in BF16.
-        room: is limited.
+        room: where states are kept; is limited.
         tokens: int64 [1, L], a sequence as long as those to come.
+
+    Raises:
+        SourceError: as `check_forward`.
     """
-    if not tokens.is_cuda:
-        return
-    taken = activation_bytes(trunk, quantized, room, tokens, DeviceMemory(tokens.device))
-    weights = sum(p.numel() * p.element_size() for p in trunk.model.parameters() if p.is_cuda)
-    room.limit(weights, taken)
+    memory = DeviceMemory(tokens.device) if tokens.is_cuda else None
+    taken = check_forward(trunk, quantized, room, tokens, memory)
+    if taken is not None:
+        weights = sum(p.numel() * p.element_size() for p in trunk.model.parameters() if p.is_cuda)
+        room.limit(weights, taken)
 
 
 @torch.no_grad()
@@ -96,11 +114,23 @@ def activation_bytes(
 
     Weights that arrive while a block computes do not count: each block waits until they are there.
     """
-    flows = Flows(trunk, quantized, room, [Flow(parts=(trunk.enter(tokens),))])
-    visitor = _Measured(flows, quantized, memory)
+    (visitor,) = _measured_flows(trunk, quantized, room, tokens, memory)
     loop(trunk, [visitor])
-    flows.finish()
     return visitor.taken
+
+
+def _measured_flows(
+    trunk: Trunk,
+    quantized: QuantizedModel,
+    room: Room,
+    tokens: torch.Tensor,
+    memory: DeviceMemory | None,
+) -> list["_Measured"]:
+    """A forward that is measured, where there is a memory to measure."""
+    if memory is None:
+        return []
+    flows = Flows(trunk, quantized, room, [Flow(parts=(trunk.enter(tokens),))])
+    return [_Measured(flows, quantized, memory)]
 
 
 @dataclass(slots=True)
@@ -146,10 +176,16 @@ def _some_return_tuples(trunk: Trunk, tokens: torch.Tensor) -> bool:
 
 
 def _passes_block_by_block(
-    trunk: Trunk, quantized: QuantizedModel, room: Room, tokens: torch.Tensor
+    trunk: Trunk,
+    quantized: QuantizedModel,
+    room: Room,
+    tokens: torch.Tensor,
+    measured: Sequence[_Measured],
 ) -> bool:
     """One pass with the model's own forward: a forward of these tokens, others that start at later
     blocks with its states, and one of other tokens in between.
+
+    What is measured comes behind them, when libraries have taken what they keep.
     """
     try:
         whole = Flow(parts=(trunk.enter(tokens),))
@@ -160,7 +196,7 @@ def _passes_block_by_block(
             if start
         ]
         flows = Flows(trunk, quantized, room, [whole, other, *later])
-        logits = trunk.logits(tokens, riding=[flows])
+        logits = trunk.logits(tokens, riding=[flows, *measured])
         flows.finish()
     except _NOT_BLOCK_BY_BLOCK:
         return False

@@ -10,6 +10,7 @@ from typing import Any, Self
 from autoquant.data.tokens import Split
 from autoquant.errors import SourceError
 from autoquant.formats.input_range import InputRange
+from autoquant.measure.compare import Ahead
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.statistics.observed import observe_inputs
 from autoquant.model.inputs import InputScale, fill_unseen
@@ -162,6 +163,7 @@ def calibrate(
     *,
     all_experts: bool = False,
     headroom: float = 1.0,
+    ahead: Ahead | None = None,
 ) -> Calibration:
     """Observe every batch of `split`.
 
@@ -171,11 +173,12 @@ def calibrate(
         advance: called after each batch.
         all_experts: take input ranges from every expert on every token, whatever the routing.
         headroom: how many times the largest magnitude input scales are to hold.
+        ahead: what else the BF16 model runs on in the pass.
 
     Raises:
         SourceError: NaN or Inf at some linear's input, which is named.
     """
-    seen = observe_inputs(scorer, split, advance, all_experts=all_experts)
+    seen = observe_inputs(scorer, split, advance, all_experts=all_experts, ahead=ahead)
     input_amax, unseen = fill_unseen(seen.ranges)
     return Calibration(
         input_amax=input_amax,

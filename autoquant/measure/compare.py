@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from autoquant.arrays import Integers
+from autoquant.data.tokens import Split
 from autoquant.forward.flow import Flow
 from autoquant.forward.head import Head
 from autoquant.measure.interactions import Key
@@ -46,6 +47,16 @@ class Batch:
         """Memory of what is kept for speed alone."""
         previous = self.previous.bytes if self.previous is not None else 0
         return previous + sum(map(bytes_of, self.logits.values()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """Batches on which the BF16 model runs in a pass for something else, for gradients to come."""
+
+    split: Split
+    batches: tuple[int, ...]
+    with_noise: bool
+    """Whether what `Scorer.noise` says is measured too."""
 
 
 @dataclass(slots=True)

@@ -132,6 +132,14 @@ class LocalEvaluator:
         yield from (each.measurement(seconds) for each in raced)
 
 
+def fitting(scorer: Scorer, split: Split) -> int:
+    """Forwards of a batch that memory holds, where every pass over them brings the weights; one
+    where the weights are there.
+    """
+    most = max(scorer.state_bytes(split, index) for index in range(len(split.batches)))
+    return max(1, scorer.room.walk_bytes // most) if scorer.room.is_streamed else 1
+
+
 @dataclass(slots=True)
 class _Raced:
     """A request with what was measured of it so far."""

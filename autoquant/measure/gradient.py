@@ -26,6 +26,7 @@ from autoquant.data.tokens import Split
 from autoquant.errors import AutoQuantError, first_line
 from autoquant.forward.backward import Backward
 from autoquant.forward.flow import Flow, loop
+from autoquant.measure.compare import Ahead
 from autoquant.measure.interactions import Key
 from autoquant.measure.method import ProbeMethod
 from autoquant.measure.ranks.together import together
@@ -96,6 +97,33 @@ def gradient_probe(
             results[estimate.batch] = estimate
             keep(estimate)
     return list(results.values())
+
+
+def ahead_of_gradients(
+    scorer: Scorer, split: Split, batches: Sequence[int], *, with_noise: bool, beside: Split
+) -> Ahead | None:
+    """What gradients need of the BF16 model, if it may go along in a pass over another split.
+
+    Where weights are brought for every pass, that saves one. Memory has to hold the states between
+    all blocks until the gradients are measured.
+
+    Args:
+        scorer: of the model.
+        split: the tokens of the gradients.
+        batches: of it.
+        with_noise: whether the scorer's `noise` will be asked for.
+        beside: the tokens of the pass.
+    """
+    others = _states_of(scorer, beside, range(len(beside.batches)))
+    states = scorer.trunk.stages * _states_of(scorer, split, batches) + others
+    if not scorer.room.is_streamed or states > scorer.room.walk_bytes:
+        return None
+    return Ahead(split=split, batches=tuple(batches), with_noise=with_noise)
+
+
+def _states_of(scorer: Scorer, split: Split, batches: Sequence[int]) -> int:
+    """Bytes of the states between two blocks of a rank's share of batches."""
+    return sum(scorer.state_bytes(split, index) for index in batches[:: scorer.ranks.size])
 
 
 def mean_estimate(

@@ -10,7 +10,7 @@ Shapes: B sequences, L tokens, H hidden, V vocabulary.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain, zip_longest
 from typing import TypeVar
@@ -19,13 +19,13 @@ import torch
 
 from autoquant.data.tokens import Split
 from autoquant.forward.again import second_forward
-from autoquant.forward.check import check_forward, limit_memory
+from autoquant.forward.check import check_and_limit
 from autoquant.forward.differences import Differences
 from autoquant.forward.flow import BF16_MODEL, Flow, walk
 from autoquant.forward.head import Head
 from autoquant.forward.room import Room
 from autoquant.forward.trunk import Part, Trunk
-from autoquant.measure.compare import Batch, Cache, Comparison, Probed, bytes_of
+from autoquant.measure.compare import Ahead, Batch, Cache, Comparison, Probed, bytes_of
 from autoquant.measure.interactions import Key
 from autoquant.measure.kl import TokenKl, TokenScores
 from autoquant.measure.ranks.ranks import ALONE, Ranks
@@ -67,6 +67,8 @@ class Scorer:
         self.ranks = ranks
         self._bf16: dict[int, Flow] = {}
         """Forwards of the BF16 model that probes of the same batches start from."""
+        self._ahead: dict[tuple[str, int], Flow] = {}
+        """Forwards of the BF16 model that gradients will start from, by split and batch."""
         self._cache = Cache(cache_bytes)
         self._comparison = Comparison(self.head, self._cache)
         self._batches: dict[tuple[str, int], Batch] = {}
@@ -82,8 +84,7 @@ class Scorer:
                 the final hidden states, scaled or capped token by token.
         """
         tokens = split.batches[0][:1].to(self.device)
-        check_forward(self.trunk, self.quantized, self.room, tokens)
-        limit_memory(self.trunk, self.quantized, self.room, tokens)
+        check_and_limit(self.trunk, self.quantized, self.room, tokens)
 
     def forward(
         self,
@@ -91,6 +92,8 @@ class Scorer:
         assignment: Assignment = BF16_MODEL,
         *,
         with_cache: bool = False,
+        inside: Callable[[], AbstractContextManager[None]] = nullcontext,
+        ahead: Ahead | None = None,
     ) -> list[torch.Tensor]:
         """Final hidden states [B, L, H] of batches [B, L] in one pass over the blocks.
 
@@ -98,29 +101,27 @@ class Scorer:
             batches: tokens.
             assignment: what the model multiplies with.
             with_cache: whether keys and values are rounded, where there is such a cache.
+            inside: makes what is in force while one of them runs a block.
+            ahead: what else the BF16 model runs on; `bf16_states` then has this rank's share.
         """
         flows = [
-            Flow(parts=self._enter(tokens), assignment=assignment, with_cache=with_cache)
-            for tokens in batches
+            Flow(parts=parts, assignment=assignment, with_cache=with_cache, inside=inside)
+            for parts in map(self._enter, batches)
         ]
-        self._walk(flows)
+        if ahead is None:
+            self._walk(flows)
+        else:
+            split, own = ahead.split, self.ranks.dealt(ahead.batches)
+            found = self.bf16_states(split, own, with_noise=ahead.with_noise, beside=flows)
+            self._ahead = {(split.digest, i): flow for i, flow in zip(own, found, strict=True)}
         return [flow.hidden for flow in flows]
 
     def waves(
         self, split: Split, batches: Sequence[int], *, forwards: int
     ) -> Iterator[Sequence[int]]:
-        """Batches that go through the blocks together, with so many forwards of each, on all ranks
-        together.
-        """
-        states = forwards * max((self._state_bytes(split, index) for index in batches), default=1)
+        """Batches that go through the blocks together, on all ranks, with so many forwards each."""
+        states = forwards * max((self.state_bytes(split, index) for index in batches), default=1)
         return self.room.waves(batches, states, ranks=self.ranks.size)
-
-    def fitting(self, split: Split) -> int:
-        """Forwards of a batch that memory holds, where every pass over them brings the weights; one
-        where the weights are there.
-        """
-        most = max(self._state_bytes(split, index) for index in range(len(split.batches)))
-        return max(1, self.room.walk_bytes // most) if self.room.is_streamed else 1
 
     def score(self, assignment: Assignment, split: Split) -> TokenKl:
         """KL of a whole assignment on every token of the split."""
@@ -216,7 +217,7 @@ class Scorer:
     ) -> Iterator[Sequence[Sequence[tuple[int, Key]]]]:
         """What each rank probes in one pass over its blocks, each batch on one rank."""
         batches, size = list(dict.fromkeys(index for index, _ in probes)), self.ranks.size
-        state_bytes = max((self._state_bytes(split, index) for index in batches), default=1)
+        state_bytes = max((self.state_bytes(split, index) for index in batches), default=1)
         rank_of = {index: place % size for place, index in enumerate(batches)}
         by_rank = [[p for p in probes if rank_of[p[0]] == rank] for rank in range(size)]
         passes = (self.room.together(own, state_bytes) for own in by_rank)
@@ -259,18 +260,31 @@ class Scorer:
             yield Probed(batch=index, key=key, kl=kl, sketch=change.cpu())
 
     def bf16_states(
-        self, split: Split, batches: Sequence[int], *, with_noise: bool = False
+        self,
+        split: Split,
+        batches: Sequence[int],
+        *,
+        with_noise: bool = False,
+        beside: Sequence[Flow] = (),
     ) -> list[Flow]:
         """Forwards of the BF16 model at their end, with the states between blocks.
+
+        Those that went along in an earlier pass are there, and are given away.
 
         Args:
             split: the tokens.
             batches: of it.
             with_noise: measure what `noise` says on the way.
+            beside: forwards that take the same pass.
         """
-        flows = [Flow(parts=self._parts(split, index), keep=True) for index in batches]
+        flows = [
+            self._ahead.pop((split.digest, index))
+            if (split.digest, index) in self._ahead
+            else Flow(parts=self._parts(split, index), keep=True)
+            for index in batches
+        ]
         again = self._again(split, batches, with_noise)
-        self._walk([*flows, *again])
+        self._walk([*(flow for flow in flows if not flow.is_done), *again, *beside])
         for index, flow in zip(batches, flows, strict=True):
             self._keep_reference(split, index, flow)
         self._keep_noise(split, again)
@@ -308,8 +322,7 @@ class Scorer:
 
     def _keep_noise(self, split: Split, again: Sequence[Flow]) -> None:
         for flow in again:
-            batch = self._batch(split, 0)
-            batch.noise = self._comparison.kl(batch, flow.hidden)
+            self._batch(split, 0).noise = self._comparison.kl(self._batch(split, 0), flow.hidden)
 
     @together
     def forget(self, split: Split) -> None:
@@ -337,7 +350,7 @@ class Scorer:
             self._batches[key] = Batch(tokens, split.units[index])
         return self._batches[key]
 
-    def _state_bytes(self, split: Split, index: int) -> int:
+    def state_bytes(self, split: Split, index: int) -> int:
         """Of the states of one batch between two blocks."""
         weight = self.trunk.head.weight
         return int(split.batches[index].numel() * weight.shape[1] * weight.element_size())

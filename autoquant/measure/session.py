@@ -4,8 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from autoquant.codes.book import CodeBook
 from autoquant.codes.cache import CodeCache
 from autoquant.codes.statistics import StatisticsStore
@@ -191,14 +189,6 @@ def _room(loaded: LoadedModel) -> Room:
 
 
 def _cache_bytes(loaded: LoadedModel) -> dict[str, int]:
-    """Memory for codes and for decoded weights: a GPU decodes in no time, and keeps codes alone.
-
-    Where blocks are streamed, those of the last blocks stay and no others.
-    """
-    if loaded.store.is_streamed:
-        return {"packed_bytes": 0, "decoded_bytes": 0}
-    if loaded.device.type != "cpu":
-        free, _ = torch.cuda.mem_get_info(loaded.device)
-        return {"packed_bytes": free // 2, "decoded_bytes": 0}
-    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    return {"packed_bytes": min(3 * weights, 2**31), "decoded_bytes": min(6 * weights, 2**32)}
+    """Memory for codes and for decoded weights."""
+    kept = loaded.left.kept
+    return {"packed_bytes": kept.packed, "decoded_bytes": kept.decoded}

@@ -9,6 +9,7 @@ from autoquant.codes.statistics import StatisticsStore
 from autoquant.codes.statistics_size import require_disk
 from autoquant.codes.weights import FileWeights
 from autoquant.measure.calibration import Calibration, calibrate
+from autoquant.measure.compare import Ahead
 from autoquant.measure.ranks.ranks import ALONE, Ranks
 from autoquant.measure.session import Session, open_session
 from autoquant.measure.statistics.moments import keep_moments
@@ -86,8 +87,17 @@ def book_of_run(source: Source, run: Path) -> CodeBook:
     return book
 
 
-def calibrate_session(config: LoadedConfig, session: Session, observer: Progress) -> Calibration:
-    """The ranges that the calibration split shows, and their headroom."""
+def calibrate_session(
+    config: LoadedConfig, session: Session, observer: Progress, ahead: Ahead | None = None
+) -> Calibration:
+    """The ranges that the calibration split shows, and their headroom.
+
+    Args:
+        config: says what input scales are to hold.
+        session: all groups in BF16.
+        observer: told of progress.
+        ahead: what else the BF16 model runs on in the pass.
+    """
     split = session.splits["calibration"]
     observer.stage("calibrate", len(split.batches))
     return calibrate(
@@ -96,6 +106,7 @@ def calibrate_session(config: LoadedConfig, session: Session, observer: Progress
         observer.step,
         all_experts=config.calibrate_all_experts,
         headroom=config.input_headroom,
+        ahead=ahead,
     )
 
 

@@ -15,6 +15,7 @@ from autoquant.errors import SourceError
 from autoquant.files import set_aside
 from autoquant.independent.forward import Evidence
 from autoquant.measure.calibration import Calibration
+from autoquant.measure.compare import Ahead
 from autoquant.measure.kl import TokenScores
 from autoquant.measure.sensitivity import Sensitivity
 from autoquant.measure.session import Session
@@ -100,6 +101,10 @@ class Search(Probing):
         found = modelopt_sensitivity(state, session, self.plan)
         self.observer.step()
         return found, METHOD
+
+    def _ahead(self, session: Session) -> Ahead | None:
+        """Nothing where ModelOpt's scores take the place of gradients."""
+        return None if self.config.modelopt_state is not None else super()._ahead(session)
 
     def _measure(
         self, session: Session, calibration: Calibration, problem: Problem

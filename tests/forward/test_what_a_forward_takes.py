@@ -7,7 +7,7 @@ import torch
 from searchable import save_searchable
 
 from autoquant.codes.held import Weights
-from autoquant.forward.check import activation_bytes
+from autoquant.forward.check import activation_bytes, check_forward
 from autoquant.forward.room import Room
 from autoquant.measure.scorer import Scorer
 from autoquant.model.live import QuantizedModel
@@ -63,3 +63,21 @@ def test_a_block_that_arrives_meanwhile_is_not_the_forwards(streamed):
     tokens = torch.randint(3, 200, (1, 16))
     taken = activation_bytes(scorer.trunk, quantized, Room(CPU), tokens, memory)
     assert (taken, memory.arrived) == (FORWARD, 4)
+
+
+def test_it_is_measured_in_the_pass_of_the_check(streamed):
+    quantized, memory = streamed
+    scorer = Scorer(quantized, CPU)
+    tokens = torch.randint(3, 200, (1, 16))
+    assert check_forward(scorer.trunk, quantized, Room(CPU), tokens, memory) == FORWARD
+    assert not scorer.trunk.is_whole
+    assert (scorer.trunk.opened, memory.arrived) == (4, 4)
+    assert check_forward(scorer.trunk, quantized, Room(CPU), tokens) is None
+
+
+def test_a_model_in_one_stage_is_measured_as_a_whole(streamed):
+    quantized, memory = streamed
+    scorer = Scorer(quantized, CPU)
+    scorer.trunk.is_whole = True
+    tokens = torch.randint(3, 200, (1, 16))
+    assert check_forward(scorer.trunk, quantized, Room(CPU), tokens, memory) >= FORWARD

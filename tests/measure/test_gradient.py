@@ -10,9 +10,15 @@ from autoquant.data.tokens import Split
 from autoquant.formats import BF16, FP8, NVFP4
 from autoquant.forward.backward import Backward
 from autoquant.forward.flow import loop
+from autoquant.forward.room import Room
 from autoquant.measure import gradient
 from autoquant.measure.calibration import calibrate
-from autoquant.measure.gradient import NoGradient, gradient_probe, mean_estimate
+from autoquant.measure.gradient import (
+    NoGradient,
+    ahead_of_gradients,
+    gradient_probe,
+    mean_estimate,
+)
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.sensitivity import probe
 from autoquant.measure.taps import Taps
@@ -211,3 +217,52 @@ def test_rows_are_added_to_their_tokens(scorer, keys, monkeypatch, chunk):
     with pytest.raises(ValueError, match="multiplies 5 rows of 3 tokens"):
         taps.add(group, lambda: changed[:5], y[:5], gradient[:5])
     taps.add(group, lambda: changed[:5], y[:5], gradient[:5], tokens[:5])
+
+
+@pytest.fixture
+def streamed(scorer, monkeypatch):
+    monkeypatch.setattr(scorer, "room", Room.streamed(CPU, 2**28))
+    return scorer
+
+
+def unseen(scorer):
+    """Forget what has been measured, and the ranges of inputs."""
+    scorer.forget(SPLIT)
+    for inputs in scorer.quantized._context.inputs.values():
+        inputs.observed = None
+
+
+def test_what_gradients_need_of_the_model_goes_along_with_the_calibration(streamed, keys):
+    """The same ranges, estimates and noise to the last digit, in a pass less."""
+    scorer, beside = streamed, split_of(2, 4, seed=5)
+    unseen(scorer)
+    opened = scorer.trunk.opened
+    ranges = calibrate(scorer, beside, lambda: None).input_amax
+    alone = estimate(scorer, keys)[1]
+    noise = scorer.noise(SPLIT).kl
+    apart = scorer.trunk.opened - opened
+    unseen(scorer)
+    opened = scorer.trunk.opened
+    ahead = ahead_of_gradients(scorer, SPLIT, range(3), with_noise=True, beside=beside)
+    found = calibrate(scorer, beside, lambda: None, ahead=ahead)
+    assert found.input_amax == ranges
+    assert estimate(scorer, keys)[1] == alone
+    assert np.array_equal(scorer.noise(SPLIT).kl, noise)
+    assert apart - (scorer.trunk.opened - opened) == 2 * scorer.trunk.stages
+    assert not scorer._ahead, "the states are given away"
+
+
+def test_nothing_goes_along_where_memory_does_not_hold_the_states(streamed):
+    beside = split_of(2, 4)
+    states = scorer_states(streamed, SPLIT) * streamed.trunk.stages
+    states += scorer_states(streamed, beside)
+    for walk_bytes, goes in ((states, True), (states - 1, False)):
+        streamed.room.walk_bytes = walk_bytes
+        ahead = ahead_of_gradients(streamed, SPLIT, range(3), with_noise=False, beside=beside)
+        assert (ahead is not None) == goes
+    streamed.room.is_streamed, streamed.room.walk_bytes = False, states
+    assert ahead_of_gradients(streamed, SPLIT, [0], with_noise=False, beside=beside) is None
+
+
+def scorer_states(scorer, split):
+    return sum(batch.numel() for batch in split.batches) * scorer.trunk.head.weight.shape[1] * 2

@@ -12,7 +12,7 @@ from autoquant.codes.held import Weights
 from autoquant.errors import OutOfMemory, SourceError
 from autoquant.model.loading import load_model
 from autoquant.model.streaming.blocks import BlockReader
-from autoquant.model.streaming.placement import Allowance, Sizes, choose
+from autoquant.model.streaming.placement import Allowance, Kept, Sizes, choose
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 200, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -132,3 +132,22 @@ def test_what_fits_nowhere_is_refused_with_what_would(weights):
         choose(SIZES, CPU, may)
     assert "--weights disk takes least, 31.25 GB" in caught.value.fix
     assert caught.value.exit_code == 6
+
+
+def test_codes_may_take_a_few_times_the_weights_beside_a_cpus():
+    def kept(weights, **may):
+        return choose(SIZES, CPU, Allowance(weights=weights, **may))[1].kept
+
+    assert kept(Weights.RESIDENT, host_bytes=100 * GIB) == Kept(packed=2 * GIB, decoded=4 * GIB)
+    needed = SIZES.on_device(Weights.RESIDENT, is_gpu=False)
+    little = kept(Weights.RESIDENT, host_bytes=needed + 6 * GIB)
+    assert little == Kept(packed=GIB, decoded=2 * GIB), "half of what the weights leave"
+    assert kept(Weights.RESIDENT, host_bytes=needed) == Kept()
+    assert kept(Weights.DISK, host_bytes=100 * GIB) == Kept()
+    assert Kept.beside(1000, GIB) == Kept(packed=3000, decoded=6000)
+
+
+def test_codes_may_take_half_of_what_weights_leave_of_a_gpu():
+    needed = SIZES.on_device(Weights.RESIDENT, is_gpu=True)
+    may = Allowance(device_bytes=needed + 1000, host_bytes=60 * GIB)
+    assert choose(SIZES, torch.device("cuda"), may)[1].kept == Kept(packed=500)

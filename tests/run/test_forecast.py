@@ -42,8 +42,10 @@ def test_weights_are_resident_where_they_fit_and_else_on_the_disk(autoquant, tmp
     model = save_model("qwen2_moe", tmp_path / "model", num_hidden_layers=40)
     found = forecast(autoquant, model, "--device", "cpu", "--host-memory", "4GiB")
     assert (found["weights"], found["device"]) == ("resident", "cpu")
-    assert found["device_bytes"] == int(found["weight_bytes"] * 1.1) + placement.WORK_BYTES
-    between = (found["device_bytes"] + placement.WORK_BYTES) // 2
+    needed = int(found["weight_bytes"] * 1.1) + placement.WORK_BYTES
+    assert found["device_bytes"] > needed + 2 * found["weight_bytes"], "with codes that are kept"
+    assert found["device_bytes"] <= needed + 9 * found["weight_bytes"]
+    between = (needed + placement.WORK_BYTES) // 2
     less = forecast(autoquant, model, "--device", "cpu", "--host-memory", between)
     assert less["weights"] == "disk"
     assert less["device_bytes"] <= between

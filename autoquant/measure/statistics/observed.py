@@ -5,11 +5,13 @@ Maxima and counts do not depend on the order of batches, nor on which process sa
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 
 from autoquant.data.tokens import Split
+from autoquant.measure.compare import Ahead
 from autoquant.measure.ranks.together import together
 from autoquant.measure.scorer import Scorer
 from autoquant.model.inputs import InputScale, small_of
@@ -48,7 +50,12 @@ class Observed:
 
 
 def observe_inputs(
-    scorer: Scorer, split: Split, advance: Callable[[], None], *, all_experts: bool
+    scorer: Scorer,
+    split: Split,
+    advance: Callable[[], None],
+    *,
+    all_experts: bool,
+    ahead: Ahead | None = None,
 ) -> Observed:
     """Let the live model see every batch of `split`.
 
@@ -57,12 +64,14 @@ def observe_inputs(
         split: the calibration tokens.
         advance: called after each batch.
         all_experts: take input ranges from every expert on every token, whatever the routing.
+        ahead: what else the BF16 model runs on in the pass.
 
     Raises:
         SourceError: NaN or Inf at some linear's input, which is named.
     """
     for wave in scorer.waves(split, range(len(split.batches)), forwards=1):
-        _observe(scorer, split, wave, all_experts)
+        _observe(scorer, split, wave, all_experts, ahead)
+        ahead = None
         for _ in wave:
             advance()
     return Observed.joined([part for part in _observed(scorer, split) if part is not None])
@@ -79,12 +88,20 @@ def use_scales(
 
 
 @together
-def _observe(scorer: Scorer, split: Split, batches: Sequence[int], all_experts: bool) -> None:
+def _observe(
+    scorer: Scorer,
+    split: Split,
+    batches: Sequence[int],
+    all_experts: bool,
+    ahead: Ahead | None,
+) -> None:
     own = [split.batches[index] for index in scorer.ranks.dealt(batches)]
+    observing = partial(scorer.quantized.observing, all_experts=all_experts)
 
     def observe() -> None:
-        with scorer.quantized.observing(all_experts=all_experts):
-            for hidden in scorer.forward(own):
+        seen = scorer.forward(own, inside=observing, ahead=ahead)
+        with observing():
+            for hidden in seen:
                 scorer.quantized.operands(scorer.trunk.head, hidden)
 
     scorer.ranks.all_of(observe)

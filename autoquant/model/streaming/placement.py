@@ -21,6 +21,8 @@ WORK_BYTES = 1 << 29
 """What is taken beside weights in any case: activations, states, logits."""
 WORK_SHARE = 1 / 10
 """The same in shares of the weights on the device."""
+MOST_PACKED, MOST_DECODED = 1 << 31, 1 << 32
+"""Of codes, and of the weights that they stand for, beside weights that are on a CPU."""
 BLOCKS_AT_ONCE = 3 + CODES_OF_A_BLOCK
 """Blocks' worth of memory where blocks are streamed: the present one, the next, one of decoded
 codes, and the codes. On a CPU also the parts that the next one is put together from."""
@@ -88,12 +90,40 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """Memory for codes, and for the weights that they stand for, where all weights are there."""
+
+    packed: int = 0
+    """Bytes."""
+    decoded: int = 0
+    """Bytes; a GPU decodes in no time, and keeps none."""
+
+    @classmethod
+    def beside(cls, weights: int, free: int) -> Self:
+        """On a CPU: a few times the weights, as far as memory is free.
+
+        Args:
+            weights: bytes of all of them.
+            free: bytes that they may take.
+        """
+        packed, decoded = min(3 * weights, MOST_PACKED), min(6 * weights, MOST_DECODED)
+        share = min(1.0, free / max(1, packed + decoded))
+        return cls(packed=int(share * packed), decoded=int(share * decoded))
+
+    def most(self, packed: int, decoded: int) -> int:
+        """Bytes that are taken of it where there are so many of both."""
+        return min(self.packed, packed) + min(self.decoded, decoded)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Left:
-    """Memory that states between blocks may take, bytes; some is theirs in any case."""
+    """Memory beside what a search takes in any case."""
 
     host: int
+    """Bytes that states between blocks may take."""
     device: int
-    """Of a GPU, beside what is theirs in any case."""
+    """The same of a GPU, beside what is theirs in any case."""
+    kept: Kept = Kept()
 
 
 def open_store(
@@ -153,11 +183,22 @@ def choose(
         of_device = sizes.on_device(weights, is_gpu=is_gpu)
         of_host = sizes.on_host(weights, is_gpu=is_gpu)
         if of_device <= on_device and of_host <= host:
+            free = on_device - of_device
             return weights, Left(
                 host=WORK_BYTES // 2 + (host - of_host) // 2,
-                device=(on_device - of_device) // 2 if is_gpu else 0,
+                device=free // 2 if is_gpu else 0,
+                kept=_kept(weights, sizes, free, is_gpu=is_gpu),
             )
     raise _does_not_fit(sizes, device, allowance, on_device, host)
+
+
+def _kept(weights: Weights, sizes: Sizes, free: int, *, is_gpu: bool) -> Kept:
+    """Half of what is free at most. Of blocks that are streamed, codes of the last ones stay and no
+    others, which are counted with them.
+    """
+    if weights is not Weights.RESIDENT:
+        return Kept()
+    return Kept(packed=free // 2) if is_gpu else Kept.beside(sizes.all, free // 2)
 
 
 def _in_order(asked: Weights, *, is_gpu: bool) -> tuple[Weights, ...]:

@@ -6,12 +6,14 @@ from typing import Any, Self
 
 from autoquant.codes.held import Weights
 from autoquant.decimals import gigabytes
+from autoquant.formats import BF16
 from autoquant.forward.room import STATE_BYTES
 from autoquant.model.loading import choose_device, sizes_of
 from autoquant.model.streaming.placement import Sizes, choose
 from autoquant.plan.plan import Plan
 from autoquant.run.config import PlanConfig
 from autoquant.run.machines.passes import Passes, Streaming, forecast_passes
+from autoquant.source.headers import DTYPE_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +24,7 @@ class Forecast:
     weights: Weights
     sizes: Sizes
     device_bytes: int
-    """Most of the device's memory, work beside the weights included."""
+    """Most of the device's memory, with work beside the weights, and codes that are kept."""
     host_bytes: int
     """Most of the host's; beside a CPU that is the device's."""
     passes: Mapping[str, Passes]
@@ -45,15 +47,15 @@ class Forecast:
             stages=len(sizes.blocks),
             width=sizes.width,
             state_bytes=max(left.host, STATE_BYTES + left.device),
-            is_gpu=is_gpu,
         )
+        kept = left.kept.most(*_codes(plan))
         is_streamed = weights is not Weights.RESIDENT
         return cls(
             device=str(device),
             weights=weights,
             sizes=sizes,
-            device_bytes=sizes.on_device(weights, is_gpu=is_gpu),
-            host_bytes=sizes.on_host(weights, is_gpu=is_gpu),
+            device_bytes=sizes.on_device(weights, is_gpu=is_gpu) + kept,
+            host_bytes=sizes.on_host(weights, is_gpu=is_gpu) + (0 if is_gpu else kept),
             passes=forecast_passes(config, plan, streaming) if is_streamed else {},
         )
 
@@ -106,3 +108,14 @@ class Forecast:
             },
             "brought_bytes": self.brought_bytes,
         }
+
+
+def _codes(plan: Plan) -> tuple[int, int]:
+    """Bytes of the codes of every choice, and of the weights in BF16 that they stand for."""
+    packed = decoded = 0
+    for group in plan.groups:
+        for choice in plan.options.choices[group.name]:
+            if choice != BF16:
+                packed += plan.accounting.group_bytes(group.name, choice)
+                decoded += group.elements * DTYPE_BYTES["BF16"]
+    return packed, decoded

@@ -42,7 +42,6 @@ class Streaming:
     """Elements of a token's state."""
     state_bytes: int
     """Memory for states between blocks."""
-    is_gpu: bool
 
 
 def forecast_passes(config: PlanConfig, plan: Plan, streaming: Streaming) -> dict[str, Passes]:
@@ -55,7 +54,7 @@ def forecast_passes(config: PlanConfig, plan: Plan, streaming: Streaming) -> dic
     """
     waves = _waves(config, streaming)
     found = {
-        "load": Passes(2 if streaming.is_gpu else 1),  # on a GPU, what a forward takes is measured
+        "load": Passes(1),
         "calibrate": Passes(waves(_batches(config, config.calibration_tokens), 1)),
     }
     if groups_with_moments(plan.options.choices, tuple(plan.groups)):
@@ -98,17 +97,26 @@ def _waves(config: PlanConfig, streaming: Streaming) -> _Waves:
 
 
 def _of_probes(config: PlanConfig, plan: Plan, waves: _Waves, streaming: Streaming) -> Passes:
-    """Gradients forward, with the noise floor, and back; exact probes, as many together as fit."""
+    """Gradients forward, unless that went along with the calibration, and back; exact probes, as
+    many together as fit.
+    """
     batches = _batches(config, config.search_tokens)
     together = max(1, streaming.state_bytes // _bytes_of_batch(config, streaming))
     keys = [*keys_of(plan.options.choices)]
     if config.probe is ProbeMethod.EXACT:
         return Passes(math.ceil(len(keys) * batches / together))
-    gradients = 2 * waves(batches, streaming.stages)
+    gradients = 2 * waves(batches, streaming.stages) - _goes_ahead(config, streaming)
     if config.probe is ProbeMethod.GRADIENT:
         return Passes(gradients)
     exact = len({group for group, _ in keys}) * len(measured_batches(batches))
     return Passes(gradients + math.ceil(exact / together))
+
+
+def _goes_ahead(config: PlanConfig, streaming: Streaming) -> bool:
+    """Whether what gradients need of the BF16 model goes along with the calibration."""
+    search = _batches(config, config.search_tokens)
+    forwards = streaming.stages * search + _batches(config, config.calibration_tokens)
+    return forwards * _bytes_of_batch(config, streaming) <= streaming.state_bytes
 
 
 def _of_trials(

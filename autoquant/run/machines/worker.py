@@ -11,7 +11,7 @@ from autoquant import collector
 from autoquant.codes.statistics_size import groups_with_moments
 from autoquant.errors import RunConflict
 from autoquant.measure.calibration import Calibration
-from autoquant.measure.evaluator import Evaluator, LocalEvaluator
+from autoquant.measure.evaluator import Evaluator, LocalEvaluator, fitting
 from autoquant.measure.ranks.ranks import ALONE
 from autoquant.measure.session import Session
 from autoquant.measure.workers.pool import WorkerPool
@@ -132,7 +132,7 @@ def _local(session: Session, together: int) -> LocalEvaluator:
     all that is asked for at once, as far as memory holds it.
     """
     split = session.splits["search"]
-    return LocalEvaluator(session.scorer, split, max(together, session.scorer.fitting(split)))
+    return LocalEvaluator(session.scorer, split, max(together, fitting(session.scorer, split)))
 
 
 if __name__ == "__main__":

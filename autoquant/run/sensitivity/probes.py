@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoquant.data.tokens import Split
-from autoquant.measure.gradient import BatchEstimate, NoGradient, gradient_probe, mean_estimate
+from autoquant.measure.compare import Ahead
+from autoquant.measure.gradient import (
+    BatchEstimate,
+    NoGradient,
+    ahead_of_gradients,
+    gradient_probe,
+    mean_estimate,
+)
 from autoquant.measure.interactions import Key, SketchBook
 from autoquant.measure.method import ProbeMethod
 from autoquant.measure.scorer import Scorer
@@ -47,7 +54,7 @@ class Probes:
         if method is ProbeMethod.EXACT:
             return self._exact(self.keys, everywhere), method
         try:
-            estimates = self._estimates(with_noise=method is ProbeMethod.SCREENED)
+            estimates = self._estimates(with_noise=self._needs_noise(method))
         except NoGradient as reason:
             self.observer.warn(f"every probe is measured exactly, without gradients: {reason}.")
             return self._exact(self.keys, everywhere), ProbeMethod.EXACT
@@ -55,6 +62,22 @@ class Probes:
         if method is ProbeMethod.GRADIENT:
             return estimate, method
         return self._screened(estimates, estimate), method
+
+    def ahead(self, method: ProbeMethod, beside: Split) -> Ahead | None:
+        """What the gradients of batches that are not done need of the BF16 model, if it may go
+        along in the pass over another split.
+        """
+        done = {record["batch"] for record in self.run.records(GRADIENT_LOG)}
+        missing = [index for index in range(len(self.split.batches)) if index not in done]
+        if method is ProbeMethod.EXACT or not missing:
+            return None
+        with_noise = self._needs_noise(method)
+        return ahead_of_gradients(
+            self.scorer, self.split, missing, with_noise=with_noise, beside=beside
+        )
+
+    def _needs_noise(self, method: ProbeMethod) -> bool:
+        return method is ProbeMethod.SCREENED and self.run.read_json(NOISE) is None
 
     def _screened(self, estimates: Sequence[BatchEstimate], estimate: Sensitivity) -> Sensitivity:
         """One probe of each group, the rest by gradients; `estimate` is the mean of `estimates`."""
@@ -85,7 +108,7 @@ class Probes:
         return float(stored["kl"])
 
     def _estimates(self, *, with_noise: bool) -> list[BatchEstimate]:
-        """Of every batch; with what the noise floor needs on the way, unless that is measured."""
+        """Of every batch, perhaps with what the noise floor needs on the way."""
         done = [BatchEstimate.from_dict(record) for record in self.run.records(GRADIENT_LOG)]
         self.observer.stage("gradient", len(self.split.batches) - len(done))
 
@@ -100,7 +123,7 @@ class Probes:
             done,
             keep,
             seed=self.seed,
-            with_noise=with_noise and self.run.read_json(NOISE) is None,
+            with_noise=with_noise,
         )
 
     def _exact(self, keys: tuple[Key, ...], batches: Sequence[int]) -> Sensitivity:

@@ -13,6 +13,7 @@ from autoquant.environment import measuring_on
 from autoquant.errors import RunConflict, SourceError
 from autoquant.formats import BF16
 from autoquant.measure.calibration import Calibration
+from autoquant.measure.compare import Ahead
 from autoquant.measure.ranks.ranks import Ranks
 from autoquant.measure.ranks.together import announce_step
 from autoquant.measure.sensitivity import Sensitivity, keys_of
@@ -149,7 +150,8 @@ class Probing:
             calibration = Calibration.from_dict(stored)
         else:
             with self._timed("calibrate"):
-                calibration = calibrate_session(self.config, session, self.observer)
+                ahead = self._ahead(session)
+                calibration = calibrate_session(self.config, session, self.observer, ahead)
             self.run.write_json(CALIBRATION, calibration.to_dict())
         use_calibration(session, calibration, self.observer)
         resting = groups_with_moments(self.plan.options.choices, session.quantized.groups)
@@ -172,7 +174,16 @@ class Probing:
 
     def _sensitivity(self, session: Session) -> tuple[Sensitivity, str]:
         """What every open choice does alone, and how that was found out."""
-        probes = Probes(
+        sensitivity, method = self._probes(session).measure(self.config.probe)
+        return sensitivity, str(method)
+
+    def _ahead(self, session: Session) -> Ahead | None:
+        """What gradients need of the BF16 model, if it may go along with the calibration."""
+        beside = session.splits["calibration"]
+        return self._probes(session).ahead(self.config.probe, beside)
+
+    def _probes(self, session: Session) -> Probes:
+        return Probes(
             run=self.run,
             scorer=session.scorer,
             split=session.splits["search"],
@@ -180,8 +191,6 @@ class Probing:
             seed=self.config.seed,
             observer=self.observer,
         )
-        sensitivity, method = probes.measure(self.config.probe)
-        return sensitivity, str(method)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
