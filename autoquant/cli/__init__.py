@@ -10,6 +10,7 @@ from autoquant.cli.group import LazyGroup
 
 MODULES = {
     "search": "autoquant.cli.commands.search",
+    "join": "autoquant.cli.commands.join",
     "plan": "autoquant.cli.commands.plan",
     "probe": "autoquant.cli.commands.probe",
     "score": "autoquant.cli.commands.score",

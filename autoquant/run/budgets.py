@@ -17,6 +17,7 @@ from autoquant.plan.plan import Plan
 from autoquant.run.config import ProbeConfig, SearchConfig
 from autoquant.run.config.file import settings_text
 from autoquant.run.machines.following import follow_run, open_plan_on_all
+from autoquant.run.machines.joining import roster_of
 from autoquant.run.observer import Observer, or_warn
 from autoquant.run.opening import limits_of
 from autoquant.run.sensitivity.probing import Probing
@@ -113,9 +114,11 @@ def _run_searches(config: SearchConfig, observer: Observer, ranks: Ranks) -> lis
     probes = _probes_of(config, plan) if config.resume or config.sensitivity else None
     if probes is not None:
         observer.note(f"probes: {probes}")
-    shared = Shared(probes=probes, storage=storage, ranks=ranks)
-    batch = _Batch(config=config, plan=plan, observer=observer, shared=shared)
-    outcomes = [batch.run(search, path) for search, path in zip(searches, paths, strict=True)]
+    name = _name(searches, plan)
+    with roster_of(config, plan, storage, name, ranks) as roster:
+        shared = Shared(probes=probes, storage=storage, ranks=ranks, roster=roster)
+        batch = _Batch(config=config, plan=plan, observer=observer, shared=shared)
+        outcomes = [batch.run(search, path) for search, path in zip(searches, paths, strict=True)]
     if len(outcomes) > 1:
         page, frontier = (paths[0].parent / name for name in (COMPARISON, FRONTIER))
         with or_warn(page, observer):
@@ -260,11 +263,16 @@ def _open_plan(config: ProbeConfig, ranks: Ranks) -> Plan:
     return plan
 
 
-def _paths(searches: Sequence[SearchConfig], plan: Plan, out: Path | None) -> list[Path]:
+def _name(searches: Sequence[SearchConfig], plan: Plan) -> str:
+    """Of all searches of a command."""
     name = search_name(searches[0], plan)
+    return name if len(searches) == 1 else f"{name}-{len(searches)}-budgets"
+
+
+def _paths(searches: Sequence[SearchConfig], plan: Plan, out: Path | None) -> list[Path]:
+    folder = out if out is not None else RUNS / _name(searches, plan)
     if len(searches) == 1:
-        return [out if out is not None else RUNS / name]
-    folder = out if out is not None else RUNS / f"{name}-{len(searches)}-budgets"
+        return [folder]
     if read_identity(folder) is not None:
         raise RunConflict(
             f"{folder} is the run directory of a single budget.",

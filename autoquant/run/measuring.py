@@ -1,21 +1,24 @@
 """The loaded, calibrated model of a configuration."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from autoquant.codes.book import CodeBook
 from autoquant.codes.cache import MOST_CODES_BYTES, CodeCache
 from autoquant.codes.statistics import StatisticsStore
-from autoquant.codes.statistics_size import require_disk
+from autoquant.codes.statistics_size import groups_with_moments, require_disk
 from autoquant.codes.weights import FileWeights
 from autoquant.measure.calibration import Calibration, calibrate
 from autoquant.measure.compare import Ahead
+from autoquant.measure.evaluator import LocalEvaluator, fitting
 from autoquant.measure.ranks.ranks import ALONE, Ranks
 from autoquant.measure.session import Session, open_session
 from autoquant.measure.statistics.moments import keep_moments
 from autoquant.measure.statistics.observed import use_scales
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.linears import LayerGroup
+from autoquant.plan.plan import Plan
 from autoquant.progress import Progress
 from autoquant.run.config.parts import LoadedConfig
 from autoquant.source.source import Source
@@ -136,3 +139,24 @@ def use_calibration(session: Session, calibration: Calibration, observer: Progre
     if (warning := calibration.warning()) is not None:
         observer.warn(warning)
     use_scales(session.scorer, calibration.scales(), calibration.kv_ranges)
+
+
+def make_ready(
+    session: Session, plan: Plan, calibration: Mapping[str, Any], observer: Progress
+) -> None:
+    """Let a session measure with the input ranges of a search, and have what codes rest on."""
+    use_calibration(session, Calibration.from_dict(dict(calibration)), observer)
+    resting = groups_with_moments(plan.options.choices, session.quantized.groups)
+    collect_statistics(session, resting, observer)
+
+
+def local_evaluator(session: Session, together: int) -> LocalEvaluator:
+    """Measures on the search tokens in this process; where the weights are brought for every pass,
+    all that is asked for at once, as far as memory holds it.
+
+    Args:
+        session: calibrated.
+        together: requests that go through the blocks together at least.
+    """
+    split = session.splits["search"]
+    return LocalEvaluator(session.scorer, split, max(together, fitting(session.scorer, split)))

@@ -31,6 +31,8 @@ from autoquant.study.journal import read_trials
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
+    from autoquant.study.joining.roster import Roster
+
 PROBES = (CALIBRATION, GRADIENT_LOG, NOISE, SENSITIVITY_LOG, SENSITIVITY)
 PROBED_SPLITS = ("calibration", "search")
 """Splits that probes depend on."""
@@ -51,6 +53,8 @@ class Shared:
     """Scores on the report split by assignment digest."""
     storage: "BaseStorage | None" = None
     """Where their studies are repeated."""
+    roster: "Roster | None" = None
+    """Of workers that join from other machines."""
 
     def adopt_probes(self, run: RunDirectory) -> None:
         """Copy an earlier run's probes into a run that has none."""

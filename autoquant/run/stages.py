@@ -117,6 +117,7 @@ class Search(Probing):
             self.plan.source,
             self.shared.home(self.run.path),
             self.observer,
+            self.shared.roster,
         ) as evaluator:
             return self._trials().measure(
                 self.config,

@@ -55,14 +55,11 @@ def open_storage(url: str) -> BaseStorage:
             optuna.get_all_study_names(storage)
     except (ImportError, ValueError, ArgumentError) as error:
         raise ConfigError(
-            f"--study-storage {shown} cannot be used: {_brief(error)}.",
+            f"--study-storage {shown} cannot be used: {brief(error)}.",
             fix=f"mend the URL, or install what it needs: {_PACKAGES}.",
         ) from error
     except Exception as error:  # each kind of storage has errors of its own
-        raise RunConflict(
-            f"the storage {shown} does not answer: {type(error).__name__}: {_brief(error)}.",
-            fix="start it, or leave --study-storage out: study.log has all trials.",
-        ) from error
+        raise no_answer(f"the storage {shown}", error) from error
     return storage
 
 
@@ -169,13 +166,21 @@ class Mirror:
         self._target, self._sent = target, len(theirs)
 
 
+def no_answer(storage: str, error: Exception) -> RunConflict:
+    """Of a storage that is not there when a command begins."""
+    return RunConflict(
+        f"{storage} does not answer: {type(error).__name__}: {brief(error)}.",
+        fix="start it, or search without --study-storage: study.log has all trials.",
+    )
+
+
 def _join(call: threading.Thread) -> None:
     call.join(ANSWERS_WITHIN)
     if call.is_alive():
         raise TimeoutError
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """The first line of an error, without what a URL in it may carry."""
     return (redact(str(error)) or "").partition("\n")[0].rstrip(".")
 

@@ -70,7 +70,9 @@ def python_of(text: str) -> str:
 LINES = {
     line: None
     for line in [*examples_of_the_help(), *(line for page in PAGES for line in examples_of(page))]
-    if "--with modelopt" not in line and "modelopt:" not in line  # tests/with_modelopt has those
+    if "--with modelopt" not in line
+    and "modelopt:" not in line  # tests/with_modelopt has those
+    and "autoquant join" not in line  # joins a search of another process: tests/ranks has it
 }
 
 

@@ -43,9 +43,8 @@ EFFORT = {
 }
 RUN = {"--out", "--resume", "--fresh", "--export", "--no-export"}
 
-SURFACE = {
-    "": {"--version", "--debug"},
-    "search": MODEL
+SEARCH = (
+    MODEL
     | BUDGET
     | DEVICE
     | TOKENS
@@ -66,7 +65,13 @@ SURFACE = {
         "--cost-limit",
         "--cost-table",
         "--report-by",
-    },
+    }
+)
+
+SURFACE = {
+    "": {"--version", "--debug"},
+    "search": SEARCH,
+    "join": SEARCH,
     "probe": MODEL
     | DEVICE
     | (TOKENS - {"--report-tokens"})

@@ -1,5 +1,7 @@
 """Workers share the trials of a round, and the search ends as one process ends it."""
 
+import re
+import shutil
 import signal
 import threading
 import time
@@ -9,10 +11,14 @@ import launched
 import pytest
 from records import timeless
 from searchable import save_searchable, save_text
+from storage_servers import Proxy, running
 from test_search_on_ranks import outcome, words
 
 from autoquant.measure.workers.pool import WorkerPool
 from autoquant.measure.workers.process import ProcessWorker
+from autoquant.study.joining import worker as joined_worker
+from autoquant.study.joining.roster import Roster
+from autoquant.study.joining.worker import JoinedWorker
 
 pytestmark = pytest.mark.slow
 
@@ -170,3 +176,113 @@ def test_processes_of_a_launcher_have_no_workers(made, tmp_path):
     assert [process.wait(timeout=launched.PATIENCE) for process in processes] == [2, 2]
     (error,) = launched.errors(tmp_path / "logs", 2)
     assert "2 processes share the batches of this search, and --workers 2 would share" in error
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """What another machine has: a model and a text of the same content."""
+    folder, _ = made("llama")
+    shutil.copytree(folder / "model", tmp_path / "there" / "model")
+    shutil.copytree(folder / "text", tmp_path / "there" / "text-of-mine")
+    return tmp_path / "there"
+
+
+def joining(folder, url, *flags):
+    """The command of a worker with its own copies, and no folder to write to."""
+    command = ["join", *words(folder, "", *ROUND, "--study-storage", url)[1:]]
+    out = command.index("--out")
+    command[command.index("--calibration") + 1] = folder / "text-of-mine"
+    return [*command[:out], *command[out + 2 :], *flags]
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """How many requests each order of joined workers had; the search begins when one is there, and
+    measures when they have taken the rest."""
+    orders = []
+    own, newcomers, measure = WorkerPool._own_measure, Roster.newcomers, JoinedWorker.measure
+
+    def first_one(roster):
+        found = newcomers(roster)
+        deadline = time.monotonic() + launched.PATIENCE
+        while not found and not orders:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            found = newcomers(roster)
+        return found
+
+    def patient(pool, requests):
+        while pool._todo and any(thread.is_alive() for thread in pool._threads):
+            time.sleep(0.005)
+        return own(pool, requests)
+
+    def count(worker, requests):
+        orders.append(len(requests))
+        return measure(worker, requests)
+
+    monkeypatch.setattr(Roster, "newcomers", first_one)
+    monkeypatch.setattr(WorkerPool, "_own_measure", patient)
+    monkeypatch.setattr(JoinedWorker, "measure", count)
+    return orders
+
+
+def measured_by(log):
+    return [int(count) for count in re.findall(r"^trials measured: (\d+)", log.read_text(), re.M)]
+
+
+def test_a_worker_of_another_machine_changes_nothing(made, copied, autoquant, joined, tmp_path):
+    folder, alone = made("llama")
+    log = tmp_path / "err"
+    with running(Proxy(tmp_path)) as server, launched.alone(joining(copied, server.url), log) as it:
+        flags = (*ROUND, "--study-storage", server.url)
+        done = autoquant(*words(folder, tmp_path / "run", *flags))
+        assert done.exit_code == 0, done.stderr
+        assert it.wait(timeout=launched.PATIENCE) == 0, log.read_text()
+    assert told(tmp_path / "run") == alone
+    assert measured_by(log) == joined
+    assert sum(joined) > 4
+
+
+def test_a_worker_of_another_machine_that_is_killed_changes_nothing(
+    made, copied, autoquant, joined, monkeypatch, tmp_path
+):
+    folder, alone = made("llama")
+    url, log = f"sqlite:///{tmp_path / 'study.db'}", tmp_path / "err"
+    monkeypatch.setattr(joined_worker, "LEASE", 5.0)
+    measure = JoinedWorker.measure
+    sees_the_run = ("--out", tmp_path / "run")
+    with launched.alone(joining(copied, url, *sees_the_run), log) as process:
+
+        def killed(worker, requests):
+            if len(joined) == 1:
+                process.kill()
+            return measure(worker, requests)
+
+        monkeypatch.setattr(JoinedWorker, "measure", killed)
+        done = autoquant(*words(folder, tmp_path / "run", *ROUND, "--study-storage", url))
+    assert done.exit_code == 0, done.stderr
+    assert told(tmp_path / "run") == alone
+    came, went = (line for line in done.stderr.splitlines() if "Worker 0" in line)
+    assert "takes part" in came
+    assert "no sign of life for 5 seconds. What it measured is measured again" in went
+    assert "went away" not in done.stderr
+
+
+def test_a_worker_of_another_machine_outlives_a_search_that_is_killed(
+    made, copied, autoquant, joined, tmp_path
+):
+    folder, alone = made("llama")
+    url, log, mine = f"sqlite:///{tmp_path / 'study.db'}", tmp_path / "err", tmp_path / "mine"
+    command = words(folder, tmp_path / "run", *ROUND, "--study-storage", url)
+    with launched.alone(joining(copied, url), log) as it:
+        launched.wait_for("^looks for its search", log.read_text, it)
+        with launched.alone(command, mine) as search:
+            launched.wait_for("^joins the search", log.read_text, it)
+            launched.wait_for("^trial   4", mine.read_text, search)
+            search.kill()
+        assert not (tmp_path / "run" / "result.json").exists()
+        done = autoquant(*command)
+        assert done.exit_code == 0, done.stderr
+        assert it.wait(timeout=launched.PATIENCE) == 0, log.read_text()
+    assert told(tmp_path / "run") == alone
+    assert sum(measured_by(log)) >= sum(joined) > 0

@@ -1,1 +1,1 @@
-"""Processes of one machine that measure different candidates of a round."""
+"""Workers that measure different candidates of a round: their pool, and those of this machine."""

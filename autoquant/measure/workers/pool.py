@@ -65,6 +65,7 @@ class WorkerPool:
         own: measures in this process.
         workers: those beside it.
         warn: told of a worker that has ended.
+        newcomers: asked at each call for workers that have come since.
     """
 
     def __init__(
@@ -73,8 +74,12 @@ class WorkerPool:
         workers: Sequence[Worker],
         *,
         warn: Callable[[str], None],
+        newcomers: Callable[[], Sequence[Worker]] = tuple,
     ) -> None:
-        self._own, self._workers, self._warn = own, workers, warn
+        self._own, self._warn, self._newcomers = own, warn, newcomers
+        self._workers: list[Worker] = []
+        self._coming = [*workers]
+        """Workers that have not been started."""
         self._changed = threading.Condition()
         self._starting = threading.Lock()
         self._todo: deque[_Task] = deque()
@@ -103,8 +108,9 @@ class WorkerPool:
             AutoQuantError: what keeps a worker from measuring.
             Exception: what a measurement has raised, in its place.
         """
-        tasks = [_Task(share) for share in _shares([*requests], 1 + len(self._workers))]
         self._start()
+        serving = sum(thread.is_alive() for thread in self._threads)
+        tasks = [_Task(share) for share in _shares([*requests], 1 + serving)]
         self._add(tasks)
         try:
             for task in tasks:
@@ -113,14 +119,13 @@ class WorkerPool:
             self._withdraw(tasks)
 
     def _start(self) -> None:
-        if self._threads:
-            return
-        self._threads = [
-            threading.Thread(target=self._serve, args=(worker,), daemon=True)
-            for worker in self._workers
-        ]
-        for thread in self._threads:
+        """Start the workers that have come since the last call."""
+        for worker in (*self._coming, *self._newcomers()):
+            thread = threading.Thread(target=self._serve, args=(worker,), daemon=True)
+            self._workers.append(worker)
+            self._threads.append(thread)
             thread.start()
+        self._coming = []
 
     def _finished(self, task: _Task) -> Sequence[Measurement]:
         """The measurements of a task; until they are there, this process measures too."""

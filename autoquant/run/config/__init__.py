@@ -3,6 +3,7 @@
 from autoquant.run.config.base import Config, InvalidSetting
 from autoquant.run.config.commands import (
     ExportConfig,
+    JoinConfig,
     PlanConfig,
     ProbeConfig,
     ScoreConfig,
@@ -16,6 +17,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "InvalidSetting",
+    "JoinConfig",
     "MeasuredConfig",
     "PlanConfig",
     "ProbeConfig",

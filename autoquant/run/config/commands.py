@@ -266,6 +266,32 @@ class SearchConfig(BreakdownConfig, LayoutConfig, TrackingConfig, ReportConfig, 
         return budgets[0] if len(budgets) == 1 else list(budgets)
 
 
+class JoinConfig(SearchConfig):
+    """The settings of `autoquant join`: those of the search."""
+
+    command: ClassVar[str] = "join"
+
+    @model_validator(mode="after")
+    def _require_something_to_share(self) -> Self:
+        if self.study_storage is None:
+            raise ConfigError(
+                "--study-storage is missing: a worker meets its search there.",
+                fix="give the URL that the search was given.",
+            )
+        if self.trials_at_once == 1:
+            raise ConfigError(
+                "--trials-at-once is 1, and workers share the trials of a round.",
+                fix="give the search 2 or more, and the worker as many. It decides what a search "
+                "finds, since the trials of a round race against what was best before them.",
+            )
+        if self.workers > 1:
+            raise ConfigError(
+                f"--workers {self.workers}: what joins a search is one worker.",
+                fix="leave --workers out, and join once for each device (--device cuda:1).",
+            )
+        return self
+
+
 class ScoreConfig(BreakdownConfig, MeasuredConfig):
     """The settings of `autoquant score`."""
 

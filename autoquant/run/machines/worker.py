@@ -1,17 +1,16 @@
-"""The workers of a search: processes of this machine that open its model and measure its trials."""
+"""What measures the trials of a search: this process, others of this machine, or of others."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from autoquant import collector
-from autoquant.codes.statistics_size import groups_with_moments
 from autoquant.errors import RunConflict
 from autoquant.measure.calibration import Calibration
-from autoquant.measure.evaluator import Evaluator, LocalEvaluator, fitting
+from autoquant.measure.evaluator import Evaluator
 from autoquant.measure.ranks.ranks import ALONE
 from autoquant.measure.session import Session
 from autoquant.measure.workers.pool import WorkerPool
@@ -19,10 +18,13 @@ from autoquant.measure.workers.process import ProcessWorker, serve
 from autoquant.progress import Progress, Silent
 from autoquant.run.config import SearchConfig
 from autoquant.run.machines.following import outline
-from autoquant.run.measuring import collect_statistics, use_calibration
+from autoquant.run.machines.joining import offer_of
+from autoquant.run.measuring import local_evaluator, make_ready
 from autoquant.run.opening import open_plan
 from autoquant.run.sensitivity.probing import open_to_probe
 from autoquant.source.source import Source
+from autoquant.study.joining.roster import Roster
+from autoquant.study.joining.worker import JoinedWorker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +52,10 @@ def evaluator_of_search(
     source: Source,
     folder: Path,
     observer: Progress,
+    roster: Roster | None,
 ) -> Iterator[Evaluator]:
-    """What measures the trials of a search: this process, or as many as the settings say.
+    """What measures the trials of a search: this process, as many as the settings say, and those
+    that join.
 
     Args:
         config: of one budget.
@@ -60,13 +64,16 @@ def evaluator_of_search(
         source: its model.
         folder: where moments of inputs are kept, and codes.
         observer: told of a worker that has ended.
+        roster: of workers that join from other machines; None where none may.
     """
     split = session.splits["search"]
     together = -(-config.trials_at_once // config.workers)
-    own = _local(session, together)
-    if config.workers == 1:
+    own = local_evaluator(session, together)
+    if config.workers == 1 and roster is None:
         yield own
         return
+    if roster is not None:
+        roster.offer(offer_of(session, calibration))
     order = Order(
         config=config,
         folder=folder.absolute(),
@@ -85,7 +92,14 @@ def evaluator_of_search(
             )
             for number in range(1, config.workers)
         ]
-        with WorkerPool(own, workers, warn=observer.warn) as pool:
+
+        def newcomers() -> Sequence[JoinedWorker]:
+            found = [] if roster is None else roster.newcomers()
+            for worker in found:
+                observer.note(f"{worker.title} takes part.")
+            return found
+
+        with WorkerPool(own, workers, warn=observer.warn, newcomers=newcomers) as pool:
             yield pool
 
 
@@ -121,18 +135,8 @@ def _evaluator_of(order: Order) -> Evaluator:
             "the search opened them.",
             fix="leave them as they are while a search runs, and give the same command again.",
         )
-    use_calibration(session, Calibration.from_dict(order.calibration), silent)
-    resting = groups_with_moments(plan.options.choices, session.quantized.groups)
-    collect_statistics(session, resting, silent)
-    return _local(session, order.together)
-
-
-def _local(session: Session, together: int) -> LocalEvaluator:
-    """Measures on the search tokens in this process; where the weights are brought for every pass,
-    all that is asked for at once, as far as memory holds it.
-    """
-    split = session.splits["search"]
-    return LocalEvaluator(session.scorer, split, max(together, fitting(session.scorer, split)))
+    make_ready(session, plan, order.calibration, silent)
+    return local_evaluator(session, order.together)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""How long a worker waits for a storage, and for a search."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from autoquant.errors import RunConflict
+from autoquant.study.joining.link import Link
+from autoquant.study.mirror import ANSWERS_WITHIN, brief
+
+PATIENCE = 600.0
+"""Seconds that a worker waits for a search to begin, or to go on where it was killed."""
+
+_Found = TypeVar("_Found")
+
+
+class Watch:
+    """What a worker sees of a storage, until the storage or the search is gone for too long.
+
+    Args:
+        exchange: with the storage.
+    """
+
+    def __init__(self, exchange: Callable[[], None]) -> None:
+        self._link = Link(exchange)
+        self._heard = time.monotonic()
+        """When a search was heard of last."""
+
+    def _wait(self, look: Callable[[], _Found | None]) -> _Found | None:
+        """What `look` finds; None once the search has ended.
+
+        Raises:
+            RunConflict: the storage does not answer, or no search is heard of.
+        """
+        with self._link.changed:
+            while True:
+                if (found := look()) is not None:
+                    return found
+                if self._has_ended():
+                    return None
+                self._require_life()
+                self._link.wait()
+
+    def _has_ended(self) -> bool:
+        return False
+
+    def _require_life(self) -> None:
+        again = "the same command joins again."
+        if self._link.silence() > ANSWERS_WITHIN:
+            error = self._link.error
+            why = "" if error is None else f": {type(error).__name__}: {brief(error)}"
+            raise RunConflict(
+                f"the study's storage has not answered for {ANSWERS_WITHIN:.0f} seconds{why}",
+                fix=f"start it; {again}",
+            )
+        if time.monotonic() - self._heard > PATIENCE:
+            raise RunConflict(
+                f"no search with these settings was heard of in the study's storage for "
+                f"{PATIENCE:.0f} seconds.",
+                fix=f"start the search with --study-storage and --trials-at-once; {again}",
+            )
