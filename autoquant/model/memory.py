@@ -44,6 +44,17 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
+def forget_gpu_peak() -> None:
+    """Let `gpu_peak_bytes` begin anew; nothing where no GPU is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def gpu_peak_bytes() -> int | None:
+    """Most that tensors took of the GPU at a time since `forget_gpu_peak`; None without a GPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
+
+
 def _libc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if sys.platform == "linux" else None
 

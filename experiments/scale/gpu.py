@@ -42,13 +42,13 @@ def search(model: Path, out: Path, weights: Any, allowed: int | None, bpe: float
         out=out,
     )
     result = run.result or {}
-    gpu = torch.cuda.is_available()
+    stages, gpu = read_records(run.path, WORK), torch.cuda.is_available()
     return {
         "weights": weights,
         "allowed_bytes": allowed,
-        "peak_bytes": torch.cuda.max_memory_allocated() if gpu else None,
+        "peak_bytes": max(own["gpu_peak_bytes"] for own in stages) if gpu else None,
         "total_seconds": time.monotonic() - started,
-        "stages": read_records(run.path, WORK),
+        "stages": stages,
         "result": {name: value for name, value in result.items() if name not in LEFT_OUT},
     }
 

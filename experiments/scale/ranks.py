@@ -20,6 +20,7 @@ from torch import distributed
 
 import autoquant
 from autoquant.files import to_json, write_atomic
+from autoquant.store.run_directory import WORK, read_records
 from experiments.scale.gpu import LEFT_OUT
 
 SHARED = ("probe", "refine")
@@ -29,7 +30,6 @@ SHARED = ("probe", "refine")
 def search(arguments: argparse.Namespace) -> dict[str, Any]:
     """In every process: the search, and the peaks of all devices."""
     distributed.init_process_group("gloo")
-    gpu = torch.cuda.is_available()
     started = time.monotonic()
     run = autoquant.search(
         arguments.model,
@@ -51,7 +51,7 @@ def search(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     seconds = time.monotonic() - started
     peaks: list[int | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(peaks, torch.cuda.max_memory_allocated() if gpu else None)
+    distributed.all_gather_object(peaks, _peak(run) if torch.cuda.is_available() else None)
     result = run.result or {}
     distributed.destroy_process_group()
     return {
@@ -61,6 +61,13 @@ def search(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": result["seconds"],
         "result": {name: value for name, value in result.items() if name not in LEFT_OUT},
     }
+
+
+def _peak(run: autoquant.Run) -> int:
+    """Of this process's device; process 0 begins to count anew with each stage."""
+    stages = read_records(run.path, WORK) if os.environ["RANK"] == "0" else ()
+    last = torch.cuda.max_memory_allocated()
+    return max((own["gpu_peak_bytes"] for own in stages), default=last)
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from autoquant.measure.ranks.together import announce_step
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.measure.session import Session
 from autoquant.measure.statistics.shared_codes import share_codes
+from autoquant.model.memory import forget_gpu_peak, gpu_peak_bytes
 from autoquant.plan.kv_cache import cached_attention
 from autoquant.plan.plan import Plan
 from autoquant.progress import Progress
@@ -195,14 +196,15 @@ class Probing:
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         started, before = time.monotonic(), self._work()
+        forget_gpu_peak()
         try:
             yield
         finally:
             seconds = time.monotonic() - started
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
             self.run.write_json(SECONDS, self.seconds)
-            work = self._work().since(before)
-            self.run.append(WORK, {"stage": stage, "seconds": seconds, **work.to_dict()})
+            own = {"stage": stage, "seconds": seconds, "gpu_peak_bytes": gpu_peak_bytes()}
+            self.run.append(WORK, own | self._work().since(before).to_dict())
 
     def _work(self) -> Work:
         """What this process has taken so far."""
