@@ -199,10 +199,22 @@ class ByHand:
         wait_until(alive)
 
 
+def shortly_leased(worker, monkeypatch):
+    """Whether the worker has an order; once it has one, its lease is short."""
+
+    def has_order():
+        if worker.order() is None:
+            return False
+        monkeypatch.setattr(joined, "LEASE", 0.3)
+        return True
+
+    return has_order
+
+
 @pytest.mark.parametrize(
     ("answers", "said"),
     [
-        (None, "has given no sign of life for 1 seconds"),
+        (None, r"has given no sign of life for \d+ seconds"),
         ([{}], "has answered what is no measurement"),
         ([], r"has answered 0 of \d+ requests"),
     ],
@@ -210,27 +222,35 @@ class ByHand:
 def test_what_a_worker_does_not_measure_is_measured_by_the_others(
     problem, alone, url, monkeypatch, answers, said
 ):
-    monkeypatch.setattr(joined, "LEASE", 1.0)
     warned = []
     with roster_at(url) as at:
         worker = ByHand(url)
         worker.live(lambda: heard_of(at) == 1)
+        over = threading.Event()
 
-        def answered():
-            order = worker.order()
-            if order is not None and answers is not None:
+        def answer():
+            while not over.wait(0.02):
+                order = worker.order() or {"id": None}
                 worker.write(ANSWER, {"id": order["id"], "measurements": answers})
-            return order is not None
+                worker.beat(order["id"])
 
-        with pool_of(Patient(alone.evaluator, answered), at, warned) as pool:
+        thread = threading.Thread(target=answer, daemon=True)
+        if answers is None:
+            ready = shortly_leased(worker, monkeypatch)
+        else:
+            ready = worker.order
+            thread.start()
+        with pool_of(Patient(alone.evaluator, ready), at, warned) as pool:
             assert search(problem, pool) == facts(alone)
+        over.set()
+        if answers is not None:
+            thread.join()
     assert re.match(rf"Worker 0 \(hand\) {said}\.", warned[0])
 
 
 def test_a_worker_that_is_at_another_searchs_order_is_not_waited_for(
     problem, alone, url, monkeypatch
 ):
-    monkeypatch.setattr(joined, "LEASE", 0.5)
     warned = []
     with roster_at(url) as at:
         worker = ByHand(url)
@@ -243,7 +263,9 @@ def test_a_worker_that_is_at_another_searchs_order_is_not_waited_for(
 
         thread = threading.Thread(target=beats, daemon=True)
         thread.start()
-        with pool_of(Patient(alone.evaluator, worker.order), at, warned) as pool:
+        with pool_of(
+            Patient(alone.evaluator, shortly_leased(worker, monkeypatch)), at, warned
+        ) as pool:
             assert search(problem, pool) == facts(alone)
         busy.set()
         thread.join()
@@ -320,13 +342,13 @@ def test_a_search_that_begins_anew_as_another_is_not_measured_for(url, about, of
 
 @pytest.mark.parametrize("is_registered", [False, True])
 def test_a_storage_that_goes_away_ends_a_worker(url, monkeypatch, is_registered):
-    monkeypatch.setattr(watch, "ANSWERS_WITHIN", 0.3)
     with killed(url) as at:
         worker = Joining(url, None)
         if is_registered:
             at.offer(OFFER)
             wait_until(lambda: heard_of(at) == 1)
         assert worker.is_looking.wait(WITHIN)
+    monkeypatch.setattr(watch, "ANSWERS_WITHIN", 0.3)
     connection = sqlite3.connect(url.removeprefix("sqlite:///"))
     connection.execute("DROP TABLE studies")
     connection.commit()
