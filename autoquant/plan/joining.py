@@ -170,11 +170,18 @@ def looked_up(module: str, text_config: Mapping[str, Any]) -> str | None:
         text_config: of the language model.
     """
     block = table.LAYER.fullmatch(module)
-    before = text_config.get("hybrid_layer_ids") or range(text_config.get("num_hidden_layers", 0))
     for pattern, name in LOOKED_UP.get(text_config.get("model_type", ""), ()):
         found = block and pattern.fullmatch(block["rest"])
         if block and found:
             root = block["layer"].rpartition(".layers.")[0]
-            behind = len(before) + int(block["index"])
+            behind = _number_of_blocks(text_config) + int(block["index"])
             return name.format(**block.groupdict(), **found.groupdict(), root=root, behind=behind)
     return None
+
+
+def _number_of_blocks(text_config: Mapping[str, Any]) -> int:
+    """Of an architecture whose shared blocks an engine counts behind all others."""
+    shared_at, count = text_config.get("hybrid_layer_ids"), text_config.get("num_hidden_layers")
+    if isinstance(shared_at, list):
+        return len(shared_at)
+    return count if isinstance(count, int) else 0

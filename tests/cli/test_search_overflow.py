@@ -47,13 +47,13 @@ def overflow(monkeypatch, breaks):
         kl[3] = np.inf
         return type(scores)(**{**vars(scores), "kl": kl})
 
-    def measured(self, assignments, *rest):
+    def measured(self, assignments, *rest, **how):
         return [
             [
                 broken(scores) if breaks(dict(assignment)) else scores
                 for assignment, scores in zip(assignments, batch, strict=True)
             ]
-            for batch in measure(self, assignments, *rest)
+            for batch in measure(self, assignments, *rest, **how)
         ]
 
     def probed(self, split, probes, sketch=None):

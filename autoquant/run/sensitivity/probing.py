@@ -204,12 +204,18 @@ class Probing:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
             self.run.write_json(SECONDS, self.seconds)
             own = {"stage": stage, "seconds": seconds, "gpu_peak_bytes": gpu_peak_bytes()}
-            self.run.append(WORK, own | self._work().since(before).to_dict())
+            work = self._work().since(before)
+            self.run.append(WORK, own | work.to_dict(self._stages()))
 
     def _work(self) -> Work:
         """What this process has taken so far."""
         session = self.shared.session
         return Work.of(None if session is None else session.scorer)
+
+    def _stages(self) -> int:
+        """Of the model, one before it is loaded."""
+        session = self.shared.session
+        return 1 if session is None else session.scorer.trunk.stages
 
 
 def open_to_probe(

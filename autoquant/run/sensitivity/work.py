@@ -4,7 +4,7 @@ These numbers say where the time of a search goes whose weights are streamed.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from autoquant.measure.scorer import Scorer
@@ -14,8 +14,8 @@ from autoquant.measure.scorer import Scorer
 class Work:
     """Of one process."""
 
-    passes: float = 0.0
-    """Over the blocks of the model, those that go through a part of them as that part."""
+    stages_passed: int = 0
+    """Parts of the model that forwards went through; a pass goes through all of them."""
     blocks_brought: int = 0
     """To the device, from the host's memory or the disk."""
     bytes_brought: int = 0
@@ -35,7 +35,7 @@ class Work:
         quantized = scorer.quantized
         brought = quantized.brought
         return cls(
-            passes=scorer.trunk.opened / scorer.trunk.stages,
+            stages_passed=scorer.trunk.opened,
             blocks_brought=brought.blocks,
             bytes_brought=brought.bytes,
             state_bytes_moved=scorer.room.moved_bytes,
@@ -45,16 +45,10 @@ class Work:
 
     def since(self, before: Self) -> "Work":
         """What was taken after `before`."""
-        own, earlier = self.to_dict(), before.to_dict()
-        return Work(**{name: value - earlier[name] for name, value in own.items()})
+        names = (field.name for field in fields(self))
+        return Work(**{name: getattr(self, name) - getattr(before, name) for name in names})
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        return {
-            "passes": self.passes,
-            "blocks_brought": self.blocks_brought,
-            "bytes_brought": self.bytes_brought,
-            "state_bytes_moved": self.state_bytes_moved,
-            "weights_encoded": self.weights_encoded,
-            "cpu_seconds": self.cpu_seconds,
-        }
+    def to_dict(self, stages: int) -> dict[str, Any]:
+        """As JSON types; passes over the model, which has so many stages."""
+        taken = asdict(self)
+        return {"passes": taken.pop("stages_passed") / stages} | taken
