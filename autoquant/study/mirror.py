@@ -170,7 +170,7 @@ def no_answer(storage: str, error: Exception) -> RunConflict:
     """Of a storage that is not there when a command begins."""
     return RunConflict(
         f"{storage} does not answer: {type(error).__name__}: {brief(error)}.",
-        fix="start it, or search without --study-storage: study.log has all trials.",
+        fix="start it; a search does without --study-storage too: study.log has all trials.",
     )
 
 

@@ -58,7 +58,7 @@ def test_a_storage_that_does_not_answer_is_exit_5_before_anything_is_measured(se
     done = search("--study-storage", f"sqlite:///{tmp_path / 'no' / 'study.db'}")
     assert done.exit_code == 5
     assert "does not answer" in done.stderr
-    assert "fix: start it, or search without --study-storage" in done.stderr
+    assert "fix: start it; a search does without --study-storage too" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -27,6 +27,7 @@ from autoquant.study.joining.link import SUFFIX
 from autoquant.study.joining.membership import Membership
 from autoquant.study.joining.roster import Roster
 from autoquant.study.joining.searches import Searches
+from autoquant.study.joining.watch import PATIENCE
 from autoquant.study.mirror import open_storage
 
 
@@ -90,7 +91,8 @@ def join_search(config: JoinConfig, observer: Progress) -> Joined:
     storage = open_storage(config.study_storage)
     plan = open_plan(config)
     plan.source.contents.digests(observer)
-    observer.note("looks for its search in the study's storage")
+    minutes = PATIENCE / 60
+    observer.note(f"looks for its search in the study's storage, for {minutes:.0f} minutes at most")
     about = in_common(config, plan)
     with Searches(storage, about) as searches:
         name = searches.ours()

@@ -57,5 +57,6 @@ class Watch:
             raise RunConflict(
                 f"no search with these settings was heard of in the study's storage for "
                 f"{PATIENCE:.0f} seconds.",
-                fix=f"start the search with --study-storage and --trials-at-once; {again}",
+                fix="start the search, if it has not ended, with --study-storage and "
+                f"--trials-at-once above 1; {again}",
             )
