@@ -10,25 +10,10 @@ from autoquant.forward.flow import Flow, Flows, loop, walk
 from autoquant.forward.room import Room
 from autoquant.forward.trunk import Trunk
 from autoquant.model.live import QuantizedModel
+from autoquant.model.memory import DeviceMemory
 
 _NOT_BLOCK_BY_BLOCK = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What model code raises whose blocks need more than the state between them."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """What a GPU has allocated, in bytes."""
-
-    device: torch.device
-
-    def begin(self) -> int:
-        """What is allocated now, from where on the peak counts."""
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return torch.cuda.memory_allocated(self.device)
-
-    def peak(self) -> int:
-        """Most that was allocated at once since."""
-        return torch.cuda.max_memory_allocated(self.device)
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from dataclasses import dataclass
 
 import torch
 
@@ -44,15 +45,21 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-def forget_gpu_peak() -> None:
-    """Let `gpu_peak_bytes` begin anew; nothing where no GPU is in use."""
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """What a GPU has allocated, in bytes."""
 
+    device: torch.device | None = None
+    """The one that this process computes on by default."""
 
-def gpu_peak_bytes() -> int | None:
-    """Most that tensors took of the GPU at a time since `forget_gpu_peak`; None without a GPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
+    def begin(self) -> int:
+        """What is allocated now, from where on the peak counts."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        """Most that was allocated at once since anybody began."""
+        return torch.cuda.max_memory_allocated(self.device)
 
 
 def _libc() -> ctypes.CDLL | None:

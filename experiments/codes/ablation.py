@@ -7,19 +7,17 @@ cells, in nats per token, standard errors over documents. The rows are written a
 """
 
 import argparse
-import multiprocessing
-import os
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import autoquant
 from autoquant.data.tokens import TokenPlan
 from autoquant.plan.space_file import shipped_text
 from experiments.common import record
+from experiments.common.processes import in_processes
+from experiments.common.subjects import add_token_arguments
 
 PLAIN = "[max, mse, four_over_six]"
 EVERY = "[max, mse, four_over_six, diagonal, hessian]"
@@ -42,10 +40,9 @@ def main() -> None:
     arguments = _arguments()
     result = {"settings": record.settings(arguments)} | record.provenance(arguments.commit)
     rows: dict[str, dict[str, Any]] = {}
-    context = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(arguments.processes, mp_context=context) as pool,
+        in_processes(arguments.processes) as pool,
     ):
         places = {name: Path(folder) / str(number) for number, name in enumerate(CELLS)}
         tasks = [pool.submit(_cell, name, arguments, place) for name, place in places.items()]
@@ -57,8 +54,7 @@ def main() -> None:
 
 
 def _cell(name: str, arguments: argparse.Namespace, run: Path) -> dict[str, Any]:
-    """The search of one cell, in a process of its own where there are several."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.processes))
+    """The search of one cell."""
     ways, settings = CELLS[name]
     space = "default"
     if ways is not None:
@@ -103,8 +99,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=5.0)
     parser.add_argument("--trials", type=int, default=30)
     plan = TokenPlan()
-    for name in ("calibration", "search", "report"):
-        parser.add_argument(f"--{name}-tokens", type=int, default=getattr(plan, name))
+    add_token_arguments(parser)
     parser.add_argument("--batch-tokens", type=int, default=plan.batch_tokens)
     parser.add_argument("--sequence-length", type=int, default=plan.sequence_length)
     parser.add_argument("--device")

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from autoquant.data.tokens import TokenPlan
 from autoquant.plan.budget import Budget, Scope
 from autoquant.source.source import REFERENCE_MODEL
 
@@ -51,3 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs"), help="for run directories")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--commit", default=None, help="of the code, where git cannot tell")
+
+
+def add_token_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options for the tokens of each split, those of a search by default."""
+    for name in ("calibration", "search", "report"):
+        default = getattr(TokenPlan(), name)
+        parser.add_argument(f"--{name}-tokens", type=int, default=default)

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,15 @@ def compare(model: Path, work: Path, allowed: int, bpe: float) -> dict[str, Any]
         done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
         found.append(json.loads(done.stdout.splitlines()[-1]))
     results = [each.pop("result") for each in found]
+    return compared(model, results) | {"searches": found}
+
+
+def compared(model: Path, results: Sequence[Any]) -> dict[str, Any]:
+    """Where searches of a model ran, and whether all came to the same."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "model_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
         "same_result": all(result == results[0] for result in results),
-        "searches": found,
     }
 
 

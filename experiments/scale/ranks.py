@@ -21,7 +21,7 @@ from torch import distributed
 import autoquant
 from autoquant.files import to_json, write_atomic
 from autoquant.store.run_directory import WORK, read_records
-from experiments.scale.gpu import LEFT_OUT
+from experiments.scale.gpu import LEFT_OUT, compared
 
 SHARED = ("probe", "refine")
 """The stages whose work is dealt to the processes and grows with a model."""
@@ -89,14 +89,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             / (each["ranks"] * each["seconds"][stage])
             for stage in SHARED
         }
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "model_bytes": sum(file.stat().st_size for file in arguments.model.glob("*.safetensors")),
-        "settings": {"weights": arguments.weights, "batch_tokens": arguments.batch_tokens}
-        | {"batches": arguments.batches, "trials": arguments.trials},
-        "same_result": all(result == results[0] for result in results),
-        "searches": found,
-    }
+    names = ("weights", "batch_tokens", "batches", "trials")
+    settings = {name: getattr(arguments, name) for name in names}
+    return compared(arguments.model, results) | {"settings": settings, "searches": found}
 
 
 def main() -> None:

@@ -13,17 +13,14 @@ fresh tokens counts.
 
 import argparse
 import math
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import autoquant
 from autoquant.api import Run
@@ -44,7 +41,8 @@ from autoquant.search.problem import Problem
 from autoquant.store.run_directory import ASSIGNMENT
 from experiments.common import record
 from experiments.common.bench import Bench
-from experiments.common.subjects import add_arguments, subject
+from experiments.common.processes import in_processes
+from experiments.common.subjects import add_arguments, add_token_arguments, subject
 from experiments.vs_modelopt.run import contender, difference
 
 PRESETS = {
@@ -82,23 +80,17 @@ class Settings:
     """For run directories, which stay."""
     codes: Path
     """For codes and statistics, which do not."""
-    threads: int
-    """Of each process."""
 
 
 def main() -> None:
     arguments = _arguments()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    names = Settings.__dataclass_fields__.keys() & vars(arguments).keys()
-    own = {name: getattr(arguments, name) for name in names} | {
-        "budgets": tuple(arguments.budgets),
-        "threads": max(1, (os.cpu_count() or 1) // arguments.processes),
-    }
+    given = vars(arguments) | {"budgets": tuple(arguments.budgets)}
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-        settings = Settings(**own | {"codes": Path(folder)})
+        given |= {"codes": Path(folder)}
+        settings = Settings(**{field.name: given[field.name] for field in fields(Settings)})
         table = _Table(settings, arguments)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
+        with in_processes(arguments.processes) as pool:
             tasks: dict[Future[list[Found]], str | float] = {}
             for bpe in settings.budgets:
                 tasks[pool.submit(_of_search, settings, bpe)] = bpe
@@ -141,7 +133,9 @@ class _Cell:
         self.kl: TokenKl | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        best = min((kl for _, kl in self.peers.values() if kl), key=_mean, default=None)
+        best = min(
+            (kl for _, kl in self.peers.values() if kl), key=lambda kl: kl.mean, default=None
+        )
         ours = self.row
         if ours is not None and self.kl is not None and best is not None:
             ours = ours | {"to_best_peer": difference(self.kl, best)}
@@ -153,7 +147,6 @@ class _Cell:
 @cache
 def _bench(settings: Settings) -> Bench:
     """The model, its tokens and codes, once in each process."""
-    torch.set_num_threads(settings.threads)
     chosen = subject(settings.subject, settings.models, settings.texts)
     tokens = TokenPlan(
         calibration=settings.calibration_tokens,
@@ -240,10 +233,6 @@ def _searched(bench: Bench, settings: Settings, bpe: float) -> Run:
     )
 
 
-def _mean(kl: TokenKl) -> float:
-    return kl.mean
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
@@ -252,9 +241,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--presets", nargs="*", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS))
     parser.add_argument("--fresh-tokens", type=int, default=65_536)
-    for name in ("calibration", "search", "report"):
-        default = getattr(TokenPlan(), name)
-        parser.add_argument(f"--{name}-tokens", type=int, default=default)
+    add_token_arguments(parser)
     parser.add_argument("--batch-tokens", type=int, default=TokenPlan().batch_tokens)
     parser.add_argument(
         "--processes", type=int, default=1, help="contenders at a time, whose seconds are then more"

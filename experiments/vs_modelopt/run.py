@@ -26,7 +26,7 @@ from autoquant.search.propose.baselines import baselines
 from autoquant.store.run_directory import ASSIGNMENT
 from experiments.common import record
 from experiments.common.bench import Bench
-from experiments.common.subjects import MAX_ONLY, add_arguments, subject
+from experiments.common.subjects import MAX_ONLY, add_arguments, add_token_arguments, subject
 
 SPACES = {"all": "default", "max": str(MAX_ONLY)}
 """Scale rules that are open, and the space that opens them."""
@@ -37,9 +37,7 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--fresh-tokens", type=int, default=65_536)
     parser.add_argument("--budgets", type=float, nargs="*", help="instead of the subject's")
-    for name in ("calibration", "search", "report"):
-        default = getattr(TokenPlan(), name)
-        parser.add_argument(f"--{name}-tokens", type=int, default=default)
+    add_token_arguments(parser)
     parser.add_argument("--trials", type=int, default=30)
     arguments = parser.parse_args()
     chosen = subject(arguments.subject, arguments.models, arguments.texts)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.codes.statistics_size import groups_with_moments
 from autoquant.environment import measuring_on
@@ -19,7 +21,7 @@ from autoquant.measure.ranks.together import announce_step
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.measure.session import Session
 from autoquant.measure.statistics.shared_codes import share_codes
-from autoquant.model.memory import forget_gpu_peak, gpu_peak_bytes
+from autoquant.model.memory import DeviceMemory
 from autoquant.plan.kv_cache import cached_attention
 from autoquant.plan.plan import Plan
 from autoquant.progress import Progress
@@ -196,14 +198,17 @@ class Probing:
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         started, before = time.monotonic(), self._work()
-        forget_gpu_peak()
+        memory = DeviceMemory()
+        if torch.cuda.is_initialized():
+            memory.begin()
         try:
             yield
         finally:
             seconds = time.monotonic() - started
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
             self.run.write_json(SECONDS, self.seconds)
-            own = {"stage": stage, "seconds": seconds, "gpu_peak_bytes": gpu_peak_bytes()}
+            peak = memory.peak() if torch.cuda.is_initialized() else None
+            own = {"stage": stage, "seconds": seconds, "gpu_peak_bytes": peak}
             work = self._work().since(before)
             self.run.append(WORK, own | work.to_dict(self._stages()))
 
