@@ -24,6 +24,10 @@ SCALARS = 8
 SAMPLES, LENGTH = 128, 512
 """Its own number of sequences; in its own length, 2,048 tokens, the text has not as many."""
 
+ONE_BY_ONE = {"AR_ENABLE_AUTO_SCHEME_PARALLEL": "0"}
+"""As its own error asks: of two schemes scored beside each other on one GPU, one ended in "Cannot
+copy out of meta tensor"."""
+
 SEQUENCES = 3
 """Of ours in a line of its text: it drops shorter lines and takes one sequence of each, and cannot
 join lines of a file (`concat` there ends in "'list' object has no attribute 'shape'")."""
@@ -43,7 +47,7 @@ def main() -> None:
     command += [arguments.samples or SAMPLES, arguments.length or LENGTH]
     command += [arguments.iterations, arguments.device]
     log = arguments.work / f"{arguments.budget_bpe:g}.log"
-    watched = watch([*map(str, command)], os.environ, log)
+    watched = watch([*map(str, command)], os.environ | ONE_BY_ONE, log)
     (config,) = made.rglob("config.json")
     keep(
         arguments,
