@@ -117,6 +117,11 @@ class Options:
         """Names of the groups with more than one choice, in order."""
         return tuple(name for name, choices in self.choices.items() if len(choices) > 1)
 
+    @cached_property
+    def quantizable(self) -> tuple[str, ...]:
+        """Names of the groups that may leave BF16, in order."""
+        return tuple(name for name, choices in self.choices.items() if choices != (BF16,))
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpace:
