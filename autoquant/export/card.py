@@ -110,8 +110,7 @@ def model_card(
         autoescape=False,
     )
     base = (card.base_model if card else None) or source.hub_id
-    quantized = [group.name for group in groups if assignment[group.name] != BF16]
-    refused = refused_by(source.config, groups, quantized)
+    refused = refused_by(source.config, groups, assignment.quantized)
     return environment.get_template("card.md.j2").render(
         front_matter=yaml.safe_dump(
             _front_matter(source, assignment, base), sort_keys=False, allow_unicode=True

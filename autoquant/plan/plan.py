@@ -79,7 +79,7 @@ class Plan:
     @cached_property
     def refused_by(self) -> tuple[Refusal, ...]:
         """Engines that do not load what a search may make, in some layout or in any."""
-        return refused_by(self.source.config, self.groups, self.options.quantizable)
+        return refused_by(self.source.config, self.groups, self.options.quantized)
 
     def cost(self, kind: CostKind, scope: Scope = Scope.CHECKPOINT) -> Cost:
         """A cost that follows from the model alone; multiply-adds are those of what is searched."""
@@ -185,24 +185,27 @@ def unknown_warnings(groups: Groups, options: Options) -> tuple[str, ...]:
 
 
 def refused_by(
-    config: Mapping[str, Any], groups: Groups, quantized: Collection[str]
+    config: Mapping[str, Any], groups: Groups, quantized: Mapping[str, Collection[str]]
 ) -> tuple[Refusal, ...]:
     """Engines that do not load a checkpoint, in some layout or in any.
 
     Args:
         config: of the whole model.
         groups: its layer groups.
-        quantized: names of those that leave BF16, or may.
+        quantized: those that leave BF16, or may, with the names of their formats.
     """
-    if not quantized:
-        return ()
-    whole = refusals(config, LAYOUTS)
-    hopeless = {own.engine for own in whole if own.layouts == LAYOUTS}
+    linears = [(linear.name, group) for group in groups for linear in group.linears]
+    found = [
+        own
+        for own in refusals(config, LAYOUTS)
+        if any(own.concerns(name, quantized.get(group.name, ())) for name, group in linears)
+    ]
+    hopeless = {own.engine for own in found if own.layouts == LAYOUTS}
     cautions: dict[str, list[str]] = {}
     for group in groups:
         if group.caution and group.name in quantized and group.caution not in hopeless:
             cautions.setdefault(group.caution, []).append(group.name)
-    built = (
+    found += [
         Refusal(
             engine=engine,
             layouts=LAYOUTS,
@@ -210,8 +213,8 @@ def refused_by(
             without="keep them in BF16 by a search space",
         )
         for engine, names in cautions.items()
-    )
-    return (*whole, *built)
+    ]
+    return tuple(found)
 
 
 def loading_warnings(refused: Collection[Refusal], layout: str | None = None) -> tuple[str, ...]:

@@ -95,7 +95,7 @@ def _export(
     groups = groups_of_assignment(source, assignment)
     quantized = [g for g in groups if assignment[g.name] != BF16]
     attention = cached_attention(config.kv_cache, groups)
-    refused = refused_by(source.config, groups, [group.name for group in quantized])
+    refused = refused_by(source.config, groups, assignment.quantized)
     for warning in loading_warnings(refused, config.layout):
         observer.warn(warning)
     if config.calibrated is not None:

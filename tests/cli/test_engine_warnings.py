@@ -57,18 +57,25 @@ def test_one_layout_that_fails_is_no_warning_for_a_search_in_the_other(
     model = save_searchable("glm4_moe", tmp_path / "glm4")
     (line,) = said(autoquant("plan", model))
     assert f"SGLang 0.5.23 {SAID} in the layout compressed-tensors: " in line
-    assert line.endswith(". Write it with --layout modelopt, or serve it with vLLM 0.33.0.")
+    assert line.endswith(
+        ". Keep shared experts in FP8 or BF16 by a search space, or write it with --layout "
+        "modelopt, or serve it with vLLM 0.33.0."
+    )
     assert searched(model) == []
     assert searched(model, "--layout", "compressed-tensors") == [line]
 
 
-def test_each_engine_that_fails_names_a_way_that_the_other_reads(autoquant, tmp_path):
-    model = save_searchable("kimi_linear", tmp_path / "kimi")
-    vllm, sglang = said(autoquant("plan", model))
-    assert vllm.startswith(f"warning: vLLM 0.33.0 {SAID} in the layout compressed-tensors: ")
-    assert vllm.endswith(". Write it with --layout modelopt.")
-    assert sglang.startswith(f"warning: SGLang 0.5.23 {SAID}, in either layout: ")
-    assert sglang.endswith(". Serve it with vLLM 0.33.0 (--layout modelopt).")
+def test_a_space_that_keeps_what_an_engine_does_not_load_ends_the_warning(autoquant, tmp_path):
+    model = save_searchable("glm4_moe", tmp_path / "glm4")
+    space = tmp_path / "mine.yaml"
+    for role, formats, warned in (
+        ("experts", "nvfp4, fp8", 1),
+        ("experts", "fp8, bf16", 0),
+        ("qkv", "nvfp4", 0),
+    ):
+        rule = f"{{match: {role}, formats: [{formats}]}}"
+        space.write_text(f"schema_version: 1\nname: mine\nrules:\n  - {rule}\n")
+        assert len(said(autoquant("plan", model, "--space", space))) == warned
 
 
 def test_an_engine_without_the_architecture_is_named(autoquant, tmp_path):
@@ -107,16 +114,16 @@ def test_an_export_warns_of_its_layout_and_its_card_says_so(autoquant, text, tmp
         chosen = {g["name"]: choice for g in groups if choice in g["choices"]}
         mix = tmp_path / "mix.json"
         mix.write_text(json.dumps({"schema_version": 1, "groups": chosen}))
-        out = tmp_path / f"{layout}-{choice}"
+        out = tmp_path / f"{layout}-{choice[:3]}"
         flags = ("--layout", layout, "--calibration", text, *TOKEN_FLAGS)
         result = autoquant("export", model, "--assignment", mix, "--out", out, *flags)
         assert result.exit_code == 0, result.stderr
         return said(result), (out / "README.md").read_text()
 
-    (line,), card = exported("compressed-tensors", "fp8")
+    (line,), card = exported("compressed-tensors", "nvfp4/mse")
     assert "SGLang 0.5.23" in line
     assert "Not known to load in:\n\n- SGLang 0.5.23: it asks a shared expert" in card
-    for layout, choice in (("modelopt", "fp8"), ("compressed-tensors", "bf16")):
+    for layout, choice in (("modelopt", "nvfp4/mse"), ("compressed-tensors", "fp8")):
         lines, card = exported(layout, choice)
         assert lines == []
         assert "Not known to load in" not in card

@@ -26,7 +26,7 @@ def warned(names, *, space="default", layers=1, **config):
     groups = grouped(shapes, **config)
     loaded = parse_space(space, "space.yaml") if "\n" in space else load_space(space)
     options = loaded.options(groups)
-    refused = refused_by(config, groups, options.quantizable)
+    refused = refused_by(config, groups, options.quantized)
     return (*unknown_warnings(groups, options), *loading_warnings(refused))
 
 

@@ -5,8 +5,9 @@ version that ran; a test holds it against `experiments/architectures/results`.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,17 @@ class Refusal:
     """Those that it does not load."""
     why: str
     """What it does or lacks: `it has no model ...`."""
+    linears: str = "*"
+    """Names of the linears that it does not load quantized, with wildcards."""
+    formats: tuple[str, ...] | None = None
+    """Formats that it does not load them in; None for any but BF16."""
     without: str = ""
     """What makes a checkpoint that it loads, where that is known."""
+
+    def concerns(self, linear: str, formats: Collection[str]) -> bool:
+        """Whether a linear is one of those, in one of these formats."""
+        closed = formats if self.formats is None else {*self.formats}.intersection(formats)
+        return bool(closed) and fnmatchcase(linear, self.linears)
 
 
 def refusals(config: Mapping[str, Any], layouts: tuple[str, ...]) -> tuple[Refusal, ...]:
@@ -41,22 +51,29 @@ def refusals(config: Mapping[str, Any], layouts: tuple[str, ...]) -> tuple[Refus
         layouts: all that there are.
     """
     kind = config.get("model_type")
-    own = architectures(config) or [name for name in [usual_architecture(kind)] if name]
+    named = architectures(config) or [name for name in [usual_architecture(kind)] if name]
     found = []
     for engine, has in engines().items():
-        if own and has.isdisjoint(own):
-            lacks = f"it has no model {own[0]} of its own"
+        if named and has.isdisjoint(named):
+            lacks = f"it has no model {named[0]} of its own"
             found.append(Refusal(engine=engine, layouts=layouts, why=lacks))
-        found += [
-            Refusal(engine=engine, layouts=tuple(entry["layouts"]), why=entry["why"])
-            for entry in _refused()
-            if (f"{entry['engine']} {entry['version']}", entry["model_type"]) == (engine, kind)
-        ]
+        found += [own for own_kind, own in _refused() if (own_kind, own.engine) == (kind, engine)]
     return tuple(found)
 
 
 @cache
-def _refused() -> list[dict[str, Any]]:
-    content: dict[str, Any] = json.loads(REFUSED.read_text(encoding="utf-8"))
-    refused: list[dict[str, Any]] = content["refused"]
-    return refused
+def _refused() -> list[tuple[str, Refusal]]:
+    """What running engines has shown, with the model type of each."""
+    content = json.loads(REFUSED.read_text(encoding="utf-8"))
+    return [(entry["model_type"], _refusal(entry)) for entry in content["refused"]]
+
+
+def _refusal(entry: Mapping[str, Any]) -> Refusal:
+    return Refusal(
+        engine=f"{entry['engine']} {entry['version']}",
+        layouts=tuple(entry["layouts"]),
+        why=entry["why"],
+        linears=entry.get("linears", "*"),
+        formats=tuple(entry["formats"]) if "formats" in entry else None,
+        without=entry.get("without", ""),
+    )
