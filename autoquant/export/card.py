@@ -15,6 +15,7 @@ from autoquant.formats.kv_cache import KvCache
 from autoquant.parsing import Unreadable, parse_yaml, read_text
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import Groups
+from autoquant.plan.plan import refused_by
 from autoquant.source.names import ROLES
 from autoquant.source.source import Source
 
@@ -109,6 +110,7 @@ def model_card(
         autoescape=False,
     )
     base = (card.base_model if card else None) or source.hub_id
+    refused = refused_by(source.config, groups, assignment.quantized)
     return environment.get_template("card.md.j2").render(
         front_matter=yaml.safe_dump(
             _front_matter(source, assignment, base), sort_keys=False, allow_unicode=True
@@ -118,6 +120,7 @@ def model_card(
         bpe=bpe,
         served=served,
         caveat=caveat(served.layout, groups, served.choices),
+        refused=[own for own in refused if served.layout in own.layouts],
         card=card,
         counts=_counts_by_role(groups, assignment),
         layers=_layer_map(groups, assignment),

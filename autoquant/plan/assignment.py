@@ -50,6 +50,11 @@ class Assignment:
         canonical = sorted((name, str(c)) for name, c in self.items if c != BF16)
         return hashlib.sha256(json.dumps(canonical).encode()).hexdigest()[:16]
 
+    @cached_property
+    def quantized(self) -> dict[str, set[str]]:
+        """Names of the groups that leave BF16, with that of the format."""
+        return {name: {str(choice.format)} for name, choice in self.items if choice != BF16}
+
     def counts(self) -> dict[str, int]:
         """Number of groups per format and, apart from it, with BF16 inputs; every format named."""
         counter = Counter(choice.form for _, choice in self.items)

@@ -12,7 +12,7 @@ from autoquant.plan.joining import Matrix, looked_up, matrices
 from autoquant.plan.linears import LayerGroup, Linear
 from autoquant.source import names as table
 from autoquant.source.architecture import ties_embeddings
-from autoquant.source.engines import EngineTable, engine_tables
+from autoquant.source.engines.tables import EngineTable, engine_tables
 from autoquant.source.headers import TensorHeader
 from autoquant.source.names import Fixed
 from autoquant.source.source import FLOAT_DTYPES, Source

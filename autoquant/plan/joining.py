@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autoquant.source import names as table
-from autoquant.source.engines import EngineTable
+from autoquant.source.engines.tables import EngineTable
 
 _QWEN3_VL = ((re.compile(r"self_attn\.qkv_proj"), "{layer}.self_attn.qkv"),)
 LOOKED_UP = {

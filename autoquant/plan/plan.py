@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -26,10 +26,15 @@ from autoquant.plan.model_costs import (
 )
 from autoquant.plan.space import Options, SearchSpace
 from autoquant.source.architecture import knows
+from autoquant.source.engines.refusals import Refusal, refusals
+from autoquant.source.engines.tables import engines
 from autoquant.source.names import UNKNOWN_ROLE, Fixed
 from autoquant.source.source import Source
 
 SCHEMA_VERSION = 1
+
+LAYOUTS = tuple(dict.fromkeys(layout for form in all_formats() for layout in form.layouts))
+"""How checkpoints are written for engines."""
 
 LISTED = 8
 """Names in one warning."""
@@ -66,9 +71,15 @@ class Plan:
         """What the user should know before trusting the plan."""
         return (
             *source_warnings(self.source),
-            *engine_warnings(self.groups, self.options),
+            *unknown_warnings(self.groups, self.options),
+            *loading_warnings(self.refused_by),
             *self.options.warnings,
         )
+
+    @cached_property
+    def refused_by(self) -> tuple[Refusal, ...]:
+        """Engines that do not load what a search may make, in some layout or in any."""
+        return refused_by(self.source.config, self.groups, self.options.quantized)
 
     def cost(self, kind: CostKind, scope: Scope = Scope.CHECKPOINT) -> Cost:
         """A cost that follows from the model alone; multiply-adds are those of what is searched."""
@@ -108,6 +119,10 @@ class Plan:
             "ceiling": self._size(self.ceiling),
             "groups": [self._group(group) for group in self.groups],
             "fixed": dict(self.fixed_bytes),
+            "refused_by": [
+                {"engine": own.engine, "layouts": [*own.layouts], "why": own.why}
+                for own in self.refused_by
+            ],
             "warnings": list(self.warnings),
         }
 
@@ -149,8 +164,8 @@ def source_warnings(source: Source) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def engine_warnings(groups: Groups, options: Options) -> tuple[str, ...]:
-    """Linears that nothing is known of, and those that one of the engines keeps in BF16."""
+def unknown_warnings(groups: Groups, options: Options) -> tuple[str, ...]:
+    """Linears and matrices that nothing is known of."""
     warnings = []
     matrices = [
         tensor.name
@@ -166,16 +181,77 @@ def engine_warnings(groups: Groups, options: Options) -> tuple[str, ...]:
         )
     if matrices:
         warnings.append(f"no rule knows {_listed(matrices)}: kept as they are.")
+    return tuple(warnings)
+
+
+def refused_by(
+    config: Mapping[str, Any], groups: Groups, quantized: Mapping[str, Collection[str]]
+) -> tuple[Refusal, ...]:
+    """Engines that do not load a checkpoint, in some layout or in any.
+
+    Args:
+        config: of the whole model.
+        groups: its layer groups.
+        quantized: those that leave BF16, or may, with the names of their formats.
+    """
+    linears = [(linear.name, group) for group in groups for linear in group.linears]
+    found = [
+        own
+        for own in refusals(config, LAYOUTS)
+        if any(own.concerns(name, quantized.get(group.name, ())) for name, group in linears)
+    ]
+    hopeless = {own.engine for own in found if own.layouts == LAYOUTS}
     cautions: dict[str, list[str]] = {}
     for group in groups:
-        if group.caution and not _stays(group, options):
+        if group.caution and group.name in quantized and group.caution not in hopeless:
             cautions.setdefault(group.caution, []).append(group.name)
-    for engine, names in cautions.items():
-        warnings.append(
-            f"{engine} builds {_listed(names)} without a quantization, and does not load a "
-            "checkpoint that stores them in another format; a search space can keep them in BF16."
+    found += [
+        Refusal(
+            engine=engine,
+            layouts=LAYOUTS,
+            why=f"it builds {_listed(names)} without a quantization",
+            without="keep them in BF16 by a search space",
         )
-    return tuple(warnings)
+        for engine, names in cautions.items()
+    ]
+    return tuple(found)
+
+
+def loading_warnings(refused: Collection[Refusal], layout: str | None = None) -> tuple[str, ...]:
+    """What to tell of engines that do not load a checkpoint, and what to do instead.
+
+    Args:
+        refused: all of them.
+        layout: of the checkpoint; without it, those are told of too that load one of the layouts.
+    """
+    return tuple(
+        f"{own.engine} is not known to load a quantized checkpoint of this model"
+        f"{_in_layouts(own)}: {own.why}. {_way_out(own, refused)}"
+        for own in refused
+        if layout is None or layout in own.layouts
+    )
+
+
+def _in_layouts(refusal: Refusal) -> str:
+    if refusal.layouts == LAYOUTS:
+        return ", in either layout"
+    return f" in the layout {', '.join(refusal.layouts)}"
+
+
+def _way_out(refusal: Refusal, refused: Collection[Refusal]) -> str:
+    """A layout that the engine loads, or an engine that loads it, or none of them."""
+    ways = [refusal.without] if refusal.without else []
+    ways += [f"write it with --layout {name}" for name in LAYOUTS if name not in refusal.layouts]
+    for engine in engines():
+        closed = {layout for own in refused if own.engine == engine for layout in own.layouts}
+        loaded = [layout for layout in LAYOUTS if layout not in closed]
+        if loaded and engine != refusal.engine:
+            form = f" (--layout {loaded[0]})" if closed else ""
+            ways.append(f"serve it with {engine}{form}")
+    text = (
+        ", or ".join(ways) or "`autoquant score MODEL --checkpoint DIR` runs it without an engine"
+    )
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _is_left(group: LayerGroup, options: Options) -> bool:

@@ -117,6 +117,15 @@ class Options:
         """Names of the groups with more than one choice, in order."""
         return tuple(name for name, choices in self.choices.items() if len(choices) > 1)
 
+    @cached_property
+    def quantized(self) -> dict[str, set[str]]:
+        """Names of the groups that may leave BF16, with those of their formats."""
+        return {
+            name: {str(choice.format) for choice in choices if choice != BF16}
+            for name, choices in self.choices.items()
+            if choices != (BF16,)
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpace:

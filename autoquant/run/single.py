@@ -16,6 +16,7 @@ from autoquant.measure.calibration import read_calibration
 from autoquant.model.memory import keep_freed_memory
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.kv_cache import cached_attention
+from autoquant.plan.plan import loading_warnings, refused_by
 from autoquant.progress import Unit
 from autoquant.run.by_token.positions import describe_positions
 from autoquant.run.config import ExportConfig, ScoreConfig
@@ -94,6 +95,9 @@ def _export(
     groups = groups_of_assignment(source, assignment)
     quantized = [g for g in groups if assignment[g.name] != BF16]
     attention = cached_attention(config.kv_cache, groups)
+    refused = refused_by(source.config, groups, assignment.quantized)
+    for warning in loading_warnings(refused, config.layout):
+        observer.warn(warning)
     if config.calibrated is not None:
         require_tokenizer(source.path)
         keep_freed_memory()

@@ -22,6 +22,7 @@ from autoquant.measure.session import Session
 from autoquant.measure.statistics.clipping import clipped_by_group, describe_clipped
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.limit import Limit
+from autoquant.plan.plan import loading_warnings
 from autoquant.progress import Unit
 from autoquant.run.config import SearchConfig
 from autoquant.run.confirmation import Confirmed, confirm
@@ -90,6 +91,11 @@ class Search(Probing):
         confirmed = self._confirm(session, history, explored)
         winner = self._polish(session, calibration, Winner.plain(confirmed))
         return self._finish(session, explored.problem, history, calibration, confirmed, winner)
+
+    def _keep_plan(self) -> None:
+        for warning in loading_warnings(self.plan.refused_by, self.config.layout):
+            self.observer.warn(warning)
+        super()._keep_plan()
 
     def _sensitivity(self, session: Session) -> tuple[Sensitivity, str]:
         state = self.config.modelopt_state

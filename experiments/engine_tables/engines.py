@@ -1,7 +1,7 @@
 """The engines whose wheels are read, and how each of them names its model classes."""
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from experiments.engine_tables.sources import Class, Definition, Module, Wheel
@@ -16,6 +16,8 @@ class Engine:
     """Of its wheel."""
     architectures: Callable[[Wheel], dict[str, Class]]
     """Model classes by the names that config.json gives in `architectures`."""
+    borrowed: Callable[[Wheel], Iterable[str]]
+    """Architectures that it says to run with transformers' own code."""
 
 
 def vllm_architectures(wheel: Wheel) -> dict[str, Class]:
@@ -28,6 +30,13 @@ def vllm_architectures(wheel: Wheel) -> dict[str, Class]:
             place = origin if origin.startswith("vllm.") else f"{package}.{origin}"
             found |= _class(wheel, _module(wheel, place), own, architecture)
     return found
+
+
+def vllm_borrowed(wheel: Wheel) -> Iterable[str]:
+    """What vLLM's registry gives to its classes around transformers' models."""
+    registry = _module(wheel, "vllm.model_executor.models.registry")
+    names: dict[str, object] = ast.literal_eval(registry.symbols["_TRANSFORMERS_SUPPORTED_MODELS"])
+    return names
 
 
 def sglang_architectures(wheel: Wheel) -> dict[str, Class]:
@@ -58,8 +67,8 @@ def _class(wheel: Wheel, module: Module, name: str, architecture: str) -> dict[s
 
 
 ENGINES = (
-    Engine("vLLM", "vllm", vllm_architectures),
-    Engine("SGLang", "sglang", sglang_architectures),
+    Engine("vLLM", "vllm", vllm_architectures, vllm_borrowed),
+    Engine("SGLang", "sglang", sglang_architectures, lambda _: ()),
 )
 
 

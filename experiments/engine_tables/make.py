@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from autoquant.source.engines import FILE
+from autoquant.source.engines.tables import FILE
 from experiments.engine_tables.engines import ENGINES, model_types
 from experiments.engine_tables.report import changes
 from experiments.engine_tables.sources import Wheel
@@ -81,8 +81,12 @@ def tables(wheels: dict[str, Wheel]) -> dict[str, Any]:
         wheel = wheels[engine.package]
         kinds = engine.architectures(wheel)
         found = {name: table_of(wheel, kind, kinds) for name, kind in sorted(kinds.items())}
-        named = ((name, table) for name, table in found.items() if any(table.values()))
-        engines[engine.name] = {"version": wheel.version, "architectures": _without_repeats(named)}
+        named = {name: table for name, table in found.items() if any(table.values())}
+        engines[engine.name] = {
+            "version": wheel.version,
+            "without_table": sorted({*found, *engine.borrowed(wheel)} - named.keys()),
+            "architectures": _without_repeats(named.items()),
+        }
     known = {name for engine in engines.values() for name in engine["architectures"]}
     kinds_of = model_types(wheels["transformers"])
     return {

@@ -17,6 +17,9 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str
         )
         for name in sorted(was.keys() & now):
             yield from (f"{engine}, {name}: {line}" for line in _differences(was[name], now[name]))
+        bare, own = (set(one.get("without_table", ())) for one in (old, table))
+        yield from (f"{engine}: + {name}, without a table" for name in sorted(own - bare))
+        yield from (f"{engine}: - {name}, without a table" for name in sorted(bare - own))
     was, now = before.get("model_types", {}), after["model_types"]
     for kind in sorted(was.keys() | now):
         if was.get(kind) != now.get(kind):

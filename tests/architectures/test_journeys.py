@@ -13,12 +13,9 @@ from autoquant.source.tensors import read_tensor
 
 KINDS = (*ARCHITECTURES, *(f"{kind}-fp8" for kind in BLOCK_FP8))
 
-WARNED = {
-    **dict.fromkeys(("gpt_oss", "falcon_h1"), ("SGLang",)),
-    **dict.fromkeys(("deepseek_v4", "zamba2"), ("no rul",)),
-}
-"""How warnings of plans begin: what SGLang alone does not load is no reason to close a group, and
-matrices that no rule knows stay."""
+WARNED = dict.fromkeys(("deepseek_v4", "zamba2"), ("no rul",))
+"""How warnings of plans begin, but for those of what an engine does not load: matrices that no rule
+knows stay."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +33,8 @@ def stored(folder: Path) -> Headers:
 def test_an_architecture_goes_all_the_way(kind, autoquant, tmp_path):
     journey = Journey(save_published(kind, tmp_path / "source"), tmp_path, autoquant)
     plan = journey.plan()
-    assert [line[:6] for line in plan["warnings"]] == [*WARNED.get(kind, ())]
+    others = [line[:6] for line in plan["warnings"] if "is not known to load" not in line]
+    assert others == [*WARNED.get(kind, ())]
     found = journey.search(plan)
     winner = journey.run / "checkpoint"
     assert journey.score(winner)["kl"] == found["kl"]

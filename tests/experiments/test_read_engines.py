@@ -85,11 +85,16 @@ class ToyForCausalLM(nn.Module):
         self.vision_tower = Model(vllm_config=vllm_config)
 class SameForCausalLM(ToyForCausalLM):
     pass
-EntryClass = [ToyForCausalLM, SameForCausalLM]
+class BareForCausalLM(nn.Module):
+    pass
+EntryClass = [ToyForCausalLM, SameForCausalLM, BareForCausalLM]
 """
 REGISTRY = """
 _TEXT_GENERATION_MODELS = {"ToyForCausalLM": ("toy", "ToyForCausalLM")}
-_MULTIMODAL_MODELS = {"SameForCausalLM": ("toy", "SameForCausalLM")}
+_MULTIMODAL_MODELS = {
+    "SameForCausalLM": ("toy", "SameForCausalLM"), "BareForCausalLM": ("toy", "BareForCausalLM")
+}
+_TRANSFORMERS_SUPPORTED_MODELS = {"LentForCausalLM": ("transformers", "TransformersForCausalLM")}
 """
 UTILS = "def make_layers(number, make, prefix=''):\n    return 0, number, [make(prefix)]\n"
 AUTO = """
@@ -144,7 +149,7 @@ def test_a_model_is_read_from_its_constructors_and_its_names(engine, request):
     own = request.getfixturevalue(engine)
     find = {"vllm": vllm_architectures, "sglang": sglang_architectures}[engine]
     kinds = find(own)
-    assert list(kinds) == ["ToyForCausalLM", "SameForCausalLM"]
+    assert list(kinds) == ["ToyForCausalLM", "SameForCausalLM", "BareForCausalLM"]
     assert table_of(own, kinds["ToyForCausalLM"], kinds) == TOY
 
 
@@ -155,6 +160,8 @@ def test_the_file_holds_each_table_once_and_says_what_changed(vllm, sglang, tmp_
     assert made["model_types"] == {"same": "SameForCausalLM", "toy": "ToyForCausalLM"}
     once = {"SameForCausalLM": TOY, "ToyForCausalLM": "SameForCausalLM"}
     assert [engine["architectures"] for engine in made["engines"].values()] == [once, once]
+    bare = {name: engine["without_table"] for name, engine in made["engines"].items()}
+    assert bare == {"vLLM": ["BareForCausalLM", "LentForCausalLM"], "SGLang": ["BareForCausalLM"]}
     assert json.loads(as_text(made)) == made
     assert list(changes(made, made)) == []
     before = json.loads(as_text(made))
@@ -163,6 +170,7 @@ def test_the_file_holds_each_table_once_and_says_what_changed(vllm, sglang, tmp_
     table["unquantized"].remove("mlp.gate")
     table["joined"]["attn.qkv_proj"] = ["attn.q_proj", "attn.k_proj"]
     del before["engines"]["SGLang"]["architectures"]["ToyForCausalLM"]
+    before["engines"]["SGLang"]["without_table"] = ["GoneForCausalLM"]
     both = ("SameForCausalLM", "ToyForCausalLM")
     joined = "attn.q_proj, attn.k_proj"
     assert list(changes(before, made)) == [
@@ -176,4 +184,6 @@ def test_the_file_holds_each_table_once_and_says_what_changed(vllm, sglang, tmp_
             )
         ),
         "SGLang: new architecture ToyForCausalLM",
+        "SGLang: + BareForCausalLM, without a table",
+        "SGLang: - GoneForCausalLM, without a table",
     ]

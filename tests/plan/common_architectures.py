@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from autoquant.source.engines import FILE
+from autoquant.source.engines.tables import FILE
 from autoquant.source.source import Source, open_source
 
 SMALL = {"num_hidden_layers": 4} | dict.fromkeys(

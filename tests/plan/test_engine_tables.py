@@ -15,7 +15,7 @@ from common_architectures import NEEDS_MORE, TRANSPOSED, built, common_kinds, en
 
 from autoquant.errors import SourceError
 from autoquant.plan.grouping import Groups, find_groups, group_tensors
-from autoquant.source.engines import FILE
+from autoquant.source.engines.tables import FILE
 from autoquant.source.headers import TensorHeader
 
 IN_BLOCK = re.compile(r"(.*?(?:layers|h|blocks)\.\d+)\.(.+)")

@@ -6,7 +6,13 @@ import pytest
 from test_grouping import grouped
 from tiny_models import save_model
 
-from autoquant.plan.plan import LISTED, engine_warnings, source_warnings
+from autoquant.plan.plan import (
+    LISTED,
+    loading_warnings,
+    refused_by,
+    source_warnings,
+    unknown_warnings,
+)
 from autoquant.plan.space_file import load_space, parse_space
 from autoquant.source.source import open_source
 
@@ -19,7 +25,9 @@ def warned(names, *, space="default", layers=1, **config):
     shapes = {f"model.layers.{i}.{name}.weight": (16, 16) for i in range(layers) for name in names}
     groups = grouped(shapes, **config)
     loaded = parse_space(space, "space.yaml") if "\n" in space else load_space(space)
-    return engine_warnings(groups, loaded.options(groups))
+    options = loaded.options(groups)
+    refused = refused_by(config, groups, options.quantized)
+    return (*unknown_warnings(groups, options), *loading_warnings(refused))
 
 
 def opening(match, *formats):
@@ -60,7 +68,7 @@ def test_matrices_that_no_rule_knows_are_named_and_what_else_is_fixed_is_not():
             "model.embed_tokens.weight": (32, 16),
         }
     )
-    (warning,) = engine_warnings(groups, load_space("default").options(groups))
+    (warning,) = unknown_warnings(groups, load_space("default").options(groups))
     assert warning == "no rule knows model.layers.*.mystery.weight: kept as they are."
 
 
@@ -68,8 +76,10 @@ def test_matrices_that_no_rule_knows_are_named_and_what_else_is_fixed_is_not():
 def test_what_an_engine_does_not_load_quantized_is_named_where_it_may_be_quantized(formats):
     config = {"architectures": ["GptOssForCausalLM"], "layers": 2}
     (warning,) = warned(ATTENTION, space=opening("*", *formats), **config)
-    assert warning.startswith(
-        "SGLang 0.5.23 builds model.layers.*.self_attn.qkv (2), model.layers.*.self_attn.o_proj (2)"
+    assert warning == (
+        "SGLang 0.5.23 is not known to load a quantized checkpoint of this model, in either "
+        "layout: it builds model.layers.*.self_attn.qkv (2), model.layers.*.self_attn.o_proj (2) "
+        "without a quantization. Keep them in BF16 by a search space, or serve it with vLLM 0.33.0."
     )
     assert warned(ATTENTION, space=opening("*", "bf16"), **config) == ()
     (warning,) = warned(ATTENTION, space=opening("o", *formats), **config)

@@ -109,7 +109,7 @@ def engine_tables(
         text_config: of its language model.
     """
     content = _content()
-    names = [name for part in (config, text_config) for name in _architectures(part)]
+    names = [name for part in (config, text_config) for name in architectures(part)]
     kinds = [part.get("model_type") for part in (config, text_config)]
     names += [own for kind in kinds if (own := content["model_types"].get(kind)) is not None]
     found = (_table(engine, name) for engine in content["engines"] for name in names)
@@ -120,7 +120,22 @@ def engine_tables(
     return tuple(first.values())
 
 
-def _architectures(config: Mapping[str, Any]) -> list[str]:
+def engines() -> dict[str, frozenset[str]]:
+    """The architectures that each engine has, by its name with the version."""
+    return {
+        f"{engine} {own['version']}": frozenset([*own["architectures"], *own["without_table"]])
+        for engine, own in _content()["engines"].items()
+    }
+
+
+def usual_architecture(model_type: object) -> str | None:
+    """The architecture that transformers makes of a model type, if an engine has it."""
+    own: str | None = _content()["model_types"].get(model_type)
+    return own
+
+
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """Those that a config names."""
     named = config.get("architectures")
     return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
 

@@ -1,0 +1,1 @@
+"""Serving engines: what they build of an architecture, and what they do not load."""
