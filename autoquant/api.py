@@ -212,7 +212,7 @@ def search(
     batch_tokens: int = 4_096,
     device: str | None = None,
     trust_remote_code: bool = False,
-    weights: Literal["auto", "resident", "host", "disk"] = "auto",
+    weights: Literal["auto", "resident", "sharded", "host", "disk"] = "auto",
     device_memory: int | None = None,
     host_memory: int | None = None,
     mlflow: bool = True,
@@ -285,8 +285,9 @@ def search(
         batch_tokens: tokens of one forward.
         device: `cpu`, `cuda`, `cuda:1`; the first GPU by default, else the CPU.
         trust_remote_code: run code that comes with the model.
-        weights: where weights are: on the device, in the host's memory or in the files, block by
-            block; auto takes the first that fits. Results are the same.
+        weights: where weights are: on the device, on the GPUs of all processes of the machine
+            together, in the host's memory or in the files, block by block; auto takes the first
+            that fits. Results are the same.
         device_memory: most of the memory of the device to use, bytes.
         host_memory: most of the memory of the host to use, bytes.
         mlflow: record the search in MLflow.

@@ -10,6 +10,8 @@ class Weights(StrEnum):
     """The first of the others that fits."""
     RESIDENT = "resident"
     """On the device, all of them."""
+    SHARDED = "sharded"
+    """On the GPUs of a machine's processes, a part on each; a block at a time is whole on each."""
     HOST = "host"
     """In the host's memory; a block at a time is on the device."""
     DISK = "disk"

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from autoquant.model.gpu_memory import held_bytes
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 LARGE_BUFFER_BYTES = 1 << 22
@@ -47,7 +49,7 @@ def return_freed_memory() -> None:
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """What a GPU has allocated, in bytes."""
+    """What this process has allocated of a GPU, in bytes."""
 
     device: torch.device | None = None
     """The one that this process computes on by default."""
@@ -55,11 +57,11 @@ class DeviceMemory:
     def begin(self) -> int:
         """What is allocated now, from where on the peak counts."""
         torch.cuda.reset_peak_memory_stats(self.device)
-        return torch.cuda.memory_allocated(self.device)
+        return torch.cuda.memory_allocated(self.device) + held_bytes()
 
     def peak(self) -> int:
         """Most that was allocated at once since anybody began."""
-        return torch.cuda.max_memory_allocated(self.device)
+        return torch.cuda.max_memory_allocated(self.device) + held_bytes()
 
 
 def _libc() -> ctypes.CDLL | None:

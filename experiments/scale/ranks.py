@@ -1,9 +1,11 @@
 """One search by 1, 2, 4, ... processes of a machine, one for each GPU: time, memory, result.
 
     python -m experiments.scale.ranks MODEL --work FOLDER --ranks 1 2 --out FILE
+    python -m experiments.scale.ranks MODEL --work FOLDER --ranks 2 --out FILE \
+        --weights resident sharded host --allowed 10000000000
 
-`torchrun` starts the processes. What one process takes of a stage is held against what N of them
-take: the efficiency is time of one / (N * time of N).
+`torchrun` starts the processes. What the first search takes of a stage, of one process if there is
+one, is held against what N of them take: the efficiency is time of one / (N * time of N).
 """
 
 import argparse
@@ -12,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from torch import distributed
 
 import autoquant
 from autoquant.files import to_json, write_atomic
+from autoquant.model.memory import DeviceMemory
 from autoquant.store.run_directory import WORK, read_records
 from experiments.scale.gpu import LEFT_OUT, compared
 
@@ -29,6 +33,7 @@ SHARED = ("probe", "refine")
 
 def search(arguments: argparse.Namespace) -> dict[str, Any]:
     """In every process: the search, and the peaks of all devices."""
+    (weights,) = arguments.weights
     distributed.init_process_group("gloo")
     started = time.monotonic()
     run = autoquant.search(
@@ -44,10 +49,11 @@ def search(arguments: argparse.Namespace) -> dict[str, Any]:
         effort="fast",
         trials=arguments.trials,
         trials_at_once=8,
-        weights=arguments.weights,
+        weights=weights,
+        device_memory=None if weights == "resident" else arguments.allowed,
         mlflow=False,
         export=False,
-        out=arguments.work / f"{arguments.weights}-{distributed.get_world_size()}",
+        out=arguments.work / f"{weights}-{distributed.get_world_size()}",
     )
     seconds = time.monotonic() - started
     peaks: list[int | None] = [None] * distributed.get_world_size()
@@ -56,7 +62,9 @@ def search(arguments: argparse.Namespace) -> dict[str, Any]:
     distributed.destroy_process_group()
     return {
         "ranks": len(peaks),
+        "weights": weights,
         "peak_bytes": peaks,
+        "brought_bytes": sum(stage["bytes_brought"] for stage in read_records(run.path, WORK)),
         "total_seconds": seconds,
         "seconds": result["seconds"],
         "result": {name: value for name, value in result.items() if name not in LEFT_OUT},
@@ -66,18 +74,22 @@ def search(arguments: argparse.Namespace) -> dict[str, Any]:
 def _peak(run: autoquant.Run) -> int:
     """Of this process's device; process 0 begins to count anew with each stage."""
     stages = read_records(run.path, WORK) if os.environ["RANK"] == "0" else ()
-    last = torch.cuda.max_memory_allocated()
+    last = DeviceMemory().peak()
     return max((own["gpu_peak_bytes"] for own in stages), default=last)
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A search by each number of processes, the smallest first."""
+    """A search by each number of processes, the smallest first, with weights in each place."""
     found: list[dict[str, Any]] = []
-    for ranks in sorted(arguments.ranks):
+    for ranks, weights in product(sorted(arguments.ranks), arguments.weights):
+        if ranks == 1 and weights == "sharded":
+            continue
         words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         words += ["-m", "experiments.scale.ranks"]
         words += [str(arguments.model), "--work", str(arguments.work), "--one"]
-        for name in ("weights", "batch_tokens", "batches", "trials", "budget_bpe"):
+        words += ["--weights", weights]
+        words += [] if arguments.allowed is None else ["--allowed", str(arguments.allowed)]
+        for name in ("batch_tokens", "batches", "trials", "budget_bpe"):
             words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
         done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
         found.append(json.loads(done.stdout.splitlines()[-1]))
@@ -89,7 +101,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             / (each["ranks"] * each["seconds"][stage])
             for stage in SHARED
         }
-    names = ("weights", "batch_tokens", "batches", "trials")
+    names = ("allowed", "batch_tokens", "batches", "trials")
     settings = {name: getattr(arguments, name) for name in names}
     return compared(arguments.model, results) | {"settings": settings, "searches": found}
 
@@ -99,7 +111,9 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="as make.py writes it")
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--weights", choices=["resident", "host", "disk"], default="resident")
+    places = ["resident", "sharded", "host", "disk"]
+    parser.add_argument("--weights", choices=places, nargs="+", default=["resident"])
+    parser.add_argument("--allowed", type=int, help="bytes of a device for streamed weights")
     parser.add_argument("--batch-tokens", type=int, default=4_096)
     parser.add_argument("--batches", type=int, default=8, help="of search tokens")
     parser.add_argument("--trials", type=int, default=30)

@@ -22,10 +22,10 @@ def test_sizes_are_those_of_the_model_when_it_is_loaded(tmp_path, monkeypatch, k
     folder = save_searchable(kind, tmp_path / kind)
     seen, choose = [], placement.choose
 
-    def spy(sizes, device, allowance, *, present):
+    def spy(sizes, device, allowance, *, present, **others):
         assert present == sizes.outside  # which is in memory by then
         seen.append(sizes)
-        return choose(sizes, device, allowance, present=present)
+        return choose(sizes, device, allowance, present=present, **others)
 
     monkeypatch.setattr(placement, "choose", spy)
     load_model(folder, CPU)

@@ -9,11 +9,12 @@ import torch
 
 from autoquant.codes.held import CODES_OF_A_BLOCK, Weights
 from autoquant.decimals import gigabytes
-from autoquant.errors import OutOfMemory
+from autoquant.errors import ConfigError, OutOfMemory
 from autoquant.model.memory import return_large_buffers
 from autoquant.model.streaming.blocks import BlockReader
-from autoquant.model.streaming.shared import ALONE, Peers, can_share, read_blocks
-from autoquant.model.streaming.stores import BlockStore, Resident, Streamed
+from autoquant.model.streaming.kept import Gpus, on_gpus, on_host
+from autoquant.model.streaming.shared import ALONE, Neighbours, Peers, can_share
+from autoquant.model.streaming.stores import BlockSource, BlockStore, Resident, Streamed
 
 _MEMORY = Path("/proc/meminfo")
 
@@ -26,6 +27,9 @@ MOST_PACKED, MOST_DECODED = 1 << 31, 1 << 32
 BLOCKS_AT_ONCE = 3 + CODES_OF_A_BLOCK
 """Blocks' worth of memory where blocks are streamed: the present one, the next, one of decoded
 codes, and the codes. On a CPU also the parts that the next one is put together from."""
+
+ONE_GPU = Gpus()
+"""A process without others on its machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +74,21 @@ class Sizes:
     def all(self) -> int:
         return self.outside + sum(self.blocks)
 
-    def on_device(self, weights: Weights, *, is_gpu: bool) -> int:
-        """What a search takes of the device."""
+    def on_device(self, weights: Weights, *, is_gpu: bool, gpus: int = 1) -> int:
+        """What a search takes of the device.
+
+        Args:
+            weights: where they are.
+            is_gpu: the device is one.
+            gpus: that share the blocks, where they are `sharded`.
+        """
         if weights is Weights.RESIDENT:
             held = self.all
         else:
             blocks = BLOCKS_AT_ONCE if is_gpu else BLOCKS_AT_ONCE + 1
             held = self.outside + blocks * max(self.blocks, default=0)
+        if weights is Weights.SHARDED:
+            held += -(-sum(self.blocks) // gpus)
         return int(held * (1 + WORK_SHARE)) + WORK_BYTES
 
     def on_host(self, weights: Weights, *, is_gpu: bool) -> int:
@@ -149,16 +161,28 @@ def open_store(
     outside = (t for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
     held = sum(t.numel() * t.element_size() for t in outside)
     sizes = Sizes.of(model, reader, outside=held)
-    weights, left = choose(sizes, device, allowance, present=sizes.outside)
+    neighbours = Neighbours.of(peers)
+    gpus = Gpus.together(device, neighbours)
+    weights, left = choose(sizes, device, allowance, present=sizes.outside, gpus=gpus, peers=peers)
     if weights is Weights.RESIDENT:
         return Resident(model, reader, device), left
     return_large_buffers()
-    blocks = read_blocks(reader, peers) if weights is Weights.HOST else {}
-    return Streamed(model, reader, device, in_memory=blocks), left
+    source: BlockSource = reader
+    if weights is Weights.SHARDED:
+        source = on_gpus(model, reader, device, neighbours)
+    elif weights is Weights.HOST:
+        source = on_host(model, reader, device, neighbours)
+    return Streamed(model, source, device), left
 
 
 def choose(
-    sizes: Sizes, device: torch.device, allowance: Allowance, *, present: int = 0
+    sizes: Sizes,
+    device: torch.device,
+    allowance: Allowance,
+    *,
+    present: int = 0,
+    gpus: Gpus = ONE_GPU,
+    peers: Peers = ALONE,
 ) -> tuple[Weights, Left]:
     """Where weights go, and the memory that states between blocks may take.
 
@@ -167,20 +191,24 @@ def choose(
         device: what computes.
         allowance: what may be used.
         present: bytes of them that are on the device already.
+        gpus: that can keep weights together.
+        peers: the processes of a run, all of which choose now, and the same.
 
     Raises:
         OutOfMemory: what is asked for does not fit what may be used, or nothing does.
+        ConfigError: weights are to be on several GPUs, and there is one, or none.
     """
     is_gpu = device.type == "cuda"
-    host = allowance.host_bytes if allowance.host_bytes is not None else free_host_bytes()
-    host //= processes_here()
-    on_device = allowance.device_bytes
-    if on_device is None:
-        on_device = present + torch.cuda.mem_get_info(device)[0] if is_gpu else host
-    if not is_gpu:
-        host = on_device = min(host, on_device)
-    for weights in _in_order(allowance.weights, is_gpu=is_gpu):
-        of_device = sizes.on_device(weights, is_gpu=is_gpu)
+    if allowance.weights is Weights.SHARDED and gpus.count == 1:
+        raise ConfigError(
+            f"--weights sharded keeps weights on several GPUs of a machine, and {gpus.why_alone}.",
+            fix="start a process for each GPU (torchrun --nproc-per-node 8 -m autoquant ...); "
+            "--weights host keeps them in the host's memory once for all processes.",
+        )
+    free = peers.all_of(lambda: _may_be_used(device, allowance, present))
+    on_device, host = map(min, zip(*free, strict=True))
+    for weights in _in_order(allowance.weights, is_gpu=is_gpu, gpus=gpus.count):
+        of_device = sizes.on_device(weights, is_gpu=is_gpu, gpus=gpus.count)
         of_host = sizes.on_host(weights, is_gpu=is_gpu)
         if of_device <= on_device and of_host <= host:
             free = on_device - of_device
@@ -189,7 +217,20 @@ def choose(
                 device=free // 2 if is_gpu else 0,
                 kept=_kept(weights, sizes, free, is_gpu=is_gpu),
             )
-    raise _does_not_fit(sizes, device, allowance, on_device, host)
+    raise _does_not_fit(sizes, device, allowance, on_device, host, gpus.count)
+
+
+def _may_be_used(device: torch.device, allowance: Allowance, present: int) -> tuple[int, int]:
+    """Bytes of the device and of the host that a process may take for a model."""
+    host = allowance.host_bytes if allowance.host_bytes is not None else free_host_bytes()
+    host //= processes_here()
+    on_device = allowance.device_bytes
+    if device.type != "cuda":
+        least = host if on_device is None else min(host, on_device)
+        return least, least
+    if on_device is None:
+        on_device = present + torch.cuda.mem_get_info(device)[0]
+    return on_device, host
 
 
 def _kept(weights: Weights, sizes: Sizes, free: int, *, is_gpu: bool) -> Kept:
@@ -201,14 +242,15 @@ def _kept(weights: Weights, sizes: Sizes, free: int, *, is_gpu: bool) -> Kept:
     return Kept(packed=free // 2) if is_gpu else Kept.beside(sizes.all, free // 2)
 
 
-def _in_order(asked: Weights, *, is_gpu: bool) -> tuple[Weights, ...]:
+def _in_order(asked: Weights, *, is_gpu: bool, gpus: int) -> tuple[Weights, ...]:
     """What is tried, the fastest first; beside a CPU the host's memory is the device's, of which
     several processes take less together.
     """
     if asked is not Weights.AUTO:
         return (asked,)
+    together = (Weights.SHARDED,) if gpus > 1 else ()
     beside = (Weights.HOST,) if is_gpu or processes_here() > 1 else ()
-    return (Weights.RESIDENT, *beside, Weights.DISK)
+    return (Weights.RESIDENT, *together, *beside, Weights.DISK)
 
 
 def processes_here() -> int:
@@ -226,21 +268,22 @@ def free_host_bytes() -> int:
 
 
 def _does_not_fit(
-    sizes: Sizes, device: torch.device, allowance: Allowance, on_device: int, host: int
+    sizes: Sizes, device: torch.device, allowance: Allowance, on_device: int, host: int, gpus: int
 ) -> OutOfMemory:
     is_gpu = device.type == "cuda"
 
     def needs(weights: Weights) -> str:
         of_host = f" and {gigabytes(sizes.on_host(weights, is_gpu=True))} of the host"
-        of_device = gigabytes(sizes.on_device(weights, is_gpu=is_gpu))
+        of_device = gigabytes(sizes.on_device(weights, is_gpu=is_gpu, gpus=gpus))
         return f"{of_device} of {device}{of_host if is_gpu else ''}"
 
     wanted = Weights.DISK if allowance.weights is Weights.AUTO else allowance.weights
     there = f"{gigabytes(on_device)} of {device}"
     if is_gpu:
         there += f" and {gigabytes(host)} of the host"
+    sharded = f"--weights sharded takes {needs(Weights.SHARDED)}; " if gpus > 1 else ""
     return OutOfMemory(
         f"weights on {wanted} take {needs(wanted)}; {there} may be used.",
-        fix=f"--weights disk takes least, {needs(Weights.DISK)}; --weights resident takes "
+        fix=f"--weights disk takes least, {needs(Weights.DISK)}; {sharded}--weights resident takes "
         f"{needs(Weights.RESIDENT)}.",
     )

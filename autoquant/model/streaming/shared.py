@@ -1,25 +1,20 @@
-"""Blocks in the memory of a machine once, for all processes that measure on it.
+"""Memory that the processes of a machine use together.
 
-Each process reads its share of the blocks, and all map what the others have read. The memory has no
-name: it is gone when the last process is.
+Each process allocates a part, and all map what the others have: memory of the host, or of their
+GPUs. It has no name: it is gone when the last process is.
 """
 
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from autoquant.model.streaming.blocks import BlockReader
-
 _T = TypeVar("_T")
-
-_PAGE = mmap.PAGESIZE
-"""Bytes; a tensor begins at a page, which is what memory is pinned by."""
 
 
 class Peers(Protocol):
@@ -50,89 +45,117 @@ def can_share() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
-    """Where a tensor is in memory that its owner has read it into."""
+class Neighbours:
+    """The processes of a run that are on this machine; all processes of the run ask together."""
 
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    peers: Peers
+    numbers: tuple[int, ...]
+    """Theirs in the run."""
+    fewest: int
+    """That any machine of the run has."""
 
+    @classmethod
+    def of(cls, peers: Peers) -> Self:
+        """Those that can map this process's memory, and itself."""
+        machines = peers.all_of(_machine)
+        own = machines[peers.number]
+        numbers = tuple(number for number, machine in enumerate(machines) if machine == own)
+        return cls(peers, numbers, min(map(machines.count, machines)))
 
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """The blocks that one process has read."""
+    @property
+    def own(self) -> int:
+        """The place of this process among them."""
+        return self.numbers.index(self.peers.number)
 
-    process: int
-    descriptor: int
-    size: int
-    blocks: Mapping[int, Mapping[str, _Stored]]
+    def __len__(self) -> int:
+        return len(self.numbers)
 
-
-def read_blocks(reader: BlockReader, peers: Peers) -> dict[int, Mapping[str, Tensor]]:
-    """The content of every block in the host's memory, which all processes of the machine share.
-
-    Raises:
-        SourceError: a weight cannot be read.
-    """
-    places = peers.all_of(_machine)
-    here = [number for number, place in enumerate(places) if place == places[peers.number]]
-    if len(here) == 1 or not can_share():
-        return {block: reader.read(block) for block in range(len(reader))}
-    own = range(here.index(peers.number), len(reader), len(here))
-    shares = peers.all_of(lambda: _read(reader, own))
-    found: dict[int, Mapping[str, Tensor]] = {}
-    peers.all_of(lambda: found.update(_mapped(shares[number] for number in here)))
-    os.close(shares[peers.number].descriptor)  # all have mapped it
-    return found
+    def all_of(self, work: Callable[[], _T]) -> list[_T]:
+        """What each of them makes; an exception of any process of the run is raised on all."""
+        found = self.peers.all_of(work)
+        return [found[number] for number in self.numbers]
 
 
 def _machine() -> str:
-    """Names what processes must have in common to see each other's open files."""
+    """Names what processes must have in common to map each other's memory."""
     if not can_share():
-        return ""
+        return f"process {os.getpid()}"
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     return f"{boot.strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
-def _read(reader: BlockReader, blocks: range) -> _Share:
-    """Read some blocks into memory that others may map."""
-    descriptor = os.memfd_create("autoquant-blocks")
-    stored: dict[int, dict[str, _Stored]] = {}
-    end = 0
-    for block in blocks:
-        stored[block] = {}
-        for name, tensor in reader.read(block).items():
-            content = tensor.contiguous()
-            os.ftruncate(descriptor, max(1, end + content.nbytes))
-            _write(descriptor, content, end)
-            stored[block][name] = _Stored(end, tuple(content.shape), content.dtype)
-            end += -(-content.nbytes // _PAGE) * _PAGE
-    return _Share(os.getpid(), descriptor, os.fstat(descriptor).st_size, stored)
+class Memory(Protocol):
+    """A kind of memory that one process allocates and others map."""
+
+    def allocate(self, size: int) -> tuple[Tensor, Any]:
+        """Memory [size], uint8, and what others map it with."""
+
+    def map(self, ticket: Any) -> Tensor:
+        """Memory [size], uint8, that another process has allocated."""
+
+    def close(self, ticket: Any) -> None:
+        """Let no other process map it any more."""
 
 
-def _write(descriptor: int, tensor: Tensor, start: int) -> None:
-    content: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
-    while len(content):
-        written = os.pwrite(descriptor, content, start)
-        content, start = content[written:], start + written
+@dataclass(frozen=True, slots=True)
+class _HostTicket:
+    process: int
+    descriptor: int
+    size: int
 
 
-def _mapped(shares: Iterator[_Share]) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-    for share in shares:
-        if not share.blocks:
-            continue
-        descriptor = os.open(f"/proc/{share.process}/fd/{share.descriptor}", os.O_RDWR)
+class HostMemory:
+    """Memory of the host."""
+
+    def allocate(self, size: int) -> tuple[Tensor, _HostTicket]:
+        """Memory [size], uint8, in pages that are taken when they are written."""
+        if not can_share():
+            return _flat(mmap.mmap(-1, max(1, size)), size), _HostTicket(os.getpid(), -1, size)
+        descriptor = os.memfd_create("autoquant-blocks")
+        os.ftruncate(descriptor, max(1, size))
+        memory = mmap.mmap(descriptor, max(1, size))
+        return _flat(memory, size), _HostTicket(os.getpid(), descriptor, size)
+
+    def map(self, ticket: _HostTicket) -> Tensor:
+        """Memory [size], uint8, of another process."""
+        descriptor = os.open(f"/proc/{ticket.process}/fd/{ticket.descriptor}", os.O_RDWR)
         try:
-            memory = mmap.mmap(descriptor, share.size)
+            return _flat(mmap.mmap(descriptor, max(1, ticket.size)), ticket.size)
         finally:
             os.close(descriptor)
-        for block, tensors in share.blocks.items():
-            yield block, {name: _tensor(memory, stored) for name, stored in tensors.items()}
+
+    def close(self, ticket: _HostTicket) -> None:
+        """Those that have mapped it keep it."""
+        if ticket.descriptor >= 0:
+            os.close(ticket.descriptor)
 
 
-def _tensor(memory: mmap.mmap, stored: _Stored) -> Tensor:
-    count = torch.Size(stored.shape).numel()
-    if not count:
-        return torch.empty(stored.shape, dtype=stored.dtype)
-    flat = torch.frombuffer(memory, dtype=stored.dtype, count=count, offset=stored.start)
-    return flat.reshape(stored.shape)
+def _flat(memory: mmap.mmap, size: int) -> Tensor:
+    return torch.frombuffer(memory, dtype=torch.uint8)[:size]
+
+
+def allocate_together(memory: Memory, neighbours: Neighbours, size: int) -> list[Tensor]:
+    """The memory [its size], uint8, of every process of this machine, which all of them map.
+
+    Args:
+        memory: its kind.
+        neighbours: the processes; those of other machines do the same now.
+        size: bytes that this process has of it.
+    """
+    own: list[tuple[Tensor, Any]] = []
+
+    def allocate() -> Any:
+        own.append(memory.allocate(size))
+        return own[0][1]
+
+    tickets = neighbours.all_of(allocate)
+    (tensor, ticket), others = own[0], dict[int, Tensor]()
+
+    def map_others() -> None:
+        for number, of_other in enumerate(tickets):
+            if number != neighbours.own:
+                others[number] = memory.map(of_other)
+
+    neighbours.all_of(map_others)
+    memory.close(ticket)
+    return [others.get(number, tensor) for number in range(len(neighbours))]

@@ -17,11 +17,21 @@ from autoquant.model.streaming.blocks import BlockReader, decoder_blocks, places
 
 @dataclass(slots=True)
 class Brought:
-    """What a store has brought from the host's memory or the disk so far."""
+    """What a store has brought from other GPUs, the host's memory or the disk so far."""
 
     blocks: int = 0
     bytes: int = 0
     """As they are stored there."""
+
+
+class BlockSource(Protocol):
+    """Where blocks stay; a `BlockReader` is one, of files."""
+
+    def read(self, block: int) -> Mapping[str, Tensor]:
+        """The tensors of a block by the model's names, on the device or on the host."""
+
+    def stored_bytes(self, block: int) -> int:
+        """What is brought for it."""
 
 
 class BlockStore(Protocol):
@@ -72,32 +82,20 @@ class Streamed:
 
     Args:
         model: without the content of its blocks.
-        reader: of that content.
+        source: of that content.
         device: where it goes.
-        in_memory: blocks that the host's memory keeps; others are read for each use.
     """
 
     is_streamed = True
 
-    def __init__(
-        self,
-        model: Any,
-        reader: BlockReader,
-        device: torch.device,
-        *,
-        in_memory: Mapping[int, Mapping[str, Tensor]],
-    ) -> None:
+    def __init__(self, model: Any, source: BlockSource, device: torch.device) -> None:
         self.brought = Brought()
-        self._reader = reader
+        self._source = source
         self._device = device
         self._places = [places_of(model, block) for block in decoder_blocks(model)]
         self._empty = [[place.tensor for place in places] for places in self._places]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="autoquant-blocks")
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._host: dict[int, Mapping[str, Tensor]] = {
-            block: {name: _pinned(tensor, device) for name, tensor in content.items()}
-            for block, content in in_memory.items()
-        }
         self._checked: set[int] = set()
         self._present: int | None = None
         self._coming: tuple[int, Future[Mapping[str, Tensor]]] | None = None
@@ -152,29 +150,14 @@ class Streamed:
 
     def _fetched(self, block: int) -> Mapping[str, Tensor]:
         """In the thread: the content of a block on the device."""
-        content = self._host.get(block)
         self.brought.blocks += 1
-        if content is None:
-            self.brought.bytes += self._reader.stored_bytes(block)
-            content = self._reader.read(block)
-        else:
-            self.brought.bytes += self._reader.bytes(block)
+        self.brought.bytes += self._source.stored_bytes(block)
         if self._copies is None:
-            return content
+            return self._source.read(block)
         with torch.cuda.stream(self._copies):
+            content = self._source.read(block)
             copied = {
                 name: tensor.to(self._device, non_blocking=True) for name, tensor in content.items()
             }
         self._copies.synchronize()
         return copied
-
-
-def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host that a GPU copies from at full speed.
-
-    It is pinned where it lies: PyTorch's own pinned memory comes in powers of two.
-    """
-    if device.type == "cuda":
-        tensor = tensor.contiguous()
-        torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-    return tensor

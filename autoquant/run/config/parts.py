@@ -63,8 +63,9 @@ class MemoryConfig(ModelConfig):
         Weights,
         Setting(
             "Model",
-            "Where weights are: on the device, in the host's memory or in the files, block by "
-            "block; auto takes the first that fits. Results are the same.",
+            "Where weights are: on the device, on the GPUs of all processes of the machine "
+            "together, in the host's memory or in the files, block by block; auto takes the first "
+            "that fits. Results are the same.",
         ),
     ] = Weights.AUTO
     device_memory: Annotated[

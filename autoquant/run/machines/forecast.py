@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
+
 from autoquant.codes.held import Weights
 from autoquant.decimals import gigabytes
 from autoquant.formats import BF16
 from autoquant.forward.room import STATE_BYTES
 from autoquant.model.loading import choose_device, sizes_of
-from autoquant.model.streaming.placement import Sizes, choose
+from autoquant.model.streaming.kept import Gpus
+from autoquant.model.streaming.placement import Sizes, choose, processes_here
 from autoquant.plan.plan import Plan
 from autoquant.run.config import PlanConfig
 from autoquant.run.machines.passes import Passes, Streaming, forecast_passes
@@ -23,6 +26,8 @@ class Forecast:
     device: str
     weights: Weights
     sizes: Sizes
+    gpus: int
+    """That keep the weights together, where they are sharded."""
     device_bytes: int
     """Most of the device's memory, with work beside the weights, and codes that are kept."""
     host_bytes: int
@@ -37,12 +42,13 @@ class Forecast:
         Raises:
             OutOfMemory: what is asked for does not fit, or nothing does; it says what would.
             SourceError: an architecture that transformers does not know.
-            ConfigError: no such device.
+            ConfigError: no such device, or one where weights are to be on several.
         """
         device = choose_device(config.device)
         is_gpu = device.type == "cuda"
         sizes = sizes_of(plan.source, trust_remote_code=config.trust_remote_code)
-        weights, left = choose(sizes, device, config.allowance)
+        gpus = _gpus(device, config.weights)
+        weights, left = choose(sizes, device, config.allowance, gpus=gpus)
         streaming = Streaming(
             stages=len(sizes.blocks),
             width=sizes.width,
@@ -54,7 +60,8 @@ class Forecast:
             device=str(device),
             weights=weights,
             sizes=sizes,
-            device_bytes=sizes.on_device(weights, is_gpu=is_gpu) + kept,
+            gpus=gpus.count,
+            device_bytes=sizes.on_device(weights, is_gpu=is_gpu, gpus=gpus.count) + kept,
             host_bytes=sizes.on_host(weights, is_gpu=is_gpu) + (0 if is_gpu else kept),
             passes=forecast_passes(config, plan, streaming) if is_streamed else {},
         )
@@ -66,18 +73,24 @@ class Forecast:
 
     @property
     def brought_bytes(self) -> int:
-        """What is brought to the device in these passes, at most."""
-        block_bytes = self.sizes.stored
-        if self.weights is Weights.HOST:
-            block_bytes = sum(self.sizes.blocks)
+        """What is brought to a device in these passes, at most."""
+        block_bytes = sum(self.sizes.blocks)
+        if self.weights is Weights.DISK:
+            block_bytes = self.sizes.stored
+        elif self.weights is Weights.SHARDED:
+            block_bytes -= block_bytes // self.gpus
         return self.all_passes * block_bytes
 
     def in_words(self) -> str:
         """One line."""
         beside = f", {gigabytes(self.host_bytes)} of the host" if self.device != "cpu" else ""
-        taken = f"{gigabytes(self.device_bytes)} of {self.device}{beside}"
+        is_sharded = self.weights is Weights.SHARDED
+        device = f"each of {self.gpus} GPUs" if is_sharded else self.device
+        taken = f"{gigabytes(self.device_bytes)} of {device}{beside}"
         if self.weights is Weights.RESIDENT:
             return f"{taken}: all weights on the device"
+        if is_sharded:
+            return f"{taken}: blocks of {gigabytes(max(self.sizes.blocks))} from all of them"
         return f"{taken}: blocks of {gigabytes(max(self.sizes.blocks))} from the {self.weights}"
 
     def passes_in_words(self) -> str:
@@ -99,6 +112,7 @@ class Forecast:
             "device": self.device,
             "weights": str(self.weights),
             "weight_bytes": self.sizes.all,
+            "gpus": self.gpus,
             "largest_block_bytes": max(self.sizes.blocks, default=0),
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
@@ -108,6 +122,18 @@ class Forecast:
             },
             "brought_bytes": self.brought_bytes,
         }
+
+
+def _gpus(device: torch.device, asked: Weights) -> Gpus:
+    """Those of the processes that a launcher has started; all of the machine if it has not, and
+    weights are to be on them.
+    """
+    if device.type != "cuda":
+        return Gpus(1, f"{device} is no GPU")
+    count = processes_here()
+    if asked is Weights.SHARDED and count == 1:
+        return Gpus(torch.cuda.device_count(), "this one has one")
+    return Gpus(count)
 
 
 def _codes(plan: Plan) -> tuple[int, int]:
