@@ -52,7 +52,8 @@ class Gpus:
             numbers = [int(other[-1]) for other in seen]
         except CudaError as error:
             return cls(1, f"GPUs of this machine cannot map each other's memory: {error}")
-        if any(neighbours.all_of(lambda: numbers != list(range(len(neighbours))))):
+        expected = list(range(len(neighbours)))
+        if any(neighbours.peers.all_of(lambda: numbers != expected)):
             return cls(1, "GPUs of this machine read something else than others have written")
         return cls(neighbours.fewest)
 
@@ -137,7 +138,7 @@ class KeptBlocks:
 
     def _write(self, block: int, content: Mapping[str, Tensor]) -> None:
         layout, parts = self._layouts[block], self._parts(block)
-        if len(parts) == 1:
+        if len(parts) == 1 and not parts[0].is_cuda:
             layout.fill(parts[0], content)
             return
         whole = torch.empty(layout.size, dtype=torch.uint8, device=self._device)
