@@ -10,6 +10,7 @@ from test_groups import in_a_group
 
 from autoquant.codes.held import Weights
 from autoquant.errors import SourceError
+from autoquant.model.gpu_memory import CudaError
 from autoquant.model.loading import load_model
 from autoquant.model.streaming import kept, placement, shared
 from autoquant.model.streaming.blocks import BlockReader
@@ -25,6 +26,7 @@ def in_a_group_with(rank, file, folders):
     gc.disable()  # what is imported stays, and little is done with it
 
     def load_each(ranks):
+        find_out_who_can_share(ranks)
         for folder in folders:
             share_host_memory(ranks, folder)
             share_pieces(ranks, folder)
@@ -56,6 +58,34 @@ def compare(loaded, folder):
         present = {n: t for n, t in loaded.model.state_dict().items() if not t.is_meta}
         assert all(torch.equal(tensor, expected[name]) for name, tensor in present.items())
         assert all(tensor.dtype is expected[name].dtype for name, tensor in present.items())
+
+
+class Deaf(HostMemory):
+    """Maps pages that nobody else writes to."""
+
+    def map(self, ticket):
+        return torch.zeros(ticket.size, dtype=torch.uint8)
+
+
+class Unmappable(HostMemory):
+    def map(self, ticket):
+        raise CudaError("peer access is not supported")
+
+
+def find_out_who_can_share(ranks):
+    def found(make):
+        neighbours = Neighbours.of(ranks)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kept, "GpuMemory", lambda device: make())
+            patch.setattr("torch.cuda.synchronize", lambda device: None)
+            return Gpus.together(torch.device("cuda"), neighbours)
+
+    assert found(HostMemory) == Gpus(3)
+    assert found(Deaf).count == 1
+    assert "than others have written" in found(Deaf).why_alone
+    assert found(lambda: Unmappable() if ranks.number == 2 else HostMemory()) == Gpus(
+        1, "GPUs of this machine cannot map each other's memory: peer access is not supported"
+    )
 
 
 def share_host_memory(ranks, folder):
