@@ -9,8 +9,10 @@ import torch
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 from tiny_models import save_model
 
+from autoquant.codes.held import Weights
 from autoquant.model.loading import load_model, sizes_of
 from autoquant.model.streaming import placement
+from autoquant.run.machines import forecast as forecasting
 from autoquant.source.source import open_source
 from autoquant.store.run_directory import WORK, read_records
 
@@ -60,6 +62,57 @@ def test_what_does_not_fit_ends_with_what_would(autoquant, tmp_path):
     assert result.exit_code == 6
     assert result.stdout == ""
     assert "--weights disk takes least" in result.stderr
+
+
+@pytest.fixture
+def with_gpus(monkeypatch):
+    """Lets this machine seem to have some, of which memory has to be allowed."""
+
+    def put(count):
+        monkeypatch.setattr(forecasting, "choose_device", lambda device: torch.device("cuda"))
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+
+    return put
+
+
+def test_sharded_weights_count_on_all_gpus_of_the_machine(autoquant, tmp_path, with_gpus):
+    with_gpus(8)
+    model = save_model("llama", tmp_path / "model", num_hidden_layers=8)
+    flags = (model, "--weights", "sharded", "--device-memory", "2GiB", "--host-memory", "2GiB")
+    found = forecast(autoquant, *flags)
+    assert (found["weights"], found["gpus"]) == ("sharded", 8)
+    blocks = 8 * found["largest_block_bytes"]
+    passes = sum(part["passes"] for part in found["passes"].values())
+    assert found["brought_bytes"] == passes * (blocks - blocks // 8)
+    shown = autoquant("plan", *flags, "--forecast").stdout
+    assert "of each of 8 GPUs" in shown
+    assert "from all of them" in shown
+
+
+@pytest.mark.parametrize(
+    ("processes", "weights", "gpus"), [(1, "auto", 1), (4, "auto", 4), (4, "sharded", 4)]
+)
+def test_gpus_are_those_of_the_processes_that_were_started(
+    monkeypatch, with_gpus, processes, weights, gpus
+):
+    with_gpus(8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert forecasting._gpus(torch.device("cuda"), Weights(weights)).count == gpus
+
+
+def test_sharded_weights_are_refused_where_there_are_no_gpus_for_them(
+    autoquant, tmp_path, with_gpus
+):
+    model = save_model("llama", tmp_path / "model")
+    flags = ("plan", model, "--forecast", "--weights", "sharded")
+    result = autoquant(*flags, "--device", "cpu")
+    assert result.exit_code == 2
+    assert "several GPUs of a machine, and cpu is no GPU" in result.stderr
+    with_gpus(1)
+    result = autoquant(*flags)
+    assert result.exit_code == 2
+    assert "this one has one" in result.stderr
+    assert "torchrun" in result.stderr
 
 
 def test_no_weight_is_read_and_none_is_needed(autoquant, tmp_path):
