@@ -3,6 +3,7 @@
 
 import ctypes
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,16 @@ def test_whole_blocks_are_dealt_to_one_process_after_the_other():
         [(0, 512, 512)],
         [(1, 1024, 1536)],
     ]
+
+
+def test_what_other_gpus_hold_is_brought_and_the_next_ones_piece_comes_first():
+    sizes, on_gpu = layouts(512 * 8, 512 * 5), SimpleNamespace(is_cuda=True)
+    kept = KeptBlocks(sizes, cut(sizes, 4), None, [on_gpu] * 4, own=1, device=CPU)
+    assert [kept.stored_bytes(block) for block in (0, 1)] == [3 * 1024, 1024 + 512]
+    assert list(kept._in_turn(4)) == [2, 3, 0, 1]
+    on_host = SimpleNamespace(is_cuda=False)
+    kept = KeptBlocks(sizes, dealt(sizes, 4), None, [on_host] * 4, own=0, device=CPU)
+    assert [kept.stored_bytes(block) for block in (0, 1)] == [512 * 8, 512 * 5]
 
 
 class Driver:
