@@ -13,9 +13,10 @@ from optuna.samplers import BaseSampler
 from tiny_models import save_model
 
 from autoquant.data.tokens import Split
-from autoquant.measure.evaluator import Evaluator, LocalEvaluator
+from autoquant.measure.evaluator import Evaluator
 from autoquant.measure.interactions import Interactions
 from autoquant.measure.kl import TokenKl
+from autoquant.measure.racing.local import LocalEvaluator
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.budget import Budget, Scope
@@ -123,9 +124,12 @@ class Scored:
         return ([index] for index in batches)
 
     def score_batches(
-        self, assignments: Sequence[Assignment], split: Split, batches: Sequence[int]
+        self, assignments: Sequence[Sequence[Assignment]], split: Split, batches: Sequence[int]
     ) -> list[list[TokenKl]]:
-        return [[self.score_batch(a, split, index) for a in assignments] for index in batches]
+        return [
+            [self.score_batch(assignment, split, index) for assignment in own]
+            for index, own in zip(batches, assignments, strict=True)
+        ]
 
     def score_batch(self, assignment: Assignment, split: Split, index: int) -> TokenKl:
         self.batches.append((assignment.digest, index))

@@ -48,6 +48,16 @@ class Batch:
         previous = self.previous.bytes if self.previous is not None else 0
         return previous + sum(map(bytes_of, self.logits.values()))
 
+    def drop_logits(self) -> int:
+        """Give back the reference logits; their bytes.
+
+        Kept, they would lie between the buffers that are freed, and memory would grow by a
+        multiple of them.
+        """
+        size = sum(map(bytes_of, self.logits.values()))
+        self.logits.clear()
+        return size
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ahead:

@@ -25,7 +25,7 @@ from autoquant.forward.flow import BF16_MODEL, Flow, walk
 from autoquant.forward.head import Head
 from autoquant.forward.room import Room
 from autoquant.forward.trunk import Part, Trunk
-from autoquant.measure.compare import Ahead, Batch, Cache, Comparison, Probed, bytes_of
+from autoquant.measure.compare import Ahead, Batch, Cache, Comparison, Probed
 from autoquant.measure.interactions import Key
 from autoquant.measure.kl import TokenKl, TokenScores
 from autoquant.measure.ranks.ranks import ALONE, Ranks
@@ -127,21 +127,23 @@ class Scorer:
         """KL of a whole assignment on every token of the split."""
         waves = self.waves(split, range(len(split.batches)), forwards=1)
         return TokenKl.joined(
-            scores for wave in waves for (scores,) in self.score_batches([assignment], split, wave)
+            scores
+            for wave in waves
+            for (scores,) in self.score_batches([[assignment]] * len(wave), split, wave)
         )
 
     @together
     def score_batches(
-        self, assignments: Sequence[Assignment], split: Split, batches: Sequence[int]
+        self, assignments: Sequence[Sequence[Assignment]], split: Split, batches: Sequence[int]
     ) -> list[list[TokenKl]]:
-        """KL of each assignment on each of some batches, in one pass over the blocks.
+        """KL of assignments on batches, each batch's own, in one pass over the blocks.
 
         Returns:
-            For each batch the scores of the assignments, in their order.
+            For each batch the scores of its assignments, in their order.
         """
         return self.ranks.gathered(
             lambda: self._measure(
-                assignments,
+                self.ranks.dealt(assignments),
                 split,
                 self.ranks.dealt(batches),
                 lambda batch, flow: self._comparison.kl(batch, flow.hidden),
@@ -178,7 +180,7 @@ class Scorer:
 
         def measured() -> list[list[TokenScores]]:
             found = self._measure(
-                assignments,
+                [assignments] * len(own),
                 split,
                 own,
                 lambda batch, flow: replace(
@@ -187,7 +189,8 @@ class Scorer:
                 counted=True,
                 with_noise=with_noise,
             )
-            self._drop_logits(split, own)  # nobody asks for these tokens again
+            for index in own:  # nobody asks for these tokens again
+                self._cache.left += self._batch(split, index).drop_logits()
             return_freed_memory()
             return found
 
@@ -310,7 +313,7 @@ class Scorer:
         """KL between two BF16 runs of the first batch; see `second_forward`."""
         batch = self._batch(split, 0)
         if batch.noise is None:
-            self._measure((), split, [0], lambda *_: None, with_noise=True)
+            self._measure([()], split, [0], lambda *_: None, with_noise=True)
         assert batch.noise is not None
         return batch.noise
 
@@ -331,17 +334,6 @@ class Scorer:
             batch = self._batches.pop((split.digest, index), None)
             if batch is not None:
                 self._cache.left += batch.bytes
-
-    def _drop_logits(self, split: Split, indices: Sequence[int]) -> None:
-        """Give back the reference logits of batches.
-
-        Kept, they would lie between the buffers that are freed, and memory would grow by a
-        multiple of them.
-        """
-        for index in indices:
-            batch = self._batch(split, index)
-            self._cache.left += sum(map(bytes_of, batch.logits.values()))
-            batch.logits.clear()
 
     def _batch(self, split: Split, index: int) -> Batch:
         key = (split.digest, index)
@@ -381,7 +373,7 @@ class Scorer:
 
     def _measure(
         self,
-        assignments: Sequence[Assignment],
+        assignments: Sequence[Sequence[Assignment]],
         split: Split,
         indices: Sequence[int],
         compare: Callable[[Batch, Flow], _Scores],
@@ -389,12 +381,12 @@ class Scorer:
         counted: bool = False,
         with_noise: bool = False,
     ) -> list[list[_Scores]]:
-        """Scores of each assignment on each batch, in one pass over the blocks.
+        """Scores of each batch's assignments on it, in one pass over the blocks.
 
         Args:
-            assignments: group to choice.
+            assignments: of each batch.
             split: the tokens.
-            indices: of batches.
+            indices: of the batches.
             compare: the BF16 model's forward of a batch with another, whose choices are in force.
             counted: whether what is clipped of inputs is counted.
             with_noise: whether what `noise` says is measured on the way.
@@ -406,7 +398,10 @@ class Scorer:
             if batch.reference is None
         }
         again = self._again(split, indices, with_noise)
-        candidates = [self._candidates(batch, assignments, counted) for batch in batches]
+        candidates = [
+            self._candidates(batch, own, counted)
+            for batch, own in zip(batches, assignments, strict=True)
+        ]
         self._walk([*references.values(), *again, *chain.from_iterable(candidates)])
         for index, flow in references.items():
             self._keep_reference(split, index, flow)

@@ -11,7 +11,7 @@ from autoquant.codes.statistics_size import groups_with_moments, require_disk
 from autoquant.codes.weights import FileWeights
 from autoquant.measure.calibration import Calibration, calibrate
 from autoquant.measure.compare import Ahead
-from autoquant.measure.evaluator import LocalEvaluator, fitting
+from autoquant.measure.racing.local import LocalEvaluator, fitting
 from autoquant.measure.ranks.ranks import ALONE, Ranks
 from autoquant.measure.session import Session, open_session
 from autoquant.measure.statistics.moments import keep_moments
@@ -158,5 +158,12 @@ def local_evaluator(session: Session, together: int) -> LocalEvaluator:
         session: calibrated.
         together: requests that go through the blocks together at least.
     """
-    split = session.splits["search"]
-    return LocalEvaluator(session.scorer, split, max(together, fitting(session.scorer, split)))
+    scorer, split = session.scorer, session.splits["search"]
+    each = fitting(scorer, split)
+    return LocalEvaluator(
+        scorer,
+        split,
+        max(together, each),
+        pairs=scorer.ranks.size * each,
+        waited=lambda: session.quantized.brought.waited,
+    )

@@ -90,6 +90,13 @@ class BudgetSampler(BaseSampler):
         """
         return self._ahead(study.get_trials(deepcopy=False))
 
+    def coming(self, study: Study) -> Sequence[Assignment]:
+        """What the rounds after the pending one will ask for if its trials change nothing, as far
+        as that is known: for who measures more at a time than is asked for.
+        """
+        self._follow(study.get_trials(deepcopy=False))
+        return self._schedule.coming()
+
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from autoquant.plan.assignment import Assignment
 from autoquant.search.history import History
-from autoquant.search.propose.proposal import Proposal, Proposer
+from autoquant.search.propose.proposal import Foreseeing, Proposal, Proposer
 from autoquant.search.trials import Trial
 
 Shares = Iterable[tuple[Proposer, int]]
@@ -36,6 +37,8 @@ class Schedule:
         self._rounds = self._propose(shares, width)
         self._round: list[Proposed] = []
         """Proposals whose trials are not finished."""
+        self._asked: tuple[Proposer, int] | None = None
+        """Who proposed the round, and how many more trials it has."""
 
     def add(self, trial: Trial, *, is_proposed: bool) -> None:
         """Go on by one trial.
@@ -56,6 +59,15 @@ class Schedule:
             self._round = next(self._rounds, [])
         return self._round
 
+    def coming(self) -> Sequence[Assignment]:
+        """What the rounds after this one propose if its trials change nothing, as far as whoever
+        proposed it knows.
+        """
+        if self._asked is None:
+            return ()
+        proposer, left = self._asked
+        return proposer.ahead(self._history, left) if isinstance(proposer, Foreseeing) else ()
+
     def _propose(self, shares: Shares, width: int) -> Iterator[list[Proposed]]:
         for proposer, share in shares:
             left = share
@@ -65,6 +77,7 @@ class Schedule:
                     break
                 seen = len(self._history.trials)
                 left -= len(found)
+                self._asked = proposer, left
                 yield [Proposed(proposal=proposal, seen=seen) for proposal in found]
 
 

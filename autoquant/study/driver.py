@@ -78,15 +78,15 @@ class Driver:
         """
         while True:
             planned = []
-            for _ in range(self._coming(most)):
+            for _ in range(self._asks(most)):
                 if not bounds.allow(self.history):
                     break
                 planned.append(self._asked())
             if not planned:
                 return
-            self._measure(planned)
+            self._measure(planned, self.study.coming())
 
-    def _coming(self, most: int) -> int:
+    def _asks(self, most: int) -> int:
         """How many trials are asked for before any of them is told."""
         pending = self.study.pending()
         if pending is not None:
@@ -110,20 +110,20 @@ class Driver:
     def _is_allowed(self, bounds: Bounds | None) -> bool:
         return bounds is None or bounds.allow(self.history)
 
-    def _measure(self, planned: Sequence[_Planned]) -> None:
-        for plan, trial in zip(planned, self._trials(planned), strict=True):
+    def _measure(self, planned: Sequence[_Planned], coming: Sequence[Assignment] = ()) -> None:
+        for plan, trial in zip(planned, self._trials(planned, coming), strict=True):
             self.study.tell(plan.asked, trial)
             if trial.assignment not in self.history:
                 self.history.add(trial)
             self.keep(trial)
 
-    def _trials(self, planned: Sequence[_Planned]) -> Iterator[Trial]:
+    def _trials(self, planned: Sequence[_Planned], coming: Sequence[Assignment]) -> Iterator[Trial]:
         """Yield the trial of each, what needs it measured, in their order."""
         known = [self._known(plan) for plan in planned]
         requests = [
             self._request(plan) for plan, trial in zip(planned, known, strict=True) if trial is None
         ]
-        measured = self.evaluator.measure(requests)
+        measured = self.evaluator.measure(requests, coming)
         for plan, trial in zip(planned, known, strict=True):
             yield trial if trial is not None else self._trial(plan, next(measured))
 

@@ -45,6 +45,11 @@ class LiveStudy:
         sampler = self._study.sampler
         return sampler.pending(self._study) if isinstance(sampler, BudgetSampler) else None
 
+    def coming(self) -> Sequence[Assignment]:
+        """What our own sampler is likely to ask for after what is asked for; empty of others."""
+        sampler = self._study.sampler
+        return sampler.coming(self._study) if isinstance(sampler, BudgetSampler) else ()
+
     def count(self, stage: Stage) -> int:
         """How many trials of a stage are finished."""
         trials = self._study.get_trials(deepcopy=False)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -18,9 +18,10 @@ from autoquant.data.text import Corpus, load_corpus
 from autoquant.data.tokens import Split, TokenPlan, batched, make_splits
 from autoquant.formats import BF16
 from autoquant.measure.calibration import calibrate
-from autoquant.measure.evaluator import Evaluator, LocalEvaluator, Measurement, Request
+from autoquant.measure.evaluator import Evaluator, Measurement, Request
 from autoquant.measure.kl import TokenKl
 from autoquant.measure.method import ProbeMethod
+from autoquant.measure.racing.local import LocalEvaluator
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.measure.session import Session, open_session
 from autoquant.measure.statistics.moments import collect_moments
@@ -56,7 +57,9 @@ class Remembering:
     evaluator: Evaluator
     _known: dict[str, Measurement] = field(default_factory=dict, init=False)
 
-    def measure(self, requests: Iterable[Request]) -> Iterator[Measurement]:
+    def measure(
+        self, requests: Iterable[Request], coming: Sequence[Assignment] = ()
+    ) -> Iterator[Measurement]:
         for request in requests:
             key = json.dumps(request.to_dict())
             if key not in self._known:

@@ -157,7 +157,7 @@ def measure(name: str, tokens: int, length: int) -> dict[str, Any]:
 
     def candidate() -> None:
         turn[0] += 1  # two assignments that differ from the first group on: no state is reused
-        scorer.score_batches([(uniform, mixed)[turn[0] % 2]], split, [0])
+        scorer.score_batches([[(uniform, mixed)[turn[0] % 2]]], split, [0])
 
     sample = [(g.name, NVFP4) for g in groups[:: max(1, len(groups) // 8)]]
     keys = [(name, NVFP4) for name in names]

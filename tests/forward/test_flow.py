@@ -13,9 +13,10 @@ from autoquant.errors import SourceError
 from autoquant.formats import FP8, NVFP4
 from autoquant.formats.packed import Packed
 from autoquant.measure.calibration import calibrate
-from autoquant.measure.evaluator import LocalEvaluator, Request
+from autoquant.measure.evaluator import Request
 from autoquant.measure.gradient import gradient_probe
 from autoquant.measure.race import Race
+from autoquant.measure.racing.local import LocalEvaluator
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.sensitivity import probe
 from autoquant.model.live import QuantizedModel
@@ -89,7 +90,7 @@ def assignments_of(scorer):
 
 def test_assignments_and_batches_in_one_pass_score_as_each_alone(scorer, passes):
     assignments = assignments_of(scorer)
-    together = scorer.score_batches(assignments, SPLIT, EVERY)
+    together = scorer.score_batches([assignments] * len(EVERY), SPLIT, EVERY)
     assert passes == [0, 1, 2, 3]
     for number, assignment in enumerate(assignments):
         alone = scorer.score(assignment, SPLIT).kl
@@ -107,7 +108,7 @@ def test_a_candidate_starts_where_it_leaves_another_of_the_same_pass(scorer, mon
         return advance(stage, part, state)
 
     monkeypatch.setattr(scorer.trunk, "advance", counted)
-    scorer.score_batches([first, second], SPLIT, [0])
+    scorer.score_batches([[first, second]], SPLIT, [0])
     assert ran == [0, 1, 2, 2, 3, 3]
 
 
@@ -199,7 +200,7 @@ def test_forwards_with_the_same_weights_go_behind_each_other(folder, monkeypatch
     monkeypatch.setattr(Packed, "decode", lambda p, out=None: decoded.append(p) or decode(p, out))
     inside = [group for group in groups if group.layer is not None]
     both = [Assignment.of(dict.fromkeys([g.name for g in inside], c)) for c in (NVFP4, FP8)]
-    scorer.score_batches([*both, *both], SPLIT, EVERY)
+    scorer.score_batches([[*both, *both]] * len(EVERY), SPLIT, EVERY)
     units = sum(len(quantized.weights.units(group)) for group in inside)
     assert len(decoded) == quantized.book.encoded == 2 * units
 

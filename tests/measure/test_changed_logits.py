@@ -60,7 +60,7 @@ def test_kl_is_that_of_the_changed_logits(measured):
         logits.append(expected(kind, model.config, z).log_softmax(-1))
     p, q = logits
     kl = (p.exp() * (p - q)).sum(-1)
-    ((found,),) = scorer.score_batches([assignment], SPLIT, [0])
+    ((found,),) = scorer.score_batches([[assignment]], SPLIT, [0])
     assert kl.mean() > 1e-5
     torch.testing.assert_close(torch.from_numpy(found.kl), kl, rtol=1e-3, atol=1e-6)
 

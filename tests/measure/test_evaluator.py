@@ -1,5 +1,6 @@
 """Requests in, measurements out: in order, one at a time, and the same through JSON."""
 
+import itertools
 import json
 import math
 
@@ -8,8 +9,9 @@ import pytest
 from joint import SPLIT, Scored
 
 from autoquant.formats import FP8, NVFP4
-from autoquant.measure.evaluator import LocalEvaluator, Measurement, Request
+from autoquant.measure.evaluator import Measurement, Request
 from autoquant.measure.race import Gap, Race
+from autoquant.measure.racing.local import LocalEvaluator
 from autoquant.plan.assignment import Assignment
 
 GOOD, BAD = Assignment.of({"a": FP8}), Assignment.of({"a": NVFP4})
@@ -49,11 +51,11 @@ def test_a_measurement_is_that_of_the_joined_batches(scored):
 
 
 def test_requests_of_one_pass_share_its_seconds(scored, monkeypatch):
-    clock = iter([100.0, 106.0])
-    monkeypatch.setattr("autoquant.measure.evaluator.time.monotonic", lambda: next(clock))
+    clock = itertools.count(100.0, 6.0)
+    monkeypatch.setattr("autoquant.measure.racing.local.time.monotonic", lambda: next(clock))
     requests = [Request(assignment=a) for a in (BAD, GOOD)]
     found = LocalEvaluator(scored, SPLIT, together=2).measure(requests)
-    assert [m.seconds for m in found] == [3.0, 3.0]
+    assert [m.seconds for m in found] == [12.0, 12.0], "half of each of four passes"
 
 
 def test_a_loser_is_measured_on_the_batches_that_it_took(scored):

@@ -53,7 +53,7 @@ def test_the_states_of_a_candidate_are_kept_where_it_goes_alone_and_memory_has_r
     fp8 = Assignment.of({group.name: FP8 for group in scorer.quantized.groups})
 
     def previous(assignments):
-        scorer.score_batches(assignments, SPLIT, [0])
+        scorer.score_batches([assignments], SPLIT, [0])
         kept = scorer._batches[SPLIT.digest, 0].previous
         scorer.forget(SPLIT)
         return kept

@@ -135,7 +135,7 @@ def test_a_probe_is_the_score_of_its_group_alone(scorer):
     wanted = [(index, key) for index in range(len(SPLIT.batches)) for key in keys]
     for (index, key), probed in zip(wanted, scorer.probe(SPLIT, wanted), strict=True):
         assert (probed.batch, probed.key) == (index, key)
-        ((alone,),) = scorer.score_batches([Assignment.of(dict([key]))], SPLIT, [index])
+        ((alone,),) = scorer.score_batches([[Assignment.of(dict([key]))]], SPLIT, [index])
         assert np.array_equal(probed.kl.kl, alone.kl)
 
 
@@ -174,7 +174,7 @@ def test_a_batch_in_parts_with_its_states_on_the_host_scores_the_same(folder, sc
         )
     key = (limited.quantized.groups[-3].name, NVFP4)
     (probed,) = limited.probe(SPLIT, [(0, key)])
-    ((alone,),) = limited.score_batches([Assignment.of(dict([key]))], SPLIT, [0])
+    ((alone,),) = limited.score_batches([[Assignment.of(dict([key]))]], SPLIT, [0])
     assert np.array_equal(probed.kl.kl, alone.kl)
     assert limited.noise(SPLIT).mean < 1e-2  # a router may turn at one token
 

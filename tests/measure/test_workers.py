@@ -31,7 +31,7 @@ class Own:
     def __init__(self, before=lambda: None):
         self.before, self.asked = before, []
 
-    def measure(self, requests):
+    def measure(self, requests, coming=()):
         self.before()
         self.asked.append(len(requests))
         return map(worth, requests)
@@ -115,7 +115,7 @@ def test_what_keeps_a_worker_from_measuring_ends_the_search(warned):
 
 def test_an_error_is_raised_in_its_place(warned):
     class Fails(Own):
-        def measure(self, requests):
+        def measure(self, requests, coming=()):
             raise SourceError(f"{len(next(iter(requests[0].assignment))[0])}", fix="")
 
     with WorkerPool(Fails(), [], warn=warned.append) as pool:
@@ -188,7 +188,7 @@ def test_a_pool_of_processes_outlives_one_of_them(process, warned):
     round_ = [request("g"), request("kill")]
 
     class Careful(Own):
-        def measure(self, requests):
+        def measure(self, requests, coming=()):
             if started.wait(60) and requests[0] is not round_[1]:
                 time.sleep(0.05)
             return super().measure(requests)

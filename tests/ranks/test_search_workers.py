@@ -64,12 +64,12 @@ def workers(monkeypatch):
 
     own = WorkerPool._own_measure
 
-    def patient(pool, requests):
+    def patient(pool, requests, coming):
         for _ in pool._workers[len(started) :]:
             assert ready.acquire(timeout=launched.PATIENCE)
         while pool._todo and any(thread.is_alive() for thread in pool._threads):
             time.sleep(0.005)
-        return own(pool, requests)
+        return own(pool, requests, coming)
 
     monkeypatch.setattr(ProcessWorker, "start", start)
     monkeypatch.setattr(ProcessWorker, "measure", count)
@@ -211,10 +211,10 @@ def joined(monkeypatch):
             found = newcomers(roster)
         return found
 
-    def patient(pool, requests):
+    def patient(pool, requests, coming):
         while pool._todo and any(thread.is_alive() for thread in pool._threads):
             time.sleep(0.005)
-        return own(pool, requests)
+        return own(pool, requests, coming)
 
     def count(worker, requests):
         orders.append(len(requests))

@@ -137,7 +137,7 @@ def test_passes_are_those_that_a_search_then_counts(autoquant, tmp_path, probe, 
     flags = (
         *("--calibration", text, *TOKEN_FLAGS, "--effort", "fast", "--device", "cpu"),
         *("--weights", "disk", "--host-memory", "1GiB", "--probe", probe),
-        *("--trials", 5, "--trials-at-once", at_once),
+        *("--trials", 12, "--trials-at-once", at_once),
     )
     found = forecast(autoquant, model, *flags)
     done = autoquant(
@@ -149,8 +149,10 @@ def test_passes_are_those_that_a_search_then_counts(autoquant, tmp_path, probe, 
     for name, part in found["passes"].items():
         taken = work[name]["passes"]
         assert 0 < taken <= part["passes"] if part["is_most"] else taken == part["passes"], name
+    assert found["passes"]["refine"]["passes"] < 12, "fewer than trials, one at a time or not"
     brought = sum(stage["bytes_brought"] for stage in work.values())
-    assert brought <= found["brought_bytes"] < 2 * brought
+    # Most is taken where every swap is the best so far.
+    assert brought <= found["brought_bytes"] < 3 * brought
 
 
 def test_passes_are_more_where_states_of_all_batches_do_not_fit(autoquant, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from joint import FREE, SPLIT, Scored, driver_of, summed
 
 from autoquant.formats import ScaleRule
-from autoquant.measure.evaluator import LocalEvaluator
+from autoquant.measure.racing.local import LocalEvaluator
 from autoquant.plan.assignment import Assignment
 from autoquant.search.history import History
 from autoquant.search.predictor import Predictor, ranked
@@ -123,6 +123,24 @@ def test_refits_end_where_everything_is_measured(small):
     assert len(everything) > 2 * REFIT_EVERY
     assert {t.assignment.digest for t in driver.history.trials} >= everything
     assert len(driver.history.trials) < 1000
+
+
+@pytest.mark.parametrize("made", [RunnersUp, Refits, Swaps])
+def test_what_is_ahead_is_what_is_proposed_if_nothing_changes(problem, made):
+    driver, proposer = begun(problem, summed(problem, noise=0.0)), made(Predictor(problem))
+    assert list(proposer.ahead(driver.history, 3)) == [], "nobody has asked"
+    driver.run(proposer, most=1)
+    ahead = list(proposer.ahead(driver.history, 3))
+    assert ahead == list(proposer.ahead(driver.history, 3)), "none of them is taken"
+    before = driver.history.trials
+    driver.run(proposer, most=3)
+    assert [trial.assignment for trial in driver.history.trials[len(before) :]] == ahead
+
+
+def test_what_is_ahead_ends_where_measurements_decide(problem):
+    driver, proposer = begun(problem), Refits(Predictor(problem))
+    driver.run(proposer, most=2)
+    assert len(proposer.ahead(driver.history, 100)) == REFIT_EVERY - 2
 
 
 def test_swaps_go_on_around_a_better_neighbour(problem):

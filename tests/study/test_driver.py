@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from joint import SPLIT, Scored, driver_of, explored, summed
 
-from autoquant.measure.evaluator import LocalEvaluator, Measurement, Request
+from autoquant.measure.evaluator import Measurement, Request
+from autoquant.measure.racing.local import LocalEvaluator
 from autoquant.search.limits import Bounds
 from autoquant.search.propose.proposal import Listed, Proposal
 from autoquant.search.trials import Stage, Trial
@@ -28,7 +29,7 @@ class Workers:
     def __init__(self, evaluator):
         self.evaluator = evaluator
 
-    def measure(self, requests):
+    def measure(self, requests, coming=()):
         lines = [json.dumps(request.to_dict(), allow_nan=False) for request in requests]
         received = [Request.from_dict(json.loads(line)) for line in lines]
         answers = [json.dumps(m.to_dict()) for m in self.evaluator.measure(received)]

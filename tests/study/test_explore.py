@@ -8,7 +8,7 @@ from joint import FREE, SPLIT, Scored, driver_of, explored, summed, with_space
 
 from autoquant.errors import SourceError
 from autoquant.formats import Choice
-from autoquant.measure.evaluator import LocalEvaluator
+from autoquant.measure.racing.local import LocalEvaluator
 from autoquant.search.limits import Bounds
 from autoquant.search.predictor import Predictor
 from autoquant.search.propose.scale_rules import ScaleRules, is_clearly_better
@@ -250,7 +250,7 @@ class Asked:
     def __init__(self, evaluator):
         self.counts, self._evaluator = [], evaluator
 
-    def measure(self, requests):
+    def measure(self, requests, coming=()):
         requests = [*requests]
         self.counts.append(len(requests))
         return self._evaluator.measure(requests)

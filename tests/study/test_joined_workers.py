@@ -119,7 +119,7 @@ class Patient:
     def __init__(self, evaluator, ready=lambda: True):
         self.evaluator, self.ready = evaluator, ready
 
-    def measure(self, requests):
+    def measure(self, requests, coming=()):
         wait_until(self.ready)
         time.sleep(0.01)
         return self.evaluator.measure(requests)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from autoquant.errors import AutoQuantError
 from autoquant.measure.evaluator import Evaluator, Measurement, Request
+from autoquant.plan.assignment import Assignment
 
 Outcome = Sequence[Measurement] | Exception
 """What a task came to."""
@@ -101,8 +102,14 @@ class WorkerPool:
         for thread in self._threads:
             thread.join()
 
-    def measure(self, requests: Iterable[Request]) -> Iterator[Measurement]:
+    def measure(
+        self, requests: Iterable[Request], coming: Sequence[Assignment] = ()
+    ) -> Iterator[Measurement]:
         """The measurements, in the order of the requests.
+
+        Args:
+            requests: what is asked for.
+            coming: of use to this process as long as it is alone.
 
         Raises:
             AutoQuantError: what keeps a worker from measuring.
@@ -114,7 +121,7 @@ class WorkerPool:
         self._add(tasks)
         try:
             for task in tasks:
-                yield from self._finished(task)
+                yield from self._finished(task, () if serving else coming)
         finally:
             self._withdraw(tasks)
 
@@ -127,10 +134,10 @@ class WorkerPool:
             thread.start()
         self._coming = []
 
-    def _finished(self, task: _Task) -> Sequence[Measurement]:
+    def _finished(self, task: _Task, coming: Sequence[Assignment]) -> Sequence[Measurement]:
         """The measurements of a task; until they are there, this process measures too."""
         while (mine := self._taken(until=task)) is not None:
-            self._put(mine, _outcome(self._own_measure, mine.requests))
+            self._put(mine, _outcome(lambda asked: self._own_measure(asked, coming), mine.requests))
         self._tell()
         if self._unable is not None:
             raise self._unable
@@ -139,8 +146,10 @@ class WorkerPool:
             raise task.outcome
         return task.outcome
 
-    def _own_measure(self, requests: Sequence[Request]) -> Sequence[Measurement]:
-        return [*self._own.measure(requests)]
+    def _own_measure(
+        self, requests: Sequence[Request], coming: Sequence[Assignment]
+    ) -> Sequence[Measurement]:
+        return [*self._own.measure(requests, coming)]
 
     def _serve(self, worker: Worker) -> None:
         """Let a worker measure until the pool is closed or the worker lost."""

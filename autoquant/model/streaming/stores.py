@@ -4,6 +4,7 @@ A store brings the weights of a block into the model and takes them out again. W
 computes does not depend on its store.
 """
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ class Brought:
     blocks: int = 0
     bytes: int = 0
     """As they are stored there."""
+    waited: float = 0.0
+    """Seconds in which a block was needed that had not come."""
 
 
 class BlockSource(Protocol):
@@ -109,7 +112,9 @@ class Streamed:
         before = self._present
         if block == before:
             return
+        asked = time.monotonic()
         content = self._arrived(block)
+        self.brought.waited += time.monotonic() - asked
         if block not in self._checked:
             require_finite(content)
             self._checked.add(block)

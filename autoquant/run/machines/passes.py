@@ -4,17 +4,19 @@ The parts have the names of `work.jsonl`, which says how often it was.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from autoquant.codes.statistics_size import groups_with_moments
 from autoquant.measure.method import ProbeMethod
+from autoquant.measure.racing.local import FIRST_WAVE
 from autoquant.measure.screen import measured_batches
 from autoquant.measure.sensitivity import keys_of
 from autoquant.plan.plan import Plan
 from autoquant.run.config import PlanConfig
 from autoquant.run.signature import FINALISTS
 from autoquant.search.propose.baselines import recipes
+from autoquant.search.propose.predicted import REFIT_EVERY
 from autoquant.search.propose.scale_rules import ways_among
 from autoquant.search.propose.shares import Effort
 
@@ -122,20 +124,47 @@ def _goes_ahead(config: PlanConfig, streaming: Streaming) -> bool:
 def _of_trials(
     config: PlanConfig, plan: Plan, waves: _Waves, streaming: Streaming
 ) -> Mapping[str, Passes]:
-    """What is given, together; then the optimum of what passed the check; then rounds of trials.
+    """What is given, together; then the optimum of what passed the check; then the refinement.
     Each is a pass where the states of all its forwards fit.
     """
-    batches, width = _batches(config, config.search_tokens), config.trials_at_once
-    together = max(1, streaming.state_bytes // _bytes_of_batch(config, streaming))
-
-    def passes(count: int, at_once: int) -> int:
-        return sum(waves(batches, min(at_once, left)) for left in range(count, 0, -at_once))
-
+    batches = _batches(config, config.search_tokens)
+    pairs = max(1, streaming.state_bytes // _bytes_of_batch(config, streaming))
     ways = len(ways_among(plan.options.choices.values()))
     given = len(recipes()) + _OPTIMA + (ways if ways > 1 else 0)
-    effort = Effort.of(config.trials)
-    refined = sum(passes(count, width) for count in (effort.runners_up, effort.refit, effort.swaps))
+    solved = sum(waves(batches, own) for own in _shares(given, pairs))
     return {
-        "solve": Passes(passes(given, together) + (ways > 1), is_most=True),
-        "refine": Passes(refined, is_most=True),
+        "solve": Passes(solved + (ways > 1), is_most=True),
+        "refine": Passes(_of_refinement(config, waves, batches, pairs), is_most=True),
     }
+
+
+def _of_refinement(config: PlanConfig, waves: _Waves, batches: int, pairs: int) -> int:
+    """Races by waves: the first batches of all that are known to come, then the other batches.
+
+    The order of runners-up is known, and that of refits until they are fitted again; swaps are
+    others after each that is better than the best before it.
+
+    Args:
+        config: says how many trials, and how many at a time.
+        waves: of batches with so many forwards each.
+        batches: of search tokens.
+        pairs: forwards of a batch that go together.
+    """
+    effort, width = Effort.of(config.trials), config.trials_at_once
+    first = math.ceil(FIRST_WAVE * batches)
+    rounds = [
+        own
+        for count, most in (
+            (effort.runners_up, effort.runners_up),
+            (effort.refit, REFIT_EVERY),
+            (effort.swaps, width),
+        )
+        for known in _shares(count, most)
+        for own in _shares(known, max(width, pairs // first))
+    ]
+    return sum(waves(part, own) for own in rounds for part in (first, batches - first))
+
+
+def _shares(count: int, most: int) -> Iterator[int]:
+    """A number in parts of `most`, the last of which may be smaller."""
+    return (min(most, left) for left in range(count, 0, -most))

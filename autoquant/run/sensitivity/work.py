@@ -20,6 +20,8 @@ class Work:
     """To the device, from the host's memory or the disk."""
     bytes_brought: int = 0
     """Of these blocks, as they are stored there."""
+    seconds_waited: float = 0.0
+    """In which a block was needed that had not come."""
     state_bytes_moved: int = 0
     """Of states between blocks, from the device to the host's memory or back."""
     weights_encoded: int = 0
@@ -38,6 +40,7 @@ class Work:
             stages_passed=scorer.trunk.opened,
             blocks_brought=brought.blocks,
             bytes_brought=brought.bytes,
+            seconds_waited=brought.waited,
             state_bytes_moved=scorer.room.moved_bytes,
             weights_encoded=quantized.book.encoded,
             cpu_seconds=time.process_time(),

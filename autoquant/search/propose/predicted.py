@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
+from autoquant.plan.assignment import Assignment
 from autoquant.search.history import History
 from autoquant.search.predictor import Predictor, ranked
-from autoquant.search.propose.proposal import Named, Proposal, take
+from autoquant.search.propose.proposal import Named, Proposal, Ranking, take
 from autoquant.search.surrogate import Surrogate
 from autoquant.search.trials import Stage
 
@@ -21,12 +22,15 @@ class RunnersUp:
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
-        self._ranking: Iterator[Named] | None = None
+        self._ranking: Ranking | None = None
 
     def propose(self, history: History, count: int) -> Sequence[Proposal]:
         if self._ranking is None:
-            self._ranking = _ranking(self._predictor, self._predictor.fitted(history))
+            self._ranking = Ranking(_ranked(self._predictor, self._predictor.fitted(history)))
         return take(self._ranking, history, count, Stage.RUNNER_UP, history.best())
+
+    def ahead(self, history: History, count: int) -> Sequence[Assignment]:
+        return () if self._ranking is None else self._ranking.ahead(history, count)
 
 
 class Refits:
@@ -38,14 +42,14 @@ class Refits:
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
-        self._ranking: Iterator[Named] = iter(())
+        self._ranking = Ranking()
         self._left = 0
         """Proposals to come from the ranking."""
 
     def propose(self, history: History, count: int) -> Sequence[Proposal]:
         found = self._next(history, count)
         if not found:
-            self._ranking = _ranking(self._predictor, self._predictor.refitted(history))
+            self._ranking = Ranking(_ranked(self._predictor, self._predictor.refitted(history)))
             self._left = REFIT_EVERY
             found = self._next(history, count)
         return found
@@ -56,8 +60,11 @@ class Refits:
         self._left -= len(found)
         return found
 
+    def ahead(self, history: History, count: int) -> Sequence[Assignment]:
+        return self._ranking.ahead(history, min(count, self._left))
 
-def _ranking(predictor: Predictor, fitted: Surrogate) -> Iterator[Named]:
+
+def _ranked(predictor: Predictor, fitted: Surrogate) -> Iterator[Named]:
     """Yield the problem's assignments, least predicted KL first."""
     problem = predictor.problem
     for rank, selection in enumerate(ranked(fitted, problem), start=1):

@@ -1,9 +1,10 @@
 """What proposers propose, and what a proposer is."""
 
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from autoquant.plan.assignment import Assignment
 from autoquant.search.history import History
@@ -38,6 +39,49 @@ class Proposer(Protocol):
 
     def propose(self, history: History, count: int) -> Sequence[Proposal]:
         """Up to `count` distinct assignments that the history does not hold; none at the end."""
+
+
+@runtime_checkable
+class Foreseeing(Proposer, Protocol):
+    """A proposer that knows more than it is asked for: what it proposes next does not rest on every
+    measurement.
+    """
+
+    def ahead(self, history: History, count: int) -> Sequence[Assignment]:
+        """Up to `count` assignments that it would propose next if what is measured until then
+        changed nothing. They are none of its proposals yet.
+        """
+
+
+class Ranking:
+    """Candidates in their order, of which the next can be looked at before they are taken."""
+
+    def __init__(self, candidates: Iterable[Named] = ()) -> None:
+        self._candidates = iter(candidates)
+        self._seen: deque[Named] = deque()
+        """Looked at and not taken."""
+
+    def __iter__(self) -> Iterator[Named]:
+        return self
+
+    def __next__(self) -> Named:
+        return self._seen.popleft() if self._seen else next(self._candidates)
+
+    def ahead(self, history: History, count: int) -> list[Assignment]:
+        """The next that the history does not hold, up to `count`; none of them is taken."""
+        found: dict[str, Assignment] = {}
+        place = 0
+        while len(found) < count:
+            if place == len(self._seen):
+                following = next(self._candidates, None)
+                if following is None:
+                    break
+                self._seen.append(following)
+            assignment = self._seen[place][1]
+            place += 1
+            if assignment not in history:
+                found[assignment.digest] = assignment
+        return list(found.values())
 
 
 @dataclass(frozen=True)

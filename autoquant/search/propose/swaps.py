@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from autoquant.arrays import Floats
+from autoquant.plan.assignment import Assignment
 from autoquant.search.history import History
 from autoquant.search.knapsack import Knapsack
 from autoquant.search.predictor import Options, Predictor
-from autoquant.search.propose.proposal import Named, Proposal, take
+from autoquant.search.propose.proposal import Named, Proposal, Ranking, take
 from autoquant.search.relaxation import Selection
 from autoquant.search.surrogate import Surrogate
 from autoquant.search.trials import Stage, Trial
@@ -30,7 +31,7 @@ class Swaps:
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
         self._centre: Trial | None = None
-        self._neighbours: Iterator[Named] = iter(())
+        self._neighbours = Ranking()
 
     def propose(self, history: History, count: int) -> Sequence[Proposal]:
         allowed = [t for t in history.eligible() if self._predictor.selection(t) is not None]
@@ -42,8 +43,11 @@ class Swaps:
             selection = self._predictor.selection(centre)
             assert selection is not None
             self._centre = centre
-            self._neighbours = neighbours(self._predictor.problem, fitted, selection)
+            self._neighbours = Ranking(neighbours(self._predictor.problem, fitted, selection))
         return take(self._neighbours, history, count, Stage.SWAP, centre)
+
+    def ahead(self, history: History, count: int) -> Sequence[Assignment]:
+        return self._neighbours.ahead(history, count)
 
 
 def neighbours(problem: Options, surrogate: Surrogate, selection: Selection) -> Iterator[Named]:

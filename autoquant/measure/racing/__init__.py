@@ -1,0 +1,1 @@
+"""Candidates that race through the batches of a split in this process."""
