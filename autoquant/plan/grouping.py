@@ -168,8 +168,7 @@ def _engine_names(
         return ()
     own = tuple(f"{layer['layer']}.{name}" for name in seat.engine_names)
     modules = own if len(seat.parts) > 1 else (linear,)
-    others = (looked_up(name, text_config) for name in modules)
-    return (*own, *(name for name in others if name is not None))
+    return (*own, *(other for name in modules for other in looked_up(name, text_config)))
 
 
 def _seats(names: Iterable[str], engines: tuple[EngineTable, ...]) -> dict[str, Matrix]:
