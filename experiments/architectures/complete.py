@@ -22,12 +22,15 @@ ENGINES_OWN = frozenset(
 SGLang makes of block scales once they are loaded."""
 
 
-def load_all(model: torch.nn.Module, load: Callable[[], None]) -> None:
+def load_all(
+    model: torch.nn.Module, load: Callable[[], None], unused: tuple[str, ...] = ()
+) -> None:
     """Let an engine load a model's weights.
 
     Args:
         model: built, without its weights.
         load: writes them.
+        unused: ends of names of parameters that the engine makes and never reads.
 
     Raises:
         RuntimeError: a parameter, or a row of one, was left as it was; says which ones.
@@ -35,7 +38,9 @@ def load_all(model: torch.nn.Module, load: Callable[[], None]) -> None:
     marked = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if name.rpartition(".")[2] not in ENGINES_OWN and mark(parameter.data)
+        if name.rpartition(".")[2] not in ENGINES_OWN
+        and not name.endswith(unused)
+        and mark(parameter.data)
     }
     load()
     left = [

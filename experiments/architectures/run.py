@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "architectures")]
 
 from cells import LAYOUTS, Journey  # noqa: E402
+from conditions import CONDITIONS  # noqa: E402
 from published import ARCHITECTURES, BLOCK_FP8, save_published  # noqa: E402
 
 from autoquant.cli import cli  # noqa: E402
@@ -169,7 +170,15 @@ def journey(kind: str, folder: Path, engines: Iterable[Engine]) -> Row:
                 continue
             row.run("verify", partial(own.verify, exported))
             for engine in engines:
-                _ask(engine, row, layout, exported, own, assignment)
+                column = f"{engine.name} {layout}"
+                if _ask(engine, row, column, exported, own, assignment):
+                    continue
+                condition = CONDITIONS.get((kind, column))
+                if condition:
+                    changed = condition.change(plan["groups"], assignment)
+                    exported = own.export(changed, layout, f"{name}-{engine.name}")
+                    if _ask(engine, row, column, exported, own, changed):
+                        row.cells[column] = f"if {condition.said}"
     return row
 
 
@@ -188,15 +197,16 @@ def _require_same_kl(own: Journey, result: Mapping[str, Any]) -> None:
 
 
 def _ask(
-    engine: Engine, row: Row, layout: str, exported: Path, own: Journey, assignment: Assignment
-) -> None:
+    engine: Engine, row: Row, column: str, exported: Path, own: Journey, assignment: Assignment
+) -> bool:
     """Fill the engine's cell: it loads the checkpoint, and each module has its format."""
-    column = f"{engine.name} {layout}"
+    before = len(row.notes)
     methods = row.run(column, partial(engine.methods, exported))
     if methods is not None:
         row.run(column, lambda: _require_formats(methods, own, assignment))
     elif not engine.loads(own.source):
         row.cells[column] = NOT_EVEN_SOURCE
+    return len(row.notes) == before
 
 
 def _require_formats(methods: Mapping[str, str], own: Journey, assignment: Assignment) -> None:

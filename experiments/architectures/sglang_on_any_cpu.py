@@ -49,6 +49,9 @@ REPLACED = NOT_NEEDED | {
     if importlib.util.find_spec(name) is None
 }
 
+UNUSED = {"FalconH1ForCausalLM": ("q_norm.weight", "k_norm.weight")}
+"""Parameters that a class of SGLang makes and never reads."""
+
 
 class StandIn:
     """Something of a package that is not there: called, indexed, subclassed and annotated with."""
@@ -128,7 +131,9 @@ def loaded(checkpoint: str) -> tuple[str | None, torch.nn.Module]:
     torch.cuda.get_device_capability = lambda *device: (10, 0)
     load_weights = loader.DefaultModelLoader.load_weights_only
     loader.DefaultModelLoader.load_weights_and_postprocess = staticmethod(
-        lambda model, *weights: load_all(model, lambda: load_weights(model, *weights))
+        lambda model, *weights: load_all(
+            model, lambda: load_weights(model, *weights), UNUSED.get(type(model).__name__, ())
+        )
     )
     arguments = ServerArgs(
         model_path=checkpoint,

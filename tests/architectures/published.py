@@ -53,6 +53,7 @@ ONLY_PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3_next": {"full_attention_interval": 2},
     "nemotron_h": {
         "layers_block_type": ["mamba", "moe", "attention", "mlp"],
+        "mamba_n_groups": 2,
         "mtp_layers_block_type": ["attention", "moe"],
     },
     "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True},
