@@ -75,17 +75,22 @@ def test_text_tower_of_qwen3_vl_is_found_under_the_names_that_nothing_renames(ex
 def test_gemma_2_is_declared_without_layers_where_all_of_them_agree(tmp_path):
     source = open_source(save_model("gemma2", tmp_path))
     first, second = (f"model.layers.{index}" for index in range(2))
-    kept = {f"{layer}.self_attn.o_proj": BF16 for layer in (first, second)}
+    kept = {
+        f"{layer}.{name}": BF16
+        for layer in (first, second)
+        for name in ("mlp.gate_up", "self_attn.o_proj")
+    }
     mixed = {f"{first}.mlp.down_proj": NVFP4_MAX}
     assignment = uniform(find_groups(source), FP8).replace(kept | mixed)
     layers = in_modelopt(source, assignment)["quantized_layers"]
-    assert layers["self_attn.qkv_proj"] == layers["mlp.gate_up_proj"] == {"quant_algo": "FP8"}
-    assert not {"self_attn.o_proj", "mlp.down_proj"} & layers.keys()
+    assert layers["self_attn.qkv_proj"] == {"quant_algo": "FP8"}
+    assert not {"self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"} & layers.keys()
 
     config = in_compressed_tensors(source, assignment)
     targets = [name for own in config["config_groups"].values() for name in own["targets"]]
-    assert {"self_attn.qkv_proj", "mlp.gate_up_proj"} < set(targets)
-    assert finds(config["ignore"], "self_attn.o_proj")
+    assert "self_attn.qkv_proj" in targets
+    for name in ("self_attn.o_proj", "mlp.gate_up_proj", "mlp.gate_proj", "mlp.up_proj"):
+        assert finds(config["ignore"], name), "SGLang asks for the parts of what it joins"
     assert not any(finds(names, "mlp.down_proj") for names in (targets, config["ignore"]))
 
 
