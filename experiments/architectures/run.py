@@ -136,7 +136,9 @@ class Engine:
         )
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if re.search(r"\w+Error\b", line)]
-            raise RuntimeError(errors[-1] if errors else done.stderr[-300:])
+            raise RuntimeError(
+                errors[-1].removeprefix("[rank0]: ") if errors else done.stderr[-300:]
+            )
         modules: dict[str, str] = json.loads(done.stdout[done.stdout.index("{\n") :])["modules"]
         return modules
 
