@@ -191,6 +191,7 @@ def write_keys_of_minimax_m3(folder: Path) -> None:
         "moe_layer_freq": [0, 1],
         "n_shared_experts": 1,
         "partial_rotary_factor": 0.5,
+        "qk_norm_type": "per_head",
         "rope_theta": 10000.0,
         "scoring_func": "sigmoid",
         "sparse_attention_config": sparse,
