@@ -167,9 +167,8 @@ def _engine_names(
     if layer is None or seat is None:
         return ()
     own = tuple(f"{layer['layer']}.{name}" for name in seat.engine_names)
-    modules = own if len(seat.parts) > 1 else (linear,)
-    others = (looked_up(name, text_config) for name in modules)
-    return (*own, *(name for name in others if name is not None))
+    others = (other for name in (*own, linear) for other in looked_up(name, text_config))
+    return tuple(dict.fromkeys((*own, *others)))
 
 
 def _seats(names: Iterable[str], engines: tuple[EngineTable, ...]) -> dict[str, Matrix]:

@@ -16,8 +16,11 @@ LOOKED_UP = {
     "mixtral": ((re.compile(r"self_attn\.(?P<part>\w+)"), "layers.{index}.self_attn.{part}"),),
     "qwen3_vl_text": _QWEN3_VL,
     "qwen3_vl_moe_text": _QWEN3_VL,
+    "gemma2": ((re.compile(r"(?P<part>(self_attn|mlp)\.\w+)"), "{part}"),),
+    "kimi_linear": ((re.compile(r"\w+\.shared_experts\.(?P<part>\w+)"), "{part}"),),
     "falcon_h1": (
         (re.compile(r"self_attn\.(?P<part>\w+)"), "{layer}.{part}"),
+        (re.compile(r"feed_forward\.(?P<part>\w+)"), "{layer}.mlp.{part}"),
         (re.compile(r"mamba\.(?P<part>\w+)"), "{root}.{behind}.mixer.{part}"),
     ),
     "zamba2": (
@@ -28,7 +31,8 @@ LOOKED_UP = {
 }
 """By model type: modules of a block whose quantization vLLM 0.33 (Falcon-H1, Zamba2) or SGLang
 0.5.23 looks up under another name than their own, and that name. `root` is what holds the layers;
-`behind` is the block's index if its state-space branch stood behind all others."""
+`behind` is the block's index if its state-space branch stood behind all others. SGLang tells
+Gemma 2 no layer at all, and Kimi-Linear none of shared experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,8 +166,10 @@ def _role(last: str) -> str:
     return row.role if row else table.SINGLE.get(last, "")
 
 
-def looked_up(module: str, text_config: Mapping[str, Any]) -> str | None:
+def looked_up(module: str, text_config: Mapping[str, Any]) -> Iterator[str]:
     """The name under which an engine looks up a module's quantization, where it is another one.
+
+    Modules of several layers may share it.
 
     Args:
         module: `model.layers.3.mamba.in_proj`.
@@ -175,8 +181,7 @@ def looked_up(module: str, text_config: Mapping[str, Any]) -> str | None:
         if block and found:
             root = block["layer"].rpartition(".layers.")[0]
             behind = _number_of_blocks(text_config) + int(block["index"])
-            return name.format(**block.groupdict(), **found.groupdict(), root=root, behind=behind)
-    return None
+            yield name.format(**block.groupdict(), **found.groupdict(), root=root, behind=behind)
 
 
 def _number_of_blocks(text_config: Mapping[str, Any]) -> int:

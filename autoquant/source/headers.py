@@ -184,12 +184,16 @@ class Headers:
         return stored_bytes(self)
 
     def to_write(self, changed: Container[str]) -> Iterator[TensorHeader]:
-        """The tensors in file order, with joined ones whole where no part of theirs is changed."""
-        apart = {whole.name for part, whole in self.joined.items() if part in changed}
+        """The tensors in file order, with joined ones whole where no part of any is changed.
+
+        SGLang 0.5.23 reads no expert of its own behind the first joined tensor, and does not say so
+        (`is_fused_expert` of its Qwen3-VL-MoE and Qwen3.5).
+        """
+        are_apart = any(part in changed for part in self.joined)
         written: set[str] = set()
         for tensor in self:
             whole = self.joined.get(tensor.name)
-            if whole is None or whole.name in apart:
+            if whole is None or are_apart:
                 yield tensor
             elif whole.name not in written:
                 written.add(whole.name)

@@ -5,9 +5,9 @@ r"""Every supported architecture through every command, as the table of docs/arc
 
 Each row is a miniature that the architecture's own transformers class makes, saved as its
 publisher saves it. A cell is what a command did with it; none is filled in by hand. Rows are kept
-in results/, and the page is made of them. The cells of an engine need an interpreter that has it;
-vLLM's also a script that takes a checkpoint, lets vLLM load it on a CPU, and prints
-`{"modules": {name: method}}`.
+in results/ with the versions that made them, and the page is made of them. The cells of an engine
+need an interpreter that has it; vLLM's also a script that takes a checkpoint, lets vLLM load it on
+a CPU, and prints `{"modules": {name: method}}`.
 """
 
 import argparse
@@ -16,9 +16,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "architectures")]
 
 from cells import LAYOUTS, Journey  # noqa: E402
+from conditions import CONDITIONS  # noqa: E402
 from published import ARCHITECTURES, BLOCK_FP8, save_published  # noqa: E402
 
 from autoquant.cli import cli  # noqa: E402
@@ -93,6 +96,8 @@ class Row:
     kind: str
     cells: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    """What made the row. AutoQuant's is the tree that git has for its sources."""
 
     def run(self, column: str, work: Callable[[], Any]) -> Any:
         """The result of `work`, whose failure is the cell; None if it failed."""
@@ -114,6 +119,12 @@ class Engine:
     command: tuple[str | Path, ...]
     """Takes a checkpoint, prints `{"modules": {name: method}}`."""
 
+    def version(self) -> str:
+        """Of the installed engine."""
+        ask = f"import importlib.metadata as m; print(m.version({self.name.lower()!r}))"
+        command = [self.command[0], "-c", ask]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     def methods(self, checkpoint: Path) -> dict[str, str]:
         """Quantization method by module.
 
@@ -125,7 +136,9 @@ class Engine:
         )
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if re.search(r"\w+Error\b", line)]
-            raise RuntimeError(errors[-1] if errors else done.stderr[-300:])
+            raise RuntimeError(
+                errors[-1].removeprefix("[rank0]: ") if errors else done.stderr[-300:]
+            )
         modules: dict[str, str] = json.loads(done.stdout[done.stdout.index("{\n") :])["modules"]
         return modules
 
@@ -159,8 +172,24 @@ def journey(kind: str, folder: Path, engines: Iterable[Engine]) -> Row:
                 continue
             row.run("verify", partial(own.verify, exported))
             for engine in engines:
-                _ask(engine, row, layout, exported, own, assignment)
+                column = f"{engine.name} {layout}"
+                if _ask(engine, row, column, exported, own, assignment):
+                    continue
+                condition = CONDITIONS.get((kind, column))
+                if condition:
+                    changed = condition.change(plan["groups"], assignment)
+                    exported = own.export(changed, layout, f"{name}-{engine.name}")
+                    if _ask(engine, row, column, exported, own, changed):
+                        row.cells[column] = f"if {condition.said}"
     return row
+
+
+def versions(engines: Iterable[Engine]) -> dict[str, str]:
+    """What makes rows now: AutoQuant's sources, the packages, the engines."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD:autoquant"]
+    tree = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    return {"autoquant": tree, **packages, **{own.name: own.version() for own in engines}}
 
 
 def _require_same_kl(own: Journey, result: Mapping[str, Any]) -> None:
@@ -170,15 +199,16 @@ def _require_same_kl(own: Journey, result: Mapping[str, Any]) -> None:
 
 
 def _ask(
-    engine: Engine, row: Row, layout: str, exported: Path, own: Journey, assignment: Assignment
-) -> None:
+    engine: Engine, row: Row, column: str, exported: Path, own: Journey, assignment: Assignment
+) -> bool:
     """Fill the engine's cell: it loads the checkpoint, and each module has its format."""
-    column = f"{engine.name} {layout}"
+    before = len(row.notes)
     methods = row.run(column, partial(engine.methods, exported))
     if methods is not None:
         row.run(column, lambda: _require_formats(methods, own, assignment))
     elif not engine.loads(own.source):
         row.cells[column] = NOT_EVEN_SOURCE
+    return len(row.notes) == before
 
 
 def _require_formats(methods: Mapping[str, str], own: Journey, assignment: Assignment) -> None:
@@ -225,8 +255,8 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def table(rows: Iterable[Row]) -> str:
-    """The rows as Markdown, with what did not work below."""
+def table(rows: Sequence[Row]) -> str:
+    """The rows as Markdown, with what made them and what did not work below."""
     lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     notes: list[str] = []
     for row in rows:
@@ -235,7 +265,16 @@ def table(rows: Iterable[Row]) -> str:
         source = " (block FP8)" if row.kind.endswith("-fp8") else ""
         lines.append(f"| {title}{source} | {cells} |")
         notes += row.notes
-    return "\n".join([*lines, "", *(f"- {note}" for note in dict.fromkeys(notes))]).rstrip() + "\n"
+    listed = [f"- {note}" for note in dict.fromkeys(notes)]
+    return "\n".join([*lines, "", *_made_with(rows), "", *listed]).rstrip() + "\n"
+
+
+def _made_with(rows: Iterable[Row]) -> list[str]:
+    """How many rows which versions made."""
+    counted = Counter(
+        ", ".join(f"{name} {own}" for name, own in row.versions.items()) for row in rows
+    )
+    return [f"{count} rows were made with {made}." for made, count in counted.items() if made]
 
 
 def main() -> None:
@@ -253,9 +292,11 @@ def main() -> None:
         script = HERE / "sglang_on_any_cpu.py"
         engines.append(Engine("SGLang", (arguments.sglang_python, script)))
     RESULTS.mkdir(exist_ok=True)
+    made_with = versions(engines)
     for kind in arguments.only or KINDS:
         with tempfile.TemporaryDirectory() as folder:
             row = journey(kind, Path(folder), engines)
+        row.versions = made_with
         (RESULTS / f"{kind}.json").write_text(json.dumps(asdict(row), indent=1) + "\n")
         print(table([row]), flush=True)
     files = [file for kind in KINDS if (file := RESULTS / f"{kind}.json").exists()]

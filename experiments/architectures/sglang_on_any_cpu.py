@@ -4,7 +4,8 @@
 
 Configs, modules, their names, the method of each and the loader are SGLang's own. Packages that are
 not installed (kernels, servers, grammars) are replaced by stand-ins, so that its modules can be
-imported; what they compute is never asked for. Weights are loaded, and not packed for a kernel.
+imported; what they compute is never asked for. Weights are loaded, and not packed for a kernel; a
+model of which the loader leaves parameters as they were is refused.
 """
 
 import importlib.abc
@@ -21,6 +22,7 @@ from typing import Any
 os.environ |= {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
 
 import torch
+from complete import load_all
 
 for operator in ("nms", "qnms"):  # a torchvision for GPUs declares them in a library it cannot load
     torch.library.define(
@@ -46,6 +48,9 @@ REPLACED = NOT_NEEDED | {
     )
     if importlib.util.find_spec(name) is None
 }
+
+UNUSED = {"FalconH1ForCausalLM": ("q_norm.weight", "k_norm.weight")}
+"""Parameters that a class of SGLang makes and never reads."""
 
 
 class StandIn:
@@ -116,12 +121,20 @@ def loaded(checkpoint: str) -> tuple[str | None, torch.nn.Module]:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
     from sglang.srt.layers.dp_attention import initialize_dp_attention
+    from sglang.srt.layers.rotary_embedding import factory
     from sglang.srt.model_loader import get_model, loader
     from sglang.srt.runtime_context import SpawnRanks, override_platform, publish
     from sglang.srt.server_args import ServerArgs
 
+    # positions on a CPU are computed for one kind of scaling alone
+    factory.get_rope_cpu = lambda *arguments: factory.get_rope(*arguments[:-1])
     torch.cuda.get_device_capability = lambda *device: (10, 0)
-    loader.DefaultModelLoader.postprocess_weights = staticmethod(lambda model, device: None)
+    load_weights = loader.DefaultModelLoader.load_weights_only
+    loader.DefaultModelLoader.load_weights_and_postprocess = staticmethod(
+        lambda model, *weights: load_all(
+            model, lambda: load_weights(model, *weights), UNUSED.get(type(model).__name__, ())
+        )
+    )
     arguments = ServerArgs(
         model_path=checkpoint,
         device="cpu",

@@ -4,7 +4,8 @@
 
 vLLM's kernels for CPUs, and the backends that multiply experts without a gate, are missing there.
 They compute; they neither create parameters nor load them. Replaced is only what would choose them,
-so that configs, names, methods and the loader stay vLLM's own.
+so that configs, names, methods and the loader stay vLLM's own. A model of which the loader leaves
+parameters as they were is refused.
 """
 
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from complete import load_all
 
 for flag in ("VLLM_KIMI_K3_GEMM_AR", "VLLM_ENABLE_GEMM_RS"):  # their kernels import CUTLASS
     os.environ[flag] = "0"
@@ -66,6 +68,7 @@ from vllm.model_executor.layers.fused_moe.oracle.unquantized import (  # noqa: E
     UnquantizedMoeBackend,
 )
 from vllm.model_executor.layers.mamba.gdn import olmo_gdn_linear_attn  # noqa: E402
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader  # noqa: E402
 from vllm.model_executor.models import registry  # noqa: E402
 from vllm.triton_utils import triton  # noqa: E402
 
@@ -82,6 +85,12 @@ def inspect_here(work: Callable[[], Any]) -> Any:
     return work()
 
 
+def load_every_parameter(self: Any, model: torch.nn.Module, model_config: Any) -> None:
+    load_all(model, lambda: load_weights(self, model, model_config))
+
+
+load_weights = DefaultModelLoader.load_weights
+DefaultModelLoader.load_weights = load_every_parameter
 config.current_platform = WithExpertsOfGpus()
 unquantized_fused_moe_method.select_unquantized_moe_backend = lambda **arguments: (
     UnquantizedMoeBackend.TRITON,
@@ -91,7 +100,9 @@ registry._run_in_subprocess = inspect_here
 torch.library.define("_C::convert_weight_packed", "(Tensor weight) -> Tensor")  # for a kernel
 torch.library.impl("_C::convert_weight_packed", "CPU", lambda weight: weight)
 # vLLM 0.33 asks for a convolution's place in the joined one and does not hand it over
-olmo_gdn_linear_attn._make_fused_conv1d_weight_loader = lambda *sizes: lambda *tensors: None
+olmo_gdn_linear_attn._make_fused_conv1d_weight_loader = lambda *sizes: (
+    lambda convolution, *tensors: convolution.data.zero_()
+)
 triton.set_allocator = lambda allocator: None  # of kernels' memory; the placeholder lacks it
 
 sys.argv.pop(0)

@@ -51,10 +51,14 @@ KEPT = {"minimax_m2": ["gate", "e_score_correction_bias", "lm_head"], "deepseek_
 ONLY_PUBLISHED: dict[str, dict[str, Any]] = {
     "gemma2": {"hidden_act": "gelu_pytorch_tanh"},
     "qwen3_next": {"full_attention_interval": 2},
-    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mlp"]},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "moe", "attention", "mlp"],
+        "mamba_n_groups": 2,
+        "mtp_layers_block_type": ["attention", "moe"],
+    },
     "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True},
-    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-    "deepseek_v32": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "deepseek_v3": {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "deepseek_v32": {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "deepseek_v4": {"num_hash_layers": 1, "topk_method": "noaux_tc"},
     "glm_moe_dsa": {"first_k_dense_replace": 1, "moe_layer_freq": 1, "topk_method": "noaux_tc"},
     "lfm2": {"conv_dim": 64, "conv_dim_out": 64, "block_dim": 64, "block_ff_dim": 96},
@@ -187,6 +191,7 @@ def write_keys_of_minimax_m3(folder: Path) -> None:
         "moe_layer_freq": [0, 1],
         "n_shared_experts": 1,
         "partial_rotary_factor": 0.5,
+        "qk_norm_type": "per_head",
         "rope_theta": 10000.0,
         "scoring_func": "sigmoid",
         "sparse_attention_config": sparse,
@@ -194,7 +199,12 @@ def write_keys_of_minimax_m3(folder: Path) -> None:
         "use_gemma_norm": True,
         "use_routing_bias": True,
     }
-    vision["img_token_compression_config"] = {"spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision |= {
+        "img_token_compression_config": {"spatial_merge_size": 2, "temporal_patch_size": 2},
+        "position_embedding_type": "rope",
+        "rope_mode": "3d",
+        "vision_segment_max_frames": 4,
+    }
     change_config(folder, text_config=text, vision_config=vision)
 
 

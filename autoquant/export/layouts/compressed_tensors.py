@@ -6,7 +6,7 @@ engines that know the experts of a checkpoint under other names find them by an 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import autoquant_kernels as kernels
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from autoquant.export.layouts.base import Layout, form_of
 from autoquant.export.layouts.modules import (
+    disputed_names,
     experts_container,
     layer_of,
     spellings,
@@ -37,6 +38,8 @@ _ENGINES_PARTS = frozenset({"gate_proj", "up_proj", "down_proj"})
 """Parts of an expert that SGLang looks up, whatever the checkpoint calls them, and vLLM too where
 an expert has no gate."""
 
+_TEXT_TOWER = "model.language_model."
+
 KV_CACHE_SCHEME = form_of(Layout.COMPRESSED_TENSORS, FP8.format).declared["weights"]
 
 
@@ -55,11 +58,12 @@ def quantization_config(
     for linear in groups.linears:
         if linear.name in choices:
             members.setdefault(choices[linear.name].form, []).append(linear)
+    disputed = disputed_names(groups, choices)
     used = sorted(
         map(Choice.parse, members), key=lambda choice: (-choice.format.weight_bits, choice.form)
     )
     config_groups = {
-        f"group_{number}": _group(choice, _targets(members[choice.form]))
+        f"group_{number}": _group(choice, _targets(members[choice.form], disputed))
         for number, choice in enumerate(used)
     }
     packings = {_declared(choice)["format"] for choice in used}
@@ -69,10 +73,7 @@ def quantization_config(
         "quantization_status": "compressed",
         "version": VERSION,
         "config_groups": config_groups,
-        "ignore": [
-            *unquantized_modules(headers, groups, choices),
-            *_first_experts(groups, choices),
-        ],
+        "ignore": _ignored(headers, groups, choices),
         "kv_cache_scheme": KV_CACHE_SCHEME if fp8_kv_cache else None,
     }
 
@@ -128,7 +129,40 @@ def form_of_group(group: Mapping[str, Any]) -> str:
     raise KeyError(f"weights of {bits} bits")
 
 
-def _targets(linears: Iterable[Linear]) -> list[str]:
+def _ignored(headers: Headers, groups: Groups, choices: Mapping[str, Choice]) -> list[str]:
+    """What stays as it is, under all of its names.
+
+    SGLang takes a name for that of every module whose name ends with it. An expression is for a
+    name that has no layer of its own.
+    """
+    named = [*unquantized_modules(headers, groups, choices), *_first_experts(groups, choices)]
+    engines = {name for linear in groups.linears for name in linear.engine_names}
+    without_layer = [name for name in named if name in engines and not layer_of(name)]
+    return [
+        *(name for name in named if name not in without_layer),
+        *(f"{EXPRESSION}{re.escape(name)}$" for name in without_layer),
+        *_in_text_tower(named),
+    ]
+
+
+def _in_text_tower(names: Iterable[str]) -> list[str]:
+    """An expression for the names that begin as those of a text tower do.
+
+    SGLang's Qwen3-VL renames them in what it reads, and looks up the names from before.
+    """
+    inside = [
+        re.escape(name) for name in names if name.startswith(_TEXT_TOWER) and _is_asked_for(name)
+    ]
+    return [f"{EXPRESSION}({'|'.join(inside)})$"] if inside else []
+
+
+def _is_asked_for(name: str) -> bool:
+    """Whether engines look a name up: of experts, those of the first."""
+    expert = table.ROUTED_EXPERT.fullmatch(name)
+    return expert is None or expert["index"] == "0"
+
+
+def _targets(linears: Iterable[Linear], disputed: Container[str]) -> list[str]:
     """Every linear under all of its names, and experts as engines may look for them.
 
     Never the class of all linears: engines rename modules of vision towers, and would not find
@@ -138,14 +172,15 @@ def _targets(linears: Iterable[Linear]) -> list[str]:
     targets: dict[str, None] = {}
     parts: dict[str, set[str]] = {}
     for linear in linears:
-        targets |= dict.fromkeys((*spellings(linear.name), *linear.engine_names))
+        others = (name for name in linear.engine_names if name not in disputed)
+        targets |= dict.fromkeys((*spellings(linear.name), *others))
         expert = table.ROUTED_EXPERT.fullmatch(linear.name)
         if expert:
             parts.setdefault(expert["container"], set()).add(expert["part"])
     for container in [c for c, own in parts.items() if _are_renamed(c, own)]:
         expression = "|".join(map(re.escape, _containers(container)))
         targets[rf"{EXPRESSION}({expression})\.\d+\.\w+$"] = None
-    return list(targets)
+    return [*targets, *_in_text_tower(targets)]
 
 
 def _first_experts(groups: Groups, choices: Mapping[str, Choice]) -> list[str]:
@@ -173,7 +208,8 @@ def _first_experts(groups: Groups, choices: Mapping[str, Choice]) -> list[str]:
 
 def _are_renamed(container: str, parts: set[str]) -> bool:
     """Whether engines call experts, or their parts, otherwise than the checkpoint does."""
-    return parts != _ENGINES_PARTS or _are_in_layer(container)
+    is_inside = container.startswith(_TEXT_TOWER)
+    return parts != _ENGINES_PARTS or _are_in_layer(container) or is_inside
 
 
 def _are_in_layer(container: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import autoquant
 from autoquant.export.layouts.base import Layout, form_of
 from autoquant.export.layouts.modules import (
+    disputed_names,
     experts_container,
     layer_of,
     spellings,
@@ -58,6 +59,7 @@ def quantization_files(
 def _quantized_layers(groups: Groups, choices: Mapping[str, Choice]) -> dict[str, dict[str, Any]]:
     """Every quantized linear, and what engines call the matrices that hold them."""
     layers: dict[str, dict[str, Any]] = {}
+    disputed = disputed_names(groups, choices)
     for linear in groups.linears:
         choice = choices.get(linear.name)
         if choice is None:
@@ -65,7 +67,7 @@ def _quantized_layers(groups: Groups, choices: Mapping[str, Choice]) -> dict[str
         layers[linear.name] = _algorithm(choice)
         container = experts_container(linear.name)
         names = linear.engine_names if container is None else spellings(container)
-        layers |= dict.fromkeys(names, _algorithm(choice))
+        layers |= dict.fromkeys((n for n in names if n not in disputed), _algorithm(choice))
     return layers
 
 

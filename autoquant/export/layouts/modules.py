@@ -27,7 +27,9 @@ def unquantized_modules(
     """
     left = [linear for linear in groups.linears if linear.name not in choices]
     modules = [linear.name for linear in left]
-    modules += dict.fromkeys(name for linear in left for name in linear.engine_names)
+    disputed = disputed_names(groups, choices)
+    names = dict.fromkeys(name for linear in left for name in linear.engine_names)
+    modules += (name for name in names if name not in disputed)
     matrices = (tensor.name for tensor in groups.fixed if len(headers[tensor.name].shape) >= 2)
     modules += (name.removesuffix(".weight") for name in matrices)
     if not any(map(is_head, choices)):
@@ -40,6 +42,16 @@ def unquantized_modules(
         if container is not None and container not in quantized:
             named |= dict.fromkeys(spellings(container))
     return list(named)
+
+
+def disputed_names(groups: Groups, choices: Mapping[str, Choice]) -> frozenset[str]:
+    """Engines' names for linears of different forms, of which no declaration can say both."""
+    forms: dict[str, set[str | None]] = {}
+    for linear in groups.linears:
+        choice = choices.get(linear.name)
+        for name in linear.engine_names:
+            forms.setdefault(name, set()).add(choice.form if choice else None)
+    return frozenset(name for name, own in forms.items() if len(own) > 1)
 
 
 def experts_container(name: str) -> str | None:
