@@ -141,8 +141,29 @@ def group_tensors(
             linear = replace(linear, engine_names=names, is_known=seat.is_known)
         members.setdefault((place.group, place.role), []).append((linear, seat))
     groups = [_group(name, role, own) for (name, role), own in members.items()]
+    if (why := table.CLOSED_EXPERTS.get(text_config.get("model_type", ""))) is not None:
+        groups = [replace(g, closed=g.closed or why) if g.role == "experts" else g for g in groups]
     groups.sort(key=_forward_order)
-    return Groups(groups=tuple(groups), fixed=tuple(fixed))
+    return Groups(groups=_with_one_name(groups), fixed=tuple(fixed))
+
+
+def _with_one_name(groups: Iterable[LayerGroup]) -> tuple[LayerGroup, ...]:
+    """Groups, those that an engine looks up under one name as the first of them (Zamba2)."""
+    found: dict[str, LayerGroup] = {}
+    of_name: dict[str, str] = {}
+    for group in groups:
+        names = {name for linear in group.linears for name in linear.engine_names}
+        first = found.get(next((of_name[name] for name in names if name in of_name), ""))
+        if first is not None:
+            group = replace(
+                first,
+                linears=(*first.linears, *group.linears),
+                closed=first.closed or group.closed,
+                caution=first.caution or group.caution,
+            )
+        found[group.name] = group
+        of_name |= dict.fromkeys(names, group.name)
+    return tuple(found.values())
 
 
 def engine_names(

@@ -110,6 +110,13 @@ gpt_oss and llama4 are missing: vLLM transposes every expert of theirs that it r
 layout, which packed codes do not survive."""
 
 
+CLOSED_EXPERTS: Mapping[str, str] = {
+    "longcat_flash": "transformers runs these experts, some of which are no matrices, by a forward "
+    "of their own, so that no quantization of theirs can be measured",
+}
+"""By model type: why routed experts stay BF16 whatever engines load (transformers 5.23)."""
+
+
 HEAD = re.compile(r"lm_head|embed_out|output")
 """Last name of an output head."""
 WORD_EMBEDDINGS = re.compile(r"embed_tokens|embed_in|wte|tokens_embed|(word_|tok_)?embeddings")

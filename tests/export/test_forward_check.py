@@ -67,6 +67,17 @@ def test_a_right_export_is_confirmed(exported, autoquant, kind, layout):
     assert forward["kl"] == pytest.approx(forward["said"], rel=0.05)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_two_blocks_that_an_engine_looks_up_under_one_name(exported, autoquant, tmp_path, layout):
+    source = save_searchable("zamba2", tmp_path / "source", num_mem_blocks=2)
+    _, out, done = exported.run(source, "--layout", layout)
+    assert done.exit_code == 0, done.stderr
+    found = autoquant("verify", out, "--source", source, "--forward", "--format", "json")
+    forward = json.loads(found.stdout)["forward"]
+    assert forward["kl"] == pytest.approx(forward["said"], rel=0.05)
+
+
 def disagrees(autoquant, source, out):
     """Plain verify finds nothing, and the forward does."""
     assert autoquant("verify", out, "--source", source).exit_code == 0

@@ -1,0 +1,49 @@
+"""Groups of models of which an engine or transformers does something of its own."""
+
+import transformers
+from tiny_models import save_model
+
+from autoquant.formats import BF16
+from autoquant.plan.grouping import find_groups
+from autoquant.plan.space_file import load_space
+from autoquant.source.source import open_source
+
+
+def test_blocks_that_an_engine_looks_up_under_one_name_are_one_group(tmp_path):
+    """vLLM calls q, k and v of both shared blocks `model.qkv_proj`: one format, two scales."""
+    groups = find_groups(open_source(save_model("zamba2", tmp_path, num_mem_blocks=2)))
+    first, second = (f"model.layers.{layer}.shared_transformer.self_attn" for layer in (1, 3))
+    found = groups[f"{first}.qkv"]
+    assert {linear.name for linear in found.linears} == {
+        f"{block}.{part}_proj" for block in (first, second) for part in "qkv"
+    }
+    assert {own.weight_scale_set for own in found.linears} == {f"{first}.qkv", f"{second}.qkv"}
+    named = [
+        name for group in groups for name in {n for x in group.linears for n in x.engine_names}
+    ]
+    assert len(named) == len(set(named))
+    assert len(groups[f"{first}.o_proj"].linears) == 2
+    assert not any(group.name.startswith(second) for group in groups)
+
+
+def test_experts_that_transformers_runs_in_a_way_of_their_own_are_closed(tmp_path):
+    config = transformers.LongcatFlashConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_layers=1,
+        num_attention_heads=2,
+        ffn_hidden_size=32,
+        expert_ffn_hidden_size=32,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        n_routed_experts=4,
+        zero_expert_num=2,
+    )
+    config.save_pretrained(tmp_path)
+    groups = find_groups(open_source(tmp_path, weights=False))
+    closed = {group.name: group.closed for group in groups if group.closed}
+    assert list(closed) == ["model.layers.0.mlp.experts"]
+    assert "a forward of their own" in closed["model.layers.0.mlp.experts"]
+    options = load_space("default").options(groups)
+    assert options.choices["model.layers.0.mlp.experts"] == (BF16,)
+    assert len(options.choices["model.layers.0.mlps.0.down_proj"]) > 1
