@@ -21,7 +21,7 @@ from autoquant.data.tokens import Split
 from autoquant.forward.again import second_forward
 from autoquant.forward.check import check_and_limit
 from autoquant.forward.differences import Differences
-from autoquant.forward.flow import BF16_MODEL, Flow, walk
+from autoquant.forward.flow import BF16_MODEL, Flow, entered, walk
 from autoquant.forward.head import Head
 from autoquant.forward.room import Room
 from autoquant.forward.trunk import Part, Trunk
@@ -31,8 +31,10 @@ from autoquant.measure.kl import TokenKl, TokenScores
 from autoquant.measure.ranks.ranks import ALONE, Ranks
 from autoquant.measure.ranks.together import together
 from autoquant.measure.sketch import LogitSketch
+from autoquant.measure.taps import Taps
 from autoquant.model.live import QuantizedModel
 from autoquant.model.memory import return_freed_memory
+from autoquant.model.streaming.work import KEPT_LOGIT_BYTES
 from autoquant.plan.assignment import Assignment
 
 _Scores = TypeVar("_Scores")
@@ -55,7 +57,7 @@ class Scorer:
         quantized: QuantizedModel,
         device: torch.device,
         *,
-        cache_bytes: int = 2**28,
+        cache_bytes: int = KEPT_LOGIT_BYTES,
         room: Room | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -84,7 +86,8 @@ class Scorer:
                 the final hidden states, scaled or capped token by token.
         """
         tokens = split.batches[0][:1].to(self.device)
-        check_and_limit(self.trunk, self.quantized, self.room, tokens)
+        tapped = Taps.watching(self.quantized, tokens.numel()).installed
+        check_and_limit(self.trunk, self.quantized, self.room, tokens, tapped)
 
     def forward(
         self,
@@ -94,8 +97,9 @@ class Scorer:
         with_cache: bool = False,
         inside: Callable[[], AbstractContextManager[None]] = nullcontext,
         ahead: Ahead | None = None,
-    ) -> list[torch.Tensor]:
-        """Final hidden states [B, L, H] of batches [B, L] in one pass over the blocks.
+    ) -> Iterator[torch.Tensor]:
+        """Final hidden states [B, L, H] of batches [B, L] in one pass over the blocks, each on the
+        device when it is asked for.
 
         Args:
             batches: tokens.
@@ -114,7 +118,7 @@ class Scorer:
             split, own = ahead.split, self.ranks.dealt(ahead.batches)
             found = self.bf16_states(split, own, with_noise=ahead.with_noise, beside=flows)
             self._ahead = {(split.digest, i): flow for i, flow in zip(own, found, strict=True)}
-        return [flow.hidden for flow in flows]
+        return (flow.hidden for flow in flows)
 
     def waves(
         self, split: Split, batches: Sequence[int], *, forwards: int
@@ -352,7 +356,7 @@ class Scorer:
 
     @torch.no_grad()
     def _enter(self, tokens: torch.Tensor) -> tuple[Part, ...]:
-        return tuple(map(self.trunk.enter, self.room.parts(tokens.to(self.device))))
+        return entered(self.trunk, self.room, self.room.parts(tokens.to(self.device)))
 
     def _walk(self, flows: Sequence[Flow]) -> None:
         walk(self.trunk, self.quantized, self.room, flows)
@@ -360,7 +364,7 @@ class Scorer:
     def _keep_reference(self, split: Split, index: int, bf16: Flow) -> None:
         batch = self._batch(split, index)
         if batch.reference is None:
-            batch.reference = self.room.stored(bf16.hidden, len(split.batches))
+            batch.reference = bf16.output
 
     def _probe(self, bf16: Flow, key: Key) -> Flow:
         """The forward of one group in a choice, from where it leaves the BF16 model's."""

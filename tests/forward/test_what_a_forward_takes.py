@@ -1,17 +1,20 @@
 """What limits forwards on a GPU: their own memory, not that of weights on their way to it."""
 
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 from searchable import save_searchable
 
 from autoquant.codes.held import Weights
-from autoquant.forward.check import activation_bytes, check_forward
+from autoquant.forward.check import Meter, Taken, activations_of, check_forward, measure_stages
 from autoquant.forward.room import Room
 from autoquant.measure.scorer import Scorer
+from autoquant.measure.taps import Taps
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
+from autoquant.model.streaming import work
 from autoquant.model.streaming.blocks import BlockReader
 from autoquant.model.streaming.placement import Allowance
 from autoquant.plan.activation_mode import ActivationMode
@@ -61,15 +64,17 @@ def test_a_block_that_arrives_meanwhile_is_not_the_forwards(streamed):
     quantized, memory = streamed
     scorer = Scorer(quantized, CPU)
     tokens = torch.randint(3, 200, (1, 16))
-    taken = activation_bytes(scorer.trunk, quantized, Room(CPU), tokens, memory)
-    assert (taken, memory.arrived) == (FORWARD, 4)
+    taken = measure_stages(scorer.trunk, quantized, Room(CPU), tokens, Meter(memory, nullcontext))
+    assert (taken, memory.arrived) == (Taken(FORWARD, 2 * FORWARD), 4)
 
 
 def test_it_is_measured_in_the_pass_of_the_check(streamed):
     quantized, memory = streamed
     scorer = Scorer(quantized, CPU)
     tokens = torch.randint(3, 200, (1, 16))
-    assert check_forward(scorer.trunk, quantized, Room(CPU), tokens, memory) == FORWARD
+    meter = Meter(memory, nullcontext)
+    taken = check_forward(scorer.trunk, quantized, Room(CPU), tokens, meter)
+    assert taken == Taken(FORWARD, 2 * FORWARD)
     assert not scorer.trunk.is_whole
     assert (scorer.trunk.opened, memory.arrived) == (4, 4)
     assert check_forward(scorer.trunk, quantized, Room(CPU), tokens) is None
@@ -80,4 +85,64 @@ def test_a_model_in_one_stage_is_measured_as_a_whole(streamed):
     scorer = Scorer(quantized, CPU)
     scorer.trunk.is_whole = True
     tokens = torch.randint(3, 200, (1, 16))
-    assert check_forward(scorer.trunk, quantized, Room(CPU), tokens, memory) >= FORWARD
+    meter = Meter(memory, nullcontext)
+    taken = check_forward(scorer.trunk, quantized, Room(CPU), tokens, meter)
+    assert taken.forward >= FORWARD
+    assert taken.graph > taken.forward
+
+
+def test_a_stage_is_measured_with_what_gradients_keep_of_it(streamed):
+    quantized, memory = streamed
+    scorer, tokens = Scorer(quantized, CPU), torch.randint(3, 200, (1, 16))
+    kept = []
+
+    def tapped():
+        kept.append(torch.is_grad_enabled())
+        return Taps.watching(quantized, tokens.numel()).installed()
+
+    with torch.inference_mode():
+        measure_stages(scorer.trunk, quantized, Room(CPU), tokens, Meter(memory, tapped))
+    assert len(kept) == scorer.trunk.stages
+
+
+def test_a_model_without_a_backward_pass_has_no_graph(streamed, monkeypatch):
+    quantized, memory = streamed
+    scorer, tokens = Scorer(quantized, CPU), torch.randint(3, 200, (1, 16))
+    advance = scorer.trunk.advance
+
+    def without(stage, part, state):
+        return advance(stage, part, state.detach())
+
+    monkeypatch.setattr(scorer.trunk, "advance", without)
+    meter = Meter(memory, nullcontext)
+    taken = check_forward(scorer.trunk, quantized, Room(CPU), tokens, meter)
+    assert taken == Taken(FORWARD, None)
+    limited = Room(CPU)
+    limited.limit(0, 1 << 20, taken.forward, taken.graph)
+    assert limited.graphs_at_once == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "zamba2"])
+def test_how_much_a_stage_may_take_does_not_depend_on_where_weights_are(
+    tmp_path, monkeypatch, kind
+):
+    """The number of sequences that run together decides the shapes of products."""
+    monkeypatch.setattr(work, "ACTIVATION_BYTES", 1)
+    folder = save_searchable(kind, tmp_path / kind)
+    resident, streamed = (
+        activations_of(
+            Scorer(
+                QuantizedModel(
+                    loaded.model,
+                    find_groups(open_source(folder)),
+                    mode=ActivationMode.W4A4,
+                    store=loaded.store,
+                ),
+                CPU,
+            ).trunk
+        )
+        for weights in (Weights.RESIDENT, Weights.DISK)
+        for loaded in [load_model(folder, CPU, allowance=Allowance(weights=weights))]
+    )
+    assert resident == streamed
+    assert resident > 1
