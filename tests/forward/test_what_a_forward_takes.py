@@ -8,6 +8,7 @@ import torch
 from searchable import save_searchable
 
 from autoquant.codes.held import Weights
+from autoquant.forward import check
 from autoquant.forward.check import Meter, Taken, activations_of, check_forward, measure_stages
 from autoquant.forward.room import Room
 from autoquant.measure.scorer import Scorer
@@ -120,6 +121,14 @@ def test_a_model_without_a_backward_pass_has_no_graph(streamed, monkeypatch):
     limited = Room(CPU)
     limited.limit(0, 1 << 20, taken.forward, taken.graph)
     assert limited.graphs_at_once == 1
+
+
+def test_logits_are_compared_to_the_last_token():
+    logits = torch.zeros(300, 4, dtype=torch.bfloat16)
+    other = logits.float()
+    assert check._is_same(logits, other)
+    other[-1, -1] = 1e-3
+    assert not check._is_same(logits, other)
 
 
 @pytest.mark.parametrize("kind", ["llama", "zamba2"])
