@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from autoquant.errors import SourceError, first_line
-from autoquant.forward.backward import Tapped, back_through
+from autoquant.forward.backward import back_through
 from autoquant.forward.flow import Flow, Flows, loop, walk
 from autoquant.forward.room import Room
+from autoquant.forward.taps import Taps
 from autoquant.forward.trunk import Trunk
 from autoquant.model.live import QuantizedModel
 from autoquant.model.memory import DeviceMemory
@@ -31,22 +32,13 @@ class Taken:
     the model has no such pass."""
 
 
-@dataclass(frozen=True, slots=True)
-class Meter:
-    """What measures one sequence in each stage of a model."""
-
-    memory: DeviceMemory
-    tapped: Tapped
-    """Keeps of the products inside what gradients need."""
-
-
 @torch.inference_mode()
 def check_forward(
     trunk: Trunk,
     quantized: QuantizedModel,
     room: Room,
     tokens: torch.Tensor,
-    meter: Meter | None = None,
+    memory: DeviceMemory | None = None,
 ) -> Taken | None:
     """Hold the walk through the blocks against the model's own forward, bit for bit.
 
@@ -57,7 +49,7 @@ def check_forward(
         quantized: all groups in BF16.
         room: where states are kept.
         tokens: int64 [1, L].
-        meter: where what these tokens take of the device is to be measured on the way.
+        memory: of the device, where what these tokens take of it is to be measured on the way.
 
     Returns:
         That, if measured.
@@ -66,7 +58,7 @@ def check_forward(
         SourceError: the model's own forward fails, or its logits are not the head applied to the
             final hidden states, scaled or capped token by token.
     """
-    measured = _measured(trunk, quantized, room, tokens, meter)
+    measured = _measured(trunk, quantized, room, tokens, memory)
     if not trunk.is_whole and (
         _passes_block_by_block(trunk, quantized, room, tokens, measured)
         or (
@@ -85,11 +77,11 @@ def check_forward(
             "or cap them, which scoring from hidden states would miss.",
             fix="this architecture is not supported yet.",
         )
-    return None if meter is None else measure_stages(trunk, quantized, room, tokens, meter)
+    return None if memory is None else measure_stages(trunk, quantized, room, tokens, memory)
 
 
 def check_and_limit(
-    trunk: Trunk, quantized: QuantizedModel, room: Room, tokens: torch.Tensor, tapped: Tapped
+    trunk: Trunk, quantized: QuantizedModel, room: Room, tokens: torch.Tensor
 ) -> None:
     """The same check; on a GPU it also keeps later forwards within bounds.
 
@@ -98,13 +90,12 @@ def check_and_limit(
         quantized: all groups in BF16.
         room: where states are kept; is limited.
         tokens: int64 [1, L], a sequence as long as those to come.
-        tapped: as gradients tap the model's products.
 
     Raises:
         SourceError: as `check_forward`.
     """
-    meter = Meter(DeviceMemory(tokens.device), tapped) if tokens.is_cuda else None
-    taken = check_forward(trunk, quantized, room, tokens, meter)
+    memory = DeviceMemory(tokens.device) if tokens.is_cuda else None
+    taken = check_forward(trunk, quantized, room, tokens, memory)
     if taken is not None:
         weights = sum(own.nbytes for own in trunk.model.parameters() if own.is_cuda)
         room.limit(weights, activations_of(trunk), taken.forward, taken.graph)
@@ -124,13 +115,17 @@ def activations_of(trunk: Trunk) -> int:
 
 @torch.no_grad()
 def measure_stages(
-    trunk: Trunk, quantized: QuantizedModel, room: Room, tokens: torch.Tensor, meter: Meter
+    trunk: Trunk,
+    quantized: QuantizedModel,
+    room: Room,
+    tokens: torch.Tensor,
+    memory: DeviceMemory,
 ) -> Taken:
     """Most that these tokens take of the device in a stage beside the weights.
 
     Weights that arrive while a block computes do not count: each block waits until they are there.
     """
-    (visitor,) = _measured(trunk, quantized, room, tokens, meter)
+    (visitor,) = _measured(trunk, quantized, room, tokens, memory)
     loop(trunk, [visitor])
     return visitor.taken
 
@@ -140,14 +135,15 @@ def _measured(
     quantized: QuantizedModel,
     room: Room,
     tokens: torch.Tensor,
-    meter: Meter | None,
+    memory: DeviceMemory | None,
 ) -> list["_Measured"]:
     """A forward that is measured, where something measures."""
-    if meter is None:
+    if memory is None:
         return []
     with torch.inference_mode(False), torch.no_grad():  # a graph is made of it
         flow = Flow(parts=(trunk.enter(tokens),), keep=True)
-    return [_Measured(Flows(trunk, quantized, room, [flow]), flow, meter)]
+    taps = Taps.watching(quantized, tokens.numel())
+    return [_Measured(Flows(trunk, quantized, room, [flow]), flow, taps, memory)]
 
 
 @dataclass(slots=True)
@@ -157,7 +153,9 @@ class _Measured:
     flows: Flows
     flow: Flow
     """The only one."""
-    meter: Meter
+    taps: Taps
+    """Keep of the products what gradients need."""
+    memory: DeviceMemory
     forward: int = 0
     graph: int = 0
     has_graph: bool = True
@@ -186,12 +184,12 @@ class _Measured:
 
     def _back(self, stage: int, state: torch.Tensor, gradient: torch.Tensor) -> None:
         (part,) = self.flow.parts
-        back_through(self.flows.trunk, stage, part, state, gradient, self.meter.tapped)
+        back_through(self.flows.trunk, stage, part, state, gradient, self.taps.installed)
 
     def _of(self, run: Callable[[], object]) -> int:
-        before = self.meter.memory.begin()
+        before = self.memory.begin()
         run()
-        return self.meter.memory.peak() - before
+        return self.memory.peak() - before
 
 
 def _own_logits(trunk: Trunk, tokens: torch.Tensor) -> torch.Tensor:

@@ -26,13 +26,13 @@ from autoquant.data.tokens import Split
 from autoquant.errors import AutoQuantError, first_line
 from autoquant.forward.backward import Backward, pieces_of
 from autoquant.forward.flow import Flow, loop
+from autoquant.forward.taps import Taps
 from autoquant.measure.compare import Ahead
 from autoquant.measure.interactions import Key
 from autoquant.measure.method import ProbeMethod
 from autoquant.measure.ranks.together import together
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.sensitivity import BatchProbe, Sensitivity, batch_probe, summarize
-from autoquant.measure.taps import Taps
 
 WINDOW = 8
 """Adjacent tokens whose effects are summed before they are squared."""

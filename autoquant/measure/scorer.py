@@ -31,7 +31,6 @@ from autoquant.measure.kl import TokenKl, TokenScores
 from autoquant.measure.ranks.ranks import ALONE, Ranks
 from autoquant.measure.ranks.together import together
 from autoquant.measure.sketch import LogitSketch
-from autoquant.measure.taps import Taps
 from autoquant.model.live import QuantizedModel
 from autoquant.model.memory import return_freed_memory
 from autoquant.model.streaming.work import KEPT_LOGIT_BYTES
@@ -86,8 +85,7 @@ class Scorer:
                 the final hidden states, scaled or capped token by token.
         """
         tokens = split.batches[0][:1].to(self.device)
-        tapped = Taps.watching(self.quantized, tokens.numel()).installed
-        check_and_limit(self.trunk, self.quantized, self.room, tokens, tapped)
+        check_and_limit(self.trunk, self.quantized, self.room, tokens)
 
     def forward(
         self,
@@ -98,11 +96,10 @@ class Scorer:
         inside: Callable[[], AbstractContextManager[None]] = nullcontext,
         ahead: Ahead | None = None,
     ) -> Iterator[torch.Tensor]:
-        """Final hidden states [B, L, H] of batches [B, L] in one pass over the blocks, each on the
-        device when it is asked for.
+        """Final hidden states [B, L, H] of batches in one pass over the blocks, each when asked.
 
         Args:
-            batches: tokens.
+            batches: tokens [B, L].
             assignment: what the model multiplies with.
             with_cache: whether keys and values are rounded, where there is such a cache.
             inside: makes what is in force while one of them runs a block.
@@ -354,7 +351,6 @@ class Scorer:
     def _parts(self, split: Split, index: int) -> tuple[Part, ...]:
         return self._enter(self._batch(split, index).tokens)
 
-    @torch.no_grad()
     def _enter(self, tokens: torch.Tensor) -> tuple[Part, ...]:
         return entered(self.trunk, self.room, self.room.parts(tokens.to(self.device)))
 

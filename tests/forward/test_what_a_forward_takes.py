@@ -1,7 +1,6 @@
 """What limits forwards on a GPU: their own memory, not that of weights on their way to it."""
 
 import time
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,10 +8,10 @@ from searchable import save_searchable
 
 from autoquant.codes.held import Weights
 from autoquant.forward import check
-from autoquant.forward.check import Meter, Taken, activations_of, check_forward, measure_stages
+from autoquant.forward.check import Taken, activations_of, check_forward, measure_stages
 from autoquant.forward.room import Room
+from autoquant.forward.taps import Taps
 from autoquant.measure.scorer import Scorer
-from autoquant.measure.taps import Taps
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
 from autoquant.model.streaming import work
@@ -65,7 +64,7 @@ def test_a_block_that_arrives_meanwhile_is_not_the_forwards(streamed):
     quantized, memory = streamed
     scorer = Scorer(quantized, CPU)
     tokens = torch.randint(3, 200, (1, 16))
-    taken = measure_stages(scorer.trunk, quantized, Room(CPU), tokens, Meter(memory, nullcontext))
+    taken = measure_stages(scorer.trunk, quantized, Room(CPU), tokens, memory)
     assert (taken, memory.arrived) == (Taken(FORWARD, 2 * FORWARD), 4)
 
 
@@ -73,8 +72,7 @@ def test_it_is_measured_in_the_pass_of_the_check(streamed):
     quantized, memory = streamed
     scorer = Scorer(quantized, CPU)
     tokens = torch.randint(3, 200, (1, 16))
-    meter = Meter(memory, nullcontext)
-    taken = check_forward(scorer.trunk, quantized, Room(CPU), tokens, meter)
+    taken = check_forward(scorer.trunk, quantized, Room(CPU), tokens, memory)
     assert taken == Taken(FORWARD, 2 * FORWARD)
     assert not scorer.trunk.is_whole
     assert (scorer.trunk.opened, memory.arrived) == (4, 4)
@@ -86,24 +84,24 @@ def test_a_model_in_one_stage_is_measured_as_a_whole(streamed):
     scorer = Scorer(quantized, CPU)
     scorer.trunk.is_whole = True
     tokens = torch.randint(3, 200, (1, 16))
-    meter = Meter(memory, nullcontext)
-    taken = check_forward(scorer.trunk, quantized, Room(CPU), tokens, meter)
+    taken = check_forward(scorer.trunk, quantized, Room(CPU), tokens, memory)
     assert taken.forward >= FORWARD
     assert taken.graph > taken.forward
 
 
-def test_a_stage_is_measured_with_what_gradients_keep_of_it(streamed):
+def test_a_stage_is_measured_with_what_gradients_keep_of_it(streamed, monkeypatch):
     quantized, memory = streamed
     scorer, tokens = Scorer(quantized, CPU), torch.randint(3, 200, (1, 16))
-    kept = []
+    installed, tapped = Taps.installed, []
 
-    def tapped():
-        kept.append(torch.is_grad_enabled())
-        return Taps.watching(quantized, tokens.numel()).installed()
+    def watched(taps):
+        tapped.append(torch.is_grad_enabled())
+        return installed(taps)
 
+    monkeypatch.setattr(Taps, "installed", watched)
     with torch.inference_mode():
-        measure_stages(scorer.trunk, quantized, Room(CPU), tokens, Meter(memory, tapped))
-    assert len(kept) == scorer.trunk.stages
+        measure_stages(scorer.trunk, quantized, Room(CPU), tokens, memory)
+    assert len(tapped) == scorer.trunk.stages
 
 
 def test_a_model_without_a_backward_pass_has_no_graph(streamed, monkeypatch):
@@ -115,8 +113,7 @@ def test_a_model_without_a_backward_pass_has_no_graph(streamed, monkeypatch):
         return advance(stage, part, state.detach())
 
     monkeypatch.setattr(scorer.trunk, "advance", without)
-    meter = Meter(memory, nullcontext)
-    taken = check_forward(scorer.trunk, quantized, Room(CPU), tokens, meter)
+    taken = check_forward(scorer.trunk, quantized, Room(CPU), tokens, memory)
     assert taken == Taken(FORWARD, None)
     limited = Room(CPU)
     limited.limit(0, 1 << 20, taken.forward, taken.graph)

@@ -11,6 +11,7 @@ from autoquant.formats import BF16, FP8, NVFP4
 from autoquant.forward.backward import Backward, pieces_of
 from autoquant.forward.flow import loop
 from autoquant.forward.room import Room
+from autoquant.forward.taps import Taps
 from autoquant.measure import gradient
 from autoquant.measure.calibration import calibrate
 from autoquant.measure.gradient import (
@@ -21,7 +22,6 @@ from autoquant.measure.gradient import (
 )
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.sensitivity import probe
-from autoquant.measure.taps import Taps
 from autoquant.model.experts import grouped_linear
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
@@ -202,7 +202,7 @@ def test_taps_of_the_last_group_alone_see_it(scorer, keys):
 def test_rows_are_added_to_their_tokens(scorer, keys, monkeypatch, chunk):
     """Two rows a token, in order or by their tokens, however many are compared at a time."""
     if chunk is not None:
-        monkeypatch.setattr("autoquant.measure.taps._CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr("autoquant.forward.taps._CHUNK_ELEMENTS", chunk)
     group, choice = keys[0]
     taps = Taps(scorer.quantized, [(group, choice)], tokens=3)
     y, gradient = torch.zeros(6, 4), torch.ones(6, 4)

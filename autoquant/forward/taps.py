@@ -13,8 +13,8 @@ from typing import Any, Self
 
 import torch
 
+from autoquant.codes.book import Key
 from autoquant.formats import Choice
-from autoquant.measure.interactions import Key
 from autoquant.model.experts import ExpertsHook
 from autoquant.model.live import QuantizedModel
 from autoquant.model.replacing import replaced
