@@ -97,9 +97,10 @@ class Sizes:
         """The same of a GPU, where a layer's decoded codes are beside weights that are resident."""
         block = self.largest_block
         is_resident = weights is Weights.RESIDENT
-        there = self.all if is_resident else self.outside + 2 * block + share
+        there = self.all if is_resident else self.outside + 2 * block
         return (
             there
+            + share
             + (1 if is_resident else BLOCKS_AT_ONCE - 2) * block
             + bytes_beside(
                 there,
