@@ -43,7 +43,7 @@ def test_all_forwards_of_a_wave_share_the_bound(scorer, monkeypatch):
 
     def measured():
         scorer.forget(SPLIT)
-        (first,), *_ = scorer.score_batches([fp8], SPLIT, [0, 1])
+        (first,), *_ = scorer.score_batches([[fp8], [fp8]], SPLIT, [0, 1])
         (full,) = scorer.score_fully([fp8], SPLIT)
         probed = [own.kl.kl for own in scorer.probe(SPLIT, [(0, key) for key in keys])]
         estimates = gradient_probe(scorer, SPLIT, keys, [], [].append, seed=0)
