@@ -2,7 +2,7 @@
 
 import torch
 
-from autoquant.forward.flow import Flow
+from autoquant.forward.flow import Flow, entered
 from autoquant.forward.room import Room
 from autoquant.forward.trunk import Trunk
 
@@ -22,7 +22,7 @@ def second_forward(trunk: Trunk, room: Room, tokens: torch.Tensor) -> Flow:
         if before is not None or not is_other:  # every pair of positions is in memory
             room.sequences_at_once = 1
         try:
-            parts = tuple(map(trunk.enter, room.parts(tokens)))
+            parts = entered(trunk, room, room.parts(tokens))
         finally:
             room.sequences_at_once = before
     return Flow(parts=parts, inside=trunk.other_attention)

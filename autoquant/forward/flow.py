@@ -12,7 +12,7 @@ Shapes: B sequences, L tokens, H hidden.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -54,18 +54,21 @@ class Flow:
     """States before each stage, where they are kept."""
     finals: States = ()
     """The states behind the last stage, where the others are kept."""
-    _hidden: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+    """What `hidden` says, where it is kept."""
+    room: Room | None = None
+    """Says where it is computed with."""
 
     @property
     def hidden(self) -> torch.Tensor:
-        """Final hidden states as the head reads them, [B, L, H]."""
-        assert self._hidden is not None, "the forward is still on its way"
-        return self._hidden
+        """Final hidden states as the head reads them, [B, L, H], on the device."""
+        assert self.output is not None, "the forward is still on its way"
+        return self.output if self.room is None else self.room.on_device(self.output)
 
     @classmethod
     def ended(cls, hidden: torch.Tensor) -> Self:
         """A forward of which the final hidden states alone are known."""
-        return cls(parts=(), _hidden=hidden)
+        return cls(parts=(), output=hidden)
 
     @classmethod
     def of_assignment(cls, assignment: Assignment, *, with_cache: bool) -> Self:
@@ -74,14 +77,14 @@ class Flow:
 
     @property
     def is_done(self) -> bool:
-        return self._hidden is not None
+        return self.output is not None
 
     @property
     def bytes(self) -> int:
         """Memory of what is kept."""
         tensors = [state for states in self.boundaries for state in states]
-        if self._hidden is not None:
-            tensors.append(self._hidden)
+        if self.output is not None:
+            tensors.append(self.output)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def clipped(self) -> dict[str, tuple[int, int]]:
@@ -113,23 +116,19 @@ class Flow:
             assert other.clips is not None, "the other forward counts nothing"
             self.clips |= {s: own for s, own in other.clips.items() if s < self.start}
 
-    def advance(self, trunk: Trunk, stage: int, room: Room, alive: int) -> None:
+    def advance(self, trunk: Trunk, stage: int, room: Room) -> None:
         """Run a stage, whose weights are there.
 
         Args:
             trunk: the model.
             stage: the next one.
             room: says where states are kept.
-            alive: forwards on their way together with this one.
         """
         before = self.states
         if self.keep:
-            count = len(before) * trunk.stages
-            before = tuple(room.stored(state, count) for state in before)
             self.boundaries.append(before)
-        count = alive * len(before)
         self.states = tuple(
-            room.stored(trunk.advance(stage, part, room.on_device(state)), count)
+            room.stored(trunk.advance(stage, part, room.on_device(state)))
             for part, state in zip(self.parts, before, strict=True)
         )
 
@@ -137,14 +136,16 @@ class Flow:
         """Compute the final hidden states; the last state is not needed any more."""
         if self.after is not None:  # it differs behind the last stage alone
             self._take_clips(self.after)
-            self._hidden, self.boundaries = self.after.hidden, self.after.boundaries
+            self.output, self.room = self.after.output, self.after.room
+            self.boundaries = self.after.boundaries
             self.after = None
             return
         found = [
             trunk.finish(part, room.on_device(state))
             for part, state in zip(self.parts, self.states, strict=True)
         ]
-        self._hidden = found[0] if len(found) == 1 else torch.cat(found)
+        self.output = room.stored(found[0] if len(found) == 1 else torch.cat(found))
+        self.room = room
         self.states, self.finals = (), self.states if self.keep else ()
 
 
@@ -167,7 +168,7 @@ class Flows:
             for flow in self._by_weights(stage, alive):
                 self.quantized.apply(flow.assignment, with_cache=flow.with_cache)
                 with flow.inside(), self._counting(flow, stage):
-                    flow.advance(self.trunk, stage, self.room, len(alive))
+                    flow.advance(self.trunk, stage, self.room)
         finally:
             self.quantized.apply(BF16_MODEL)
             self.quantized.forget_inputs()
@@ -192,6 +193,13 @@ class Flows:
         """Compute the final hidden states of all."""
         for flow in self.flows:
             flow.finish(self.trunk, self.room)
+
+
+@torch.no_grad()
+def entered(trunk: Trunk, room: Room, parts: Iterable[torch.Tensor]) -> tuple[Part, ...]:
+    """Parts of a batch, int64 [b, L] on the device each, as they enter the first stage."""
+    found = map(trunk.enter, parts)
+    return tuple(replace(part, state=room.stored(part.state)) for part in found)
 
 
 def loop(

@@ -13,13 +13,12 @@ import torch
 
 from autoquant.forward.trunk import Trunk
 from autoquant.model.live import QuantizedModel
+from autoquant.model.streaming.work import LOGIT_TILE_BYTES
 
 CPU_TILE_BYTES = 1 << 26
-GPU_TILE_BYTES = 3 << 27
 GPU_TILE_TOKENS = 128
-"""Size of one float32 logit tile; a tile of each model is alive at a time. A GPU's matrix product
-needs hundreds of tokens, a multiple of its own tile, to run at full speed; a CPU's fits the caches
-better with less."""
+"""Size of one float32 logit tile. A GPU's matrix product needs hundreds of tokens, a multiple of
+its own tile, to run at full speed; a CPU's fits the caches better with less."""
 
 
 class Head:
@@ -64,7 +63,8 @@ class Head:
 
         Args:
             hidden: of the BF16 model.
-            change: from a tile of float32 logits [T, V] to as many factors, taken as constants.
+            change: from a tile of float32 logits [T, V] to as many factors, taken as constants; it
+                may write over the logits.
         """
         weight = self.module.weight
         weight = weight if hidden.is_cuda else self._quantized.products.copies.of(weight)
@@ -79,7 +79,7 @@ class Head:
         vocabulary: int = self.module.weight.shape[0]
         if not hidden.is_cuda:
             return max(1, CPU_TILE_BYTES // (4 * vocabulary))
-        rows = max(1, GPU_TILE_BYTES // (4 * vocabulary))
+        rows = max(1, LOGIT_TILE_BYTES // (4 * vocabulary))
         return rows - rows % GPU_TILE_TOKENS if rows > GPU_TILE_TOKENS else rows
 
     def _finished(self, output: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ class Head:
             return change(output)
         with torch.enable_grad():
             logits = self._finished(output.requires_grad_())
-        return torch.autograd.grad(logits, output, change(logits.detach()))[0]
+        return torch.autograd.grad(logits, output, change(logits.detach().clone()))[0]
 
     def _product(
         self, hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None

@@ -3,19 +3,15 @@
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
 import torch
 
+from autoquant.forward.held_states import HeldStates
 from autoquant.model.memory import on_host
+from autoquant.model.streaming.work import STATE_BYTES, state_bytes
 
-ACTIVATION_SHARE = 1 / 16
-"""What a forward may take of a GPU's memory beside the weights, in shares of theirs."""
-STATE_SHARE = 1 / 50
-"""What the states that are kept for later may take; more of them wait in the host's memory."""
-ACTIVATION_BYTES, STATE_BYTES = 1 << 29, 1 << 28
-"""What both may take in any case: beside a small model's weights, shares of theirs are nothing."""
 MOST_TOGETHER = 16
 """Forwards that go through weights in memory together. More would save nothing there, and what a
 killed process had not written down is lost."""
@@ -30,8 +26,12 @@ class Room:
     device: torch.device
     sequences_at_once: int | None = None
     """How many sequences run through a stage together; None is no limit."""
+    graphs_at_once: int | None = None
+    """How many of them where the stage keeps what its backward pass needs; None is no limit."""
     device_bytes: int | None = None
     """For states between stages on the device; None is no limit."""
+    held: HeldStates = field(default_factory=HeldStates)
+    """The states that take of it."""
     spare_bytes: int = 0
     """Of the device, for states beside what is theirs in any case."""
     walk_bytes: int = STATE_BYTES
@@ -58,14 +58,15 @@ class Room:
 
     def parts(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Equal parts of a batch [B, L], each small enough to run at once."""
-        sequences = len(tokens)
-        parts = math.ceil(sequences / (self.sequences_at_once or sequences))
-        equal: tuple[torch.Tensor, ...] = tokens.split(math.ceil(sequences / parts))
-        return equal
+        return _equal(tokens, self.sequences_at_once)
 
-    def stored(self, state: torch.Tensor, count: int) -> torch.Tensor:
-        """A state to be kept, in the host's memory if `count` of its size exceed the device's."""
-        if self.device_bytes is None or count * state.nbytes <= self.device_bytes:
+    def graph_parts(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Equal parts of a part [b, L], each small enough to run with its graph."""
+        return _equal(tokens, self.graphs_at_once)
+
+    def stored(self, state: torch.Tensor) -> torch.Tensor:
+        """A state to be kept, in the host's memory where the device's share is taken by others."""
+        if self.device_bytes is None or self.held.take(state, self.device_bytes):
             return state
         self.moved_bytes += state.nbytes
         return on_host(state)
@@ -101,17 +102,34 @@ class Room:
         for first in range(0, len(batches), count):
             yield batches[first : first + count]
 
-    def limit(self, weights_bytes: int, activation_bytes: int) -> None:
-        """Keep later forwards on a GPU within shares of the weights, small models' aside.
+    def limit(
+        self,
+        weights_bytes: int,
+        activations: int,
+        forward_bytes: int,
+        graph_bytes: int | None,
+    ) -> None:
+        """Keep later forwards on a GPU within bounds.
 
         Args:
             weights_bytes: of the weights on the device.
-            activation_bytes: most that a forward of one sequence takes beside them.
+            activations: bytes that a stage may take beside them: the same wherever the weights are,
+                since the number of sequences decides the shapes of products.
+            forward_bytes: most that a stage takes for one sequence.
+            graph_bytes: the same with what its backward pass needs; None where it has none.
         """
-        activations = max(ACTIVATION_BYTES, ACTIVATION_SHARE * weights_bytes)
-        self.sequences_at_once = max(1, int(activations / activation_bytes))
-        self.device_bytes = int(max(STATE_BYTES, STATE_SHARE * weights_bytes)) + self.spare_bytes
+        self.sequences_at_once = max(1, activations // forward_bytes)
+        self.graphs_at_once = 1 if graph_bytes is None else max(1, activations // graph_bytes)
+        self.device_bytes = state_bytes(weights_bytes) + self.spare_bytes
         if not self.is_streamed:
             self.walk_bytes = self.device_bytes
         else:
             self.walk_bytes = max(self.walk_bytes, self.device_bytes)
+
+
+def _equal(tokens: torch.Tensor, at_once: int | None) -> tuple[torch.Tensor, ...]:
+    """Parts of sequences [B, L] with at most so many each."""
+    sequences = len(tokens)
+    parts = math.ceil(sequences / (at_once or sequences))
+    equal: tuple[torch.Tensor, ...] = tokens.split(math.ceil(sequences / parts))
+    return equal

@@ -24,15 +24,15 @@ from torch.nn import functional
 
 from autoquant.data.tokens import Split
 from autoquant.errors import AutoQuantError, first_line
-from autoquant.forward.backward import Backward
+from autoquant.forward.backward import Backward, pieces_of
 from autoquant.forward.flow import Flow, loop
+from autoquant.forward.taps import Taps
 from autoquant.measure.compare import Ahead
 from autoquant.measure.interactions import Key
 from autoquant.measure.method import ProbeMethod
 from autoquant.measure.ranks.together import together
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.sensitivity import BatchProbe, Sensitivity, batch_probe, summarize
-from autoquant.measure.taps import Taps
 
 WINDOW = 8
 """Adjacent tokens whose effects are summed before they are squared."""
@@ -191,17 +191,20 @@ def _effects(
     scorer: Scorer, flows: Sequence[Flow], batches: Sequence[int], keys: Sequence[Key], seed: int
 ) -> list[dict[Key, torch.Tensor]]:
     """<v, dz> through each token's products, float32 [B, L], of each batch and key."""
-    taps = [[Taps(scorer.quantized, keys, p.tokens.numel()) for p in f.parts] for f in flows]
+    pieces = [pieces_of(scorer.trunk, scorer.room, flow) for flow in flows]
+    tokens = [[p.tokens for part in own for p in part] for own in pieces]
+    taps = [[Taps(scorer.quantized, keys, t.numel()) for t in own] for own in tokens]
     try:
         visitors = [
             Backward(
                 scorer.trunk,
                 scorer.room,
                 flow,
+                apart,
                 [tap.installed for tap in own],
                 _pull(scorer, seed, batch),
             )
-            for flow, own, batch in zip(flows, taps, batches, strict=True)
+            for flow, apart, own, batch in zip(flows, pieces, taps, batches, strict=True)
         ]
         loop(scorer.trunk, visitors, backwards=True)
     except (AutoQuantError, MemoryError, torch.OutOfMemoryError):
@@ -216,14 +219,11 @@ def _effects(
     return [
         {
             key: torch.cat(
-                [
-                    tap.effects[key].view(part.tokens.shape)
-                    for tap, part in zip(own, flow.parts, strict=True)
-                ]
+                [tap.effects[key].view(t.shape) for tap, t in zip(own, apart, strict=True)]
             )
             for key in keys
         }
-        for own, flow in zip(taps, flows, strict=True)
+        for own, apart in zip(taps, tokens, strict=True)
     ]
 
 
@@ -234,10 +234,11 @@ def _pull(scorer: Scorer, seed: int, batch: int) -> Callable[[torch.Tensor], tor
 
 
 def _factor(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random v [T, V] with E[v v^T] = diag(p) - p p^T for p = softmax(logits [T, V])."""
+    """Random v [T, V] with E[v v^T] = diag(p) - p p^T for p = softmax(logits [T, V]), which are
+    overwritten.
+    """
     p = logits.softmax(dim=-1)
-    noise = torch.randn(p.shape, generator=generator, device=p.device)
-    scaled = p.sqrt().mul_(noise)
+    scaled = logits.normal_(generator=generator).mul_(p.sqrt())
     return scaled.sub_(p.mul_(scaled.sum(dim=-1, keepdim=True)))
 
 

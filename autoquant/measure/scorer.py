@@ -21,7 +21,7 @@ from autoquant.data.tokens import Split
 from autoquant.forward.again import second_forward
 from autoquant.forward.check import check_and_limit
 from autoquant.forward.differences import Differences
-from autoquant.forward.flow import BF16_MODEL, Flow, walk
+from autoquant.forward.flow import BF16_MODEL, Flow, entered, walk
 from autoquant.forward.head import Head
 from autoquant.forward.room import Room
 from autoquant.forward.trunk import Part, Trunk
@@ -33,6 +33,7 @@ from autoquant.measure.ranks.together import together
 from autoquant.measure.sketch import LogitSketch
 from autoquant.model.live import QuantizedModel
 from autoquant.model.memory import return_freed_memory
+from autoquant.model.streaming.work import KEPT_LOGIT_BYTES
 from autoquant.plan.assignment import Assignment
 
 _Scores = TypeVar("_Scores")
@@ -55,7 +56,7 @@ class Scorer:
         quantized: QuantizedModel,
         device: torch.device,
         *,
-        cache_bytes: int = 2**28,
+        cache_bytes: int = KEPT_LOGIT_BYTES,
         room: Room | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -94,11 +95,11 @@ class Scorer:
         with_cache: bool = False,
         inside: Callable[[], AbstractContextManager[None]] = nullcontext,
         ahead: Ahead | None = None,
-    ) -> list[torch.Tensor]:
-        """Final hidden states [B, L, H] of batches [B, L] in one pass over the blocks.
+    ) -> Iterator[torch.Tensor]:
+        """Final hidden states [B, L, H] of batches in one pass over the blocks, each when asked.
 
         Args:
-            batches: tokens.
+            batches: tokens [B, L].
             assignment: what the model multiplies with.
             with_cache: whether keys and values are rounded, where there is such a cache.
             inside: makes what is in force while one of them runs a block.
@@ -114,7 +115,7 @@ class Scorer:
             split, own = ahead.split, self.ranks.dealt(ahead.batches)
             found = self.bf16_states(split, own, with_noise=ahead.with_noise, beside=flows)
             self._ahead = {(split.digest, i): flow for i, flow in zip(own, found, strict=True)}
-        return [flow.hidden for flow in flows]
+        return (flow.hidden for flow in flows)
 
     def waves(
         self, split: Split, batches: Sequence[int], *, forwards: int
@@ -350,9 +351,8 @@ class Scorer:
     def _parts(self, split: Split, index: int) -> tuple[Part, ...]:
         return self._enter(self._batch(split, index).tokens)
 
-    @torch.no_grad()
     def _enter(self, tokens: torch.Tensor) -> tuple[Part, ...]:
-        return tuple(map(self.trunk.enter, self.room.parts(tokens.to(self.device))))
+        return entered(self.trunk, self.room, self.room.parts(tokens.to(self.device)))
 
     def _walk(self, flows: Sequence[Flow]) -> None:
         walk(self.trunk, self.quantized, self.room, flows)
@@ -360,7 +360,7 @@ class Scorer:
     def _keep_reference(self, split: Split, index: int, bf16: Flow) -> None:
         batch = self._batch(split, index)
         if batch.reference is None:
-            batch.reference = self.room.stored(bf16.hidden, len(split.batches))
+            batch.reference = bf16.output
 
     def _probe(self, bf16: Flow, key: Key) -> Flow:
         """The forward of one group in a choice, from where it leaves the BF16 model's."""

@@ -1,4 +1,5 @@
-"""One search with its weights on the device, on the host and on the disk: time, memory, result.
+"""One search with its weights on the device, on the host and on the disk: time, memory beside its
+forecast, result.
 
 Each runs in a process of its own, so that the peak of one says nothing of another.
 """
@@ -8,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +17,53 @@ import torch
 
 import autoquant
 from autoquant.files import to_json, write_atomic
+from autoquant.run.config import PlanConfig
+from autoquant.run.machines.forecast import Forecast
+from autoquant.run.opening import open_plan
 from autoquant.store.run_directory import WORK, read_records
 
+SETTINGS: dict[str, Any] = {
+    "calibration": "stdlib",
+    "calibration_tokens": 4_096,
+    "search_tokens": 8_192,
+    "report_tokens": 4_096,
+    "sequence_length": 512,
+    "effort": "fast",
+    "trials": 8,
+    "trials_at_once": 8,
+}
 LEFT_OUT = ("seconds", "command", "checkpoint", "stages")
 """Of a result: what holds times, and names of folders."""
 
 
 def search(model: Path, out: Path, weights: Any, allowed: int | None, bpe: float) -> dict[str, Any]:
-    """Seconds by stage with passes and bytes, peak of the device, the result without times."""
+    """Seconds by stage with passes and bytes, peak of the device beside its forecast, the result
+    without times.
+    """
+    settings = SETTINGS | {"weights": weights, "device_memory": allowed}
+    forecast = forecast_bytes(model, settings)
     started = time.monotonic()
-    run = autoquant.search(
-        model,
-        budget_bpe=bpe,
-        calibration="stdlib",
-        calibration_tokens=4_096,
-        search_tokens=8_192,
-        report_tokens=4_096,
-        sequence_length=512,
-        effort="fast",
-        trials=8,
-        trials_at_once=8,
-        weights=weights,
-        device_memory=allowed,
-        mlflow=False,
-        export=False,
-        out=out,
-    )
+    run = autoquant.search(model, budget_bpe=bpe, mlflow=False, export=False, out=out, **settings)
     result = run.result or {}
     stages, gpu = read_records(run.path, WORK), torch.cuda.is_available()
+    peak = max(own["gpu_peak_bytes"] for own in stages) if gpu else None
     return {
         "weights": weights,
         "allowed_bytes": allowed,
-        "peak_bytes": max(own["gpu_peak_bytes"] for own in stages) if gpu else None,
+        "forecast_bytes": forecast,
+        "peak_bytes": peak,
+        "peak_over_forecast": peak and peak / forecast,
+        "peak_over_allowed": peak and allowed and peak / allowed,
         "total_seconds": time.monotonic() - started,
         "stages": stages,
         "result": {name: value for name, value in result.items() if name not in LEFT_OUT},
     }
+
+
+def forecast_bytes(model: Path, settings: Mapping[str, Any]) -> int:
+    """Of the device's memory, as `autoquant plan --forecast` says it."""
+    config = PlanConfig.of({"model": str(model), **settings})
+    return Forecast.of(config, open_plan(config)).device_bytes
 
 
 def compare(model: Path, work: Path, allowed: int, bpe: float) -> dict[str, Any]:

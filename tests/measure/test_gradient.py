@@ -8,9 +8,10 @@ from searchable import save_searchable
 
 from autoquant.data.tokens import Split
 from autoquant.formats import BF16, FP8, NVFP4
-from autoquant.forward.backward import Backward
+from autoquant.forward.backward import Backward, pieces_of
 from autoquant.forward.flow import loop
 from autoquant.forward.room import Room
+from autoquant.forward.taps import Taps
 from autoquant.measure import gradient
 from autoquant.measure.calibration import calibrate
 from autoquant.measure.gradient import (
@@ -21,7 +22,6 @@ from autoquant.measure.gradient import (
 )
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.sensitivity import probe
-from autoquant.measure.taps import Taps
 from autoquant.model.experts import grouped_linear
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import load_model
@@ -67,9 +67,9 @@ def estimate(scorer, keys, split=SPLIT, *, done=(), seed=0):
 
 def test_the_factor_has_the_covariance_of_sampled_labels():
     generator = torch.Generator().manual_seed(0)
-    logits = torch.tensor([2.0, 0.0, -1.0, 1.0]).expand(50_000, 4)
-    v = gradient._factor(logits, generator).double()
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0]).repeat(50_000, 1)
     p = logits[0].double().softmax(dim=0)
+    v = gradient._factor(logits, generator).double()
     expected = torch.diag(p) - p[:, None] * p
     torch.testing.assert_close(v.t() @ v / len(v), expected, atol=4e-3, rtol=0.0)
 
@@ -81,9 +81,9 @@ def test_effects_are_the_first_order_change_of_a_scalar(scorer, keys):
     taps = Taps(scorer.quantized, inside, tokens.numel())
     (flow,) = scorer.bf16_states(SPLIT, [0])
     before = flow.hidden.float()
-    back = Backward(
-        scorer.trunk, scorer.room, flow, [taps.installed], lambda h: direction.to(h.dtype)
-    )
+    pieces = pieces_of(scorer.trunk, scorer.room, flow)
+    pull = [taps.installed], lambda h: direction.to(h.dtype)
+    back = Backward(scorer.trunk, scorer.room, flow, pieces, *pull)
     loop(scorer.trunk, [back], backwards=True)
     expected, found = [], []
     for group, choice in inside:
@@ -202,7 +202,7 @@ def test_taps_of_the_last_group_alone_see_it(scorer, keys):
 def test_rows_are_added_to_their_tokens(scorer, keys, monkeypatch, chunk):
     """Two rows a token, in order or by their tokens, however many are compared at a time."""
     if chunk is not None:
-        monkeypatch.setattr("autoquant.measure.taps._CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr("autoquant.forward.taps._CHUNK_ELEMENTS", chunk)
     group, choice = keys[0]
     taps = Taps(scorer.quantized, [(group, choice)], tokens=3)
     y, gradient = torch.zeros(6, 4), torch.ones(6, 4)
@@ -262,6 +262,31 @@ def test_nothing_goes_along_where_memory_does_not_hold_the_states(streamed):
         assert (ahead is not None) == goes
     streamed.room.is_streamed, streamed.room.walk_bytes = False, states
     assert ahead_of_gradients(streamed, SPLIT, [0], with_noise=False, beside=beside) is None
+
+
+@pytest.mark.parametrize(("together", "graphs"), [(None, 1), (4, 3), (4, 2)])
+def test_a_stage_keeps_the_graph_of_few_sequences(scorer, keys, monkeypatch, together, graphs):
+    """Whatever goes through it together without one, and whatever of the states is on the host."""
+    whole = estimate(scorer, keys)[0]
+    monkeypatch.setattr(scorer.room, "sequences_at_once", together)
+    monkeypatch.setattr(scorer.room, "graphs_at_once", graphs)
+    monkeypatch.setattr(scorer.room, "device_bytes", 10_000)
+    scorer.forget(SPLIT)
+    seen, advance = set(), scorer.trunk.advance
+
+    def recorded(stage, part, state):
+        seen.add((len(state), torch.is_grad_enabled()))
+        assert len(part.tokens) == len(part.state) == len(state)
+        return advance(stage, part, state)
+
+    monkeypatch.setattr(scorer.trunk, "advance", recorded)
+    found = estimate(scorer, keys)[0]
+    rows = len(SPLIT.batches[0]) if together is None else together
+    assert seen == {(rows, False), (min(graphs, 2), True)}
+    scorer.forget(SPLIT)
+    assert not scorer.room.held.bytes
+    for key in keys:
+        assert found[key] == pytest.approx(whole[key], rel=0.02)
 
 
 def scorer_states(scorer, split):

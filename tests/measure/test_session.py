@@ -9,9 +9,9 @@ from torch import nn
 
 from autoquant.data.tokens import Split, TokenPlan
 from autoquant.errors import SourceError
-from autoquant.forward.room import STATE_BYTES
 from autoquant.measure import session
 from autoquant.model.streaming.placement import Left
+from autoquant.model.streaming.work import STATE_BYTES
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.grouping import find_groups
 from autoquant.run.observer import Logged
@@ -28,7 +28,7 @@ def test_room_for_states_is_what_streamed_weights_leave():
     streamed = session._room(loaded(is_streamed=True, left=left))
     assert streamed.is_streamed
     assert streamed.walk_bytes == 1 << 30
-    streamed.limit(0, 1)  # of a GPU: states stay there as long as they fit
+    streamed.limit(0, 1, 1, None)  # of a GPU: states stay there as long as they fit
     assert streamed.walk_bytes == streamed.device_bytes == STATE_BYTES + (1 << 34)
     assert not session._room(loaded()).is_streamed
 

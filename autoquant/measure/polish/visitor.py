@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autoquant.data.tokens import Split
 from autoquant.formats import REFIT
-from autoquant.forward.flow import BF16_MODEL, Flow, loop
+from autoquant.forward.flow import BF16_MODEL, Flow, entered, loop
 from autoquant.measure.polish.drift import DriftWatch
 from autoquant.measure.ranks.together import together
 from autoquant.measure.scorer import Scorer
@@ -91,7 +91,7 @@ class _Polisher:
             and not book.has(group, assignment[group.name])
         )
         """Groups without codes, in the order of the forward pass."""
-        self._bf16 = [Flow(parts=(scorer.trunk.enter(own),)) for own in sequences]
+        self._bf16 = [Flow(parts=entered(scorer.trunk, scorer.room, [own])) for own in sequences]
         self._polished = [Flow(parts=own.parts) for own in self._bf16]
 
     @property
@@ -108,11 +108,10 @@ class _Polisher:
                 flow.begin()
         for group in self._missing_at(stage):
             self._make(group, lambda flow, _: self._run(flow, stage))
-        alive = 2 * len(self._bf16)
         for flows, assignment in ((self._bf16, BF16_MODEL), (self._polished, self._assignment)):
             with self._applied(assignment):
                 for flow in flows:
-                    flow.advance(trunk, stage, room, alive)
+                    flow.advance(trunk, stage, room)
         self._advance()
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.data.tokens import Split
 from autoquant.formats.moments import Moments
-from autoquant.forward.flow import Flow, loop
+from autoquant.forward.flow import Flow, entered, loop
 from autoquant.measure.ranks.together import together
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.statistics.sums import Sums
@@ -109,7 +109,7 @@ class _Collector:
     ) -> None:
         self._scorer, self._missing, self._store = scorer, missing, store
         self._advance = advance
-        self._flows = [Flow(parts=(scorer.trunk.enter(own),)) for own in sequences]
+        self._flows = [Flow(parts=entered(scorer.trunk, scorer.room, [own])) for own in sequences]
 
     @torch.no_grad()
     def visit(self, stage: int) -> None:
@@ -127,7 +127,7 @@ class _Collector:
                     watch.held_out = is_held_out(number)
                 if stage == 0:
                     flow.begin()
-                flow.advance(trunk, stage, room, len(self._flows))
+                flow.advance(trunk, stage, room)
         for layer, watch in watches.items():
             self._store.write(layer, watch.moments())
         self._advance()

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 
-from autoquant.codes.held import CODES_OF_A_BLOCK, Weights
+from autoquant.codes.held import Weights
 from autoquant.decimals import gigabytes
 from autoquant.errors import ConfigError, OutOfMemory
 from autoquant.model.memory import return_large_buffers
@@ -15,6 +15,7 @@ from autoquant.model.streaming.blocks import BlockReader
 from autoquant.model.streaming.kept import Gpus, on_gpus, on_host
 from autoquant.model.streaming.shared import ALONE, Neighbours, Peers, can_share
 from autoquant.model.streaming.stores import BlockSource, BlockStore, Resident, Streamed
+from autoquant.model.streaming.work import BLOCKS_AT_ONCE, activation_bytes, bytes_beside
 
 _MEMORY = Path("/proc/meminfo")
 
@@ -24,9 +25,6 @@ WORK_SHARE = 1 / 10
 """The same in shares of the weights on the device."""
 MOST_PACKED, MOST_DECODED = 1 << 31, 1 << 32
 """Of codes, and of the weights that they stand for, beside weights that are on a CPU."""
-BLOCKS_AT_ONCE = 3 + CODES_OF_A_BLOCK
-"""Blocks' worth of memory where blocks are streamed: the present one, the next, one of decoded
-codes, and the codes. On a CPU also the parts that the next one is put together from."""
 
 ONE_GPU = Gpus()
 """A process without others on its machine."""
@@ -71,6 +69,10 @@ class Sizes:
         )
 
     @property
+    def largest_block(self) -> int:
+        return max(self.blocks, default=0)
+
+    @property
     def all(self) -> int:
         return self.outside + sum(self.blocks)
 
@@ -82,14 +84,30 @@ class Sizes:
             is_gpu: the device is one.
             gpus: that share the blocks, where they are `sharded`.
         """
+        share = -(-sum(self.blocks) // gpus) if weights is Weights.SHARDED else 0
+        if is_gpu:
+            return self._on_gpu(weights, share)
         if weights is Weights.RESIDENT:
             held = self.all
         else:
-            blocks = BLOCKS_AT_ONCE if is_gpu else BLOCKS_AT_ONCE + 1
-            held = self.outside + blocks * max(self.blocks, default=0)
-        if weights is Weights.SHARDED:
-            held += -(-sum(self.blocks) // gpus)
+            held = self.outside + (BLOCKS_AT_ONCE + 1) * self.largest_block + share
         return int(held * (1 + WORK_SHARE)) + WORK_BYTES
+
+    def _on_gpu(self, weights: Weights, share: int) -> int:
+        """The same of a GPU, where a layer's decoded codes are beside weights that are resident."""
+        block = self.largest_block
+        is_resident = weights is Weights.RESIDENT
+        there = self.all if is_resident else self.outside + 2 * block
+        return (
+            there
+            + share
+            + (1 if is_resident else BLOCKS_AT_ONCE - 2) * block
+            + bytes_beside(
+                there,
+                activation_bytes(self.outside, block, self.all),
+                block_leaves=0 if is_resident else block,
+            )
+        )
 
     def on_host(self, weights: Weights, *, is_gpu: bool) -> int:
         """What a process of a search takes of the host's memory; beside a CPU that is the device's.

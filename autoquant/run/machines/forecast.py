@@ -9,10 +9,10 @@ import torch
 from autoquant.codes.held import Weights
 from autoquant.decimals import gigabytes
 from autoquant.formats import BF16
-from autoquant.forward.room import STATE_BYTES
 from autoquant.model.loading import choose_device, sizes_of
 from autoquant.model.streaming.kept import Gpus
 from autoquant.model.streaming.placement import Sizes, choose, processes_here
+from autoquant.model.streaming.work import STATE_BYTES
 from autoquant.plan.plan import Plan
 from autoquant.run.config import PlanConfig
 from autoquant.run.machines.passes import Passes, Streaming, forecast_passes

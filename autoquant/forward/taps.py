@@ -9,12 +9,12 @@ Shapes: T tokens of a batch in order, R rows of a product, N outputs.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 
+from autoquant.codes.book import Key
 from autoquant.formats import Choice
-from autoquant.measure.interactions import Key
 from autoquant.model.experts import ExpertsHook
 from autoquant.model.live import QuantizedModel
 from autoquant.model.replacing import replaced
@@ -44,6 +44,13 @@ class Taps:
         self.effects: dict[Key, torch.Tensor] = {}
         """Change of the scalar through each token's products, float32 [T]; complete after the
         backward pass. A key whose group no gradient reached is absent."""
+
+    @classmethod
+    def watching(cls, quantized: QuantizedModel, tokens: int) -> Self:
+        """Taps on every group that keep what they compare, and try nothing."""
+        taps = cls(quantized, (), tokens)
+        taps._choices = {group.name: [] for group in quantized.groups}
+        return taps
 
     @contextmanager
     def installed(self) -> Iterator[None]:
