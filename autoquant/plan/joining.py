@@ -34,6 +34,14 @@ LOOKED_UP = {
 `behind` is the block's index if its state-space branch stood behind all others. SGLang tells
 Gemma 2 no layer at all, and Kimi-Linear none of shared experts."""
 
+LOOKED_UP_EVERYWHERE = (
+    (
+        re.compile(r"self_attn\.fused_qkv_a_proj"),
+        "{layer}.self_attn.fused_qkv_a_proj_with_mqa",
+    ),
+)
+"""The same of every model: vLLM's name of DeepSeek's first projections, and SGLang's."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
@@ -176,7 +184,8 @@ def looked_up(module: str, text_config: Mapping[str, Any]) -> Iterator[str]:
         text_config: of the language model.
     """
     block = table.LAYER.fullmatch(module)
-    for pattern, name in LOOKED_UP.get(text_config.get("model_type", ""), ()):
+    own = LOOKED_UP.get(text_config.get("model_type", ""), ())
+    for pattern, name in (*own, *LOOKED_UP_EVERYWHERE):
         found = block and pattern.fullmatch(block["rest"])
         if block and found:
             root = block["layer"].rpartition(".layers.")[0]

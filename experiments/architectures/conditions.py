@@ -52,6 +52,12 @@ CONDITIONS = {
     ("qwen3_next", "SGLang compressed-tensors"): Condition(
         "`in_proj_qkvz` stays", in_bf16("in_proj_qkvz")
     ),
+    **{
+        (kind, "SGLang compressed-tensors"): Condition(
+            "`q_a_proj` and `kv_a_proj` stay", in_bf16("qkv_a")
+        )
+        for kind in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa")
+    },
     ("glm4_moe", "SGLang compressed-tensors"): Condition(
         "experts are not in NVFP4", experts_in(FP8)
     ),

@@ -175,7 +175,7 @@ def journey(kind: str, folder: Path, engines: Iterable[Engine]) -> Row:
                 column = f"{engine.name} {layout}"
                 if _ask(engine, row, column, exported, own, assignment):
                     continue
-                condition = CONDITIONS.get((kind, column))
+                condition = CONDITIONS.get((kind.removesuffix("-fp8"), column))
                 if condition:
                     changed = condition.change(plan["groups"], assignment)
                     exported = own.export(changed, layout, f"{name}-{engine.name}")

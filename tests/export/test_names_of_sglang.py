@@ -119,3 +119,13 @@ def test_feed_forward_of_falcon_h1_is_declared_as_mlp(tmp_path):
     named = layers["quantized_layers"]
     assert named["model.layers.0.mlp.down_proj"] == {"quant_algo": "FP8"}
     assert named["model.layers.1.mlp.gate_up_proj"]["quant_algo"] == "NVFP4"
+
+
+def test_first_projections_of_deepseek_are_declared_as_sglang_joins_them(tmp_path):
+    source = open_source(save_model("deepseek_v3", tmp_path))
+    groups = find_groups(source)
+    kept = {"model.layers.1.self_attn.qkv_a": BF16, "model.layers.0.self_attn.o_proj": FP8}
+    flat = in_modelopt(source, uniform(groups, NVFP4_MAX).replace(kept))
+    joined = "self_attn.fused_qkv_a_proj_with_mqa"
+    assert flat["quantized_layers"][f"model.layers.0.{joined}"]["quant_algo"] == "NVFP4"
+    assert f"model.layers.1.{joined}" in flat["ignore"]
