@@ -239,6 +239,7 @@ def _place(name: str) -> str:
         (".attn.", ".self_attn."),
         (".short_conv.", ".conv."),
         (".mamba.mamba.", ".mamba."),
+        (".self_attn.", "."),  # SGLang's Qwen3-Next has none
     ):
         inner = inner.replace(theirs, ours)
     return inner

@@ -49,7 +49,10 @@ REPLACED = NOT_NEEDED | {
     if importlib.util.find_spec(name) is None
 }
 
-UNUSED = {"FalconH1ForCausalLM": ("q_norm.weight", "k_norm.weight")}
+UNUSED = {
+    "FalconH1ForCausalLM": ("q_norm.weight", "k_norm.weight"),
+    "MiniMaxM3SparseForConditionalGeneration": ("post_layernorm.weight", "post_layernorm.bias"),
+}
 """Parameters that a class of SGLang makes and never reads."""
 
 

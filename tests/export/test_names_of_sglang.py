@@ -129,3 +129,9 @@ def test_first_projections_of_deepseek_are_declared_as_sglang_joins_them(tmp_pat
     joined = "self_attn.fused_qkv_a_proj_with_mqa"
     assert flat["quantized_layers"][f"model.layers.0.{joined}"]["quant_algo"] == "NVFP4"
     assert f"model.layers.1.{joined}" in flat["ignore"]
+    excluded = {name.rpartition(".")[2] for name in flat["ignore"]}
+    assert "kv_b_proj" in excluded
+    anywhere = {"q_a_proj", "kv_a_proj_with_mqa"}
+    assert not anywhere & excluded, "SGLang would exclude them in every layer"
+    config = in_compressed_tensors(source, uniform(groups, NVFP4_MAX).replace(kept))
+    assert anywhere < {name.rpartition(".")[2] for name in config["ignore"]}
