@@ -15,11 +15,11 @@ RESULTS = ROOT / "experiments" / "architectures" / "results"
 KINDS = (*ARCHITECTURES, *(f"{kind}-fp8" for kind in BLOCK_FP8))
 
 
-def cells(kind: str, said: str) -> set[str]:
-    """Columns of an engine and a layout in which the row of the experiment says so."""
+def cells(kind: str, *said: str) -> set[str]:
+    """Columns of an engine and a layout whose cell in the row of the experiment begins so."""
     found = json.loads((RESULTS / f"{kind}.json").read_text())["cells"]
     names = {f"{engine} {layout}" for engine in ("vLLM", "SGLang") for layout in LAYOUTS}
-    return {name for name in names if found.get(name) == said}
+    return {name for name in names if found.get(name, "").startswith(said)}
 
 
 @pytest.mark.slow
@@ -33,7 +33,7 @@ def test_a_plan_names_the_engines_that_did_not_load_the_checkpoint(kind, autoqua
         for own in plan["refused_by"]
         for layout in own["layouts"]
     }
-    assert cells(kind, "fails") <= refused
+    assert cells(kind, "fails", "if ") <= refused
     assert refused.isdisjoint(cells(kind, "ok"))
     for own in plan["refused_by"]:
         assert f"{own['engine']} is not known to load" in result.stderr
@@ -48,11 +48,13 @@ def test_no_refusal_that_running_showed_has_a_row_that_loads():
         assert named.isdisjoint(cells(entry["model_type"], "ok")), entry
 
 
-def test_each_engine_that_fails_names_a_way_that_the_other_reads(autoquant, tmp_path):
-    result = autoquant("plan", save_published("kimi_linear", tmp_path / "model"))
-    vllm, sglang = (line for line in result.stderr.splitlines() if "known to load" in line)
+def test_an_engine_that_fails_names_a_way_that_it_or_the_other_reads(autoquant, tmp_path):
+    result = autoquant("plan", save_published("kimi_linear", tmp_path / "kimi"))
+    [vllm] = (line for line in result.stderr.splitlines() if "known to load" in line)
     assert vllm.startswith("warning: vLLM 0.33.0 is not known to load")
-    assert "this model in the layout compressed-tensors: it asks a dense MLP for `weight`" in vllm
+    assert "this model in the layout compressed-tensors: it takes packed weights for" in vllm
     assert vllm.endswith("by a search space, or write it with --layout modelopt.")
-    assert "this model, in either layout: it looks up shared experts" in sglang
+    result = autoquant("plan", save_published("gpt_oss", tmp_path / "gpt"))
+    [sglang] = (line for line in result.stderr.splitlines() if "known to load" in line)
+    assert "this model, in either layout: it builds attention without a quantization" in sglang
     assert sglang.endswith(". Serve it with vLLM 0.33.0 (--layout modelopt).")
