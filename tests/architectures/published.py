@@ -59,7 +59,11 @@ ONLY_PUBLISHED: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True},
     "deepseek_v3": {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "deepseek_v32": {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-    "deepseek_v4": {"num_hash_layers": 1, "topk_method": "noaux_tc"},
+    "deepseek_v4": {
+        "compress_ratios": [128, 4],
+        "num_hash_layers": 1,
+        "topk_method": "noaux_tc",
+    },
     "glm_moe_dsa": {
         "first_k_dense_replace": 1,
         "moe_layer_freq": 1,
