@@ -18,6 +18,15 @@ LOOKED_UP = {
     "qwen3_vl_moe_text": _QWEN3_VL,
     "gemma2": ((re.compile(r"(?P<part>(self_attn|mlp)\.\w+)"), "{part}"),),
     "kimi_linear": ((re.compile(r"\w+\.shared_experts\.(?P<part>\w+)"), "{part}"),),
+    "deepseek_v4": (
+        (re.compile(r"attn\.fused_wqa_wkv"), "model.layers.{index}.self_attn.wqkv_a"),
+        (re.compile(r"attn\.(?P<part>.+)"), "model.layers.{index}.self_attn.{part}"),
+        (re.compile(r"ffn\.(?P<part>.+_proj)"), "model.layers.{index}.mlp.{part}"),
+        (
+            re.compile(r"ffn\.shared_experts\.w2"),
+            "model.layers.{index}.mlp.shared_experts.down_proj",
+        ),
+    ),
     "falcon_h1": (
         (re.compile(r"self_attn\.(?P<part>\w+)"), "{layer}.{part}"),
         (re.compile(r"feed_forward\.(?P<part>\w+)"), "{layer}.mlp.{part}"),

@@ -58,6 +58,13 @@ CONDITIONS = {
         )
         for kind in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa")
     },
+    **{
+        ("deepseek_v4", f"SGLang {layout}"): Condition(
+            "`wq_a` and `wkv` stay",
+            in_bf16("attn.fused_wqa_wkv", "attn.wkv", "attn.wq_a", "attn.qkv_a"),
+        )
+        for layout in ("modelopt", "compressed-tensors")
+    },
     ("glm4_moe", "SGLang compressed-tensors"): Condition(
         "experts are not in NVFP4", experts_in(FP8)
     ),

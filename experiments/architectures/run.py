@@ -236,6 +236,7 @@ def _place(name: str) -> str:
     for theirs, ours in (
         (".routed_experts", ""),
         (".block_sparse_moe.", ".mlp."),
+        (".ffn.", ".mlp."),
         (".attn.", ".self_attn."),
         (".short_conv.", ".conv."),
         (".mamba.mamba.", ".mamba."),

@@ -62,6 +62,13 @@ ONLY_PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v4": {
         "compress_ratios": [128, 4],
         "num_hash_layers": 1,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 16,
+            "original_max_position_embeddings": 65536,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
         "topk_method": "noaux_tc",
     },
     "glm_moe_dsa": {
