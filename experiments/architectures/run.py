@@ -178,8 +178,8 @@ def journey(kind: str, folder: Path, engines: Iterable[Engine]) -> Row:
                 condition = CONDITIONS.get((kind.removesuffix("-fp8"), column))
                 if condition:
                     changed = condition.change(plan["groups"], assignment)
-                    exported = own.export(changed, layout, f"{name}-{engine.name}")
-                    if _ask(engine, row, column, exported, own, changed):
+                    other = own.export(changed, layout, f"{name}-{engine.name}")
+                    if _ask(engine, row, column, other, own, changed):
                         row.cells[column] = f"if {condition.said}"
     return row
 
