@@ -20,6 +20,10 @@ LOOKED_UP = {
     "kimi_linear": ((re.compile(r"\w+\.shared_experts\.(?P<part>\w+)"), "{part}"),),
     "deepseek_v4": (
         (re.compile(r"attn\.fused_wqa_wkv"), "model.layers.{index}.self_attn.wqkv_a"),
+        (
+            re.compile(r"attn\.(?P<part>.*compressor)\.fused_wkv_wgate"),
+            "model.layers.{index}.self_attn.{part}.wkv_gate",
+        ),
         (re.compile(r"attn\.(?P<part>.+)"), "model.layers.{index}.self_attn.{part}"),
         (re.compile(r"ffn\.(?P<part>.+_proj)"), "model.layers.{index}.mlp.{part}"),
         (
