@@ -47,6 +47,10 @@ LOOKED_UP = {
 `behind` is the block's index if its state-space branch stood behind all others. SGLang tells
 Gemma 2 no layer at all, and Kimi-Linear none of shared experts."""
 
+WITH_ONE_NAME = frozenset({"zamba2"})
+"""Model types of which vLLM looks up several blocks under one name, which joins their groups. What
+SGLang alone looks up so is declared where all layers agree."""
+
 LOOKED_UP_EVERYWHERE = (
     (
         re.compile(r"self_attn\.fused_qkv_a_proj"),

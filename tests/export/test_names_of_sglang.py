@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from exported import NVFP4_MAX, uniform
-from published import save_published
 from tiny_models import save_model
 
 from autoquant.export.declaration import quantized_linears
@@ -136,22 +135,3 @@ def test_first_projections_of_deepseek_are_declared_as_sglang_joins_them(tmp_pat
     assert not anywhere & excluded, "SGLang would exclude them in every layer"
     config = in_compressed_tensors(source, uniform(groups, NVFP4_MAX).replace(kept))
     assert anywhere < {name.rpartition(".")[2] for name in config["ignore"]}
-
-
-def test_deepseek_v4_is_declared_as_sglang_holds_it(tmp_path):
-    source = open_source(save_published("deepseek_v4", tmp_path / "source"))
-    groups = find_groups(source)
-    kept = {"layers.1.attn.wo_b": BF16, "layers.0.attn.wo_b": FP8, "layers.1.ffn.experts": BF16}
-    assignment = uniform(groups, NVFP4_MAX).replace(kept)
-    flat, config = in_modelopt(source, assignment), in_compressed_tensors(source, assignment)
-    first, second = (f"model.layers.{index}" for index in range(2))
-    names = [f"{first}.self_attn.{part}" for part in ("wqkv_a", "wq_b")]
-    names += [f"{first}.mlp.{part}" for part in ("experts", "shared_experts.gate_up_proj")]
-    layers = flat["quantized_layers"]
-    assert {layers[name]["quant_algo"] for name in names} == {"NVFP4"}
-    assert layers[f"{first}.self_attn.wo_b"] == {"quant_algo": "FP8"}
-    for name in (f"{second}.self_attn.wo_b", f"{second}.mlp.shared_experts.down_proj"):
-        assert name in flat["ignore"] and name in config["ignore"]
-    targets = {own["format"]: own["targets"] for own in config["config_groups"].values()}
-    assert finds(targets["nvfp4-pack-quantized"], f"{first}.mlp.experts.0.gate_proj")
-    assert finds(config["ignore"], f"{second}.mlp.experts.0.gate_proj")
