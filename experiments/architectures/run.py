@@ -276,7 +276,7 @@ def _made_with(rows: Iterable[Row]) -> list[str]:
     counted = Counter(
         ", ".join(f"{name} {own}" for name, own in row.versions.items()) for row in rows
     )
-    return [f"{count} rows were made with {made}." for made, count in counted.items() if made]
+    return [f"Made with {made}: {count} rows.  " for made, count in counted.items() if made]
 
 
 def main() -> None:
