@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from autoquant.errors import ConfigError, SourceError
 from autoquant.formats import all_formats
-from autoquant.plan.joining import Matrix, looked_up, matrices
+from autoquant.plan.joining import ONE_FORMAT, Matrix, looked_up, matrices
 from autoquant.plan.linears import LayerGroup, Linear
 from autoquant.source import names as table
 from autoquant.source.architecture import ties_embeddings
@@ -144,11 +144,13 @@ def group_tensors(
     if (why := table.CLOSED_EXPERTS.get(text_config.get("model_type", ""))) is not None:
         groups = [replace(g, closed=g.closed or why) if g.role == "experts" else g for g in groups]
     groups.sort(key=_forward_order)
-    return Groups(groups=_with_one_name(groups), fixed=tuple(fixed))
+    if text_config.get("model_type") in ONE_FORMAT:
+        groups = _with_one_name(groups)
+    return Groups(groups=tuple(groups), fixed=tuple(fixed))
 
 
-def _with_one_name(groups: Iterable[LayerGroup]) -> tuple[LayerGroup, ...]:
-    """Groups, those that an engine looks up under one name as the first of them (Zamba2)."""
+def _with_one_name(groups: Iterable[LayerGroup]) -> list[LayerGroup]:
+    """Groups, those that an engine looks up under one name as the first of them."""
     found: dict[str, LayerGroup] = {}
     of_name: dict[str, str] = {}
     for group in groups:
@@ -163,7 +165,7 @@ def _with_one_name(groups: Iterable[LayerGroup]) -> tuple[LayerGroup, ...]:
             )
         found[group.name] = group
         of_name |= dict.fromkeys(names, group.name)
-    return tuple(found.values())
+    return list(found.values())
 
 
 def engine_names(

@@ -35,6 +35,11 @@ LOOKED_UP = {
 Gemma 2 no layer at all, and Kimi-Linear none of shared experts."""
 
 
+ONE_FORMAT = frozenset({"zamba2"})
+"""Model types whose modules of one looked-up name need one format: no engine tells them apart. Of
+the others, vLLM does."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
     """What engines multiply as one matrix, of one linear or of several."""
