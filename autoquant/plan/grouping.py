@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from autoquant.errors import ConfigError, SourceError
 from autoquant.formats import all_formats
-from autoquant.plan.joining import WITH_ONE_NAME, Matrix, looked_up, matrices
+from autoquant.plan.joining import ONE_FORMAT, Matrix, looked_up, matrices
 from autoquant.plan.linears import LayerGroup, Linear
 from autoquant.source import names as table
 from autoquant.source.architecture import ties_embeddings
@@ -144,7 +144,7 @@ def group_tensors(
     if (why := table.CLOSED_EXPERTS.get(text_config.get("model_type", ""))) is not None:
         groups = [replace(g, closed=g.closed or why) if g.role == "experts" else g for g in groups]
     groups.sort(key=_forward_order)
-    if text_config.get("model_type") in WITH_ONE_NAME:
+    if text_config.get("model_type") in ONE_FORMAT:
         groups = _with_one_name(groups)
     return Groups(groups=tuple(groups), fixed=tuple(fixed))
 

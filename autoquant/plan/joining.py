@@ -47,10 +47,6 @@ LOOKED_UP = {
 `behind` is the block's index if its state-space branch stood behind all others. SGLang tells
 Gemma 2 no layer at all, and Kimi-Linear none of shared experts."""
 
-WITH_ONE_NAME = frozenset({"zamba2"})
-"""Model types of which vLLM looks up several blocks under one name, which joins their groups. What
-SGLang alone looks up so is declared where all layers agree."""
-
 LOOKED_UP_EVERYWHERE = (
     (
         re.compile(r"self_attn\.fused_qkv_a_proj"),
@@ -58,6 +54,11 @@ LOOKED_UP_EVERYWHERE = (
     ),
 )
 """The same of every model: vLLM's name of DeepSeek's first projections, and SGLang's."""
+
+
+ONE_FORMAT = frozenset({"zamba2"})
+"""Model types whose modules of one looked-up name need one format: no engine tells them apart. Of
+the others, vLLM does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -113,6 +113,7 @@ layout, which packed codes do not survive."""
 CLOSED_EXPERTS: Mapping[str, str] = {
     "longcat_flash": "transformers runs these experts, some of which are no matrices, by a forward "
     "of their own, so that no quantization of theirs can be measured",
+    "ernie4_5_vl_moe_text": "a layer has experts for text, and others that no text reaches",
 }
 """By model type: why routed experts stay BF16 whatever engines load (transformers 5.23)."""
 
@@ -151,7 +152,7 @@ FIXED_COMPONENTS = (
         Fixed.TOWER,
         re.compile(
             r"(vision|visual|audio|speech|image|video|multi_modal|multimodal|mm)(_.*)?"
-            r"|talker|code2wav|token2wav|aligner|connector|patch_merge.*"
+            r"|vit|talker|code2wav|token2wav|aligner|connector|patch_merge.*"
         ),
     ),
 )

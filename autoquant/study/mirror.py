@@ -35,7 +35,7 @@ def open_storage(url: str) -> BaseStorage:
 
     Raises:
         ConfigError: it is no such URL, or a package that it needs is not installed.
-        RunConflict: the storage does not answer.
+        RunConflict: the storage does not answer, or is read-only.
     """
     from sqlalchemy.exc import ArgumentError  # slow
 
@@ -53,6 +53,7 @@ def open_storage(url: str) -> BaseStorage:
                 else optuna.storages.RDBStorage(_with_driver(url))
             )
             optuna.get_all_study_names(storage)
+            _require_writable(storage)
     except (ImportError, ValueError, ArgumentError) as error:
         raise ConfigError(
             f"--study-storage {shown} cannot be used: {brief(error)}.",
@@ -61,6 +62,19 @@ def open_storage(url: str) -> BaseStorage:
     except Exception as error:  # each kind of storage has errors of its own
         raise no_answer(f"the storage {shown}", error) from error
     return storage
+
+
+def _require_writable(storage: BaseStorage) -> None:
+    """Raises OperationalError: a file of SQLite that nothing can be written to."""
+    if isinstance(storage, optuna.storages.RDBStorage) and storage.engine.name == "sqlite":
+        with storage.engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            connection.exec_driver_sql("CREATE TABLE autoquant_tries (x INTEGER)")
+            connection.rollback()
+
+
+class _Shared(Exception):
+    """A study that somebody else adds to."""
 
 
 @dataclass(kw_only=True)
@@ -78,6 +92,8 @@ class Mirror:
     _target: optuna.Study | None = field(default=None, init=False)
     _sent: int = field(default=0, init=False)
     _is_away: bool = field(default=False, init=False)
+    _is_shared: bool = field(default=False, init=False)
+    """Whether another search adds to the study."""
     _call: threading.Thread | None = field(default=None, init=False)
     """The last one to the storage, which may hang there."""
 
@@ -87,17 +103,24 @@ class Mirror:
         Raises:
             RunConflict: the storage has a study of the name that is another search's.
         """
-        if self._is_away:
+        if self._is_away or self._is_shared:
             return
         try:
             self._add()
         except RunConflict:
             raise
+        except _Shared:
+            self._is_shared = True
+            self.warn(
+                f"another search adds its trials to the study {self.source.study_name!r} of this "
+                "--study-storage, whose settings are the same. This one adds no more there, and "
+                "study.log has all trials; give one of them another --study-storage."
+            )
         except Exception as error:  # each kind of storage has errors of its own
             self._is_away, self._target = True, None
             self.warn(
-                f"the study's storage went away ({type(error).__name__}): the search goes on, and "
-                "study.log has all trials."
+                f"the study's storage {_how_it_fails(error)}: the search goes on, and study.log "
+                "has all trials."
             )
 
     def finish(self) -> None:
@@ -106,6 +129,8 @@ class Mirror:
         Raises:
             RunConflict: the storage has a study of the name that is another search's.
         """
+        if self._is_shared:
+            return
         was_away, self._is_away = self._is_away, False
         warn, self.warn = self.warn, lambda _: None
         try:
@@ -125,8 +150,14 @@ class Mirror:
                 self._in_time(self._open)
             assert self._target is not None
             for trial in trials[self._sent :]:
-                self._in_time(partial(self._target.add_trial, trial))
+                self._in_time(partial(self._add_one, self._target, trial))
                 self._sent += 1
+
+    def _add_one(self, target: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        """Raises _Shared: the study has trials that this search has not added."""
+        if len(target.get_trials(deepcopy=False)) != self._sent:
+            raise _Shared
+        target.add_trial(trial)
 
     def _in_time(self, call: Callable[[], None]) -> None:
         """Call the storage, and give up one that does not answer.
@@ -167,11 +198,27 @@ class Mirror:
 
 
 def no_answer(storage: str, error: Exception) -> RunConflict:
-    """Of a storage that is not there when a command begins."""
+    """Of a storage that is not there, or that takes nothing, when a command begins."""
+    if _is_read_only(error):
+        return RunConflict(
+            f"{storage} is read-only: {brief(error)}.",
+            fix="make the file and its folder writable, or give another --study-storage.",
+        )
     return RunConflict(
         f"{storage} does not answer: {type(error).__name__}: {brief(error)}.",
         fix="start it; a search does without --study-storage too: study.log has all trials.",
     )
+
+
+def _is_read_only(error: BaseException | None) -> bool:
+    """Whether SQLite says so, in the error or in what it was raised from."""
+    return error is not None and (
+        "readonly database" in str(error) or _is_read_only(error.__cause__)
+    )
+
+
+def _how_it_fails(error: Exception) -> str:
+    return "is read-only" if _is_read_only(error) else f"went away ({type(error).__name__})"
 
 
 def _join(call: threading.Thread) -> None:

@@ -62,6 +62,16 @@ def test_a_storage_that_does_not_answer_is_exit_5_before_anything_is_measured(se
     assert not (tmp_path / "run").exists()
 
 
+def test_a_read_only_storage_is_exit_5_before_anything_is_measured(search, tmp_path):
+    file = tmp_path / "study.db"
+    optuna.storages.RDBStorage(f"sqlite:///{file}")
+    done = search("--study-storage", f"sqlite:///file:{file}?mode=ro&uri=true")
+    assert done.exit_code == 5
+    assert "is read-only" in done.stderr
+    assert "fix: make the file and its folder writable" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["postgres", "proxy"])
 def test_a_server_that_goes_away_ends_no_search_and_the_same_command_adds_the_rest(

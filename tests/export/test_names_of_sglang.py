@@ -12,7 +12,7 @@ from autoquant.export.declaration import quantized_linears
 from autoquant.export.layouts import compressed_tensors, modelopt
 from autoquant.formats import BF16, FP8
 from autoquant.plan.assignment import Assignment
-from autoquant.plan.grouping import find_groups
+from autoquant.plan.grouping import Groups, find_groups
 from autoquant.source.source import Source, open_source
 
 
@@ -135,3 +135,17 @@ def test_first_projections_of_deepseek_are_declared_as_sglang_joins_them(tmp_pat
     assert not anywhere & excluded, "SGLang would exclude them in every layer"
     config = in_compressed_tensors(source, uniform(groups, NVFP4_MAX).replace(kept))
     assert anywhere < {name.rpartition(".")[2] for name in config["ignore"]}
+
+
+def test_the_expression_for_a_text_tower_does_not_depend_on_how_its_experts_are_grouped(tmp_path):
+    """A search may group shared experts with the routed ones; who reads it back does not."""
+    source = open_source(save_model("qwen3_vl_moe", tmp_path))
+    both = [find_groups(source, shared_experts=how) for how in ("with_routed", "separate")]
+    turned = Groups(groups=both[1].groups[::-1], fixed=both[1].fixed[::-1])
+    found: list[set[str]] = []
+    for groups in (*both, turned):
+        linears = quantized_linears(groups, uniform(groups, FP8))
+        config = compressed_tensors.quantization_config(source.headers, groups, linears)
+        (own,) = config["config_groups"].values()
+        found.append({name for name in (*own["targets"], *config["ignore"]) if name[:3] == "re:"})
+    assert found[0] == found[1] == found[2]

@@ -26,6 +26,12 @@ def test_blocks_that_an_engine_looks_up_under_one_name_are_one_group(tmp_path):
     assert not any(group.name.startswith(second) for group in groups)
 
 
+def test_layers_that_one_engine_alone_does_not_tell_apart_are_groups_of_their_own(tmp_path):
+    """SGLang asks for `self_attn.qkv_proj` of every layer of Gemma 2, and vLLM for each."""
+    groups = find_groups(open_source(save_model("gemma2", tmp_path)))
+    assert {"model.layers.0.self_attn.qkv", "model.layers.1.self_attn.qkv"} < groups.by_name.keys()
+
+
 def test_experts_that_transformers_runs_in_a_way_of_their_own_are_closed(tmp_path):
     config = transformers.LongcatFlashConfig(
         vocab_size=64,

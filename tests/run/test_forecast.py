@@ -155,6 +155,13 @@ def test_passes_are_those_that_a_search_then_counts(autoquant, tmp_path, probe, 
     assert brought <= found["brought_bytes"] < 3 * brought
 
 
+def test_a_search_without_trials_passes_over_nothing_to_refine(autoquant, tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    flags = (model, "--device", "cpu", "--weights", "disk", "--host-memory", "1GiB")
+    found = forecast(autoquant, *flags, "--trials", 0)["passes"]
+    assert found["refine"]["passes"] == 0 < found["solve"]["passes"]
+
+
 def test_passes_are_more_where_states_of_all_batches_do_not_fit(autoquant, tmp_path):
     model = save_model("llama", tmp_path / "model", hidden_size=256)
     flags = (model, "--device", "cpu", "--weights", "disk", "--host-memory")

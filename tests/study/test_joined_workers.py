@@ -356,3 +356,32 @@ def test_a_storage_that_goes_away_ends_a_worker(url, monkeypatch, is_registered)
     assert isinstance(worker.error, RunConflict)
     assert "the study's storage has not answered for 0 seconds: " in str(worker.error)
     assert "\n" not in worker.error.message
+
+
+def test_a_worker_that_stood_still_says_so_and_goes_on(url, monkeypatch):
+    """Its threads are held up together, as those of a process that is stopped."""
+    for name, seconds in (("ANSWERS_WITHIN", 0.3), ("PATIENCE", 0.3), ("STANDSTILL", 0.5)):
+        monkeypatch.setattr(watch, name, seconds)
+    notes, offers = [], []
+    with roster_at(url) as at, Membership(open_storage(url), NAME, ABOUT_IT, notes.append) as own:
+        thread = threading.Thread(target=lambda: offers.append(own.offer()), daemon=True)
+        thread.start()
+        wait_until(lambda: own._attributes)
+        with own._link.changed:
+            time.sleep(1.0)
+        wait_until(lambda: notes)
+        at.offer(OFFER)
+        thread.join(WITHIN)
+    assert offers == [OFFER]
+    assert notes == ["this process stood still for 1 seconds, and goes on."]
+
+
+def test_a_search_of_the_same_settings_that_is_in_progress_is_not_disturbed(url):
+    with roster_at(url) as first:
+        first.offer(OFFER)
+        with pytest.raises(RunConflict, match="'tiny-6bpe' is in progress") as raised:
+            roster_at(url)
+        assert "autoquant join" in raised.value.fix
+        with quietly():
+            study = optuna.load_study(study_name=NAME, storage=url)
+        assert study.user_attrs[link.OFFER] == OFFER

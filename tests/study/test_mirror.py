@@ -109,6 +109,35 @@ def test_what_a_storage_lacks_is_added_by_the_next_call(log, trials, url):
     assert again == []
 
 
+def test_another_search_that_adds_to_the_study_is_told_of_once_and_ends_no_search(log, trials, url):
+    warned: list[str] = []
+    mirror = mirror_of(log, open_storage(url), warned)
+    log.add(trials[0])
+    mirror.send()
+    loaded(url).add_trial(log.form.frozen(trials[1]))
+    for trial in trials[1:]:
+        log.add(trial)
+        mirror.send()
+    mirror.finish()
+    (told,) = warned
+    assert "another search adds its trials to the study 'tiny-6bpe' of this --study-storage" in told
+    assert "give one of them another --study-storage" in told
+    assert len(loaded(url).trials) == 2
+
+
+def test_a_file_that_becomes_read_only_ends_no_search_and_is_named_as_such(log, trials, url):
+    path = url.removeprefix("sqlite:///")
+    open_storage(url)
+    warned: list[str] = []
+    with quietly():
+        storage = optuna.storages.RDBStorage(f"sqlite:///file:{path}?mode=ro&uri=true")
+    log.add(trials[0])
+    mirror_of(log, storage, warned).send()
+    assert warned == [
+        "the study's storage is read-only: the search goes on, and study.log has all trials."
+    ]
+
+
 @pytest.mark.parametrize("other", ["attributes", "trials"])
 def test_the_study_of_another_search_is_refused(log, trials, url, other):
     with quietly():
@@ -122,6 +151,14 @@ def test_the_study_of_another_search_is_refused(log, trials, url, other):
         with pytest.raises(RunConflict, match="with other trials than this search's"):
             getattr(mirror, send)()
     assert len(loaded(url).trials) == (other == "trials")
+
+
+def test_a_read_only_file_is_named_as_such_at_the_start(url):
+    open_storage(url)
+    path = url.removeprefix("sqlite:///")
+    with pytest.raises(RunConflict, match="uri=true is read-only: ") as raised:
+        open_storage(f"sqlite:///file:{path}?mode=ro&uri=true")
+    assert "make the file and its folder writable" in raised.value.fix
 
 
 @pytest.mark.parametrize(

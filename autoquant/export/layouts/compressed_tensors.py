@@ -148,12 +148,11 @@ def _ignored(headers: Headers, groups: Groups, choices: Mapping[str, Choice]) ->
 def _in_text_tower(names: Iterable[str]) -> list[str]:
     """An expression for the names that begin as those of a text tower do.
 
-    SGLang's Qwen3-VL renames them in what it reads, and looks up the names from before.
+    SGLang's Qwen3-VL renames them in what it reads, and looks up the names from before. Sorted:
+    who reads the checkpoint back may list its linears in another order.
     """
-    inside = [
-        re.escape(name) for name in names if name.startswith(_TEXT_TOWER) and _is_asked_for(name)
-    ]
-    return [f"{EXPRESSION}({'|'.join(inside)})$"] if inside else []
+    inside = {name for name in names if name.startswith(_TEXT_TOWER) and _is_asked_for(name)}
+    return [f"{EXPRESSION}({'|'.join(map(re.escape, sorted(inside)))})$"] if inside else []
 
 
 def _is_asked_for(name: str) -> bool:

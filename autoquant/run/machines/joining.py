@@ -98,7 +98,7 @@ def join_search(config: JoinConfig, observer: Progress) -> Joined:
         name = searches.ours()
     search = name.removesuffix(SUFFIX)
     observer.note(f"joins the search {search}")
-    with Membership(storage, name, about) as member, _folder(config.out) as folder:
+    with Membership(storage, name, about, observer.note) as member, _folder(config.out) as folder:
         session = open_to_probe(config, plan, folder, observer, ALONE)
         offer = member.offer()
         if offer is None:

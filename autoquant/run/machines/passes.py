@@ -166,5 +166,5 @@ def _of_refinement(config: PlanConfig, waves: _Waves, batches: int, pairs: int) 
 
 
 def _shares(count: int, most: int) -> Iterator[int]:
-    """A number in parts of `most`, the last of which may be smaller."""
-    return (min(most, left) for left in range(count, 0, -most))
+    """A number in parts of `most`, the last of which may be smaller; none of nothing."""
+    return (min(most, left) for left in range(count, 0, -max(1, most)))

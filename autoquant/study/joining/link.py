@@ -62,12 +62,17 @@ class Link:
         """Exchange at once: there is something to write."""
         self._woken.set()
 
-    def wait(self) -> None:
+    def wait(self) -> float:
         """Return behind the next exchange, or when something else has changed; `changed` is held.
 
         A storage that hangs is not waited for.
+
+        Returns:
+            Seconds that it took: many more than `INTERVAL` where the process stood still.
         """
+        before = time.monotonic()
         self.changed.wait(INTERVAL)
+        return time.monotonic() - before
 
     def stop(self, within: float = 0.0) -> None:
         """End behind one more exchange, and wait so many seconds for it."""
@@ -78,6 +83,10 @@ class Link:
     def silence(self) -> float:
         """Seconds since the storage answered."""
         return time.monotonic() - self._answered
+
+    def forgive(self) -> None:
+        """Count the storage's silence from now on: nobody has asked it."""
+        self._answered = time.monotonic()
 
     def _run(self) -> None:
         is_last = False

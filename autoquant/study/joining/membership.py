@@ -26,10 +26,17 @@ class Membership(Watch):
         storage: where the study is.
         name: of the study.
         about: what this worker has in common with the search.
+        note: is told what happens to the worker.
     """
 
-    def __init__(self, storage: BaseStorage, name: str, about: Mapping[str, Any]) -> None:
-        super().__init__(self._exchange)
+    def __init__(
+        self,
+        storage: BaseStorage,
+        name: str,
+        about: Mapping[str, Any],
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        super().__init__(self._exchange, note)
         self._storage, self._name, self._about = storage, name, about
         self._study: optuna.Study | None = None
         self._trial: optuna.Trial | None = None

@@ -1,5 +1,6 @@
 """The search's side: who has joined, and what the storage is told."""
 
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -9,10 +10,34 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
+from autoquant.errors import RunConflict
 from autoquant.search.quiet import quietly
-from autoquant.study.joining.link import ABOUT, BEAT, HOST, OFFER, Link
+from autoquant.study.joining import link
+from autoquant.study.joining.link import ABOUT, BEAT, HOST, OFFER, SUFFIX, Link
 from autoquant.study.joining.worker import JoinedWorker
 from autoquant.study.mirror import ANSWERS_WITHIN, no_answer
+
+_LOOKS = 5
+"""Looks at the beat of a study that is there already, one each interval."""
+
+
+def _require_alone(study: optuna.Study) -> None:
+    """Return if no search beats in the study; a killed one leaves a last beat.
+
+    Raises:
+        RunConflict: one does.
+    """
+    beats = [study.user_attrs.get(BEAT)]
+    while beats[0] is not None and len(beats) <= _LOOKS:
+        time.sleep(link.INTERVAL)
+        beats.append(study.user_attrs.get(BEAT))
+        if len({str(beat) for beat in beats}) > 2:
+            name = study.study_name.removesuffix(SUFFIX)
+            raise RunConflict(
+                f"the search {name!r} is in progress in this --study-storage, with these settings.",
+                fix="take part in it with `autoquant join`, wait for its end, or give another "
+                "--study-storage.",
+            )
 
 
 class Roster:
@@ -45,13 +70,17 @@ class Roster:
             about: what a worker must have in common with the search, JSON values.
 
         Raises:
-            RunConflict: the storage does not answer.
+            RunConflict: the storage does not answer, or another search of these settings is in
+                progress there.
         """
         try:
             with quietly():
                 study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+            _require_alone(study)
             study.set_user_attr(OFFER, None)
             study.set_user_attr(ABOUT, about)
+        except RunConflict:
+            raise
         except Exception as error:  # each kind of storage has errors of its own
             raise no_answer("the study's storage", error) from error
         return cls(storage, study)

@@ -6,10 +6,15 @@ from typing import TypeVar
 
 from autoquant.errors import RunConflict
 from autoquant.study.joining.link import Link
+from autoquant.study.joining.worker import LEASE
 from autoquant.study.mirror import ANSWERS_WITHIN, brief
 
 PATIENCE = 600.0
 """Seconds that a worker waits for a search to begin, or to go on where it was killed."""
+
+STANDSTILL = 30.0
+"""Seconds of a wait of `INTERVAL` after which the process itself did not run: it was stopped, or
+the machine slept."""
 
 _Found = TypeVar("_Found")
 
@@ -19,10 +24,13 @@ class Watch:
 
     Args:
         exchange: with the storage.
+        note: is told what happens to the worker.
     """
 
-    def __init__(self, exchange: Callable[[], None]) -> None:
-        self._link = Link(exchange)
+    def __init__(
+        self, exchange: Callable[[], None], note: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._link, self._note = Link(exchange), note
         self._heard = time.monotonic()
         """When a search was heard of last."""
 
@@ -39,7 +47,15 @@ class Watch:
                 if self._has_ended():
                     return None
                 self._require_life()
-                self._link.wait()
+                if (seconds := self._link.wait()) > STANDSTILL:
+                    self._resume(seconds)
+
+    def _resume(self, seconds: float) -> None:
+        """Go on after a standstill, in which neither storage nor search were asked."""
+        self._link.forgive()
+        self._heard = time.monotonic()
+        lost = " The search took it for lost, and may ask it again." if seconds > LEASE else ""
+        self._note(f"this process stood still for {seconds:.0f} seconds, and goes on.{lost}")
 
     def _has_ended(self) -> bool:
         return False
