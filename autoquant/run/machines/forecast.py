@@ -1,7 +1,7 @@
 """What a search will take of this machine, before a weight is read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -15,7 +15,13 @@ from autoquant.model.streaming.placement import Sizes, choose, processes_here
 from autoquant.model.streaming.work import STATE_BYTES
 from autoquant.plan.plan import Plan
 from autoquant.run.config import PlanConfig
-from autoquant.run.machines.passes import Passes, Streaming, forecast_passes
+from autoquant.run.cpu_work import work_bytes
+from autoquant.run.machines.passes import (
+    Passes,
+    Streaming,
+    forecast_passes,
+    states_of_gradients,
+)
 from autoquant.source.headers import DTYPE_BYTES
 
 
@@ -46,7 +52,12 @@ class Forecast:
         """
         device = choose_device(config.device)
         is_gpu = device.type == "cuda"
-        sizes = sizes_of(plan.source, trust_remote_code=config.trust_remote_code)
+        choices = plan.options.choices
+        open_groups = [group for group in plan.groups if choices[group.name] != (BF16,)]
+        sizes = replace(
+            sizes_of(plan.source, trust_remote_code=config.trust_remote_code),
+            work=work_bytes(config, plan.source, open_groups),
+        )
         gpus = _gpus(device, config.weights)
         weights, left = choose(sizes, device, config.allowance, gpus=gpus)
         streaming = Streaming(
@@ -54,8 +65,10 @@ class Forecast:
             width=sizes.width,
             state_bytes=max(left.host, STATE_BYTES + left.device),
         )
-        kept = left.kept.most(*_codes(plan))
         is_streamed = weights is not Weights.RESIDENT
+        kept = left.kept.most(*_codes(plan))
+        if not is_gpu:
+            kept += min(left.host, states_of_gradients(config, streaming, is_streamed=is_streamed))
         return cls(
             device=str(device),
             weights=weights,

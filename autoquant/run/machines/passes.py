@@ -71,6 +71,14 @@ def forecast_passes(config: PlanConfig, plan: Plan, streaming: Streaming) -> dic
     return found
 
 
+def states_of_gradients(config: PlanConfig, streaming: Streaming, *, is_streamed: bool) -> int:
+    """Bytes of the states between all blocks that gradients begin with: of all batches where a pass
+    brings the weights, and else of one.
+    """
+    batches = _batches(config, config.search_tokens) if is_streamed else 1
+    return streaming.stages * batches * _bytes_of_batch(config, streaming)
+
+
 _Waves = Callable[[int, int], int]
 """Passes of so many batches, with so many forwards of each."""
 
