@@ -38,8 +38,8 @@ class Forecast:
     """Most of the device's memory, with work beside the weights, and codes that are kept."""
     host_bytes: int
     """Most of the host's; beside a CPU that is the device's."""
-    passes: Mapping[str, Passes]
-    """Over weights that are streamed, by part of the search; empty where they are resident."""
+    parts: Mapping[str, Passes]
+    """Of the search, in their order."""
 
     @classmethod
     def of(cls, config: PlanConfig, plan: Plan) -> Self:
@@ -64,11 +64,11 @@ class Forecast:
             stages=len(sizes.blocks),
             width=sizes.width,
             state_bytes=max(left.host, STATE_BYTES + left.device),
+            is_streamed=weights is not Weights.RESIDENT,
         )
-        is_streamed = weights is not Weights.RESIDENT
         kept = left.kept.most(*_codes(plan))
         if not is_gpu:
-            kept += min(left.host, states_of_gradients(config, streaming, is_streamed=is_streamed))
+            kept += min(left.host, states_of_gradients(config, streaming))
         return cls(
             device=str(device),
             weights=weights,
@@ -76,8 +76,13 @@ class Forecast:
             gpus=gpus.count,
             device_bytes=sizes.on_device(weights, is_gpu=is_gpu, gpus=gpus.count) + kept,
             host_bytes=sizes.on_host(weights, is_gpu=is_gpu) + (0 if is_gpu else kept),
-            passes=forecast_passes(config, plan, streaming) if is_streamed else {},
+            parts=forecast_passes(config, plan, streaming),
         )
+
+    @property
+    def passes(self) -> Mapping[str, Passes]:
+        """Over weights that are streamed, by part of the search; empty where they are resident."""
+        return {} if self.weights is Weights.RESIDENT else self.parts
 
     @property
     def all_passes(self) -> int:
