@@ -18,6 +18,19 @@ LOOKED_UP = {
     "qwen3_vl_moe_text": _QWEN3_VL,
     "gemma2": ((re.compile(r"(?P<part>(self_attn|mlp)\.\w+)"), "{part}"),),
     "kimi_linear": ((re.compile(r"\w+\.shared_experts\.(?P<part>\w+)"), "{part}"),),
+    "deepseek_v4": (
+        (re.compile(r"attn\.fused_wqa_wkv"), "model.layers.{index}.self_attn.wqkv_a"),
+        (
+            re.compile(r"attn\.(?P<part>.*compressor)\.fused_wkv_wgate"),
+            "model.layers.{index}.self_attn.{part}.wkv_gate",
+        ),
+        (re.compile(r"attn\.(?P<part>.+)"), "model.layers.{index}.self_attn.{part}"),
+        (re.compile(r"ffn\.(?P<part>.+_proj)"), "model.layers.{index}.mlp.{part}"),
+        (
+            re.compile(r"ffn\.shared_experts\.w2"),
+            "model.layers.{index}.mlp.shared_experts.down_proj",
+        ),
+    ),
     "falcon_h1": (
         (re.compile(r"self_attn\.(?P<part>\w+)"), "{layer}.{part}"),
         (re.compile(r"feed_forward\.(?P<part>\w+)"), "{layer}.mlp.{part}"),
@@ -33,6 +46,14 @@ LOOKED_UP = {
 0.5.23 looks up under another name than their own, and that name. `root` is what holds the layers;
 `behind` is the block's index if its state-space branch stood behind all others. SGLang tells
 Gemma 2 no layer at all, and Kimi-Linear none of shared experts."""
+
+LOOKED_UP_EVERYWHERE = (
+    (
+        re.compile(r"self_attn\.fused_qkv_a_proj"),
+        "{layer}.self_attn.fused_qkv_a_proj_with_mqa",
+    ),
+)
+"""The same of every model: vLLM's name of DeepSeek's first projections, and SGLang's."""
 
 
 ONE_FORMAT = frozenset({"zamba2"})
@@ -181,7 +202,8 @@ def looked_up(module: str, text_config: Mapping[str, Any]) -> Iterator[str]:
         text_config: of the language model.
     """
     block = table.LAYER.fullmatch(module)
-    for pattern, name in LOOKED_UP.get(text_config.get("model_type", ""), ()):
+    own = LOOKED_UP.get(text_config.get("model_type", ""), ())
+    for pattern, name in (*own, *LOOKED_UP_EVERYWHERE):
         found = block and pattern.fullmatch(block["rest"])
         if block and found:
             root = block["layer"].rpartition(".layers.")[0]

@@ -52,6 +52,19 @@ CONDITIONS = {
     ("qwen3_next", "SGLang compressed-tensors"): Condition(
         "`in_proj_qkvz` stays", in_bf16("in_proj_qkvz")
     ),
+    **{
+        (kind, "SGLang compressed-tensors"): Condition(
+            "`q_a_proj` and `kv_a_proj` stay", in_bf16("qkv_a")
+        )
+        for kind in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa")
+    },
+    **{
+        ("deepseek_v4", f"SGLang {layout}"): Condition(
+            "`wq_a` and `wkv` stay",
+            in_bf16("attn.fused_wqa_wkv", "attn.wkv", "attn.wq_a", "attn.qkv_a"),
+        )
+        for layout in ("modelopt", "compressed-tensors")
+    },
     ("glm4_moe", "SGLang compressed-tensors"): Condition(
         "experts are not in NVFP4", experts_in(FP8)
     ),

@@ -175,11 +175,11 @@ def journey(kind: str, folder: Path, engines: Iterable[Engine]) -> Row:
                 column = f"{engine.name} {layout}"
                 if _ask(engine, row, column, exported, own, assignment):
                     continue
-                condition = CONDITIONS.get((kind, column))
+                condition = CONDITIONS.get((kind.removesuffix("-fp8"), column))
                 if condition:
                     changed = condition.change(plan["groups"], assignment)
-                    exported = own.export(changed, layout, f"{name}-{engine.name}")
-                    if _ask(engine, row, column, exported, own, changed):
+                    other = own.export(changed, layout, f"{name}-{engine.name}")
+                    if _ask(engine, row, column, other, own, changed):
                         row.cells[column] = f"if {condition.said}"
     return row
 
@@ -236,9 +236,11 @@ def _place(name: str) -> str:
     for theirs, ours in (
         (".routed_experts", ""),
         (".block_sparse_moe.", ".mlp."),
+        (".ffn.", ".mlp."),
         (".attn.", ".self_attn."),
         (".short_conv.", ".conv."),
         (".mamba.mamba.", ".mamba."),
+        (".self_attn.", "."),  # SGLang's Qwen3-Next has none
     ):
         inner = inner.replace(theirs, ours)
     return inner
@@ -274,7 +276,7 @@ def _made_with(rows: Iterable[Row]) -> list[str]:
     counted = Counter(
         ", ".join(f"{name} {own}" for name, own in row.versions.items()) for row in rows
     )
-    return [f"{count} rows were made with {made}." for made, count in counted.items() if made]
+    return [f"Made with {made}: {count} rows.  " for made, count in counted.items() if made]
 
 
 def main() -> None:

@@ -49,7 +49,10 @@ REPLACED = NOT_NEEDED | {
     if importlib.util.find_spec(name) is None
 }
 
-UNUSED = {"FalconH1ForCausalLM": ("q_norm.weight", "k_norm.weight")}
+UNUSED = {
+    "FalconH1ForCausalLM": ("q_norm.weight", "k_norm.weight"),
+    "MiniMaxM3SparseForConditionalGeneration": ("post_layernorm.weight", "post_layernorm.bias"),
+}
 """Parameters that a class of SGLang makes and never reads."""
 
 
@@ -123,11 +126,13 @@ def loaded(checkpoint: str) -> tuple[str | None, torch.nn.Module]:
     from sglang.srt.layers.dp_attention import initialize_dp_attention
     from sglang.srt.layers.rotary_embedding import factory
     from sglang.srt.model_loader import get_model, loader
+    from sglang.srt.models import deepseek_v4
     from sglang.srt.runtime_context import SpawnRanks, override_platform, publish
     from sglang.srt.server_args import ServerArgs
 
     # positions on a CPU are computed for one kind of scaling alone
     factory.get_rope_cpu = lambda *arguments: factory.get_rope(*arguments[:-1])
+    deepseek_v4.DeepseekV4ForCausalLM._prewarm_mhc_kernels = lambda model: None
     torch.cuda.get_device_capability = lambda *device: (10, 0)
     load_weights = loader.DefaultModelLoader.load_weights_only
     loader.DefaultModelLoader.load_weights_and_postprocess = staticmethod(

@@ -62,6 +62,7 @@ vllm.platforms._current_platform = CpuPlatform()
 
 with unittest.mock.patch.object(CpuPlatform, "is_cpu", return_value=False):
     import vllm.models.deepseek_v4  # the class for NVIDIA's GPUs
+    from vllm.models.deepseek_v4.nvidia import flashinfer_sparse, flashmla
 
 from vllm.model_executor.layers.fused_moe import config, unquantized_fused_moe_method  # noqa: E402
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import (  # noqa: E402
@@ -91,6 +92,8 @@ def load_every_parameter(self: Any, model: torch.nn.Module, model_config: Any) -
 
 load_weights = DefaultModelLoader.load_weights
 DefaultModelLoader.load_weights = load_every_parameter
+for attention in (flashmla, flashinfer_sparse):  # asks which GPU multiplies
+    attention.compute_fp8_einsum_recipe = lambda: ((1, 128, 128), False)
 config.current_platform = WithExpertsOfGpus()
 unquantized_fused_moe_method.select_unquantized_moe_backend = lambda **arguments: (
     UnquantizedMoeBackend.TRITON,

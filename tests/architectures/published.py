@@ -59,8 +59,24 @@ ONLY_PUBLISHED: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True},
     "deepseek_v3": {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "deepseek_v32": {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-    "deepseek_v4": {"num_hash_layers": 1, "topk_method": "noaux_tc"},
-    "glm_moe_dsa": {"first_k_dense_replace": 1, "moe_layer_freq": 1, "topk_method": "noaux_tc"},
+    "deepseek_v4": {
+        "compress_ratios": [128, 4],
+        "num_hash_layers": 1,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 16,
+            "original_max_position_embeddings": 65536,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
+        "topk_method": "noaux_tc",
+    },
+    "glm_moe_dsa": {
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    },
     "lfm2": {"conv_dim": 64, "conv_dim_out": 64, "block_dim": 64, "block_ff_dim": 96},
     "kimi_linear": {
         "first_k_dense_replace": 1,
@@ -185,6 +201,7 @@ def write_keys_of_minimax_m3(folder: Path) -> None:
         "sparse_topk_blocks": text["index_topk_blocks"],
         "sparse_local_block": text["index_local_blocks"],
         "sparse_attention_freq": [0, 1],
+        "sparse_disable_index_value": [0, 1],
     }
     text |= {
         "hidden_act": "swigluoai",

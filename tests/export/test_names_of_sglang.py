@@ -121,6 +121,22 @@ def test_feed_forward_of_falcon_h1_is_declared_as_mlp(tmp_path):
     assert named["model.layers.1.mlp.gate_up_proj"]["quant_algo"] == "NVFP4"
 
 
+def test_first_projections_of_deepseek_are_declared_as_sglang_joins_them(tmp_path):
+    source = open_source(save_model("deepseek_v3", tmp_path))
+    groups = find_groups(source)
+    kept = {"model.layers.1.self_attn.qkv_a": BF16, "model.layers.0.self_attn.o_proj": FP8}
+    flat = in_modelopt(source, uniform(groups, NVFP4_MAX).replace(kept))
+    joined = "self_attn.fused_qkv_a_proj_with_mqa"
+    assert flat["quantized_layers"][f"model.layers.0.{joined}"]["quant_algo"] == "NVFP4"
+    assert f"model.layers.1.{joined}" in flat["ignore"]
+    excluded = {name.rpartition(".")[2] for name in flat["ignore"]}
+    assert "kv_b_proj" in excluded
+    anywhere = {"q_a_proj", "kv_a_proj_with_mqa"}
+    assert not anywhere & excluded, "SGLang would exclude them in every layer"
+    config = in_compressed_tensors(source, uniform(groups, NVFP4_MAX).replace(kept))
+    assert anywhere < {name.rpartition(".")[2] for name in config["ignore"]}
+
+
 def test_the_expression_for_a_text_tower_does_not_depend_on_how_its_experts_are_grouped(tmp_path):
     """A search may group shared experts with the routed ones; who reads it back does not."""
     source = open_source(save_model("qwen3_vl_moe", tmp_path))

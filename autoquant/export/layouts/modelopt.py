@@ -31,6 +31,9 @@ MIXED = "MIXED_PRECISION"
 KV_CACHE_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
+_FIRST_PROJECTIONS = frozenset({"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"})
+
+
 def quantization_files(
     headers: Headers, groups: Groups, choices: Mapping[str, Choice], *, fp8_kv_cache: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -85,15 +88,27 @@ def _without_traps(ignore: list[str], groups: Groups, choices: Mapping[str, Choi
     in_layer: dict[str, str] = {}
     everywhere = ""
     quantized = (linear for linear in groups.linears if linear.name in choices)
-    for taken in {name for linear in quantized for name in _looked_up(linear)}:
-        layer = layer_of(taken)
-        in_layer[layer] = f"{in_layer.get(layer, '')}\n{taken}"
-        everywhere += f"\n{taken}"
+    taken = {name for linear in quantized for name in _looked_up(linear)}
+    for name in taken:
+        layer = layer_of(name)
+        in_layer[layer] = f"{in_layer.get(layer, '')}\n{name}"
+        everywhere += f"\n{name}"
+    lasts = "\n".join({name.rpartition(".")[2] for name in taken})
     return [
         name
         for name in ignore
         if name not in (in_layer.get(layer_of(name), "") if layer_of(name) else everywhere)
+        and not (_is_excluded_everywhere(name) and name.rpartition(".")[2] in lasts)
     ]
+
+
+def _is_excluded_everywhere(name: str) -> bool:
+    """Whether SGLang 0.5.23 excludes a name's last part in every layer, and inside of others.
+
+    `ModelOptQuantConfig.is_layer_excluded`: a draft layer's `kv_a_proj_with_mqa` would exclude
+    `fused_qkv_a_proj_with_mqa` of all layers.
+    """
+    return name.rpartition(".")[2] in _FIRST_PROJECTIONS
 
 
 def _looked_up(linear: Linear) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """How engines name modules, and which modules a declaration of the quantization lists."""
 
+import re
 from collections.abc import Mapping
 
 from autoquant.formats import Choice
@@ -8,6 +9,8 @@ from autoquant.source import names as table
 from autoquant.source.headers import Headers
 
 _HEAD = "lm_head"
+_FFN_EXPERTS = re.compile(r"^(?:model\.)?(layers\.\d+)\.ffn\.(?=experts\b)")
+"""DeepSeek-V4's on disk and in vLLM; SGLang holds them under `mlp`."""
 _DISK_BLOCK, _ENGINE_BLOCK = "block_sparse_moe", "mlp"
 """transformers and engines hold under `mlp` what these checkpoints store as `block_sparse_moe`."""
 
@@ -70,7 +73,8 @@ def is_head(name: str) -> bool:
 def spellings(name: str) -> tuple[str, ...]:
     """The name on disk, and the engines' own where it differs."""
     other = name.replace(f".{_DISK_BLOCK}.", f".{_ENGINE_BLOCK}.")
-    return (name,) if other == name else (name, other)
+    of_deepseek_v4 = _FFN_EXPERTS.sub(r"model.\1.mlp.", name)
+    return tuple(dict.fromkeys((name, other, of_deepseek_v4)))
 
 
 def layer_of(name: str) -> str:
