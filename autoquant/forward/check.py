@@ -15,7 +15,7 @@ from autoquant.model.live import QuantizedModel
 from autoquant.model.memory import DeviceMemory
 from autoquant.model.streaming.work import activation_bytes
 
-_NOT_BLOCK_BY_BLOCK = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+NOT_BLOCK_BY_BLOCK = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What model code raises whose blocks need more than the state between them."""
 _COMPARED_TOKENS = 128
 """Whose logits are compared at a time."""
@@ -202,7 +202,7 @@ def _own_logits(trunk: Trunk, tokens: torch.Tensor) -> torch.Tensor:
         return trunk.logits(tokens)
     except torch.OutOfMemoryError:
         raise
-    except _NOT_BLOCK_BY_BLOCK as error:
+    except NOT_BLOCK_BY_BLOCK as error:
         raise SourceError(
             f"transformers' own forward of {type(trunk.model).__name__} fails in BF16 on a "
             f"sequence of {tokens.shape[1]} tokens: {first_line(error)}",
@@ -240,7 +240,7 @@ def _passes_block_by_block(
         flows = Flows(trunk, quantized, room, [whole, other, *later])
         logits = trunk.logits(tokens, riding=[flows, *measured])
         flows.finish()
-    except _NOT_BLOCK_BY_BLOCK:
+    except NOT_BLOCK_BY_BLOCK:
         return False
     is_same = all(torch.equal(flow.hidden, whole.hidden) for flow in later)
     return is_same and _is_output(trunk, whole.hidden, logits)

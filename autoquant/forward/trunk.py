@@ -18,6 +18,9 @@ from autoquant.codes.weights import WeightSource
 from autoquant.model.products import CpuProducts
 from autoquant.model.streaming.blocks import decoder_blocks
 
+_ATTENTION = "_attn_implementation"
+"""Of a configuration: what computes attention; set for a whole, it is set for all of its parts."""
+
 
 class Visitor(Protocol):
     """Does something with each stage while its weights are there."""
@@ -167,16 +170,21 @@ class Trunk:
 
         Other kernels sum in another order, which is the only difference between two BF16 runs.
         """
-        before = self.model.config._attn_implementation
+        is_other = self.model.config.get_text_config()._attn_implementation != "eager"
+        parts = [part for part in self.model.modules() if hasattr(part, "config")]
+        configs = {id(part.config): part.config for part in parts}.values()  # the whole's first
+        before = [(config, getattr(config, _ATTENTION, None)) for config in configs]
         try:
             self.model.set_attn_implementation("eager")
         except (ValueError, ImportError):
             yield False
             return
         try:
-            yield before != "eager"
+            yield is_other
         finally:
-            self.model.set_attn_implementation(before)
+            for config, own in before:  # a part of the model may have another than the whole
+                if own is not None:
+                    setattr(config, _ATTENTION, own)
 
     def _hidden(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the head would read in a forward of the model; the head returns it unmultiplied."""

@@ -202,7 +202,7 @@ def _effects(
                 flow,
                 apart,
                 [tap.installed for tap in own],
-                _pull(scorer, seed, batch),
+                random_pull(scorer, seed, batch),
             )
             for flow, apart, own, batch in zip(flows, pieces, taps, batches, strict=True)
         ]
@@ -227,7 +227,7 @@ def _effects(
     ]
 
 
-def _pull(scorer: Scorer, seed: int, batch: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def random_pull(scorer: Scorer, seed: int, batch: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """From the final hidden states of a batch's parts, in turn, to the gradient of <v, logits>."""
     generator = torch.Generator(scorer.device).manual_seed((seed * 1_000_003 + batch) % 2**63)
     return lambda hidden: scorer.head.pull_back(hidden, lambda z: _factor(z, generator))

@@ -185,7 +185,7 @@ def _require_batches(splits: dict[str, Split], ranks: Ranks) -> None:
 def _room(loaded: LoadedModel) -> Room:
     if loaded.store.is_streamed:
         return Room.streamed(loaded.device, loaded.left.host, spare_bytes=loaded.left.device)
-    return Room(loaded.device)
+    return Room(loaded.device, spare_bytes=loaded.left.device)
 
 
 def _cache_bytes(loaded: LoadedModel) -> dict[str, int]:

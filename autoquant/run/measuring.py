@@ -1,6 +1,7 @@
 """The loaded, calibrated model of a configuration."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def open_measuring(
     codes: CodeCache | None = None,
     statistics: StatisticsStore | None = None,
     ranks: Ranks = ALONE,
+    work: int | None = None,
 ) -> Session:
     """The loaded model with its tokens.
 
@@ -49,6 +51,8 @@ def open_measuring(
         codes: where codes are kept that cost more to make than to read.
         statistics: where moments of the inputs are kept, for codes that rest on them; a folder of
             the session's own by default.
+        ranks: the processes that batches are dealt to.
+        work: bytes that go beside weights and codes on a CPU, where that is known.
 
     Raises:
         SourceError: text or model missing, damaged or not understood.
@@ -62,7 +66,7 @@ def open_measuring(
         tokens=config.tokens,
         mode=mode,
         device=config.device,
-        allowance=config.allowance,
+        allowance=replace(config.allowance, work_bytes=work),
         trust_remote_code=config.trust_remote_code,
         codes=codes,
         statistics=statistics or StatisticsStore.temporary(),

@@ -31,7 +31,8 @@ def open_model(config: ModelConfig, *, weights: bool = True) -> Source:
 
 
 def open_plan(config: ProbeConfig | PlanConfig) -> Plan:
-    """The model of a command under its search space; `autoquant plan` needs no weights.
+    """The model of a command under its search space; `autoquant plan` needs no weights, unless it
+    is to measure.
 
     Raises:
         ConfigError: the search space is wrong, the model has no such cache, or inputs are to stay
@@ -42,7 +43,7 @@ def open_plan(config: ProbeConfig | PlanConfig) -> Plan:
     if config.a16_share:
         space = space.with_bf16_inputs()
     if isinstance(config, PlanConfig):
-        return make_plan(open_model(config, weights=False), space)
+        return make_plan(open_model(config, weights=config.measure), space)
     if config.a16_share and config.served_by is not Target.BLACKWELL:
         raise ConfigError(
             f"--a16-share is {shortest(config.a16_share)}, and on {config.served_by} the inputs of "

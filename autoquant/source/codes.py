@@ -41,6 +41,7 @@ _SCALES = {
 }
 """What takes the place of the codes' ending in the name of their scales."""
 
+_WEIGHT_SCALES = ("weight_scale_inv", "weight_scale")
 _GLOBAL_SCALES = ("weight_scale_2", "weight_global_scale")
 
 _BESIDE_CODES = (
@@ -52,6 +53,7 @@ _BESIDE_CODES = (
 _OTHER_CODES = {
     **dict.fromkeys(("qweight", "qzeros", "g_idx"), "integer codes of GPTQ or AWQ"),
     **dict.fromkeys(("absmax", "quant_map", "nested_absmax"), "codes of bitsandbytes"),
+    "W_q": "codes of HQQ",
     "weight_zero_point": "integer codes with zero points",
 }
 """Last names that give other quantizations away."""
@@ -84,7 +86,7 @@ def without_codes(headers: Headers, declared: Declared | None) -> Headers:
     coded = {own.codes.name: own for tensor in headers if (own := _coded(tensor, headers))}
     scales = {own.scale.name for own in coded.values()}
     rest = [t for t in headers if t.name not in coded and t.name not in scales]
-    for tensor in rest:
+    for tensor in sorted(rest, key=lambda own: _last(own) in _WEIGHT_SCALES):  # codes say more
         _require_plain(tensor, headers, declared)
     _require_few_integers(rest, declared)
     weights = {name: _weight(own, declared) for name, own in coded.items()}
@@ -210,7 +212,7 @@ def _require_plain(tensor: TensorHeader, headers: Headers, declared: Declared | 
         _refuse(tensor, declared, _as_stored(tensor, None) + " without scales", _UNQUANTIZED)
     if tensor.dtype == "F4" or (is_codes and tensor.dtype in (*WHOLE, *FP8)):
         _refuse(tensor, declared, _as_stored(tensor, scale), _UNQUANTIZED)
-    if last in ("weight_scale_inv", "weight_scale"):
+    if last in _WEIGHT_SCALES:
         if declared is not None and declared.is_read:
             raise SourceError(
                 f"{tensor.file} holds {tensor.name}, and no E4M3 weight belongs to it.",

@@ -79,6 +79,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "internvl": ({"model_type": "qwen2"}, {"image_size": [28, 28], "patch_size": [14, 14]}),
+    "paligemma": ({"model_type": "gemma2"}, {}),
     "glm4v": (rotary([2, 3, 3]), {}),
     "glm4v_moe": (_EXPERTS | {"first_k_dense_replace": 1} | rotary([1, 1, 2], 0.5), {}),
 }

@@ -81,7 +81,7 @@ SURFACE = {
     | DEVICE
     | BUDGET
     | TOKENS
-    | {"--space", "--effort", "--a16-share", "--forecast"}
+    | {"--space", "--effort", "--a16-share", "--forecast", "--measure"}
     | {"--probe", "--trials", "--trials-at-once"},
     "score": MODEL
     | DEVICE

@@ -1,11 +1,13 @@
 """Groups of models of which an engine or transformers does something of its own."""
 
 import transformers
+from test_grouping import grouped
 from tiny_models import save_model
 
 from autoquant.formats import BF16
 from autoquant.plan.grouping import find_groups
 from autoquant.plan.space_file import load_space
+from autoquant.source.names import Fixed
 from autoquant.source.source import open_source
 
 
@@ -53,3 +55,19 @@ def test_experts_that_transformers_runs_in_a_way_of_their_own_are_closed(tmp_pat
     options = load_space("default").options(groups)
     assert options.choices["model.layers.0.mlp.experts"] == (BF16,)
     assert len(options.choices["model.layers.0.mlps.0.down_proj"]) > 1
+
+
+def test_experts_of_which_text_reaches_a_part_are_closed():
+    parts = [f"mlp.experts.{expert}.{part}_proj" for expert in range(4) for part in ("up", "down")]
+    shapes = {f"model.layers.0.{part}.weight": (16, 16) for part in parts}
+    assert not grouped(shapes, model_type="ernie4_5_moe")["model.layers.0.mlp.experts"].closed
+    (group,) = grouped(shapes, model_type="ernie4_5_vl_moe_text")
+    assert "others that no text reaches" in group.closed
+
+
+def test_a_tower_of_another_name_is_copied():
+    layers = {f"{tower}.layers.0.self_attn.q_proj.weight": (16, 16) for tower in ("model", "vit")}
+    groups = grouped(layers)
+    assert [group.name for group in groups] == ["model.layers.0.self_attn.q_proj"]
+    (fixed,) = groups.fixed
+    assert (fixed.name, fixed.reason) == ("vit.layers.0.self_attn.q_proj.weight", Fixed.TOWER)

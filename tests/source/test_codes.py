@@ -191,6 +191,17 @@ OTHERS = {
         {".weight": torch.zeros(64, 96, dtype=torch.int8), ".SCB": torch.ones(64)},
         r"weight is I8 \[64, 96\]",
     ),
+    "INT8 with a scale for each row": (
+        {
+            ".weight": torch.zeros(64, 96, dtype=torch.int8),
+            ".weight_scale": torch.ones(64, 1),
+        },
+        r"weight is I8 \[64, 96\]",
+    ),
+    "HQQ": (
+        {".W_q": torch.zeros(3072, dtype=torch.uint8), ".scale": torch.ones(96, 1)},
+        "codes of HQQ",
+    ),
     "bitsandbytes": (
         {".weight": torch.zeros(3072, 1, dtype=torch.uint8), ".weight.absmax": torch.ones(96)},
         "codes of bitsandbytes",

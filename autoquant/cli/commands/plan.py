@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from autoquant.plan.linears import LayerGroup
     from autoquant.plan.plan import Plan
     from autoquant.run.machines.forecast import Forecast
+    from autoquant.run.machines.timing import Timing
 
 
 @click.command(
@@ -28,11 +29,12 @@ if TYPE_CHECKING:
         ("autoquant plan ./my-model --budget-bpe 5.0", "Can this budget be met?"),
         ("autoquant plan Qwen/Qwen3-30B-A3B --space experts-only", "Under another search space:"),
         ("autoquant plan ./my-model --forecast", "Will it fit this machine, and how?"),
+        ("autoquant plan ./my-model --budget-bpe 5.0 --measure", "And how long will it take?"),
     ],
 )
 @format_option
 def command(config: PlanConfig, format: str) -> None:
-    """Print layer groups, sizes and possible budgets; reads no weights."""
+    """Print layer groups, sizes and possible budgets; reads no weights unless told to measure."""
     from autoquant.run.opening import open_plan
 
     plan, budget = open_plan(config), config.budget
@@ -40,22 +42,30 @@ def command(config: PlanConfig, format: str) -> None:
         warn(warning)
     if budget is not None:
         plan.limit(budget).require_feasible(plan.options.choices)
-    forecast = _forecast(config, plan) if config.forecast else None
+    forecast = _forecast(config, plan) if config.forecast or config.measure else None
+    timing = _timing(config, plan, forecast) if forecast is not None and config.measure else None
     if format == "json":
         found = {
             "budget": _budget(plan, budget),
             "statistics_bytes": _statistics(plan),
             "forecast": None if forecast is None else forecast.to_dict(),
+            "timing": None if timing is None else timing.to_dict(),
         }
         print_json(plan.to_dict() | found)
     else:
-        _print(plan, budget, forecast)
+        _print(plan, budget, forecast, timing)
 
 
 def _forecast(config: PlanConfig, plan: "Plan") -> "Forecast":
     from autoquant.run.machines.forecast import Forecast
 
     return Forecast.of(config, plan)
+
+
+def _timing(config: PlanConfig, plan: "Plan", forecast: "Forecast") -> "Timing":
+    from autoquant.run.machines.timing import Timing
+
+    return Timing.of(config, plan, forecast)
 
 
 def _budget(plan: "Plan", budget: "Budget | None") -> dict[str, object] | None:
@@ -65,7 +75,12 @@ def _budget(plan: "Plan", budget: "Budget | None") -> dict[str, object] | None:
     return {"bpe": budget.bpe, "scope": str(budget.scope), "max_checkpoint_bytes": limit}
 
 
-def _print(plan: "Plan", budget: "Budget | None", forecast: "Forecast | None") -> None:
+def _print(
+    plan: "Plan",
+    budget: "Budget | None",
+    forecast: "Forecast | None",
+    timing: "Timing | None",
+) -> None:
     accounting = plan.accounting
     fields: dict[str, object] = {
         "model": plan.source.model,
@@ -87,6 +102,9 @@ def _print(plan: "Plan", budget: "Budget | None", forecast: "Forecast | None") -
         fields["in memory"] = forecast.in_words()
         if passes := forecast.passes_in_words():
             fields["passes"] = passes
+    if timing is not None:
+        fields["time"] = timing.in_words()
+        fields["measured"] = timing.measured_in_words()
     print_fields(fields)
     click.echo()
     _print_groups(plan)

@@ -57,6 +57,29 @@ def collect_moments(
     collector.finish()
 
 
+def collect_of_block(
+    scorer: Scorer,
+    sequences: Sequence[Tensor],
+    groups: Collection[LayerGroup],
+    store: StatisticsStore,
+) -> None:
+    """Keep the moments of the groups of one block, which sees sequences as they enter the first.
+
+    Args:
+        scorer: all groups in BF16.
+        sequences: int64 [1, L] each, on the device.
+        groups: of the block.
+        store: where its moments go.
+    """
+    (layer,) = by_layer(groups)
+    stage = scorer.trunk.stage_of(layer)
+    collector = _Collector(scorer, sequences, {layer: groups}, store, lambda: None)
+    for flow in collector.flows:
+        flow.begin()
+    with scorer.trunk.open(stage):
+        collector.visit(stage)
+
+
 @together
 def keep_moments(
     scorer: Scorer,
@@ -109,7 +132,7 @@ class _Collector:
     ) -> None:
         self._scorer, self._missing, self._store = scorer, missing, store
         self._advance = advance
-        self._flows = [Flow(parts=entered(scorer.trunk, scorer.room, [own])) for own in sequences]
+        self.flows = [Flow(parts=entered(scorer.trunk, scorer.room, [own])) for own in sequences]
 
     @torch.no_grad()
     def visit(self, stage: int) -> None:
@@ -122,7 +145,7 @@ class _Collector:
         with ExitStack() as installed:
             for watch in watches.values():
                 installed.enter_context(watch.taps.installed())
-            for number, flow in enumerate(self._flows):
+            for number, flow in enumerate(self.flows):
                 for watch in watches.values():
                     watch.held_out = is_held_out(number)
                 if stage == 0:
@@ -138,7 +161,7 @@ class _Collector:
         if None not in self._missing:
             return
         watch = self._watch(None)
-        for number, flow in enumerate(self._flows):
+        for number, flow in enumerate(self.flows):
             watch.held_out = is_held_out(number)
             flow.finish(self._scorer.trunk, self._scorer.room)
             watch.taps.see(self._scorer.trunk.head, flow.hidden)

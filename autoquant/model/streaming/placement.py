@@ -1,7 +1,7 @@
 """Where the weights of a model go: what is asked for, or what fits."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,9 +20,13 @@ from autoquant.model.streaming.work import BLOCKS_AT_ONCE, activation_bytes, byt
 _MEMORY = Path("/proc/meminfo")
 
 WORK_BYTES = 1 << 29
-"""What is taken beside weights in any case: activations, states, logits."""
+"""Of the host, for the program and its libraries."""
 WORK_SHARE = 1 / 10
-"""The same in shares of the weights on the device."""
+"""What activations, states and logits take of a CPU where it is not known, in shares of the
+weights."""
+HEAP = 2
+"""How many times what is allocated and freed by turns takes of a CPU beside resident weights, where
+glibc returns nothing that is freed, and keeps holes that the next buffers do not fit."""
 MOST_PACKED, MOST_DECODED = 1 << 31, 1 << 32
 """Of codes, and of the weights that they stand for, beside weights that are on a CPU."""
 
@@ -39,6 +43,8 @@ class Allowance:
     """Of the device's memory; what is free by default."""
     host_bytes: int | None = None
     """Of the host's memory, beside a GPU, for all processes on it; what is free by default."""
+    work_bytes: int | None = None
+    """What the work will take of a CPU beside weights and codes, where that is known."""
 
 
 ANYTHING = Allowance()
@@ -56,6 +62,8 @@ class Sizes:
     """Of the blocks, as the checkpoint's files hold them."""
     width: int
     """Elements of a token's state between two blocks."""
+    work: int | None = None
+    """What goes on beside them takes of a CPU, where that is known."""
 
     @classmethod
     def of(cls, model: Any, reader: BlockReader, *, outside: int) -> Self:
@@ -91,7 +99,9 @@ class Sizes:
             held = self.all
         else:
             held = self.outside + (BLOCKS_AT_ONCE + 1) * self.largest_block + share
-        return int(held * (1 + WORK_SHARE)) + WORK_BYTES
+        if self.work is None:
+            return int(held * (1 + WORK_SHARE)) + WORK_BYTES
+        return held + (HEAP if weights is Weights.RESIDENT else 1) * self.work + WORK_BYTES
 
     def _on_gpu(self, weights: Weights, share: int) -> int:
         """The same of a GPU, where a layer's decoded codes are beside weights that are resident."""
@@ -178,7 +188,7 @@ def open_store(
     """
     outside = (t for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
     held = sum(t.numel() * t.element_size() for t in outside)
-    sizes = Sizes.of(model, reader, outside=held)
+    sizes = replace(Sizes.of(model, reader, outside=held), work=allowance.work_bytes)
     neighbours = Neighbours.of(peers)
     gpus = Gpus.together(device, neighbours)
     weights, left = choose(sizes, device, allowance, present=sizes.outside, gpus=gpus, peers=peers)

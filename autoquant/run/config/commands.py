@@ -88,6 +88,14 @@ class PlanConfig(ReportConfig, SpaceConfig):
             "are read now, and it takes seconds.",
         ),
     ] = False
+    measure: Annotated[
+        bool,
+        Setting(
+            "Output",
+            "Read one block of the model, run it on this machine, and say how long a search with "
+            "these settings would take, part by part; --forecast is said too.",
+        ),
+    ] = False
     probe: ProbeWith = ProbeMethod.SCREENED
     trials: Trials = 30
     trials_at_once: TrialsAtOnce = 1

@@ -1,7 +1,7 @@
 """What a search will take of this machine, before a weight is read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -15,7 +15,13 @@ from autoquant.model.streaming.placement import Sizes, choose, processes_here
 from autoquant.model.streaming.work import STATE_BYTES
 from autoquant.plan.plan import Plan
 from autoquant.run.config import PlanConfig
-from autoquant.run.machines.passes import Passes, Streaming, forecast_passes
+from autoquant.run.cpu_work import work_bytes
+from autoquant.run.machines.passes import (
+    Passes,
+    Streaming,
+    forecast_passes,
+    states_of_gradients,
+)
 from autoquant.source.headers import DTYPE_BYTES
 
 
@@ -32,8 +38,8 @@ class Forecast:
     """Most of the device's memory, with work beside the weights, and codes that are kept."""
     host_bytes: int
     """Most of the host's; beside a CPU that is the device's."""
-    passes: Mapping[str, Passes]
-    """Over weights that are streamed, by part of the search; empty where they are resident."""
+    parts: Mapping[str, Passes]
+    """Of the search, in their order."""
 
     @classmethod
     def of(cls, config: PlanConfig, plan: Plan) -> Self:
@@ -46,16 +52,23 @@ class Forecast:
         """
         device = choose_device(config.device)
         is_gpu = device.type == "cuda"
-        sizes = sizes_of(plan.source, trust_remote_code=config.trust_remote_code)
+        choices = plan.options.choices
+        open_groups = [group for group in plan.groups if choices[group.name] != (BF16,)]
+        sizes = replace(
+            sizes_of(plan.source, trust_remote_code=config.trust_remote_code),
+            work=work_bytes(config, plan.source, open_groups),
+        )
         gpus = _gpus(device, config.weights)
         weights, left = choose(sizes, device, config.allowance, gpus=gpus)
         streaming = Streaming(
             stages=len(sizes.blocks),
             width=sizes.width,
             state_bytes=max(left.host, STATE_BYTES + left.device),
+            is_streamed=weights is not Weights.RESIDENT,
         )
         kept = left.kept.most(*_codes(plan))
-        is_streamed = weights is not Weights.RESIDENT
+        if not is_gpu:
+            kept += min(left.host, states_of_gradients(config, streaming))
         return cls(
             device=str(device),
             weights=weights,
@@ -63,8 +76,13 @@ class Forecast:
             gpus=gpus.count,
             device_bytes=sizes.on_device(weights, is_gpu=is_gpu, gpus=gpus.count) + kept,
             host_bytes=sizes.on_host(weights, is_gpu=is_gpu) + (0 if is_gpu else kept),
-            passes=forecast_passes(config, plan, streaming) if is_streamed else {},
+            parts=forecast_passes(config, plan, streaming),
         )
+
+    @property
+    def passes(self) -> Mapping[str, Passes]:
+        """Over weights that are streamed, by part of the search; empty where they are resident."""
+        return {} if self.weights is Weights.RESIDENT else self.parts
 
     @property
     def all_passes(self) -> int:

@@ -1,4 +1,4 @@
-"""How often a search passes over weights that are streamed, before it begins.
+"""How often a search passes over its weights, and what it computes, before it begins.
 
 The parts have the names of `work.jsonl`, which says how often it was.
 """
@@ -12,8 +12,10 @@ from autoquant.measure.method import ProbeMethod
 from autoquant.measure.racing.local import FIRST_WAVE
 from autoquant.measure.screen import measured_batches
 from autoquant.measure.sensitivity import keys_of
+from autoquant.plan.linears import LayerGroup
 from autoquant.plan.plan import Plan
 from autoquant.run.config import PlanConfig
+from autoquant.run.machines.computed import NOTHING, ChoicesOfGroups, Computed
 from autoquant.run.signature import FINALISTS
 from autoquant.search.propose.baselines import recipes
 from autoquant.search.propose.predicted import REFIT_EVERY
@@ -22,6 +24,9 @@ from autoquant.search.propose.shares import Effort
 
 _OPTIMA = 3
 """Optima of the solver at most: of probes, of gradients, of one scale rule."""
+_RUN_OF_TRIAL, _RUN_AMONG_OTHERS = 0.9, 0.55
+"""Part of the blocks and batches that a trial of the refinement runs, by itself and with others in
+a pass, which it leaves at the first group that differs. Measured on the bundled model."""
 _STATE_BYTES = 2
 """Of an element of a state between two blocks."""
 
@@ -33,6 +38,10 @@ class Passes:
     passes: int
     is_most: bool = False
     """Whether what is measured decides, so that it may be fewer."""
+    usual: int | None = None
+    """How many they usually are, where that is not `passes`."""
+    computed: Computed = NOTHING
+    """What they usually compute."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +53,8 @@ class Streaming:
     """Elements of a token's state."""
     state_bytes: int
     """Memory for states between blocks."""
+    is_streamed: bool
+    """Whether every pass brings the weights, and codes have to be made for it."""
 
 
 def forecast_passes(config: PlanConfig, plan: Plan, streaming: Streaming) -> dict[str, Passes]:
@@ -54,21 +65,52 @@ def forecast_passes(config: PlanConfig, plan: Plan, streaming: Streaming) -> dic
         plan: what it names, opened.
         streaming: of the model on its machine.
     """
-    waves = _waves(config, streaming)
+    waves, choices = _waves(config, streaming), ChoicesOfGroups.of(plan)
+    batches, ahead = _share(config, config.calibration_tokens), _goes_ahead(config, streaming)
     found = {
-        "load": Passes(1),
-        "calibrate": Passes(waves(_batches(config, config.calibration_tokens), 1)),
+        "load": Passes(1, computed=Computed(forwards=2 / _sequences_of_batch(config))),
+        "calibrate": Passes(
+            waves(_batches(config, config.calibration_tokens), 1),
+            computed=Computed(
+                observed=batches, forwards=_share(config, config.search_tokens) if ahead else 0.0
+            ),
+        ),
     }
     if groups_with_moments(plan.options.choices, tuple(plan.groups)):
-        found["statistics"] = Passes(1)
-    found["probe"] = _of_probes(config, plan, waves, streaming)
-    found |= _of_trials(config, plan, waves, streaming)
-    report = _batches(config, config.report_tokens)
-    most = 1 + FINALISTS + len(recipes())
-    found["confirm"] = Passes(waves(report, most), is_most=True)
+        found["statistics"] = Passes(1, computed=Computed(summed=batches))
+    found["probe"] = _of_probes(config, plan, waves, streaming, choices)
+    found |= _of_trials(config, plan, waves, streaming, choices)
+    report, shown = _batches(config, config.report_tokens), _share(config, config.report_tokens)
+    most, usually = 1 + FINALISTS + len(recipes()), 1 + FINALISTS + _usual_recipes(plan)
+    again = choices.plain if streaming.is_streamed else 0.0
+    found["confirm"] = Passes(
+        waves(report, most),
+        is_most=True,
+        computed=Computed(
+            forwards=shown,
+            candidates=usually * shown,
+            scored=usually * shown,
+            encoded=again,
+        ),
+    )
     if config.effort.polishes:
         found["polish"] = Passes(1 + waves(report, 1), is_most=True)
     return found
+
+
+def states_of_gradients(config: PlanConfig, streaming: Streaming) -> int:
+    """Bytes of the states between all blocks that gradients begin with: of all batches where a pass
+    brings the weights, and else of one.
+    """
+    batches = _batches(config, config.search_tokens) if streaming.is_streamed else 1
+    return streaming.stages * batches * _bytes_of_batch(config, streaming)
+
+
+def _usual_recipes(plan: Plan) -> int:
+    """Recipes that mean something for the model, those that come to the same once."""
+    roles = {group.role for group in plan.groups}
+    able = (recipe for recipe in recipes() if recipe.needs is None or recipe.needs in roles)
+    return len({tuple(map(recipe.wish, plan.groups)) for recipe in able})
 
 
 _Waves = Callable[[int, int], int]
@@ -78,6 +120,11 @@ _Waves = Callable[[int, int], int]
 def _batches(config: PlanConfig, tokens: int) -> int:
     """Batches of a split, as far as the text has sequences of full length."""
     return math.ceil(math.ceil(tokens / config.longest) / _sequences_of_batch(config))
+
+
+def _share(config: PlanConfig, tokens: int) -> float:
+    """The same in batches of full size."""
+    return math.ceil(tokens / config.longest) / _sequences_of_batch(config)
 
 
 def _sequences_of_batch(config: PlanConfig) -> int:
@@ -98,47 +145,90 @@ def _waves(config: PlanConfig, streaming: Streaming) -> _Waves:
     return waves
 
 
-def _of_probes(config: PlanConfig, plan: Plan, waves: _Waves, streaming: Streaming) -> Passes:
+def _of_probes(
+    config: PlanConfig, plan: Plan, waves: _Waves, streaming: Streaming, choices: ChoicesOfGroups
+) -> Passes:
     """Gradients forward, unless that went along with the calibration, and back; exact probes, as
-    many together as fit.
+    many together as fit, each from its own block on.
     """
-    batches = _batches(config, config.search_tokens)
+    batches, share = _batches(config, config.search_tokens), _share(config, config.search_tokens)
     together = max(1, streaming.state_bytes // _bytes_of_batch(config, streaming))
     keys = [*keys_of(plan.options.choices)]
+    behind = {group.name: _behind(group, streaming) for group in plan.groups}
+    made = Computed(encoded=choices.plain, fitted=choices.fitted)
     if config.probe is ProbeMethod.EXACT:
-        return Passes(math.ceil(len(keys) * batches / together))
-    gradients = 2 * waves(batches, streaming.stages) - _goes_ahead(config, streaming)
+        own = Computed(
+            forwards=share * (1 + sum(behind[group] for group, _ in keys)),
+            probed=share * len(keys),
+        )
+        return Passes(math.ceil(len(keys) * batches / together), computed=made + own)
+    ahead = _goes_ahead(config, streaming)
+    gradients = 2 * waves(batches, streaming.stages) - ahead
+    made += Computed(forwards=0.0 if ahead else share, backwards=share)
     if config.probe is ProbeMethod.GRADIENT:
-        return Passes(gradients)
-    exact = len({group for group, _ in keys}) * len(measured_batches(batches))
-    return Passes(gradients + math.ceil(exact / together))
+        return Passes(gradients, computed=made)
+    groups, measured = {group for group, _ in keys}, len(measured_batches(batches))
+    exact = Computed(
+        forwards=share * measured / batches * (1 + sum(behind[group] for group in groups)),
+        probed=share * measured / batches * len(groups),
+        encoded=1.0 if streaming.is_streamed else 0.0,
+    )
+    passes = gradients + math.ceil(len(groups) * measured / together)
+    return Passes(passes, computed=made + exact)
+
+
+def _behind(group: LayerGroup, streaming: Streaming) -> float:
+    """The part of the blocks that a probe of a group runs."""
+    stages = max(1, streaming.stages)
+    return 0.0 if group.layer is None else (stages - group.layer) / stages
 
 
 def _goes_ahead(config: PlanConfig, streaming: Streaming) -> bool:
     """Whether what gradients need of the BF16 model goes along with the calibration."""
+    if not streaming.is_streamed or config.probe is ProbeMethod.EXACT:
+        return False
     search = _batches(config, config.search_tokens)
     forwards = streaming.stages * search + _batches(config, config.calibration_tokens)
     return forwards * _bytes_of_batch(config, streaming) <= streaming.state_bytes
 
 
 def _of_trials(
-    config: PlanConfig, plan: Plan, waves: _Waves, streaming: Streaming
+    config: PlanConfig, plan: Plan, waves: _Waves, streaming: Streaming, choices: ChoicesOfGroups
 ) -> Mapping[str, Passes]:
     """What is given, together; then the optimum of what passed the check; then the refinement.
     Each is a pass where the states of all its forwards fit.
     """
-    batches = _batches(config, config.search_tokens)
+    batches, share = _batches(config, config.search_tokens), _share(config, config.search_tokens)
     pairs = max(1, streaming.state_bytes // _bytes_of_batch(config, streaming))
     ways = len(ways_among(plan.options.choices.values()))
     given = len(recipes()) + _OPTIMA + (ways if ways > 1 else 0)
     solved = sum(waves(batches, own) for own in _shares(given, pairs))
+    most, usual = _of_refinement(config, waves, batches, pairs)
+    again = choices.plain if streaming.is_streamed else 0.0
+    part = _RUN_AMONG_OTHERS if streaming.is_streamed else _RUN_OF_TRIAL
+    usually = _usual_recipes(plan) + _OPTIMA + max(0, ways - 1)
     return {
-        "solve": Passes(solved + (ways > 1), is_most=True),
-        "refine": Passes(_of_refinement(config, waves, batches, pairs), is_most=True),
+        "solve": Passes(
+            solved + (ways > 1),
+            is_most=True,
+            computed=Computed(
+                candidates=usually * share, compared=usually * share, encoded=solved * again
+            ),
+        ),
+        "refine": Passes(
+            most,
+            is_most=True,
+            usual=usual,
+            computed=Computed(
+                candidates=part * config.trials * share,
+                compared=config.trials * share,
+                encoded=usual * again,
+            ),
+        ),
     }
 
 
-def _of_refinement(config: PlanConfig, waves: _Waves, batches: int, pairs: int) -> int:
+def _of_refinement(config: PlanConfig, waves: _Waves, batches: int, pairs: int) -> tuple[int, int]:
     """Races by waves: the first batches of all that are known to come, then the other batches.
 
     The order of runners-up is known, and that of refits until they are fitted again; swaps are
@@ -149,20 +239,24 @@ def _of_refinement(config: PlanConfig, waves: _Waves, batches: int, pairs: int) 
         waves: of batches with so many forwards each.
         batches: of search tokens.
         pairs: forwards of a batch that go together.
+
+    Returns:
+        Passes at most, and of a refinement where one swap is better.
     """
     effort, width = Effort.of(config.trials), config.trials_at_once
     first = math.ceil(FIRST_WAVE * batches)
-    rounds = [
-        own
-        for count, most in (
-            (effort.runners_up, effort.runners_up),
-            (effort.refit, REFIT_EVERY),
-            (effort.swaps, width),
+
+    def passes(count: int, known: int) -> int:
+        rounds = (
+            own
+            for part in _shares(count, known)
+            for own in _shares(part, max(width, pairs // first))
         )
-        for known in _shares(count, most)
-        for own in _shares(known, max(width, pairs // first))
-    ]
-    return sum(waves(part, own) for own in rounds for part in (first, batches - first))
+        return sum(waves(part, own) for own in rounds for part in (first, batches - first))
+
+    ranked = passes(effort.runners_up, effort.runners_up) + passes(effort.refit, REFIT_EVERY)
+    half = max(width, math.ceil(effort.swaps / 2))
+    return ranked + passes(effort.swaps, width), ranked + passes(effort.swaps, half)
 
 
 def _shares(count: int, most: int) -> Iterator[int]:

@@ -26,6 +26,7 @@ from autoquant.plan.kv_cache import cached_attention
 from autoquant.plan.plan import Plan
 from autoquant.progress import Progress
 from autoquant.run.config import ProbeConfig
+from autoquant.run.cpu_work import work_bytes
 from autoquant.run.measuring import (
     calibrate_session,
     code_cache,
@@ -241,14 +242,16 @@ def open_to_probe(
         ConfigError: more ranks than batches of search tokens.
     """
     choices = plan.options.choices
+    groups = [group for group in plan.groups if choices[group.name] != (BF16,)]
     return open_measuring(
         config,
         plan.source,
-        [group for group in plan.groups if choices[group.name] != (BF16,)],
+        groups,
         cached_attention(config.kv_cache, plan.groups),
         observer,
         mode=config.mode,
         codes=code_cache(plan.source, folder),
         statistics=StatisticsStore(folder / STATISTICS),
         ranks=ranks,
+        work=work_bytes(config, plan.source, groups),
     )

@@ -1,0 +1,321 @@
+"""One block of a model, run on this machine to see what it takes."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+
+from autoquant.codes.held import Weights
+from autoquant.codes.statistics import StatisticsStore
+from autoquant.errors import SourceError, first_line
+from autoquant.formats import BF16, Choice
+from autoquant.forward.backward import Backward, pieces_of
+from autoquant.forward.check import NOT_BLOCK_BY_BLOCK
+from autoquant.forward.flow import BF16_MODEL, Flow, Flows, entered
+from autoquant.forward.room import Room
+from autoquant.forward.taps import Taps
+from autoquant.measure.compare import Batch, Cache, Comparison
+from autoquant.measure.gradient import random_pull
+from autoquant.measure.scorer import Scorer
+from autoquant.measure.sketch import LogitSketch
+from autoquant.measure.statistics.moments import collect_of_block
+from autoquant.model.inputs import InputScale, fill_unseen
+from autoquant.model.live import QuantizedModel
+from autoquant.model.loading import LoadedModel, choose_device, load_model
+from autoquant.model.memory import keep_freed_memory
+from autoquant.model.streaming.placement import Allowance, free_host_bytes
+from autoquant.plan.activation_mode import Target
+from autoquant.plan.assignment import Assignment
+from autoquant.plan.plan import Plan
+from autoquant.run.config import PlanConfig
+from autoquant.run.machines.forecast import Forecast
+
+SEQUENCES = 2
+"""Whose moments are summed: one that codes are fitted to, and one that is held out."""
+REPEATS = 2
+"""Of what is measured, the least of which counts."""
+WRITTEN_BYTES = 1 << 26
+"""Of the file that is written to see how fast that is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockSeconds:
+    """Seconds of what a search does with one block, and with one batch behind all blocks."""
+
+    opened: float
+    """Until the model is there without its blocks: of the processor, since the program began."""
+    read: float
+    """To have the block from its files."""
+    brought: float
+    """To have it for one more pass."""
+    observed: float
+    """A batch through the block, its inputs looked at."""
+    forward: float
+    """The same without that."""
+    candidate: float
+    """Under quantized choices, whose decoded weights are there."""
+    backward: float
+    """Back again, with the products of every choice."""
+    summed: float
+    """A batch through the block, with second moments of its inputs; 0 where none are needed."""
+    encoded: float
+    """One choice of the block, encoded from the weight alone and decoded."""
+    fitted: float
+    """The same, fitted to moments."""
+    pulled: float
+    """The gradient of a batch's logits."""
+    compared: float
+    """A batch's logits with those of the BF16 model."""
+    probed: float
+    """The same with a sketch."""
+    scored: float
+    """The same with agreement and likelihoods."""
+    written_byte: float
+    """A byte to a file."""
+
+
+class Bench:
+    """One block of a model, and what a search does with it.
+
+    Args:
+        config: of the search.
+        plan: what it names, opened.
+        forecast: where weights will be.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, config: PlanConfig, plan: Plan, forecast: Forecast, clock: Callable[[], float]
+    ) -> None:
+        self.device = choose_device(config.device)
+        self._plan, self._weights, self._now = plan, forecast.weights, clock
+        sizes, self._stored = forecast.sizes.blocks, forecast.sizes.stored
+        searched = {g.layer for g in plan.groups if len(plan.options.choices[g.name]) > 1}
+        inside = [layer for layer in searched if layer is not None]
+        if not inside:
+            raise _cannot("no block has a group that is searched")
+        self.layer = max(inside, key=lambda layer: (sizes[layer], layer))
+        self.blocks = sum(sizes) / sizes[self.layer]
+        self._groups = tuple(g for g in plan.groups if g.layer == self.layer)
+        disk = Allowance(
+            weights=Weights.DISK,
+            device_bytes=config.allowance.device_bytes,
+            host_bytes=config.allowance.host_bytes,
+        )
+        self._loaded: LoadedModel = load_model(
+            plan.source.path,
+            self.device,
+            trust_remote_code=config.trust_remote_code,
+            allowance=disk,
+        )
+        self._opened = time.process_time()
+        if forecast.weights is Weights.RESIDENT:
+            keep_freed_memory()
+        self._statistics = StatisticsStore.temporary()
+        self._quantized = QuantizedModel(
+            self._loaded.model,
+            self._groups,
+            mode=Target.BLACKWELL.mode,
+            statistics=self._statistics,
+            store=self._loaded.store,
+        )
+        self._scorer = Scorer(self._quantized, self.device, room=Room(self.device), cache_bytes=0)
+        length = min(config.longest, self._loaded.max_length)
+        rows = max(1, min(config.batch_tokens, config.search_tokens) // length)
+        vocabulary = self._scorer.trunk.head.weight.shape[0]
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(vocabulary, (rows, length), generator=generator)
+
+    def measure(self) -> BlockSeconds:
+        """Everything, on the block.
+
+        Raises:
+            SourceError: the block needs more than the state before it.
+        """
+        read = self._read()
+        with self._scorer.trunk.open(self.layer):
+            try:
+                self._run(BF16_MODEL)
+            except NOT_BLOCK_BY_BLOCK as error:
+                raise _cannot(first_line(error)) from error
+            with self._quantized.observing():
+                observed = self._timed(partial(self._run, BF16_MODEL))
+            known, _ = fill_unseen(self._quantized.observed_ranges())
+            self._quantized.set_input_scales({n: InputScale(amax=a) for n, a in known.items()})
+            forward = self._timed(partial(self._run, BF16_MODEL))
+            summed = self._summed() if self._choices(is_costly=True) else 0.0
+            plain = [self._tried(choice) for choice in self._choices(is_costly=False)]
+            costly = [self._tried(choice) for choice in self._choices(is_costly=True)]
+            pulled, backward = self._backward()
+            brought = self._brought(read)
+        return BlockSeconds(
+            opened=self._opened,
+            read=read,
+            brought=brought,
+            observed=observed,
+            forward=forward,
+            candidate=float(np.mean([again for _, again in plain])),
+            backward=backward,
+            summed=summed,
+            encoded=float(np.mean([made for made, _ in plain])),
+            fitted=float(np.mean([made for made, _ in costly])) if costly else 0.0,
+            pulled=pulled,
+            written_byte=_written_byte(),
+            **self._head(),
+        )
+
+    @contextmanager
+    def _clock(self) -> Iterator[list[float]]:
+        """Seconds of a `with` block, with all that a GPU was given to do."""
+        found: list[float] = []
+        self._wait()
+        started = self._now()
+        yield found
+        self._wait()
+        found.append(self._now() - started)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        """Least seconds of work that has run before: kernels are compiled by then, and what other
+        programs do on the machine only adds to it.
+        """
+        work()
+        found = []
+        for _ in range(REPEATS):
+            with self._clock() as seconds:
+                work()
+            found += seconds
+        return min(found)
+
+    def _read(self) -> float:
+        """Seconds until the block is there: for the first time where memory cannot keep the files
+        of all blocks between two passes, else for the second.
+        """
+        store, others = self._loaded.store, [n for n in (0, 1) if n != self.layer]
+        found = []
+        for _ in range(2 if others else 1):
+            store.settle()
+            with self._clock() as seconds:
+                store.open(self.layer)
+            found.append(seconds[0])
+            if others and len(found) < 2:
+                store.open(others[0])
+        return found[0] if self._stored > free_host_bytes() else found[-1]
+
+    def _brought(self, read: float) -> float:
+        """The same from where it is kept between passes."""
+        if self._weights is not Weights.HOST or self.device.type != "cuda":
+            return read
+        block = self._scorer.trunk.blocks[self.layer]
+        kept = [own.detach().cpu().pin_memory() for own in block.parameters()]
+        return self._timed(lambda: [own.to(self.device, non_blocking=True) for own in kept])
+
+    @cached_property
+    def _entered(self) -> Flow:
+        """A forward whose states before the block are those that enter the first."""
+        trunk, room = self._scorer.trunk, self._scorer.room
+        with torch.no_grad():
+            parts = entered(trunk, room, room.parts(self.tokens.to(self.device)))
+        states = tuple(part.state for part in parts)
+        return Flow(parts=parts, boundaries=[states] * trunk.stages)
+
+    def _run(self, assignment: Assignment, *, keep: bool = False) -> Flow:
+        """A batch through the block."""
+        flow = Flow(
+            parts=self._entered.parts,
+            assignment=assignment,
+            start=self.layer,
+            after=self._entered,
+            keep=keep,
+        )
+        Flows(self._scorer.trunk, self._quantized, self._scorer.room, [flow]).visit(self.layer)
+        return flow
+
+    def _choices(self, *, is_costly: bool) -> list[Choice]:
+        legal = (self._plan.options.choices[group.name] for group in self._groups)
+        every = dict.fromkeys(choice.of_weight for own in legal for choice in own)
+        return [c for c in every if c != BF16 and c.format.is_costly(c) == is_costly]
+
+    def _tried(self, choice: Choice) -> tuple[float, float]:
+        """Seconds to encode and decode the block in a choice, and of a batch through it then."""
+        options = self._plan.options.choices
+        able = {g.name: choice for g in self._groups if choice in options[g.name]}
+        assignment = Assignment.of(able)
+        with self._clock() as first:
+            self._run(assignment)
+        again = self._timed(partial(self._run, assignment))
+        return max(0.0, first[0] - again), again
+
+    def _summed(self) -> float:
+        """Seconds of a batch whose inputs' moments are summed."""
+        rows = [self.tokens[i % len(self.tokens)][None] for i in range(SEQUENCES)]
+        sequences = [row.to(self.device) for row in rows]
+        work = partial(collect_of_block, self._scorer, sequences, self._groups, self._statistics)
+        with self._clock() as seconds:
+            work()
+        return seconds[0] * len(self.tokens) / SEQUENCES
+
+    def _backward(self) -> tuple[float, float]:
+        """Seconds of the gradient of a batch's logits, and of the way back through the block."""
+        trunk, room = self._scorer.trunk, self._scorer.room
+        keys = [
+            (group.name, choice)
+            for group in self._groups
+            for choice in self._plan.options.choices[group.name]
+            if choice != BF16
+        ]
+        found = []
+        for _ in range(1 + REPEATS):
+            flow = self._run(BF16_MODEL, keep=True)
+            flow.finish(trunk, room)
+            pieces = pieces_of(trunk, room, flow)
+            tokens = [piece.tokens.numel() for own in pieces for piece in own]
+            taps = [Taps(self._quantized, keys, count).installed for count in tokens]
+            with self._clock() as pulled:
+                pull = random_pull(self._scorer, 0, 0)
+                back = Backward(trunk, room, flow, pieces, taps, pull)
+            with self._clock() as backward:
+                back.visit(self.layer)
+            found.append((pulled[0], backward[0]))
+        return min(own for own, _ in found), min(own for _, own in found)
+
+    def _head(self) -> dict[str, float]:
+        """Seconds of what is compared behind all blocks."""
+        flow = self._run(BF16_MODEL)
+        with torch.no_grad():
+            flow.finish(self._scorer.trunk, self._scorer.room)
+        tokens = self.tokens.to(self.device)
+        batch = Batch(tokens, np.arange(len(tokens)), reference=flow.hidden)
+        comparison = Comparison(self._scorer.head, Cache(0))
+        sketch = LogitSketch()
+        work: Mapping[str, Callable[[], object]] = {
+            "compared": lambda: comparison.kl(batch, flow.hidden),
+            "probed": lambda: comparison.kl_and_sketch(batch, flow.hidden, sketch),
+            "scored": lambda: comparison.fully(batch, flow.hidden),
+        }
+        return {name: self._timed(own) for name, own in work.items()}
+
+
+def _written_byte() -> float:
+    """Seconds of a byte that is written to a file."""
+    content = bytes(WRITTEN_BYTES)
+    with tempfile.TemporaryFile() as file:
+        started = time.monotonic()
+        file.write(content)
+        file.flush()
+        return (time.monotonic() - started) / WRITTEN_BYTES
+
+
+def _cannot(why: str) -> SourceError:
+    return SourceError(
+        f"--measure runs one block of the model by itself, and cannot: {why}.",
+        fix="leave --measure out; --forecast alone says what memory and passes a search takes.",
+    )

@@ -1,0 +1,143 @@
+"""`autoquant plan --measure`: one block is run here, and the forecast's counts make it a search."""
+
+import json
+
+import pytest
+from searchable import TOKEN_FLAGS, save_searchable
+
+from autoquant.codes.held import Weights
+from autoquant.model.streaming.blocks import BlockReader
+from autoquant.run.machines.bench import BlockSeconds
+from autoquant.run.machines.computed import Computed
+from autoquant.run.machines.passes import Passes
+from autoquant.run.machines.timing import seconds_of
+
+FLAGS = (*TOKEN_FLAGS, "--device", "cpu", "--budget-bpe", 9)
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("timed") / "model"
+    return save_searchable("minimax_m2", folder, num_hidden_layers=LAYERS)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Numbers of the blocks that are read."""
+    found, reading = [], BlockReader.read
+
+    def counted(reader, block):
+        found.append(block)
+        return reading(reader, block)
+
+    monkeypatch.setattr(BlockReader, "read", counted)
+    return found
+
+
+def measured(autoquant, *arguments):
+    result = autoquant("plan", *arguments, "--measure", "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("weights", ["resident", "disk"])
+def test_every_part_of_the_forecast_has_a_time(autoquant, model, read, weights):
+    found = measured(autoquant, model, *FLAGS, "--effort", "fast", "--weights", weights)
+    forecast, timing = found["forecast"], found["timing"]
+    assert forecast["weights"] == weights
+    assert [*timing["seconds"]] == [
+        *("load", "calibrate", "probe", "solve", "refine", "confirm", "export", "total")
+    ]
+    if weights == "disk":
+        assert [*timing["seconds"]][:-2] == [*forecast["passes"]]
+    *parts, total = timing["seconds"].values()
+    assert min(parts) > 0.0
+    assert total == pytest.approx(sum(parts))
+    assert (timing["device"], timing["layer"], timing["tokens"]) == ("cpu", LAYERS - 1, 256)
+    assert set(read) <= {0, 1, LAYERS - 1}, "the others may not fit"
+    assert timing["measured"]["fitted"] == 0.0
+
+
+def test_codes_that_rest_on_inputs_are_timed_too(autoquant, model, read):
+    found = measured(autoquant, model, *FLAGS, "--weights", "disk")["timing"]
+    assert [*found["seconds"]][2] == "statistics"
+    assert found["measured"]["fitted"] > 0.0
+    assert found["measured"]["summed"] > 0.0
+    assert set(read) <= {0, 1, LAYERS - 1}
+
+
+def test_what_is_not_timed_is_said(autoquant, model):
+    result = autoquant("plan", model, *FLAGS, "--effort", "max", "--measure")
+    assert result.exit_code == 0, result.stderr
+    assert "; without the polish\n" in result.stdout
+
+
+def test_time_is_said_with_what_it_was_measured_on(autoquant, model):
+    result = autoquant("plan", model, *FLAGS, "--effort", "fast", "--measure")
+    assert result.exit_code == 0, result.stderr
+    lines = dict(line.split("  ", 1) for line in result.stdout.splitlines() if "  " in line)
+    assert lines["time"].strip().startswith("about ")
+    assert f"block {LAYERS - 1} with 256 tokens on cpu" in lines["measured"]
+    assert "in memory" in lines
+
+
+def test_without_a_budget_nothing_is_said_of_an_export(autoquant, model):
+    found = measured(autoquant, model, *TOKEN_FLAGS, "--device", "cpu", "--effort", "fast")
+    assert "export" not in found["timing"]["seconds"]
+    assert found["timing"]["seconds"]["confirm"] > 0.0
+
+
+def test_weights_have_to_be_there(autoquant, tmp_path):
+    model = save_searchable("llama", tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"")
+    result = autoquant("plan", model, *FLAGS, "--measure")
+    assert result.exit_code == 4
+    assert "model.safetensors" in result.stderr
+
+
+def test_a_space_without_a_group_in_blocks_cannot_be_measured(autoquant, model, tmp_path):
+    space = tmp_path / "space.yaml"
+    space.write_text(
+        "schema_version: 1\nname: head\nrules:\n"
+        "  - {match: head, formats: [fp8, bf16]}\n"
+        "  - {match: '*', formats: [bf16]}\n"
+    )
+    result = autoquant("plan", model, "--space", space, "--measure")
+    assert result.exit_code == 4
+    assert "no block has a group that is searched" in result.stderr
+
+
+NOTHING = dict.fromkeys(
+    (
+        *("opened", "read", "brought", "observed", "forward", "candidate", "backward", "summed"),
+        *("encoded", "fitted", "pulled", "compared", "probed", "scored", "written_byte"),
+    ),
+    0.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("does", "units", "expected"),
+    [
+        ({"forwards": 3.0}, {"forward": 2.0}, 60.0),
+        ({"observed": 3.0, "candidates": 2.0}, {"observed": 1.0, "candidate": 4.0}, 110.0),
+        ({"backwards": 2.0}, {"backward": 5.0, "pulled": 7.0}, 2 * (50.0 + 7.0)),
+        ({"summed": 2.0, "encoded": 1.5, "fitted": 3.0}, {"encoded": 2.0, "fitted": 1.0}, 60.0),
+        ({"compared": 4.0, "probed": 2.0, "scored": 1.0}, {"compared": 1.0, "scored": 3.0}, 7.0),
+    ],
+)
+def test_work_inside_of_blocks_counts_for_each_block_and_behind_them_once(does, units, expected):
+    part = Passes(4, computed=Computed(**does))
+    unit = BlockSeconds(**NOTHING | units)
+    assert seconds_of(part, unit, 10.0, Weights.RESIDENT) == pytest.approx(expected)
+    assert seconds_of(part, unit, 10.0, Weights.DISK) == pytest.approx(expected)
+
+
+def test_blocks_come_while_others_compute():
+    part = Passes(4, computed=Computed(forwards=3.0))
+    slow = BlockSeconds(**NOTHING | {"forward": 2.0, "brought": 5.0})
+    assert seconds_of(part, slow, 10.0, Weights.DISK) == pytest.approx(4 * 50.0)
+    assert seconds_of(part, slow, 10.0, Weights.RESIDENT) == pytest.approx(60.0)
+    usual = Passes(9, is_most=True, usual=2, computed=Computed(forwards=3.0))
+    assert seconds_of(usual, slow, 10.0, Weights.DISK) == pytest.approx(2 * 50.0)
