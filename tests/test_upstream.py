@@ -248,6 +248,17 @@ def groups_of_rows_have_a_weight_each(experts, tied):
     torch.testing.assert_close(together, apart)
 
 
+@checks("torch._C._construct_storage_from_data_pointer")
+def a_storage_is_made_of_memory_that_another_one_owns(experts, tied):
+    owner = torch.arange(8, dtype=torch.uint8)
+    storage = torch._C._construct_storage_from_data_pointer(
+        owner.data_ptr() + 2, torch.device("cpu"), 4
+    )
+    part = torch.empty(0, dtype=torch.uint8).set_(storage)
+    owner[3] = 100
+    assert part.tolist() == [2, 100, 4, 5]
+
+
 @checks("_version")
 def a_tensor_counts_its_changes(experts, tied):
     weight = torch.zeros(4)

@@ -41,8 +41,9 @@ def test_an_engine_that_was_seen_to_fail_is_named_with_the_other_one(autoquant, 
     model = save_searchable("gemma2", tmp_path / "gemma2")
     (line,) = said(autoquant("plan", model))
     assert line == (
-        f"warning: SGLang 0.5.23 {SAID}, in either layout: it looks up attention as "
-        "`self_attn.qkv_proj`, without the number of the layer. Serve it with vLLM 0.33.0."
+        f"warning: SGLang 0.5.23 {SAID}, in either layout: it looks up linears as "
+        "`self_attn.qkv_proj`, without the number of the layer. Give all layers the "
+        "same formats by a search space, or serve it with vLLM 0.33.0."
     )
     assert searched(model, "--layout", "modelopt") == [line]
     assert searched(model, "--layout", "compressed-tensors") == [line]

@@ -51,9 +51,11 @@ def overflow(monkeypatch, breaks):
         return [
             [
                 broken(scores) if breaks(dict(assignment)) else scores
-                for assignment, scores in zip(assignments, batch, strict=True)
+                for assignment, scores in zip(own, batch, strict=True)
             ]
-            for batch in measure(self, assignments, *rest, **how)
+            for own, batch in zip(
+                assignments, measure(self, assignments, *rest, **how), strict=True
+            )
         ]
 
     def probed(self, split, probes, sketch=None):

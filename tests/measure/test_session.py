@@ -30,7 +30,10 @@ def test_room_for_states_is_what_streamed_weights_leave():
     assert streamed.walk_bytes == 1 << 30
     streamed.limit(0, 1, 1, None)  # of a GPU: states stay there as long as they fit
     assert streamed.walk_bytes == streamed.device_bytes == STATE_BYTES + (1 << 34)
-    assert not session._room(loaded()).is_streamed
+    resident = session._room(loaded(left=left))
+    assert not resident.is_streamed
+    resident.limit(0, 1, 1, None)
+    assert resident.device_bytes == STATE_BYTES + (1 << 34)
 
 
 @pytest.mark.parametrize(("token", "is_refused"), [(8, True), (9, True), (7, False)])

@@ -75,13 +75,13 @@ class Unsteady:
         self.evaluator, self.random, self.ready = evaluator, random.Random(seed), ready
         self.goes, self.has_gone = goes, False
 
-    def measure(self, requests):
+    def measure(self, requests, coming=()):
         if self.goes:
             self.has_gone = True
             raise EOFError("gone")
         wait_until(self.ready)
         time.sleep(self.random.random() * 0.03)
-        return self.evaluator.measure(requests)
+        return self.evaluator.measure(requests, coming)
 
 
 class Joining(threading.Thread):
@@ -122,7 +122,7 @@ class Patient:
     def measure(self, requests, coming=()):
         wait_until(self.ready)
         time.sleep(0.01)
-        return self.evaluator.measure(requests)
+        return self.evaluator.measure(requests, coming)
 
 
 def facts(driver):
