@@ -8,7 +8,7 @@ Shapes: T tokens of a batch in order, R rows of a product, N outputs.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
@@ -17,7 +17,6 @@ from autoquant.codes.book import Key
 from autoquant.formats import Choice
 from autoquant.model.experts import ExpertsHook
 from autoquant.model.live import QuantizedModel
-from autoquant.model.replacing import replaced
 
 _CHUNK_ELEMENTS = 1 << 22
 """Elements of a product that are compared at a time, in float32."""
@@ -52,14 +51,9 @@ class Taps:
         taps._choices = {group.name: [] for group in quantized.groups}
         return taps
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self) -> AbstractContextManager[None]:
         """Tap the forwards inside; their backward passes belong inside too."""
-        try:
-            with replaced(self._taps()):
-                yield
-        finally:
-            self._quantized.forget_inputs()
+        return self._quantized.replacing(self._taps())
 
     def _taps(self) -> Iterator[tuple[Any, str, Any]]:
         for group, module in self._quantized.modules():

@@ -25,6 +25,7 @@ from autoquant.model.experts import WIDE, ExpertsHook
 from autoquant.model.inputs import Clips, InputScale, InputSet
 from autoquant.model.live_weights import LiveWeights
 from autoquant.model.products import CpuProducts
+from autoquant.model.replacing import replaced
 from autoquant.model.streaming.stores import BlockStore, Brought
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.assignment import Assignment
@@ -263,6 +264,15 @@ class QuantizedModel:
         """Wait for weights that are on their way to the device."""
         if self._store is not None:
             self._store.settle()
+
+    @contextmanager
+    def replacing(self, attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+        """Give modules other attributes in the forwards inside; see `replaced`."""
+        try:
+            with replaced(attributes):
+                yield
+        finally:
+            self.forget_inputs()
 
     def forget_inputs(self) -> None:
         """Drop tensors of the last forward, so that no memory outlives it."""

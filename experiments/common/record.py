@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from autoquant.files import to_json, write_atomic
+
 PACKAGES = ("torch", "transformers", "optuna", "scipy", "nvidia-modelopt")
 
 
@@ -37,6 +39,14 @@ def said(value: Any) -> Any:
 def write(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def show(figures: dict[str, Any], out: Path | None) -> None:
+    """Print figures, and keep them where a file is named."""
+    text = to_json(figures, indent=2)
+    if out is not None:
+        write_atomic(out, text)
+    print(text)
 
 
 def _git_commit() -> str:

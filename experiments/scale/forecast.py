@@ -6,7 +6,6 @@ they are seconds. A forecast and its search run in processes of their own.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,12 +16,13 @@ from typing import Any
 import torch
 
 import autoquant
-from autoquant.files import to_json, write_atomic
 from autoquant.run.config import PlanConfig
 from autoquant.run.machines.forecast import Forecast
 from autoquant.run.machines.timing import Timing
 from autoquant.run.opening import open_plan
 from autoquant.store.run_directory import WORK, read_records
+from experiments.common import record
+from experiments.common.processes import figures_of
 
 TOKENS = {"calibration_tokens": 4_096, "search_tokens": 8_192, "report_tokens": 8_192}
 
@@ -105,14 +105,10 @@ def main() -> None:
     found = []
     for part in ("forecast", "search"):
         words = [sys.executable, "-m", "experiments.scale.forecast", *sys.argv[1:], "--part", part]
-        done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
+        found.append(figures_of(words))
     name = "bundled" if arguments.model is None else arguments.model.name
     figures = {"settings": settings | {"model": name}} | compared(*found)
-    text = to_json(figures, indent=2)
-    if arguments.out is not None:
-        write_atomic(arguments.out, text)
-    print(text)
+    record.show(figures, arguments.out)
 
 
 if __name__ == "__main__":

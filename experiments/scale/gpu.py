@@ -6,7 +6,6 @@ Each runs in a process of its own, so that the peak of one says nothing of anoth
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,11 +15,12 @@ from typing import Any
 import torch
 
 import autoquant
-from autoquant.files import to_json, write_atomic
 from autoquant.run.config import PlanConfig
 from autoquant.run.machines.forecast import Forecast
 from autoquant.run.opening import open_plan
 from autoquant.store.run_directory import WORK, read_records
+from experiments.common import record
+from experiments.common.processes import figures_of
 
 SETTINGS: dict[str, Any] = {
     "calibration": "stdlib",
@@ -70,11 +70,10 @@ def compare(model: Path, work: Path, allowed: int, bpe: float) -> dict[str, Any]
     """All three, and whether their results are the same."""
     found = []
     for weights in ("resident", "host", "disk"):
-        words = [sys.executable, __file__, str(model), "--work", str(work), "--one", weights]
-        words += ["--budget-bpe", str(bpe)]
+        words = [sys.executable, "-m", "experiments.scale.gpu", str(model), "--work", str(work)]
+        words += ["--one", weights, "--budget-bpe", str(bpe)]
         words += [] if weights == "resident" else ["--allowed", str(allowed)]
-        done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
+        found.append(figures_of(words))
     results = [each.pop("result") for each in found]
     return compared(model, results) | {"searches": found}
 
@@ -103,10 +102,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     figures = compare(arguments.model, arguments.work, arguments.allowed, arguments.budget_bpe)
-    text = to_json(figures, indent=2)
-    if arguments.out is not None:
-        write_atomic(arguments.out, text)
-    print(text)
+    record.show(figures, arguments.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from autoquant.files import to_json, write_atomic
+from experiments.common import record
 
 TOKENS = (
     *("--calibration", "stdlib", "--calibration-tokens", "1024", "--search-tokens", "2048"),
@@ -51,10 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model, work, bpe = arguments.model, arguments.work, arguments.budget_bpe
     found = [beside(model, weights, work, bpe) for weights in ("resident", "disk")]
-    text = to_json({"searches": found}, indent=2)
-    if arguments.out is not None:
-        write_atomic(arguments.out, text)
-    print(text)
+    record.show({"searches": found}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ one, is held against what N of them take: the efficiency is time of one / (N * t
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from itertools import product
@@ -22,9 +21,10 @@ import torch
 from torch import distributed
 
 import autoquant
-from autoquant.files import to_json, write_atomic
 from autoquant.model.memory import DeviceMemory
 from autoquant.store.run_directory import WORK, read_records
+from experiments.common import record
+from experiments.common.processes import figures_of
 from experiments.scale.gpu import LEFT_OUT, compared
 
 SHARED = ("probe", "refine")
@@ -91,8 +91,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         words += [] if arguments.allowed is None else ["--allowed", str(arguments.allowed)]
         for name in ("batch_tokens", "batches", "trials", "budget_bpe"):
             words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-        done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
+        found.append(figures_of(words))
     results = [each.pop("result") for each in found]
     for each in found:
         each["efficiency"] = {
@@ -126,10 +125,7 @@ def main() -> None:
         if os.environ["RANK"] == "0":
             print(json.dumps(found))
         return
-    text = to_json(compare(arguments), indent=2)
-    if arguments.out is not None:
-        write_atomic(arguments.out, text)
-    print(text)
+    record.show(compare(arguments), arguments.out)
 
 
 if __name__ == "__main__":

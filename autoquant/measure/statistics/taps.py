@@ -4,7 +4,7 @@ Shapes: R rows that a weight multiplies, K inputs.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from autoquant.model.binding import DenseSlot, ExpertsSlot
 from autoquant.model.experts import ExpertsHook
 from autoquant.model.live import QuantizedModel
-from autoquant.model.replacing import replaced
 from autoquant.plan.linears import LayerGroup
 from autoquant.source.names import ROUTED_EXPERT
 
@@ -61,14 +60,9 @@ class InputTaps:
                 self.sets[slot.input_set[part]] = shape
         self._watch_dense([slot for slot in slots if isinstance(slot, DenseSlot)])
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self) -> AbstractContextManager[None]:
         """See the forwards inside."""
-        try:
-            with replaced(self._taps()):
-                yield
-        finally:
-            self._quantized.forget_inputs()
+        return self._quantized.replacing(self._taps())
 
     def _taps(self) -> Iterator[tuple[Any, str, Any]]:
         for module in self._dense:
