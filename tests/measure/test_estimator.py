@@ -18,6 +18,7 @@ from autoquant.measure.gradient import gradient_probe, mean_estimate
 from autoquant.measure.scorer import Scorer
 from autoquant.model.live_weights import LiveWeights
 from autoquant.model.products import CpuProducts
+from autoquant.model.replacing import replaced
 
 CPU = torch.device("cpu")
 SEQUENCES, SEEDS = 256, 20
@@ -60,6 +61,9 @@ class Nudged:
 
     def apply(self, assignment, *, with_cache=False):
         self.chosen = dict(assignment)
+
+    def replacing(self, attributes):
+        return replaced(attributes)
 
     def forget_inputs(self):
         pass
