@@ -11,7 +11,7 @@ the C++ file and the Triton kernels return the same bits; sums of a KL differ in
 """
 
 from autoquant_kernels.backends import active_backend
-from autoquant_kernels.compensated import compensate_nvfp4
+from autoquant_kernels.compensated import compensate_fp8, compensate_nvfp4
 from autoquant_kernels.fp8 import dequantize_fp8, fake_quant_fp8, quantize_fp8
 from autoquant_kernels.kl import head_token_kl, token_kl
 from autoquant_kernels.nvfp4 import (
@@ -24,6 +24,7 @@ from autoquant_kernels.scales import fp8_scale, nvfp4_global_scale
 
 __all__ = [
     "active_backend",
+    "compensate_fp8",
     "compensate_nvfp4",
     "dequantize_fp8",
     "dequantize_nvfp4",

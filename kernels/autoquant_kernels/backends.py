@@ -64,6 +64,11 @@ class Backend(Protocol):
     def quantize_fp8(self, x: Tensor, scales: Sequence[float], codes: Tensor) -> None:
         """FP8 codes of any shape."""
 
+    def compensate_fp8(
+        self, w: Tensor, upper: Tensor, scales: Sequence[float], codes: Tensor, errors: Tensor
+    ) -> None:
+        """FP8 codes and errors of a block of each row, `[P * N, 16]` float32."""
+
     def dequantize_fp8(self, codes: Tensor, scales: Sequence[float], out: Tensor) -> None:
         """FP8 codes to numbers."""
 

@@ -1,4 +1,6 @@
-"""NVFP4 with the error of each column carried into the columns after it: the inner step of GPTQ."""
+"""Rounding with the error of each column carried into the columns after it: GPTQ's inner step."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,22 +33,12 @@ def compensate_nvfp4(
     Raises:
         ValueError: a shape, dtype or scale that breaks these rules.
     """
-    require_dtype("w", w, torch.float32)
-    require_dtype("upper", upper, torch.float32)
     require_dtype("block_scale", block_scale, torch.float8_e4m3fn)
-    scales = scale_values("global_scale", global_scale, w.shape)
-    expected = (*w.shape[:-2], BLOCK, BLOCK)
-    if w.ndim not in (2, 3) or w.shape[-1] != BLOCK or upper.shape != expected:
-        raise ValueError(
-            f"w has shape {tuple(w.shape)} and upper {tuple(upper.shape)}; they must be [N, 16] "
-            "and [16, 16], or one such for each of E matrices."
-        )
+    scales = _scales("global_scale", global_scale, w, upper)
     if block_scale.shape != w.shape[:-1]:
         raise ValueError(
             f"block_scale has shape {tuple(block_scale.shape)}; w needs {tuple(w.shape[:-1])}."
         )
-    if len(scales) != (len(w) if w.ndim == 3 else 1):
-        raise ValueError(f"there are {len(scales)} global scales for w of {tuple(w.shape)}.")
     codes = torch.empty(*w.shape[:-1], BLOCK // 2, dtype=torch.uint8, device=w.device)
     found, errors = block_scale.clone(), torch.empty_like(w, memory_format=torch.contiguous_format)
     if w.numel():
@@ -60,3 +52,54 @@ def compensate_nvfp4(
             errors.view(-1, BLOCK),
         )
     return codes, found, errors
+
+
+def compensate_fp8(w: Tensor, upper: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The same to E4M3 codes, which have the scale of their matrix.
+
+    Columns are rounded as `quantize_fp8` rounds: what is left beyond 448 scales saturates, and the
+    columns behind it take over what that loses.
+
+    Args:
+        w: float32 `[N, 16]`, or `[E, N, 16]` with one of `scale` and `upper` each.
+        upper: float32 `[16, 16]` or `[E, 16, 16]`, of positive diagonal.
+        scale: positive float32, one or `[E]`; keep it on the host.
+
+    Returns:
+        codes, float8_e4m3fn `[..., N, 16]`; errors over the diagonal of `upper`, float32
+        `[..., N, 16]`.
+
+    Raises:
+        ValueError: a shape, dtype or scale that breaks these rules.
+    """
+    scales = _scales("scale", scale, w, upper)
+    codes = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
+    errors = torch.empty_like(w, memory_format=torch.contiguous_format)
+    if w.numel():
+        ops.compensate_fp8(
+            w.contiguous().view(-1, BLOCK),
+            upper.contiguous().view(-1, BLOCK, BLOCK),
+            scales,
+            codes.view(-1, BLOCK),
+            errors.view(-1, BLOCK),
+        )
+    return codes, errors
+
+
+def _scales(name: str, scale: float | Tensor, w: Tensor, upper: Tensor) -> Sequence[float]:
+    """The scale of each matrix of `w`, once all three fit each other."""
+    require_dtype("w", w, torch.float32)
+    require_dtype("upper", upper, torch.float32)
+    scales = scale_values(name, scale, w.shape)
+    expected = (*w.shape[:-2], BLOCK, BLOCK)
+    if w.ndim not in (2, 3) or w.shape[-1] != BLOCK or upper.shape != expected:
+        raise ValueError(
+            f"w has shape {tuple(w.shape)} and upper {tuple(upper.shape)}; they must be [N, 16] "
+            "and [16, 16], or one such for each of E matrices."
+        )
+    if len(scales) != (len(w) if w.ndim == 3 else 1):
+        raise ValueError(
+            f"{name} has {len(scales)} values for w of {tuple(w.shape)}; it must have one for each "
+            "matrix."
+        )
+    return scales

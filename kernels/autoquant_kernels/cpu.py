@@ -24,6 +24,7 @@ OPERATIONS = (
     "dequantize_nvfp4",
     "fake_quant_fp8",
     "quantize_fp8",
+    "compensate_fp8",
     "dequantize_fp8",
     "token_kl",
 )
@@ -102,6 +103,11 @@ class CpuBackend:
 
     def quantize_fp8(self, x: Tensor, scales: Sequence[float], codes: Tensor) -> None:
         self._run("quantize_fp8", (x,), (codes,), x, scales)
+
+    def compensate_fp8(
+        self, w: Tensor, upper: Tensor, scales: Sequence[float], codes: Tensor, errors: Tensor
+    ) -> None:
+        self._run("compensate_fp8", (w,), (codes, errors), w, scales, moments=upper)
 
     def dequantize_fp8(self, codes: Tensor, scales: Sequence[float], out: Tensor) -> None:
         self._run("dequantize_fp8", (codes,), (out,), out, scales)

@@ -74,6 +74,14 @@ def quantize_fp8(x: Tensor, scales: Sequence[float], codes: Tensor) -> None:
     backend_for(x.device).quantize_fp8(x, scales, codes)
 
 
+@torch.library.custom_op("autoquant::compensate_fp8", mutates_args=("codes", "errors"))
+def compensate_fp8(
+    w: Tensor, upper: Tensor, scales: Sequence[float], codes: Tensor, errors: Tensor
+) -> None:
+    """FP8 codes and errors of one block of each row, `[P * N, 16]`."""
+    backend_for(w.device).compensate_fp8(w, upper, scales, codes, errors)
+
+
 @torch.library.custom_op("autoquant::dequantize_fp8", mutates_args=("out",))
 def dequantize_fp8(codes: Tensor, scales: Sequence[float], out: Tensor) -> None:
     """FP8 codes to numbers."""
@@ -98,6 +106,7 @@ for _op in (
     dequantize_nvfp4,
     fake_quant_fp8,
     quantize_fp8,
+    compensate_fp8,
     dequantize_fp8,
     token_kl,
 ):

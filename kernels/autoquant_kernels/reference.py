@@ -8,7 +8,7 @@ Every function takes contiguous tensors, scales that are already positive finite
 for the whole tensor, or one for each of as many equal parts), and the tensors that it writes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -119,26 +119,37 @@ def compensate_nvfp4(
     for g, rows, packed, stored, left in _scaled_chunks(scales, CHUNK_BLOCKS, *views):
         start = stored.float()
         tried = torch.stack([start, *_window(start)]) if search else start[None]
-        q, sign, error = _carried(rows.expand(len(tried), -1, -1), upper[at // size], tried * g)
+        q, before, error = _carried(
+            rows.expand(len(tried), -1, -1), upper[at // size], tried * g, round_e2m1
+        )
         best = _first_least(error)
         stored.copy_(_taken(tried, best).to(torch.float8_e4m3fn))
-        packed.copy_(_packed(_taken(q, best), _taken(sign, best) & ~stored.float().isnan()))
+        sign = (_taken(before, best) < 0) & ~stored.float().isnan()
+        packed.copy_(_packed(_taken(q, best), sign))
         left.copy_(_taken(error, best))
         at += len(rows)
 
 
-def _carried(w: Tensor, upper: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """E2M1 numbers, signs and errors `[C, N, 16]` of rows `[C, N, 16]` under scales `[C, N, 1]`."""
-    rest = w.clone()
-    q, sign, errors = torch.empty_like(rest), torch.empty_like(rest).bool(), torch.empty_like(rest)
+def _carried(
+    w: Tensor, upper: Tensor, scale: Tensor, rounded: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers, what was rounded to them, and errors, of rows `[C, N, 16]`, and all of that shape.
+
+    Args:
+        w: the rows.
+        upper: of their matrix, `[16, 16]`.
+        scale: `[C, N, 1]`, or one.
+        rounded: to the numbers that codes stand for.
+    """
+    before = w.clone()
+    q, errors = torch.empty_like(before), torch.empty_like(before)
     for column in range(BLOCK):
-        v = rest[..., column : column + 1]
-        nearest = round_e2m1(v / _divisor(scale))
+        v = before[..., column : column + 1]
+        nearest = rounded(v / _divisor(scale))
         error = (v - nearest * scale) * (1 / upper[column, column])
-        q[..., column : column + 1], sign[..., column : column + 1] = nearest, v < 0
-        errors[..., column : column + 1] = error
-        rest[..., column + 1 :] -= error * upper[column, column + 1 :]
-    return q, sign, errors
+        q[..., column : column + 1], errors[..., column : column + 1] = nearest, error
+        before[..., column + 1 :] -= error * upper[column, column + 1 :]
+    return q, before, errors
 
 
 def _first_least(errors: Tensor) -> Tensor:
@@ -183,8 +194,28 @@ def quantize_fp8(x: Tensor, scales: Sequence[float], codes: Tensor) -> None:
     views = x.view(-1), codes.view(-1)
     for s, source, target in _scaled_chunks(scales, CHUNK_BLOCKS * BLOCK, *views):
         values = source.float()
-        q = torch.copysign(round_e4m3(values / s), values)
-        target.copy_(q.masked_fill_(values.isnan(), torch.nan).to(torch.float8_e4m3fn))
+        target.copy_(_e4m3_codes(round_e4m3(values / s), values))
+
+
+def _e4m3_codes(q: Tensor, before: Tensor) -> Tensor:
+    """float8_e4m3fn of E4M3 numbers with the signs of what was rounded to them; NaN is 0x7F."""
+    signed = torch.copysign(q, before)
+    return signed.masked_fill_(before.isnan(), torch.nan).to(torch.float8_e4m3fn)
+
+
+def compensate_fp8(
+    w: Tensor, upper: Tensor, scales: Sequence[float], codes: Tensor, errors: Tensor
+) -> None:
+    """Round a block of each row column by column, each error carried into the columns after it.
+
+    Of `w` `[P * N, 16]` every N rows have one of the P `scales` and of `upper` `[P, 16, 16]`.
+    """
+    size, at = len(w) // len(scales), 0
+    for s, rows, stored, left in _scaled_chunks(scales, CHUNK_BLOCKS, w, codes, errors):
+        q, before, error = _carried(rows, upper[at // size], s, round_e4m3)
+        stored.copy_(_e4m3_codes(q, before))
+        left.copy_(error)
+        at += len(rows)
 
 
 def dequantize_fp8(codes: Tensor, scales: Sequence[float], out: Tensor) -> None:

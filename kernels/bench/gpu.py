@@ -213,6 +213,11 @@ def operations(shape: tuple[int, int]) -> dict[str, tuple[str, float, Callable[[
             COMPENSATED_BYTES,
             lambda: ak.compensate_nvfp4(rows, carries, g, first, search=True),
         ),
+        "compensate fp8": (
+            "triton",
+            9,
+            lambda: ak.compensate_fp8(rows, carries, scale),
+        ),
     }
 
 

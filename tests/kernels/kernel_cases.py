@@ -133,6 +133,13 @@ def compensated(x: Tensor, amax: float | Tensor, *, search: bool) -> tuple[Tenso
     return ak.compensate_nvfp4(w, upper, g, start[..., 0], search=search)
 
 
+def compensated_fp8(x: Tensor, amax: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The same to E4M3 codes."""
+    w = x[..., :16].float().contiguous()
+    upper = upper_factor().to(x.device).expand(*w.shape[:-2], 16, 16)
+    return ak.compensate_fp8(w, upper, ak.fp8_scale(amax))
+
+
 def all_outputs(x: Tensor, amax: float | Tensor) -> dict[str, Tensor]:
     """Every operation on `x` `[..., N, K]` under the backend in force, by name."""
     scale = ak.fp8_scale(amax)
@@ -155,4 +162,5 @@ def all_outputs(x: Tensor, amax: float | Tensor) -> dict[str, Tensor]:
         parts = compensated(x, amax, search=search)
         for name, part in zip(("codes", "scales", "errors"), parts, strict=True):
             found[f"compensated {name}, search {search}"] = part
+    found["compensated fp8 codes"], found["compensated fp8 errors"] = compensated_fp8(x, amax)
     return found

@@ -126,12 +126,24 @@ def test_compensation() -> None:
         ({"w": torch.ones(4, 32)}, r"\(4, 32\).*must be \[N, 16\]"),
         ({"upper": torch.eye(32)}, r"must be \[N, 16\] and \[16, 16\]"),
         ({"block_scale": start[:3]}, r"needs \(4,\)"),
-        ({"global_scale": torch.ones(4)}, "4 global scales"),
+        ({"global_scale": torch.ones(4)}, "global_scale has 4 values"),
         ({"global_scale": 0.0}, "positive and finite"),
     ):
         given = {"w": w, "upper": upper, "global_scale": G, "block_scale": start} | changed
         with pytest.raises(ValueError, match=message):
             ak.compensate_nvfp4(**given, search=False)
+    for changed, message in (
+        ({"w": w.bfloat16()}, "w has dtype"),
+        ({"upper": upper.double()}, "upper has dtype"),
+        ({"w": torch.ones(4, 32)}, r"\(4, 32\).*must be \[N, 16\]"),
+        ({"upper": torch.eye(16)[None]}, r"must be \[N, 16\] and \[16, 16\]"),
+        ({"scale": torch.ones(4)}, "scale has 4 values"),
+        ({"scale": torch.inf}, "positive and finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ak.compensate_fp8(**{"w": w, "upper": upper, "scale": 1.0} | changed)
+    codes, errors = ak.compensate_fp8(torch.ones(2, 0, 16), upper.expand(2, 16, 16), torch.ones(2))
+    assert codes.shape == errors.shape == (2, 0, 16)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,16 @@ import autoquant_kernels as ak
 import pytest
 import torch
 from autoquant_kernels import reference
-from kernel_cases import compensated, five_distributions, moments_of, upper_factor
+from kernel_cases import (
+    assert_same_bits,
+    compensated,
+    edge_blocks,
+    five_distributions,
+    forced,
+    fused_backends,
+    moments_of,
+    upper_factor,
+)
 from torch import Tensor
 
 SHAPE = (256, 512)
@@ -125,6 +134,47 @@ def test_without_moments_between_columns_nothing_is_carried() -> None:
     assert torch.equal(codes, expected)
     assert torch.equal(scales.float(), start.float()[:, 0])
     assert torch.equal(errors, w - ak.dequantize_nvfp4(expected, start, g, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("backend", ["reference", *fused_backends()])
+def test_fp8_without_moments_between_columns_has_the_codes_of_each_alone(backend: str) -> None:
+    """But for signs of zeros, which differences do not keep."""
+    w, scale = torch.cat((edge_blocks(), DISTRIBUTIONS["student_t"][:, :16])), ak.fp8_scale(3.0)
+    w = w[(w.abs() < 1e18).all(dim=1)]
+    expected = ak.quantize_fp8(w, scale)
+    with forced(backend) as device:
+        codes, errors = (
+            found.cpu()
+            for found in ak.compensate_fp8(w.to(device), torch.eye(16, device=device), scale)
+        )
+    assert_same_bits(expected.view(torch.uint8)[w != 0], codes.view(torch.uint8)[w != 0])
+    assert torch.equal(codes.float(), expected.float())
+    assert torch.equal(errors, w - ak.dequantize_fp8(expected, scale, dtype=torch.float32))
+
+
+def test_fp8_carries_errors_as_the_textbook_does() -> None:
+    """In float64, and every code the nearest E4M3 number to what is left of its column."""
+    w, upper = DISTRIBUTIONS["normal"][:, :16].contiguous(), upper_factor()
+    scale = ak.fp8_scale(w.abs().max() / 2)  # what is beyond half of the largest saturates
+    codes, errors = ak.compensate_fp8(w, upper, scale)
+    grid = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double() * scale
+    rest, u, found = w.double(), upper.double(), codes.double() * scale
+    nearest = 0
+    for column in range(16):
+        left = rest[:, column].clone()
+        distance = (left.abs()[:, None] - grid).abs().amin(dim=1)
+        error = left - found[:, column]
+        nearest += int(((error.abs() - distance).abs() < 1e-5).sum())
+        error /= u[column, column]
+        assert torch.allclose(errors[:, column].double(), error, rtol=1e-3, atol=1e-4)
+        rest[:, column + 1 :] -= error[:, None] * u[column, column + 1 :]
+    assert nearest == found.numel()
+    assert (codes.float().abs() == 448).any()
+    moments = torch.linalg.inv(u.mT @ u)[None]
+    plain = weighted_errors(w, ak.fake_quant_fp8(w, scale), moments)
+    carried = weighted_errors(w, found, moments)
+    assert torch.allclose(carried, errors.double().square().sum(dim=1), rtol=1e-3)
+    assert carried.sum() < 0.7 * plain.sum()
 
 
 def test_carrying_errors_lowers_what_they_do_to_the_product() -> None:

@@ -31,6 +31,7 @@ enum Operation : int32_t {
     DEQUANTIZE_NVFP4,
     FAKE_QUANT_FP8,
     QUANTIZE_FP8,
+    COMPENSATE_FP8,
     DEQUANTIZE_FP8,
     TOKEN_KL,
     OPERATIONS

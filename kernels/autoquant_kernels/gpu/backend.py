@@ -161,6 +161,19 @@ def quantize_fp8(x: Tensor, scales: Sequence[float], codes: Tensor) -> None:
         )
 
 
+def compensate_fp8(
+    w: Tensor, upper: Tensor, scales: Sequence[float], codes: Tensor, errors: Tensor
+) -> None:
+    """FP8 codes and errors of one block of each row."""
+    rows, stored = len(w) // len(scales), codes.view(torch.uint8)
+    size = INTERPRETED_BLOCKS if INTERPRETED else ROWS
+    scale, many = _on_device(scales, w)
+    with _device(w):
+        fused.compensate_fp8[_grid(rows, size, scales)](
+            w, upper, stored, errors, rows, scale, size, many, **PACK_OPTIONS
+        )
+
+
 def dequantize_fp8(codes: Tensor, scales: Sequence[float], out: Tensor) -> None:
     """FP8 codes to numbers."""
     source, target = codes.view(torch.uint8), _target(out)
