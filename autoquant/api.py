@@ -240,9 +240,9 @@ def search(
         cost_table: YAML or CSV file of what each product costs in each choice: a second limit.
         cost_limit: most that the products may cost together, in the table's unit.
         space: which layers may take which formats: a shipped space's name, or a YAML file.
-        effort: what a plain `nvfp4` of the space stands for, at the same bits: codes of the weight
-            alone (fast), or besides these codes fitted to calibration inputs (default); max
-            polishes the winner too.
+        effort: what a plain `nvfp4` or `fp8` of the space stands for, at the same bits: codes of
+            the weight alone (fast), or besides these codes fitted to calibration inputs (default);
+            max polishes the winner too.
         a16_share: most of the searched layers' multiply-adds that NVFP4 layers may do with inputs
             left in BF16, from 0 to 1.
         target: the machine that serves, hence which inputs it quantizes: those of NVFP4 and FP8

@@ -17,10 +17,9 @@ from autoquant.codes.cache import CodeCache
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.codes.weights import Unit
 from autoquant.errors import AutoQuantError, SourceError
-from autoquant.formats import CODES, GLOBAL_SCALE, REFIT, SCALE, Choice
-from autoquant.formats.fitted import plain_codes
+from autoquant.formats import REFIT, Choice
 from autoquant.formats.packed import Packed
-from autoquant.formats.rounded import Rounded
+from autoquant.formats.rounded import harm
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import Groups
 from autoquant.store.run_directory import CODES as CODES_FOLDER
@@ -115,8 +114,8 @@ class FittedCheck:
         if kept is None:
             return
         self._kept += 1
-        ours, theirs = packed.parts, kept.packed[name].parts
-        if not all(_same_bits(ours[part], theirs[part]) for part in (CODES, SCALE)):
+        ours, theirs = _of_rows(packed), _of_rows(kept.packed[name])
+        if not all(_same_bits(part, theirs[name]) for name, part in ours.items()):
             yield f"{name}: its codes are not those that its search measured and kept."
 
     def _harm(self, weight: Tensor, packed: Packed, choice: Choice, name: str) -> Iterator[str]:
@@ -127,13 +126,11 @@ class FittedCheck:
             )
         except SourceError:
             return
-        assert choice.scale_rule is not None
-        scale = packed.parts[GLOBAL_SCALE].view(1)
-        plain = plain_codes(weight[None], scale, choice.scale_rule)
-        stored = Rounded(packed.parts[CODES][None], packed.parts[SCALE][None])
+        coder = choice.format.coder(choice, packed.parts[choice.format.tensor_scale].view(1))
+        stored = {part: own[None] for part, own in _of_rows(packed).items()}
         ours, theirs = (
-            own.harm(weight[None], scale, moments.mean(), [len(weight)]).item()
-            for own in (stored, plain)
+            harm(weight[None], coder.decode(own), moments.mean(), [len(weight)]).item()
+            for own in (stored, coder.plain(weight[None]))
         )
         self._judged += 1
         if not ours <= theirs * _SLACK:
@@ -141,6 +138,11 @@ class FittedCheck:
                 f"{name}: its codes do {ours / theirs:.3f} times the harm of the nearest ones to "
                 "the inputs that they were fitted to."
             )
+
+
+def _of_rows(packed: Packed) -> dict[str, Tensor]:
+    """The parts that each row has its own of: codes, and scales of blocks."""
+    return {name: part for name, part in packed.parts.items() if part.ndim}
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

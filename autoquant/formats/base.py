@@ -6,14 +6,15 @@ A format is one file of this folder: an object of a subclass of `Format`, regist
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from autoquant.formats.choice import Choice
+    from autoquant.formats.moments import Moments
     from autoquant.formats.packed import Packed, Statistics
 
 NEAREST, GPTQ, REFIT = "nearest", "gptq", "refit"
@@ -67,6 +68,53 @@ class LayoutForm:
     """What the layout's JSON says of the format; the layout knows the keys."""
 
 
+Parts = Mapping[str, "Tensor"]
+"""Codes of M matrices by the names of their parts, each [M, N, ...]."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Coder(ABC):
+    """How M matrices with scales of their own are coded in a format that fits codes to inputs.
+
+    Shapes: N outputs, K inputs.
+    """
+
+    scale: "Tensor"
+    """Of each matrix, float32 [M] on the host."""
+
+    @abstractmethod
+    def plain(self, weight: "Tensor") -> Parts:
+        """The nearest codes of BF16 [M, N, K] alone, which fitted ones have to beat."""
+
+    def weighted(self, weight: "Tensor", moments: "Moments", tokens: slice) -> Parts:
+        """The nearest codes of BF16 [M, N, K] under scales that weigh by inputs of these tokens."""
+        raise TypeError(f"{type(self).__name__} has no scales that weigh by inputs")
+
+    @abstractmethod
+    def compensate(self, block: "Tensor", upper: "Tensor") -> "tuple[Parts, Tensor]":
+        """Round 16 columns, a column at a time, each error carried into the columns behind it.
+
+        Args:
+            block: what is left of the weights, float32 [M, N, 16].
+            upper: of the block, float32 [M, 16, 16]; see `compensated.Factor`.
+
+        Returns:
+            Codes, and errors over the diagonal of `upper`, float32 [M, N, 16].
+        """
+
+    @abstractmethod
+    def decode(self, parts: Parts) -> "Tensor":
+        """The BF16 numbers [M, N, K] that an engine multiplies with."""
+
+    def of(self, matrices: slice) -> Self:
+        """The coder of some matrices."""
+        return replace(self, scale=self.scale[matrices])
+
+    def repeated(self, times: int) -> Self:
+        """The coder of all matrices, and of the same again after them."""
+        return replace(self, scale=self.scale.repeat(times))
+
+
 class Format(ABC):
     """How a weight, and its input, is stored and multiplied. One object each; compared by name."""
 
@@ -80,6 +128,8 @@ class Format(ABC):
     written."""
     roundings: ClassVar[tuple[str, ...]] = (NEAREST,)
     """How codes may be chosen at the same bits, the default first."""
+    tensor_scale: ClassVar[str] = ""
+    """The part with the scale of a whole weight; empty for a format without one."""
     inputs: ClassVar[tuple[str | None, ...]] = (None,)
     """Inputs that the format allows besides its own, its own (None) first."""
     kept_codes: ClassVar[str] = ""
@@ -128,6 +178,15 @@ class Format(ABC):
     @abstractmethod
     def decode(self, packed: "Packed", out: "Tensor | None" = None) -> "Tensor":
         """The BF16 numbers that an engine multiplies with, [N, K] or [E, N, K]."""
+
+    def coder(self, choice: "Choice", scale: "Tensor") -> Coder:
+        """How codes are fitted to inputs under a choice that needs their moments.
+
+        Args:
+            choice: of the format.
+            scale: of each of M matrices, float32 [M] on the host.
+        """
+        raise TypeError(f"{self} has no codes that are fitted to inputs")
 
     def input_scale(self, amax: float) -> float:
         """The static float32 scale that is stored for inputs of largest magnitude `amax`."""

@@ -108,13 +108,14 @@ class Choice:
         return cls(format, rule or default, rounding or NEAREST, of_input)
 
     @classmethod
-    def parse_all(cls, text: str, ways: Iterable[tuple[str, str]]) -> list[Self]:
+    def parse_all(cls, text: str, ways: Iterable[tuple[str | None, str]]) -> list[Self]:
         """Every choice that `text` stands for in a search space.
 
         Args:
             text: as for `parse`; a scale rule or a rounding that is left out stands for those of
                 the space beside what is said, or for all rules where there are none.
-            ways: scale rules and roundings of the space, which formats may lack.
+            ways: scale rules, None for formats without one, and roundings of the space, which
+                formats may lack.
 
         Raises:
             ConfigError: as for `parse`.
@@ -125,7 +126,7 @@ class Choice:
         known = [
             (own, way) for own, way in ways if own in format.scale_rules and way in format.roundings
         ]
-        found: list[tuple[str | None, str]] = [
+        found = [
             (own, way) for own, way in known if rule in (None, own) and rounding in (None, way)
         ]
         if not found:

@@ -1,21 +1,23 @@
-"""Compensated rounding of NVFP4 (GPTQ; Frantar et al., 2022): errors go into later columns.
+"""Compensated rounding (GPTQ; Frantar et al., 2022): errors go into later columns.
 
 With H = E[x x^T] of the inputs, an error D of the weight costs tr(D H D^T) in the product. Columns
 are rounded in order, and what a column loses the columns after it make up for, by the Cholesky
-factor of the inverse of H. A block of 16 columns gets its scales when its turn comes, from the
-weights that are left then. Blocks of large inputs come first; what is stored keeps its order.
+factor of the inverse of H. A block of 16 columns is coded when its turn comes, from the weights
+that are left then. Blocks of large inputs come first; what is stored keeps its order.
 
-Shapes: M matrices with scales of their own, N outputs, K inputs, B blocks of 16 of them.
+Shapes: M matrices with scales of their own, N outputs, K inputs, B blocks of 16 of them. Where K is
+no multiple of 16, the last block is filled up with columns of zeros, which carry nothing.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-import autoquant_kernels as kernels
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from autoquant.formats.base import Coder
 from autoquant.formats.moments import BLOCK
 from autoquant.formats.rounded import Rounded
 
@@ -30,14 +32,16 @@ class Factor:
     order: Tensor
     """The block at each place, int64 [M, B]."""
     upper: Tensor
-    """U with U^T U the inverse of the damped moments in that order, float32 [M, K, K]; the identity
-    where there is none, so that nothing is carried."""
+    """U with U^T U the inverse of the damped moments in that order, float32 [M, 16 B, 16 B]; the
+    identity where there is none, so that nothing is carried."""
     has_factor: Tensor
     """Whether there is one, bool [M]."""
 
     @classmethod
     def of(cls, moments: Tensor, damping: Tensor) -> Self:
         """Of H, float32 [M, K, K], finite; dampings of its diagonal in shares of its mean, [M]."""
+        filled = -moments.shape[-1] % BLOCK
+        moments = pad(moments, (0, filled, 0, filled)) if filled else moments
         squares = moments.diagonal(dim1=1, dim2=2).view(len(moments), -1, BLOCK).sum(dim=2)
         order = squares.argsort(dim=1, descending=True, stable=True)
         upper, has_factor = _factor(_both_axes(moments, _columns(order)), damping)
@@ -53,19 +57,20 @@ class Factor:
         )
 
 
-def compensated(weight: Tensor, scale: Tensor, rule: str, factor: Factor) -> Rounded:
+def compensated(weight: Tensor, coder: Coder, factor: Factor) -> Rounded:
     """Round every matrix.
 
     Args:
         weight: BF16 or float32 [M, N, K].
-        scale: global scales, float32 [M] on the host.
-        rule: how block scales are chosen; `hessian` takes those of least compensated error.
+        coder: of the matrices.
         factor: of the moments of its inputs.
     """
-    columns = _columns(factor.order)
-    rest = weight.float().gather(2, columns[:, None].expand(-1, weight.shape[1], -1))
-    rounded = _sweep(rest, scale, rule, factor.upper)
-    return _in_order(rounded, factor.order.argsort(dim=1), weight.shape[2])
+    inputs, columns = weight.shape[2], _columns(factor.order)
+    filled = columns.shape[1] - inputs
+    whole = pad(weight, (0, filled)) if filled else weight
+    rest = whole.float().gather(2, columns[:, None].expand(-1, weight.shape[1], -1))
+    rounded = _sweep(rest, coder, factor.upper).in_order(factor.order.argsort(dim=1))
+    return rounded.first(inputs, columns.shape[1]) if filled else rounded
 
 
 def _columns(order: Tensor) -> Tensor:
@@ -76,16 +81,6 @@ def _columns(order: Tensor) -> Tensor:
 def _both_axes(moments: Tensor, columns: Tensor) -> Tensor:
     rows = moments.gather(1, columns[:, :, None].expand_as(moments))
     return rows.gather(2, columns[:, None].expand_as(moments))
-
-
-def _in_order(rounded: Rounded, place: Tensor, inputs: int) -> Rounded:
-    """Blocks back where they are stored; `place` [M, B] says where each is."""
-    matrices, outputs, _ = rounded.codes.shape
-    codes = rounded.codes.view(matrices, outputs, -1, BLOCK // 2)
-    at = place[:, None].expand(-1, outputs, -1)
-    stored = rounded.block_scale.view(torch.uint8).gather(2, at).view(torch.float8_e4m3fn)
-    codes = codes.gather(2, at[..., None].expand(-1, -1, -1, BLOCK // 2))
-    return Rounded(codes.reshape(matrices, outputs, inputs // 2), stored)
 
 
 def _factor(moments: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,9 +102,9 @@ def _factor(moments: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     return inverse.flip(1, 2).float(), has_factor
 
 
-def _sweep(rest: Tensor, scale: Tensor, rule: str, upper: Tensor) -> Rounded:
+def _sweep(rest: Tensor, coder: Coder, upper: Tensor) -> Rounded:
     """Round float32 [M, N, K] block by block; `rest` is overwritten."""
-    codes, scales = [], []
+    codes = []
     matrices, _, inputs = rest.shape
     tiled = upper.view(matrices, inputs // BLOCK, BLOCK, inputs // BLOCK, BLOCK)
     inner = tiled.diagonal(dim1=1, dim2=3).movedim(-1, 0).contiguous()
@@ -118,25 +113,9 @@ def _sweep(rest: Tensor, scale: Tensor, rule: str, upper: Tensor) -> Rounded:
         errors = []
         for start in range(first, last, BLOCK):
             own = slice(start, start + BLOCK)
-            block, carries = rest[..., own].contiguous(), inner[start // BLOCK]
-            first_scale = _first_scale(block, scale, rule, carries)
-            packed, stored, error = kernels.compensate_nvfp4(
-                block, carries, scale, first_scale, search=rule == "hessian"
-            )
+            parts, error = coder.compensate(rest[..., own].contiguous(), inner[start // BLOCK])
             rest[..., own.stop : last] -= error @ upper[:, own, own.stop : last]
-            codes.append(packed)
-            scales.append(stored.view(torch.uint8))
+            codes.append(Rounded(parts))
             errors.append(error)
         rest[..., last:] -= torch.cat(errors, dim=2) @ upper[:, first:last, last:]
-    stacked = torch.stack(scales, dim=2).view(torch.float8_e4m3fn)
-    return Rounded(torch.cat(codes, dim=2), stacked)
-
-
-def _first_scale(block: Tensor, scale: Tensor, rule: str, upper: Tensor) -> Tensor:
-    """Scales [M, N] of a block of columns by its rule; where `hessian` begins its search."""
-    weighs = None
-    if rule == "diagonal":
-        weighs = upper.diagonal(dim1=1, dim2=2).square().reciprocal()[:, None]
-    of_rule = "max" if rule == "hessian" else rule
-    _, stored = kernels.quantize_nvfp4(block, scale, rule=of_rule, moments=weighs)
-    return stored[..., 0]
+    return Rounded.of_columns(codes)

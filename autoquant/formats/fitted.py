@@ -1,4 +1,4 @@
-"""NVFP4 codes that are fitted to inputs, and used only where they serve inputs that they never saw.
+"""Codes that are fitted to inputs, and used only where they serve inputs that they never saw.
 
 Some sequences are held out of the fit. On them the damping of compensated rounding is chosen, and a
 linear to which codes of the weight alone do less harm keeps those. Then all tokens are fitted.
@@ -10,22 +10,16 @@ K inputs, B blocks of 16 of them.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import autoquant_kernels as kernels
 import torch
 from torch import Tensor
 
-from autoquant.formats.base import NEAREST
+from autoquant.formats.base import NEAREST, Coder
+from autoquant.formats.choice import Choice
 from autoquant.formats.compensated import Factor, compensated
-from autoquant.formats.moments import (
-    ALL,
-    FITTED,
-    HELD_OUT,
-    WEIGHTED_RULES,
-    Moments,
-    known_or_identity,
-)
+from autoquant.formats.moments import ALL, FITTED, HELD_OUT, Moments, known_or_identity
+from autoquant.formats.packed import Packed, Statistics
 from autoquant.formats.refitted import Refit
-from autoquant.formats.rounded import Rounded
+from autoquant.formats.rounded import Rounded, harm
 
 DAMPINGS = (0.01, 0.05, 0.1)
 """Tried for the diagonal of H, in shares of its mean."""
@@ -36,9 +30,6 @@ CHUNK_BYTES = 2**29
 KEPT_BYTES = 2**26
 """A factor that takes no more is kept for the other choices of the same linears."""
 
-RULE_WITHOUT_INPUTS = "mse"
-"""The scale rule of a linear that a rule weighted by inputs does not serve."""
-
 _DOES_HARM = "its codes did more harm than those of the weight alone on held-out inputs"
 _NO_FACTOR = "the second moments of its inputs have no Cholesky factor"
 
@@ -46,22 +37,32 @@ _Judge = Callable[[Rounded], Tensor]
 """Of codes: the harm that each linear does to some tokens, float64 [M, L]."""
 
 
-def plain_codes(weight: Tensor, scale: Tensor, rule: str) -> Rounded:
-    """The nearest codes of the weight alone, which fitted ones have to beat.
+def encode(weight: Tensor, choice: Choice, statistics: Statistics, scale: Tensor) -> Packed:
+    """The codes of a weight under a choice that needs moments of its inputs.
 
     Args:
-        weight: BF16 [M, N, K].
-        scale: global scales, float32 [M] on the host.
-        rule: of the fitted ones.
+        weight: BF16 [N, K], or [E, N, K].
+        choice: of a format with a `coder`.
+        statistics: with the moments.
+        scale: float32 on the host, 0-dimensional or [E].
     """
-    of_weight = RULE_WITHOUT_INPUTS if rule in WEIGHTED_RULES else rule
-    return Rounded(*kernels.quantize_nvfp4(weight, scale, rule=of_weight))
+    assert statistics.moments is not None
+    rounded, plain = fit(
+        weight if weight.ndim == 3 else weight[None],
+        choice.format.coder(choice, scale.view(-1)),
+        choice.rounding,
+        statistics.moments,
+        statistics.rows,
+        statistics.drift,
+    )
+    parts = {name: part.reshape(*weight.shape[:-1], -1) for name, part in rounded.parts.items()}
+    experts = len(weight) if weight.ndim == 3 else None
+    return Packed(choice, parts | {choice.format.tensor_scale: scale}, experts, plain)
 
 
 def fit(
     weight: Tensor,
-    scale: Tensor,
-    rule: str,
+    coder: Coder,
     rounding: str,
     moments: Moments,
     rows: Sequence[int],
@@ -71,10 +72,8 @@ def fit(
 
     Args:
         weight: BF16 [M, N, K].
-        scale: global scales, float32 [M] on the host.
-        rule: how block scales are chosen; under GPTQ `hessian` takes those of least compensated
-            error.
-        rounding: `nearest`, under a weighted rule, `gptq`, or `refit`.
+        coder: of the matrices.
+        rounding: `nearest`, under scales that weigh by inputs, `gptq`, or `refit`.
         moments: of the inputs, on the device of `weight`.
         rows: of each of the L linears that every matrix joins; N in all.
         drift: of these inputs from the BF16 model's, for `refit`; see `Statistics`.
@@ -86,7 +85,7 @@ def fit(
     plain: dict[tuple[int, int], str] = {}
     for own in _chunks(weight):
         moved = None if drift is None else drift.of(own)
-        task = _Task(weight[own], scale[own], rule, rounding, moments.of(own), rows, moved)
+        task = _Task(weight[own], coder.of(own), rounding, moments.of(own), rows, moved)
         rounded, reasons = task.fit()
         parts.append(rounded)
         for matrix, of_linears in enumerate(reasons, start=own.start):
@@ -107,8 +106,7 @@ class _Task:
     """The arguments of `fit` for matrices that are rounded together."""
 
     weight: Tensor
-    scale: Tensor
-    rule: str
+    coder: Coder
     rounding: str
     moments: Moments
     rows: Sequence[int]
@@ -116,7 +114,7 @@ class _Task:
 
     def fit(self) -> tuple[Rounded, list[list[str | None]]]:
         """The codes, and why each linear [M][L] has plain ones; None where it has not."""
-        plain = plain_codes(self.weight, self.scale, self.rule)
+        plain = Rounded(self.coder.plain(self.weight))
         why = self.moments.why_plain()
         if None not in why:
             return plain, [[reason] * len(self.rows) for reason in why]
@@ -126,14 +124,14 @@ class _Task:
             refit = Refit.best(self.weight, self.moments, self.drift)
         every, held_out = (self._judge(tokens, refit) for tokens in (ALL, HELD_OUT))
         if self.rounding == NEAREST:
-            found, harm = self._weighted(ALL), held_out(self._weighted(FITTED))
+            found, after = self._weighted(ALL), held_out(self._weighted(FITTED))
             has_factor = torch.ones_like(usable)
         else:
-            damping, harm = self._best_damping(held_out, self._aim(FITTED, refit))
+            damping, after = self._best_damping(held_out, self._aim(FITTED, refit))
             factor = self._factor(damping, ALL)
-            found = compensated(self._aim(ALL, refit), self.scale, self.rule, factor)
+            found = compensated(self._aim(ALL, refit), self.coder, factor)
             has_factor = factor.has_factor
-        gains = harm <= held_out(plain)
+        gains = after <= held_out(plain)
         gains &= every(found) <= every(plain)
         gains &= (usable & has_factor)[:, None]
         of_rows = gains.repeat_interleave(torch.tensor(self.rows, device=gains.device), dim=1)
@@ -152,7 +150,7 @@ class _Task:
         dampings = torch.tensor(DAMPINGS, device=self.weight.device)
         factors = [self._factor(one.expand(matrices), FITTED) for one in dampings]
         codes = compensated(
-            aim.repeat(tries, 1, 1), self.scale.repeat(tries), self.rule, Factor.joined(factors)
+            aim.repeat(tries, 1, 1), self.coder.repeated(tries), Factor.joined(factors)
         )
         harms = torch.stack([held_out(own) for own in codes.parted(tries)])
         best = harms.sum(dim=2).nan_to_num(torch.inf).argmin(dim=0)
@@ -171,9 +169,7 @@ class _Task:
 
     def _weighted(self, tokens: slice) -> Rounded:
         """Nearest codes under scales weighted by inputs of these tokens."""
-        weighs = self.moments.of_blocks(self.rule, tokens)
-        codes = kernels.quantize_nvfp4(self.weight, self.scale, rule=self.rule, moments=weighs)
-        return Rounded(*codes)
+        return Rounded(self.coder.weighted(self.weight, self.moments, tokens))
 
     def _aim(self, tokens: slice, refit: Refit | None) -> Tensor:
         """What codes fitted to these tokens are to be near."""
@@ -183,4 +179,6 @@ class _Task:
         """The harm [M, L] that codes do to inputs of these tokens."""
         moments = known_or_identity(self.moments.mean(tokens))
         pull = None if refit is None else refit.pull(tokens)
-        return lambda codes: codes.harm(self.weight, self.scale, moments, self.rows, pull)
+        return lambda codes: harm(
+            self.weight, self.coder.decode(codes.parts), moments, self.rows, pull
+        )

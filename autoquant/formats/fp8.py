@@ -1,10 +1,24 @@
 """FP8: E4M3 codes with one float32 scale per tensor, for weights and inputs alike."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
-from autoquant.formats.base import CAST, CODES, INPUT_SCALE, SCALE, Format, LayoutForm, Part
+from autoquant.formats.base import (
+    CAST,
+    CODES,
+    GPTQ,
+    INPUT_SCALE,
+    NEAREST,
+    REFIT,
+    SCALE,
+    Coder,
+    Format,
+    LayoutForm,
+    Part,
+    Parts,
+)
 from autoquant.formats.registry import register
 
 if TYPE_CHECKING:
@@ -16,6 +30,30 @@ if TYPE_CHECKING:
 _NAMES = {CODES: ".weight", SCALE: ".weight_scale", INPUT_SCALE: ".input_scale"}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Fp8Coder(Coder):
+    """Codes under the scale of the whole weight; what errors push beyond it saturates."""
+
+    def plain(self, weight: "Tensor") -> Parts:
+        """See `autoquant_kernels.quantize_fp8`."""
+        import autoquant_kernels as kernels
+
+        return {CODES: kernels.quantize_fp8(weight, self.scale)}
+
+    def compensate(self, block: "Tensor", upper: "Tensor") -> "tuple[Parts, Tensor]":
+        """See `autoquant_kernels.compensate_fp8`."""
+        import autoquant_kernels as kernels
+
+        codes, errors = kernels.compensate_fp8(block, upper, self.scale)
+        return {CODES: codes}, errors
+
+    def decode(self, parts: Parts) -> "Tensor":
+        """See `autoquant_kernels.dequantize_fp8`."""
+        import autoquant_kernels as kernels
+
+        return kernels.dequantize_fp8(parts[CODES], self.scale)
+
+
 class Fp8(Format):
     """E4M3 codes."""
 
@@ -23,6 +61,8 @@ class Fp8(Format):
     weight_bits = Fraction(8)
     input_bits = 8
     scale_rules = (None, CAST)
+    roundings = (NEAREST, GPTQ, REFIT)
+    tensor_scale = SCALE
     kept_codes = "F8_E4M3"
     layouts: ClassVar[Mapping[str, LayoutForm]] = {
         "modelopt": LayoutForm(
@@ -71,9 +111,17 @@ class Fp8(Format):
             scale = cast.fp8_scale(statistics.weight_amax)
         else:
             scale = kernels.fp8_scale(statistics.weight_amax)
+        if self.needs_moments(choice):
+            from autoquant.formats import fitted
+
+            return fitted.encode(weight, choice, statistics, scale)
         experts = len(weight) if weight.ndim == 3 else None
         codes = kernels.quantize_fp8(weight, scale)
         return Packed(choice, {CODES: codes, SCALE: scale}, experts)
+
+    def coder(self, choice: "Choice", scale: "Tensor") -> Coder:
+        """Of the given scales, whatever the choice."""
+        return Fp8Coder(scale)
 
     def decode(self, packed: "Packed", out: "Tensor | None" = None) -> "Tensor":
         """See `autoquant_kernels.dequantize_fp8`."""

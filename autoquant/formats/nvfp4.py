@@ -1,6 +1,7 @@
 """NVFP4: 16 consecutive weights of a row share an E4M3 scale, and the tensor a float32 scale."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
@@ -15,9 +16,11 @@ from autoquant.formats.base import (
     NEAREST,
     REFIT,
     SCALE,
+    Coder,
     Format,
     LayoutForm,
     Part,
+    Parts,
 )
 from autoquant.formats.registry import register
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from autoquant.formats.choice import Choice
+    from autoquant.formats.moments import Moments
     from autoquant.formats.packed import Packed, Statistics
 
 NVFP4_BLOCK = 16
@@ -46,6 +50,53 @@ PLAIN_RULES = (ScaleRule.MAX, ScaleRule.MSE, ScaleRule.FOUR_OVER_SIX)
 """Those that look at the weight alone."""
 
 
+RULE_WITHOUT_INPUTS = ScaleRule.MSE
+"""The scale rule of a linear that a rule weighted by inputs does not serve."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Nvfp4Coder(Coder):
+    """Codes and block scales; the latter are chosen when the turn of their block comes."""
+
+    rule: str
+    """How block scales are chosen; compensated, `hessian` takes those of least compensated
+    error."""
+
+    def plain(self, weight: "Tensor") -> Parts:
+        """Under the coder's rule, or under one that needs no inputs."""
+        return self._nearest(weight, self.rule if self.rule in PLAIN_RULES else RULE_WITHOUT_INPUTS)
+
+    def weighted(self, weight: "Tensor", moments: "Moments", tokens: slice) -> Parts:
+        """Under the coder's rule."""
+        return self._nearest(weight, self.rule, moments.of_blocks(self.rule, tokens))
+
+    def compensate(self, block: "Tensor", upper: "Tensor") -> "tuple[Parts, Tensor]":
+        """See `autoquant_kernels.compensate_nvfp4`."""
+        import autoquant_kernels as kernels
+
+        searches = self.rule == ScaleRule.HESSIAN
+        weighs = None
+        if self.rule == ScaleRule.DIAGONAL:
+            weighs = upper.diagonal(dim1=1, dim2=2).square().reciprocal()[:, None]
+        first = self._nearest(block, ScaleRule.MAX if searches else self.rule, weighs)[SCALE]
+        codes, scales, errors = kernels.compensate_nvfp4(
+            block, upper, self.scale, first[..., 0], search=searches
+        )
+        return {CODES: codes, SCALE: scales[..., None]}, errors
+
+    def decode(self, parts: Parts) -> "Tensor":
+        """See `autoquant_kernels.dequantize_nvfp4`."""
+        import autoquant_kernels as kernels
+
+        return kernels.dequantize_nvfp4(parts[CODES], parts[SCALE], self.scale)
+
+    def _nearest(self, weight: "Tensor", rule: str, moments: "Tensor | None" = None) -> Parts:
+        import autoquant_kernels as kernels
+
+        codes, scales = kernels.quantize_nvfp4(weight, self.scale, rule=rule, moments=moments)
+        return {CODES: codes, SCALE: scales}
+
+
 class Nvfp4(Format):
     """E2M1 codes; inputs in NVFP4 too, or in BF16 (`a16`), which costs no byte."""
 
@@ -54,6 +105,7 @@ class Nvfp4(Format):
     input_bits = 4
     scale_rules = (*map(str, ScaleRule), CAST)
     roundings = (NEAREST, GPTQ, REFIT)
+    tensor_scale = GLOBAL_SCALE
     inputs = (None, A16)
     kept_codes = "F4"
     layouts: ClassVar[Mapping[str, LayoutForm]] = {
@@ -148,34 +200,16 @@ class Nvfp4(Format):
             return Packed(choice, {CODES: codes, SCALE: block_scale, GLOBAL_SCALE: scale}, experts)
         scale = kernels.nvfp4_global_scale(statistics.weight_amax, choice.scale_rule)
         if self.needs_moments(choice):
-            return self._fitted(weight, choice, statistics, scale)
+            from autoquant.formats import fitted
+
+            return fitted.encode(weight, choice, statistics, scale)
         codes, block_scale = kernels.quantize_nvfp4(weight, scale, rule=choice.scale_rule)
         return Packed(choice, {CODES: codes, SCALE: block_scale, GLOBAL_SCALE: scale}, experts)
 
-    def _fitted(
-        self, weight: "Tensor", choice: "Choice", statistics: "Statistics", scale: "Tensor"
-    ) -> "Packed":
-        from autoquant.formats.fitted import fit
-        from autoquant.formats.packed import Packed
-
+    def coder(self, choice: "Choice", scale: "Tensor") -> Coder:
+        """Of the choice's scale rule."""
         assert choice.scale_rule is not None
-        assert statistics.moments is not None
-        rounded, plain = fit(
-            weight if weight.ndim == 3 else weight[None],
-            scale.view(-1),
-            choice.scale_rule,
-            choice.rounding,
-            statistics.moments,
-            statistics.rows,
-            statistics.drift,
-        )
-        stored = weight.shape[:-1]
-        parts = {
-            CODES: rounded.codes.view(*stored, -1),
-            SCALE: rounded.block_scale.view(*stored, -1),
-            GLOBAL_SCALE: scale,
-        }
-        return Packed(choice, parts, len(weight) if weight.ndim == 3 else None, plain)
+        return Nvfp4Coder(scale, choice.scale_rule)
 
     def decode(self, packed: "Packed", out: "Tensor | None" = None) -> "Tensor":
         """See `autoquant_kernels.dequantize_nvfp4`."""

@@ -207,7 +207,10 @@ def _set(
         packed = Packed.joined([book.linear(group, linear, choice) for linear in matrix])
         if choice.rounding != NEAREST:
             weight.copy_(packed.decode())
-        _fix_block_scales(quantizer, choice, packed, amax)
+        if choice.scale_rule is None:
+            quantizer.amax = amax  # the numbers of codes are coded again under the same scale
+        else:
+            _fix_block_scales(quantizer, choice, packed, amax)
     if not choice.keeps_input:
         held = inputs[place.matrices[0][0].input_scale_set]
         place.input_quantizer.amax = torch.tensor(held or 1.0, device=place.weights[0].device)

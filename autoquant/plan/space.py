@@ -28,8 +28,8 @@ ROLE = re.compile(r"[a-z_]+")
 """A pattern of this form names a role; any other is a glob over group names."""
 
 
-Way = tuple[str, str]
-"""A scale rule and a rounding, which take the same bits."""
+Way = tuple[str | None, str]
+"""A scale rule, None for formats without one, and a rounding, which take the same bits."""
 
 
 class Effort(StrEnum):
@@ -53,12 +53,13 @@ class Effort(StrEnum):
 
         Fitted codes fall back to plain ones linear by linear, so that few of them are enough: in
         the search of the bundled model at 5 bits every NVFP4 group of the winner takes one of
-        these two.
+        these two. Plain ones stay beside them: recipes are measured with them, and the joint check
+        of a rounding replaces it by them.
         """
-        plain = tuple((str(rule), NEAREST) for rule in PLAIN_RULES)
+        plain: tuple[Way, ...] = (*((str(rule), NEAREST) for rule in PLAIN_RULES), (None, NEAREST))
         if self is Effort.FAST:
             return plain
-        return (*plain, (str(ScaleRule.MSE), GPTQ), (str(ScaleRule.HESSIAN), GPTQ))
+        return (*plain, (str(ScaleRule.MSE), GPTQ), (str(ScaleRule.HESSIAN), GPTQ), (None, GPTQ))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,8 +69,8 @@ class RuleFile(_Strict):
     formats: list[Annotated[str, AfterValidator(_known_format)]] = Field(
         min_length=1,
         description="A format (with every rule of scale_rules and every rounding of roundings that "
-        "it has), or some choices of it such as nvfp4/max, nvfp4/gptq or nvfp4/a16 (inputs in "
-        "BF16).",
+        "it has), or some choices of it such as nvfp4/max, nvfp4/gptq, fp8/nearest or nvfp4/a16 "
+        "(inputs in BF16).",
     )
     reason: str = Field(default="", description="Why the other formats are closed.")
 
@@ -110,8 +110,8 @@ class SpaceFile(_Strict):
         """What the file itself says of scale rules and roundings; nothing where it leaves both."""
         if self.scale_rules is None and self.roundings is None:
             return ()
-        rules = self.scale_rules or PLAIN_RULES
-        return tuple((str(rule), way) for rule in rules for way in self.roundings or (NEAREST,))
+        rules = (*map(str, self.scale_rules or PLAIN_RULES), None)
+        return tuple((rule, way) for rule in rules for way in self.roundings or (NEAREST,))
 
 
 def _rule(rule: RuleFile, ways: Sequence[Way]) -> Rule:

@@ -1,6 +1,6 @@
 """One or two limits as a knapsack over the open groups, and its solutions as assignments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -141,11 +141,10 @@ class Problem:
         return replace(self, limits=(Limit.of(first.cost, number), *others))
 
     def without(self, way: str) -> "Problem":
-        """The problem with a scale rule or rounding closed wherever a group has others."""
-        choices = {
-            name: tuple(c for c in legal if way not in (c.scale_rule, c.rounding)) or legal
-            for name, legal in self.accounting.choices.items()
-        }
+        """The problem with a scale rule or rounding closed wherever a group has other codes of the
+        same format and input.
+        """
+        choices = {name: _without(legal, way) for name, legal in self.accounting.choices.items()}
         return replace(self, accounting=replace(self.accounting, choices=choices))
 
     def predicted(self, assignment: Assignment) -> float:
@@ -178,6 +177,15 @@ class Problem:
             return wish
         upward = [c for c in legal if c.format.weight_bits >= wish.format.weight_bits]
         return upward[0] if upward else legal[-1]
+
+
+def _without(legal: Sequence[Choice], way: str) -> tuple[Choice, ...]:
+    others = {choice.form for choice in legal if way not in (choice.scale_rule, choice.rounding)}
+    return tuple(
+        choice
+        for choice in legal
+        if way not in (choice.scale_rule, choice.rounding) or choice.form not in others
+    )
 
 
 def require_feasible(accounting: Accounting, limits: tuple[Limit, ...]) -> None:

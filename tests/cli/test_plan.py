@@ -31,7 +31,7 @@ def test_json_holds_groups_sizes_floor_and_ceiling(autoquant, model):
     fixed = sum(plan["fixed"].values())
     assert plan["ceiling"]["checkpoint_bytes"] == largest + fixed
     assert plan["floor"]["checkpoint_bytes"] == smallest + fixed
-    assert plan["probes"] == 6 * sum(len(group["choices"]) > 1 for group in plan["groups"])
+    assert plan["probes"] == 7 * sum(len(group["choices"]) > 1 for group in plan["groups"])
     assert plan["budget"] is None
 
 

@@ -16,8 +16,8 @@ SPACE = """\
 schema_version: 1
 name: fitted
 rules:
-  - {match: model.layers.0.self_attn.o_proj, formats: [nvfp4/hessian/gptq, fp8]}
-  - {match: [qkv, o, experts, gate_up, down], formats: [nvfp4/hessian/gptq]}
+  - {match: model.layers.0.self_attn.o_proj, formats: [CHOICE, fp8/nearest, bf16]}
+  - {match: [qkv, o, experts, gate_up, down], formats: [CHOICE]}
 """
 
 
@@ -27,10 +27,10 @@ def call(*arguments):
     return done
 
 
-@pytest.fixture
-def searched(tmp_path):
+@pytest.fixture(params=["nvfp4/hessian/gptq", "fp8/gptq"])
+def searched(request, tmp_path):
     """Search a changed model, verify its checkpoint, and return the result."""
-    (tmp_path / "space.yaml").write_text(SPACE)
+    (tmp_path / "space.yaml").write_text(SPACE.replace("CHOICE", request.param))
     text = save_text(tmp_path / "text")
 
     def search(kind, change=lambda tensors: None, *, calibration_tokens=1024, **settings):
@@ -100,3 +100,16 @@ def test_an_expert_that_no_token_reaches_is_named(searched):
     unseen = {name for name, why in plain.items() if why.startswith("calibration showed it 0 ")}
     assert {name.partition("experts.")[2][0] for name in unseen} == {"2", "3"}
     assert len(unseen) == 2 * 2 * 3
+
+
+@pytest.mark.slow
+def test_a_width_that_16_does_not_divide(searched):
+    """Closed to NVFP4; FP8 fits its codes as those of any other."""
+    result, run = searched("llama", intermediate_size=72)
+    assert not result["fitted"]["plain"].keys() & {
+        f"model.layers.{layer}.mlp.down_proj" for layer in range(2)
+    }
+    said = json.loads((run / "checkpoint" / "autoquant.json").read_text())["fitted"]
+    widths = {name.rpartition(".")[2] for name in said.get("fp8/gptq", ())}
+    is_fp8 = "down_proj: fp8/gptq" in (run / "assignment.yaml").read_text()
+    assert ("down_proj" in widths) is is_fp8

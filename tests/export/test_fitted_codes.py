@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from click.testing import CliRunner
 from exported import change_tensors, load_tensors
 from searchable import TOKEN_FLAGS, save_searchable, save_text
@@ -16,8 +17,9 @@ schema_version: 1
 name: fitted
 scale_rules: [hessian]
 roundings: [gptq]
-rules: [{match: [qkv, o, experts, gate_up, down], formats: [nvfp4, bf16]}]
+rules: [{match: [qkv, o, experts, gate_up, down], formats: [FORMAT, bf16]}]
 """
+CHOICES = {"nvfp4": "nvfp4/hessian/gptq", "fp8": "fp8/gptq"}
 
 
 def call(*arguments):
@@ -26,14 +28,25 @@ def call(*arguments):
     return done
 
 
-@pytest.fixture(scope="module", params=["llama", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("llama", "nvfp4"),
+        ("llama", "fp8"),
+        pytest.param(("qwen3_moe", "nvfp4"), marks=pytest.mark.slow),
+        pytest.param(("qwen3_moe", "fp8"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
 def searched(request, tmp_path_factory):
     """Arguments of a finished search and its run directory, which no test changes."""
-    folder = tmp_path_factory.mktemp(request.param)
-    (folder / "space.yaml").write_text(SPACE)
-    model, text = save_searchable(request.param, folder / "model"), save_text(folder / "text")
+    kind, format = request.param
+    folder = tmp_path_factory.mktemp(kind)
+    (folder / "space.yaml").write_text(SPACE.replace("FORMAT", format))
+    model, text = save_searchable(kind, folder / "model"), save_text(folder / "text")
     tokens = ("--calibration", text, *TOKEN_FLAGS, "--calibration-tokens", 1024)
-    arguments = ("search", model, "--space", folder / "space.yaml", "--budget-bpe", 11.5, *tokens)
+    budget = 11.5 if format == "nvfp4" else 13.5
+    arguments = ("search", model, "--space", folder / "space.yaml", "--budget-bpe", budget, *tokens)
     call(*arguments, "--trials", 2, "--no-mlflow", "--out", folder / "run")
     return folder, (*arguments, "--trials", 2, "--no-mlflow"), tokens
 
@@ -46,8 +59,9 @@ def run(searched, tmp_path):
 
 def fitted(checkpoint):
     said = json.loads((checkpoint / "autoquant.json").read_text()).get("fitted", {})
-    assert said.keys() <= {"nvfp4/hessian/gptq"}
-    return said.get("nvfp4/hessian/gptq", [])
+    assert len(said) <= 1
+    assert said.keys() <= {*CHOICES.values()}
+    return [name for names in said.values() for name in names]
 
 
 def verified(checkpoint, model):
@@ -86,7 +100,8 @@ def test_codes_that_do_more_harm_than_the_nearest_are_found(searched, run):
     name = fitted(run / "checkpoint")[0]
 
     def swap(tensors):
-        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].flip(0)
+        codes = tensors[f"{name}.weight"]
+        tensors[f"{name}.weight"] = codes.view(torch.uint8).flip(0).view(codes.dtype)
 
     change_tensors(run / "checkpoint", swap)
     found = verified(run / "checkpoint", folder / "model")

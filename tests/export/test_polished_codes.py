@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from click.testing import CliRunner
 from exported import change_tensors
 from searchable import TOKEN_FLAGS, save_searchable, save_text
@@ -104,7 +105,7 @@ def test_codes_that_the_search_did_not_keep_are_found(searched, flags, tmp_path)
     name = next(iter(said_of(run)["fitted"].values()))[0]
 
     def change(tensors):
-        tensors[f"{name}.weight"][0, 0] ^= 1
+        tensors[f"{name}.weight"].view(torch.uint8)[0, 0] ^= 1
 
     change_tensors(run / "checkpoint", change)
     found = call("verify", run / "checkpoint", "--source", flags[0], code=4)

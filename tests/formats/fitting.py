@@ -4,11 +4,15 @@ import autoquant_kernels as kernels
 import torch
 from torch import Tensor
 
-from autoquant.formats.fitted import fit, plain_codes
+from autoquant.formats import Choice
+from autoquant.formats.base import Coder
+from autoquant.formats.fitted import fit
 from autoquant.formats.moments import Moments
-from autoquant.formats.rounded import Rounded
+from autoquant.formats.rounded import Rounded, harm
 
 RULES = ("max", "mse", "four_over_six", "diagonal", "hessian")
+FP8 = None
+"""In place of a scale rule: codes in FP8, which has none."""
 INPUTS, OUTPUTS = 160, 24
 
 
@@ -38,21 +42,50 @@ def usual(count: int = 1) -> Moments:
     return moments(*((inputs(600, seed=2 * n), inputs(200, seed=2 * n + 1)) for n in range(count)))
 
 
-def scales(weight: Tensor, rule: str) -> Tensor:
-    return kernels.nvfp4_global_scale(weight.float().abs().amax((1, 2)), rule)
+def scales(weight: Tensor, rule: str | None) -> Tensor:
+    largest = weight.float().abs().amax((1, 2))
+    return kernels.fp8_scale(largest) if rule is FP8 else kernels.nvfp4_global_scale(largest, rule)
 
 
-def nearest(weight: Tensor, rule: str) -> Rounded:
-    return plain_codes(weight, scales(weight, rule), rule)
+def coder(weight: Tensor, rule: str | None) -> Coder:
+    """Of NVFP4 under a scale rule; of FP8 without one."""
+    choice = Choice.parse("fp8" if rule is FP8 else f"nvfp4/{rule}")
+    return choice.format.coder(choice, scales(weight, rule))
+
+
+def nearest(weight: Tensor, rule: str | None) -> Rounded:
+    return Rounded(coder(weight, rule).plain(weight))
+
+
+def decoded(codes: Rounded, weight: Tensor, rule: str | None) -> Tensor:
+    return coder(weight, rule).decode(codes.parts)
+
+
+def harm_of(
+    codes: Rounded,
+    weight: Tensor,
+    rule: str | None,
+    second_moments: Tensor,
+    rows: list[int] | None = None,
+    pull: Tensor | None = None,
+) -> Tensor:
+    stands_for = decoded(codes, weight, rule)
+    return harm(weight, stands_for, second_moments, rows or [weight.shape[1]], pull)
 
 
 def run(
-    weight: Tensor, rule: str, own: Moments, rows: list[int] | None = None, rounding: str = "gptq"
+    weight: Tensor,
+    rule: str | None,
+    own: Moments,
+    rows: list[int] | None = None,
+    rounding: str = "gptq",
+    drift: Moments | None = None,
 ):
-    return fit(weight, scales(weight, rule), rule, rounding, own, rows or [weight.shape[1]])
+    return fit(weight, coder(weight, rule), rounding, own, rows or [weight.shape[1]], drift)
 
 
 def same(one: Rounded, other: Rounded) -> bool:
-    return torch.equal(one.codes, other.codes) and torch.equal(
-        one.block_scale.view(torch.uint8), other.block_scale.view(torch.uint8)
+    return one.parts.keys() == other.parts.keys() and all(
+        torch.equal(part.view(torch.uint8), other.parts[name].view(torch.uint8))
+        for name, part in one.parts.items()
     )

@@ -105,7 +105,8 @@ def test_the_scale_of_fp8_is_the_least_power_of_two_that_holds_the_weight(amax, 
 
 
 def test_how_it_is_written():
-    assert [str(choice) for choice in choices_of(FP8.format)] == ["fp8", "fp8/cast"]
+    found = [str(choice) for choice in choices_of(FP8.format)]
+    assert found == ["fp8", "fp8/gptq", "fp8/refit", "fp8/cast"]
     assert str(Choice.parse("nvfp4/cast/a16")) == "nvfp4/cast/a16"
     assert CAST_FP8.form == "fp8"
     assert CAST_NVFP4.format.needs_moments(CAST_NVFP4) is False

@@ -4,9 +4,12 @@ import autoquant_kernels as kernels
 import pytest
 import torch
 from fitting import (
+    FP8,
     INPUTS,
     OUTPUTS,
     RULES,
+    decoded,
+    harm_of,
     inputs,
     moments,
     nearest,
@@ -18,7 +21,7 @@ from fitting import (
     usual,
 )
 
-from autoquant.formats import fitted
+from autoquant.formats import CODES, fitted
 from autoquant.formats.moments import FEWEST_TOKENS, WEIGHTED_RULES, Moments
 
 
@@ -31,10 +34,10 @@ def test_weighted_scales_do_less_harm_on_inputs_that_they_never_saw(rule):
     expected = kernels.quantize_nvfp4(
         weight, scales(weight, rule), rule=rule, moments=own.of_blocks(rule)
     )
-    assert torch.equal(found.codes, expected[0])
+    assert torch.equal(found.parts[CODES], expected[0])
     fresh = uneven(2000, seed=50)
     harm, before = (
-        one.harm(weight, scales(weight, rule), fresh.mT @ fresh, [OUTPUTS]).sum().item()
+        harm_of(one, weight, rule, fresh.mT @ fresh).sum().item()
         for one in (found, nearest(weight, rule))
     )
     assert harm < 0.9 * before
@@ -49,14 +52,15 @@ def test_what_was_held_out_is_not_fitted_before_it_judges():
     assert plain == {(0, 0): fitted._DOES_HARM}
 
 
-def test_moments_without_a_factor_are_named():
+@pytest.mark.parametrize("rule", ["mse", FP8])
+def test_moments_without_a_factor_are_named(rule):
     x, held_out = inputs(600, seed=1), inputs(200, seed=2)
     own = moments((x, held_out))
     own.sums[0, 0, 0, 1] = own.sums[0, 0, 1, 0] = 100 * own.sums[0, 0, 0, 0] + 1e6
     weight = random(1, OUTPUTS, INPUTS).bfloat16()
-    found, plain = run(weight, "mse", own)
+    found, plain = run(weight, rule, own)
     assert plain == {(0, 0): fitted._NO_FACTOR}
-    assert same(found, nearest(weight, "mse"))
+    assert same(found, nearest(weight, rule))
 
 
 USELESS = {
@@ -70,7 +74,8 @@ USELESS = {
 
 @pytest.mark.parametrize("case", USELESS)
 @pytest.mark.parametrize(
-    ("rule", "rounding"), [("mse", "gptq"), ("hessian", "gptq"), ("diagonal", "nearest")]
+    ("rule", "rounding"),
+    [("mse", "gptq"), ("hessian", "gptq"), ("diagonal", "nearest"), (FP8, "gptq")],
 )
 def test_a_matrix_without_useful_moments_has_plain_codes_and_others_have_not(case, rule, rounding):
     reason, change = USELESS[case]
@@ -81,15 +86,16 @@ def test_a_matrix_without_useful_moments_has_plain_codes_and_others_have_not(cas
     assert list(plain) == [(1, 0)]
     assert reason in plain[1, 0]
     expected = nearest(weight, rule)
-    assert torch.equal(found.codes[1], expected.codes[1])
-    assert not torch.equal(found.codes[0], expected.codes[0])
+    assert torch.equal(found.parts[CODES][1], expected.parts[CODES][1])
+    assert not torch.equal(found.parts[CODES][0], expected.parts[CODES][0])
     alone, nothing = run(weight[1:], rule, own.of(slice(1, 2)), rounding=rounding)
     assert list(nothing) == [(0, 0)]
-    assert torch.equal(alone.codes[0], expected.codes[1])
+    assert torch.equal(alone.parts[CODES][0], expected.parts[CODES][1])
 
 
 @pytest.mark.parametrize(
-    ("rule", "rounding"), [("max", "gptq"), ("hessian", "gptq"), ("hessian", "nearest")]
+    ("rule", "rounding"),
+    [("max", "gptq"), ("hessian", "gptq"), ("hessian", "nearest"), (FP8, "gptq")],
 )
 def test_what_does_more_harm_to_held_out_inputs_is_not_used(rule, rounding):
     x, other = inputs(600, seed=1), random(200, INPUTS, seed=2)
@@ -99,16 +105,17 @@ def test_what_does_more_harm_to_held_out_inputs_is_not_used(rule, rounding):
     assert same(found, nearest(weight, rule))
 
 
-def test_each_linear_of_a_matrix_is_judged_by_itself():
+@pytest.mark.parametrize("rule", ["mse", FP8])
+def test_each_linear_of_a_matrix_is_judged_by_itself(rule):
     rows = [1] * OUTPUTS
     weight = random(1, OUTPUTS, INPUTS).bfloat16()
     own = moments((inputs(120, seed=1), inputs(200, seed=2)))
-    found, plain = run(weight, "mse", own, rows)
+    found, plain = run(weight, rule, own, rows)
     assert 0 < len(plain) < OUTPUTS
-    before = nearest(weight, "mse")
+    before = nearest(weight, rule)
     for _, row in plain:
-        assert torch.equal(found.codes[0, row], before.codes[0, row])
-    harms = [r.harm(weight, scales(weight, "mse"), own.mean(), rows)[0] for r in (found, before)]
+        assert torch.equal(found.parts[CODES][0, row], before.parts[CODES][0, row])
+    harms = [harm_of(one, weight, rule, own.mean(), rows)[0] for one in (found, before)]
     assert (harms[0] <= harms[1]).all()
 
 
@@ -118,18 +125,18 @@ def test_dead_channels_and_a_weight_of_zeros():
     weight = random(2, OUTPUTS, INPUTS).bfloat16()
     weight[1] = 0.0
     own = moments((x, held_out), (x, held_out))
-    for rule in RULES:
+    for rule in (*RULES, FP8):
         found, plain = run(weight, rule, own)
         assert plain == {}
-        decoded = kernels.dequantize_nvfp4(found.codes, found.block_scale, scales(weight, rule))
-        assert not decoded[1].any()
-        dead = weight[0, :, 16:32].float(), decoded[0, :, 16:32].float()
+        stands_for = decoded(found, weight, rule)
+        assert not stands_for[1].any()
+        dead = weight[0, :, 16:32].float(), stands_for[0, :, 16:32].float()
         assert (dead[0] - dead[1]).norm() < 0.2 * dead[0].norm()
         fresh = inputs(1000, seed=3)
         fresh[:, 16:40] = 0.0
         harm, before = (
-            r.harm(weight, scales(weight, rule), fresh.mT @ fresh, [OUTPUTS])[0].item()
-            for r in (found, nearest(weight, rule))
+            harm_of(one, weight, rule, fresh.mT @ fresh)[0].item()
+            for one in (found, nearest(weight, rule))
         )
         assert harm < before
 
@@ -150,9 +157,7 @@ def test_experts_of_few_tokens_lean_on_their_layer():
     weight = random(2, OUTPUTS, INPUTS).bfloat16()
     fresh = inputs(4000, seed=5)
     harms = [
-        run(weight, "hessian", m)[0].harm(
-            weight, scales(weight, "hessian"), fresh.mT @ fresh, [OUTPUTS]
-        )[1]
+        harm_of(run(weight, "hessian", m)[0], weight, "hessian", fresh.mT @ fresh)[1]
         for m in (layer, own)
     ]
     assert harms[0] < 0.9 * harms[1]
@@ -170,7 +175,7 @@ def test_experts_that_share_their_layers_moments_are_fitted_to_them():
     assert plain == {}
     for matrix in range(2):
         one, _ = run(weight[matrix : matrix + 1], "hessian", alone)
-        assert torch.equal(found.codes[matrix], one.codes[0])
+        assert torch.equal(found.parts[CODES][matrix], one.parts[CODES][0])
     broken = Moments(
         sums=own.sums[:, :0],
         tokens=own.tokens,
@@ -183,11 +188,11 @@ def test_experts_that_share_their_layers_moments_are_fitted_to_them():
 
 def test_choices_of_the_same_inputs_share_factors_and_have_the_codes_of_one_alone(monkeypatch):
     weight = random(2, OUTPUTS, INPUTS).bfloat16()
-    alone = {rule: run(weight, rule, usual(2))[0] for rule in ("mse", "hessian")}
+    alone = {rule: run(weight, rule, usual(2))[0] for rule in ("mse", "hessian", FP8)}
     made, shared = [], usual(2)
     of = fitted.Factor.of
     monkeypatch.setattr(fitted.Factor, "of", lambda *own: made.append(own[1]) or of(*own))
-    for rule in ("mse", "hessian"):
+    for rule in alone:
         assert same(run(weight, rule, shared)[0], alone[rule])
     assert len(made) == len(fitted.DAMPINGS) + 1
     monkeypatch.setattr(fitted, "KEPT_BYTES", 0)

@@ -107,7 +107,12 @@ def test_every_group_is_probed_in_every_format(exact):
     assert all(value > 0.0 for value in kl.values())
     header = next(line for line in printed.stdout.splitlines() if line.startswith("group"))
     plain, fitted = ("max", "mse", "four_over_six"), ("mse/gptq", "hessian/gptq")
-    assert header.split() == ["group", *(f"nvfp4/{own}" for own in plain + fitted), "fp8"]
+    assert header.split() == [
+        "group",
+        *(f"nvfp4/{own}" for own in plain + fitted),
+        "fp8",
+        "fp8/gptq",
+    ]
     assert f"autoquant search --probe exact --budget-bpe BITS --sensitivity {run}" in printed.stdout
 
 

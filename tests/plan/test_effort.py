@@ -61,7 +61,11 @@ def test_a_space_that_says_it_means_it_under_every_effort(groups, effort, said, 
         ("nvfp4/hessian", {"nvfp4/hessian"}, {"nvfp4/hessian/gptq"}),
         ("nvfp4/a16", {f"{c}/a16" for c in PLAIN}, {f"{c}/a16" for c in PLAIN | FITTED}),
         ("nvfp4/max/gptq", {"nvfp4/max/gptq"}, {"nvfp4/max/gptq"}),
-        ("fp8", {"fp8"}, {"fp8"}),
+        ("fp8", {"fp8"}, {"fp8", "fp8/gptq"}),
+        ("fp8/nearest", {"fp8"}, {"fp8"}),
+        ("fp8/gptq", {"fp8/gptq"}, {"fp8/gptq"}),
+        ("fp8/cast", {"fp8/cast"}, {"fp8/cast"}),
+        ("bf16", {"bf16"}, {"bf16"}),
     ],
 )
 def test_a_rule_says_as_much_as_it_likes(text, fast, default):
@@ -71,3 +75,22 @@ def test_a_rule_says_as_much_as_it_likes(text, fast, default):
 
 def test_what_a_format_lacks_is_left_out():
     assert Choice.parse_all("fp8", [("max", "gptq")]) == [FP8]
+    assert Choice.parse_all("nvfp4", [("max", "gptq"), (None, "nearest")]) == [
+        Choice.parse("nvfp4/max/gptq")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("roundings: [gptq]", {"fp8/gptq"}),
+        ("roundings: [nearest, gptq]", {"fp8", "fp8/gptq"}),
+        ("scale_rules: [hessian]", {"fp8"}),
+    ],
+)
+def test_roundings_of_a_space_are_those_of_fp8_too(groups, said, expected):
+    text = f"schema_version: 1\nname: s\n{said}\nrules: [{{match: '*', formats: [fp8, bf16]}}]"
+    found = parse_space(text, "s.yaml", Effort.DEFAULT).options(groups).choices.values()
+    assert {frozenset(map(str, own)) for own in found if len(own) > 1} == {
+        frozenset(expected | {"bf16"})
+    }

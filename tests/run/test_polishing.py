@@ -23,13 +23,18 @@ def scores(kl):
 
 def test_formats_scale_rules_and_inputs_stay():
     found = polished_assignment(
-        assignment("nvfp4/mse/gptq", "nvfp4/max", "nvfp4/hessian/gptq/a16", "fp8", "bf16")
+        assignment(
+            *("nvfp4/mse/gptq", "nvfp4/max", "nvfp4/hessian/gptq/a16"),
+            *("fp8", "fp8/gptq", "fp8/cast", "bf16"),
+        )
     )
     assert [str(choice) for _, choice in found] == [
         "nvfp4/mse/refit",
         "nvfp4/max/refit",
         "nvfp4/hessian/refit/a16",
-        "fp8",
+        "fp8/refit",
+        "fp8/refit",
+        "fp8/cast",
         "bf16",
     ]
 
@@ -69,7 +74,7 @@ def test_the_polish_wins_beyond_the_interval_alone(polished, high, won):
 
 
 def test_nothing_to_polish_and_a_polish_that_overflows_leave_the_winner(polished):
-    found, warnings = polished(assignment("fp8", "bf16"), 0.9, -0.1)
+    found, warnings = polished(assignment("fp8/cast", "bf16"), 0.9, -0.1)
     assert found.polish is None
     assert not warnings
     found, warnings = polished(assignment("nvfp4/max"), math.inf, -0.1)

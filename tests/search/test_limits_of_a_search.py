@@ -18,7 +18,7 @@ from autoquant.search.problem import Problem, require_feasible
 from autoquant.search.surrogate import Surrogate
 from autoquant.source.source import open_source
 
-HARM = {"max": 8.0, "mse": 6.0, "fp8": 1.0, "a16": 4.0}
+HARM = {"max": 8.0, "mse": 6.0, "fp8": 1.0, "a16": 4.0, "gptq": 2.0}
 TWO_RULES = "scale_rules: [max, mse]\nrules:\n  - {match: experts, formats: [nvfp4]}\n"
 CLOSED = f"schema_version: 1\nname: s\n{TWO_RULES}  - {{match: '*', formats: [fp8, bf16]}}\n"
 OPEN = f"schema_version: 1\nname: s\n{TWO_RULES}  - {{match: '*', formats: [nvfp4, fp8, bf16]}}\n"
@@ -76,6 +76,15 @@ def test_closing_a_scale_rule_leaves_the_budget_to_the_other_groups(plan_of):
     after = problem.without(ScaleRule.MSE).optimum()
     assert limit.cost.total(after) == limit.cost.total(before)
     assert {name: c.format for name, c in after} == {name: c.format for name, c in before}
+
+
+def test_closing_a_rounding_leaves_a_format_that_has_no_other_codes(plan_of):
+    formats = "nvfp4/mse, nvfp4/mse/gptq, fp8/gptq, bf16"
+    plan = plan_of(f"schema_version: 1\nname: s\nrules: [{{match: '*', formats: [{formats}]}}]\n")
+    problem = problem_of(plan, plan.limit(Budget(6.0)))
+    left = {tuple(map(str, own)) for own in problem.without("gptq").accounting.choices.values()}
+    assert left >= {("nvfp4/mse", "fp8/gptq", "bf16")}
+    assert "nvfp4/mse/gptq" not in {name for own in left for name in own}
 
 
 @pytest.fixture

@@ -199,10 +199,10 @@ class SpaceConfig(ModelConfig):
         Effort,
         Setting(
             "Search",
-            "What a plain nvfp4 of the space stands for, at the same bits: codes of the weight "
-            "alone (fast), or besides these codes fitted to calibration inputs (default): scales "
-            "weighted by them, and rounding that compensates its errors. max also polishes the "
-            "winner: weights make up for what the quantized layers before them change.",
+            "What a plain nvfp4 or fp8 of the space stands for, at the same bits: codes of the "
+            "weight alone (fast), or besides these codes fitted to calibration inputs (default): "
+            "scales weighted by them, and rounding that compensates its errors. max also polishes "
+            "the winner: weights make up for what the quantized layers before them change.",
         ),
     ] = Effort.DEFAULT
     a16_share: Annotated[
