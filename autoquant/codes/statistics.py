@@ -1,5 +1,6 @@
 """Second moments of inputs: on disk, one file for each block of the model, or of one in memory."""
 
+import json
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Protocol, Self
 
 from torch import Tensor
 
+from autoquant.codes.row_weights import RowWeights
 from autoquant.codes.tensor_files import (
     SUFFIX,
     TensorFile,
@@ -19,6 +21,9 @@ from autoquant.codes.weights import Unit
 from autoquant.errors import SourceError
 from autoquant.formats.moments import Moments
 from autoquant.source.names import ROUTED_EXPERT
+
+_SETS, _WHY = "sets", "why alike"
+"""What the file of rows says besides."""
 
 
 class InputStatistics(Protocol):
@@ -78,6 +83,30 @@ class StatisticsStore:
         write_tensors(self._path(layer), TensorFile(entries).content())
         self._read.clear()
 
+    def write_rows(self, weights: Mapping[str, RowWeights], why_alike: str | None) -> None:
+        """Keep how much the rows of input sets count, of all that have weights.
+
+        Args:
+            weights: by input set.
+            why_alike: why there are none, where all rows count alike.
+        """
+        entries = {name: {"values": own.values, "rows": own.rows} for name, own in weights.items()}
+        facts = {_SETS: json.dumps([*weights])} | ({_WHY: why_alike} if why_alike else {})
+        write_tensors(self._path_of_rows, TensorFile(entries, facts).content())
+
+    def rows(self) -> dict[str, RowWeights] | None:
+        """The weights of rows by input set; None where they are not there."""
+        said = read_tensors(self._path_of_rows, ())
+        if said is None:
+            return None
+        file = read_tensors(self._path_of_rows, json.loads(said.facts[_SETS]))
+        return None if file is None else {n: RowWeights(**own) for n, own in file.entries.items()}
+
+    def why_alike(self) -> str | None:
+        """Why all rows count alike in the moments; None where they do not, or nothing is known."""
+        said = read_tensors(self._path_of_rows, ())
+        return None if said is None else said.facts.get(_WHY)
+
     def has(self, layer: int | None, sets: Iterable[str]) -> bool:
         """Whether the moments of these input sets of a block are there and whole."""
         return read_tensors(self._path(layer), sets) is not None
@@ -106,6 +135,10 @@ class StatisticsStore:
                 self._read.clear()
             self._read[layer, name] = Moments(**file.entries[name])
         return self._read[layer, name]
+
+    @property
+    def _path_of_rows(self) -> Path:
+        return self.folder / f"rows{SUFFIX}"
 
     def _path(self, layer: int | None) -> Path:
         return self.folder / f"{'rest' if layer is None else layer}{SUFFIX}"

@@ -21,7 +21,7 @@ from autoquant.model.live import QuantizedModel
 _CHUNK_ELEMENTS = 1 << 22
 """Elements of a product that are compared at a time, in float32."""
 
-_Receive = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+Receive = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Takes x, y and the gradient at y."""
 
 
@@ -111,7 +111,7 @@ class _DenseTap:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self._forward(x)
-        return _tapped(x, y, self._receive)
+        return tapped(x, y, self._receive)
 
     def _receive(self, x: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor) -> None:
         self._taps.add(self._group, lambda: self._forward(x), y, gradient)
@@ -145,14 +145,14 @@ class _ExpertsTap(ExpertsHook):
 
             self._taps.add(self._group, multiply, y, gradient, tokens)
 
-        return _tapped(rows, inner.product(part, rows, weight, counts), receive)
+        return tapped(rows, inner.product(part, rows, weight, counts), receive)
 
 
 class _Tap(torch.autograd.Function):
     """Passes a product on; its backward pass also hands x, y and the gradient to a receiver."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, receive: _Receive) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, receive: Receive) -> torch.Tensor:
         ctx.save_for_backward(x, y)
         ctx.receive = receive
         return y.view_as(y)
@@ -163,7 +163,8 @@ class _Tap(torch.autograd.Function):
         return None, gradient, None
 
 
-def _tapped(x: torch.Tensor, y: torch.Tensor, receive: _Receive) -> torch.Tensor:
+def tapped(x: torch.Tensor, y: torch.Tensor, receive: Receive) -> torch.Tensor:
+    """The product y of an input x, handed to `receive` in the backward pass with its gradient."""
     apply: Callable[..., torch.Tensor] = _Tap.apply
     return apply(x.detach(), y, receive)
 

@@ -16,6 +16,7 @@ tokens that a router behind it sends to other experts.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,7 +195,7 @@ def _effects(
     pieces = [pieces_of(scorer.trunk, scorer.room, flow) for flow in flows]
     tokens = [[p.tokens for part in own for p in part] for own in pieces]
     taps = [[Taps(scorer.quantized, keys, t.numel()) for t in own] for own in tokens]
-    try:
+    with backward_passes():
         visitors = [
             Backward(
                 scorer.trunk,
@@ -207,12 +208,6 @@ def _effects(
             for flow, apart, own, batch in zip(flows, pieces, taps, batches, strict=True)
         ]
         loop(scorer.trunk, visitors, backwards=True)
-    except (AutoQuantError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # model code and custom kernels raise anything
-        if "DefaultCPUAllocator" in str(error):
-            raise
-        raise NoGradient(first_line(error)) from error
     for group, choice in keys:
         if any((group, choice) not in tap.effects for own in taps for tap in own):
             raise NoGradient(f"no gradient reaches {group}")
@@ -225,6 +220,23 @@ def _effects(
         }
         for own, apart in zip(taps, tokens, strict=True)
     ]
+
+
+@contextmanager
+def backward_passes() -> Iterator[None]:
+    """Raise `NoGradient` where the backward passes inside fail.
+
+    Raises:
+        NoGradient: an architecture or a kernel has none.
+    """
+    try:
+        yield
+    except (AutoQuantError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # model code and custom kernels raise anything
+        if "DefaultCPUAllocator" in str(error):
+            raise
+        raise NoGradient(first_line(error)) from error
 
 
 def random_pull(scorer: Scorer, seed: int, batch: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -133,9 +133,15 @@ def collect_statistics(
     if groups:
         assert session.statistics is not None
         require_disk(session.statistics.folder, groups)
-        observer.stage("statistics", session.scorer.trunk.stages)
         split = session.splits["calibration"]
+        steps = session.scorer.trunk.stages + sum(map(len, split.batches))
+        observer.stage("statistics", steps)
         keep_moments(session.scorer, split, groups, advance=observer.step)
+        if (why := session.statistics.why_alike()) is not None:
+            observer.warn(
+                f"the model has no backward pass ({why}), so codes that are fitted to inputs take "
+                "all tokens as equally important."
+            )
 
 
 def use_calibration(session: Session, calibration: Calibration, observer: Progress) -> None:

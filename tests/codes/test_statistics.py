@@ -52,8 +52,11 @@ def opened(place, *, batch_tokens=256):
     return source, session
 
 
-def collect(session, folder, *, advance=lambda: None):
+def collect(session, folder, *, advance=lambda: None, alike=False):
+    """Moments in a folder; `alike` lets all rows count alike."""
     store = StatisticsStore(folder)
+    if alike:
+        store.write_rows({}, "asked for")
     split = session.splits["calibration"]
     collect_moments(session.scorer, split, session.quantized.groups, store, advance)
     return store
@@ -71,7 +74,7 @@ def units(session):
 
 def test_they_are_the_products_of_what_each_linear_multiplies(place, tmp_path):
     _, session = opened(place)
-    store = collect(session, tmp_path / "statistics")
+    store = collect(session, tmp_path / "statistics", alike=True)
     expected = _by_hooks(session)
     assert expected
     for group, unit in units(session):
@@ -127,7 +130,7 @@ def _check_experts(found, session):
 def test_wide_inputs_of_all_experts_add_up_to_those_of_their_layer(tmp_path):
     place = save_searchable("qwen3_moe", tmp_path / "model"), save_text(tmp_path / "text")
     _, session = opened(place)
-    store = collect(session, tmp_path / "statistics")
+    store = collect(session, tmp_path / "statistics", alike=True)
     hidden = []
     block = session.scorer.trunk.blocks[0].mlp.experts
     handle = block.register_forward_pre_hook(lambda module, given: hidden.append(given[0]))
@@ -204,7 +207,7 @@ def test_one_block_is_watched_at_a_time(place, tmp_path, monkeypatch):
         most.append(len(alive))
         alive.clear()
 
-    collect(session, tmp_path / "statistics", advance=advance)
+    collect(session, tmp_path / "statistics", advance=advance, alike=True)
     sets = [
         {
             own.input_scale_set
@@ -245,7 +248,7 @@ def test_experts_that_are_modules_are_told_apart(tmp_path):
     expected = stacked.moments(stack)
     group = next(g for g in session.quantized.groups if g.role == "experts" and g.layer == 0)
     linears = [own for own in group.linears if own.name.endswith(("gate_proj", "up_proj"))]
-    watch = moments._Watch(session.quantized, ())
+    watch = moments._Watch(session.quantized, (), {})
     taps = watch.taps
     modules = {own.name: nn.Linear(own.in_features, own.out_features) for own in linears}
     taps._watch_dense([DenseSlot(linears=(own,), module=modules[own.name]) for own in linears])
@@ -256,7 +259,7 @@ def test_experts_that_are_modules_are_told_apart(tmp_path):
     rows = torch.randn(5, linears[0].in_features)
     first, last = (next(m for m, own in taps._dense.items() if own[1] == n) for n in (0, 3))
     taps.see(last, rows)
-    watch.held_out = True
+    watch.sequence = 1
     taps.see(first, rows[:2])
     found = watch.moments()[name]
     assert found.tokens.tolist() == [[0, 0, 0, 5], [2, 0, 0, 0]]
@@ -320,7 +323,7 @@ def test_what_they_take_is_known_before_they_are_collected(place, tmp_path, monk
     if most is not None:
         monkeypatch.setattr(statistics_size, "MOST_BYTES_OF_A_SET", most)
     _, session = opened(place)
-    collect(session, tmp_path / "statistics")
+    collect(session, tmp_path / "statistics", alike=True)
     taken = sum(map(len, content(tmp_path / "statistics").values()))
     expected = statistics_size.statistics_bytes(session.quantized.groups)
     assert expected <= taken < 1.05 * expected + 30_000

@@ -144,12 +144,21 @@ def test_down_projections_of_experts_see_what_the_others_codes_give(tmp_path, mo
 def test_rows_of_an_expert_find_the_same_token_or_none():
     rows, others = torch.arange(8.0).view(4, 2), torch.arange(10.0, 16.0).view(3, 2)
     own, other = torch.tensor([1, 3, 5, 9]), torch.tensor([0, 3, 9])
-    found = drift._partner_of((rows, own), (others, other))
-    assert torch.equal(found, torch.stack([rows[0], others[1], rows[2], others[2]]))
-    for nothing in (None, (others[:0], other[:0])):
-        assert torch.equal(drift._partner_of((rows, own), nothing), rows)
-    assert torch.equal(drift._partner_of((rows, None), (rows + 1, None)), rows + 1)
-    assert torch.equal(drift._partner_of((rows, None), (others, None)), rows)
+    roots = torch.tensor([[2.0], [3.0], [4.0]])
+    moved, found = drift._paired(rows, own, drift._Partners(others, roots, other))
+    assert torch.equal(rows + moved, torch.stack([rows[0], others[1], rows[2], others[2]]))
+    assert found.flatten().tolist() == [1, 3, 1, 4]
+    for nothing in (None, drift._Partners(others[:0], roots[:0], other[:0])):
+        moved, found = drift._paired(rows, own, nothing)
+        assert not moved.any()
+        assert found.eq(1).all()
+    all_roots = torch.full((4, 1), 5.0)
+    moved, found = drift._paired(rows, None, drift._Partners(rows + 1, all_roots, None))
+    assert moved.eq(1).all()
+    assert torch.equal(found, all_roots)
+    moved, found = drift._paired(rows, None, drift._Partners(others, roots, None))
+    assert not moved.any()
+    assert found.eq(1).all()
 
 
 def test_the_polished_model_is_nearer_than_one_of_the_nearest_codes(place, tmp_path):

@@ -3,44 +3,54 @@
 Shapes: R rows that a weight multiplies, K inputs.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from autoquant.codes.row_weights import RowWeights
 from autoquant.codes.statistics import DriftStatistics
+from autoquant.measure.statistics.moments import is_held_out, weights_of
 from autoquant.measure.statistics.sums import Sums
 from autoquant.measure.statistics.taps import InputTaps
 from autoquant.model.live import QuantizedModel
 from autoquant.plan.linears import LayerGroup
 
-_Rows = tuple[Tensor, Tensor | None]
-"""Rows [R, K] and the token of each, as `taps.See` takes them."""
+NO_WEIGHTS: Mapping[str, RowWeights] = MappingProxyType({})
+"""All rows count alike."""
 
 
 class DriftWatch:
     """Pairs what weights multiply in the BF16 model and what they multiply behind quantized blocks.
 
     A row of an expert has a partner where the BF16 model sends the same token to it; without one it
-    counts as not drifted.
+    counts as not drifted, and with the mean weight.
 
     Args:
         quantized: the live model.
         group: whose inputs are watched.
         sets: those of its input sets that are; all by default.
+        weights: of the rows of the BF16 model, by input set.
     """
 
     def __init__(
-        self, quantized: QuantizedModel, group: LayerGroup, sets: Collection[str] | None = None
+        self,
+        quantized: QuantizedModel,
+        group: LayerGroup,
+        sets: Collection[str] | None = None,
+        weights: Mapping[str, RowWeights] = NO_WEIGHTS,
     ) -> None:
-        self.held_out = False
+        self.sequence = 0
         self.is_bf16 = True
         """Whether the forward inside the taps is the BF16 model's, which comes first."""
         self.taps = InputTaps(quantized, [group], self._see)
+        self._weights = weights
         shapes = {name: self.taps.sets[name] for name in sets or self.taps.sets}
         self._moments = {name: Sums.zeros(shape) for name, shape in shapes.items()}
         self._drift = {name: Sums.zeros(shape) for name, shape in shapes.items()}
-        self._partners: dict[tuple[str, int], _Rows] = {}
+        self._partners: dict[tuple[str, int], _Partners] = {}
 
     def statistics(self) -> DriftStatistics:
         """Of every input set."""
@@ -53,21 +63,41 @@ class DriftWatch:
         if name not in self._moments:
             return
         if self.is_bf16:
-            self._partners[name, matrix] = rows, tokens
+            weights = weights_of(self._weights.get(name), self.sequence, matrix, rows)
+            ones = rows.new_ones(len(rows), 1, dtype=torch.float32)
+            self._partners[name, matrix] = _Partners(
+                rows.float(), ones if weights is None else weights.sqrt(), tokens
+            )
             return
-        own, part = rows.float(), int(self.held_out)
-        partner = _partner_of((own, tokens), self._partners.get((name, matrix)))
-        self._moments[name].add(own, own, part, matrix)
-        self._drift[name].add(partner - own, own, part, matrix)
+        own, part = rows.float(), int(is_held_out(self.sequence))
+        drift, roots = _paired(own, tokens, self._partners.get((name, matrix)))
+        self._moments[name].add(own * roots, own * roots, part, matrix)
+        self._drift[name].add(drift * roots, own * roots, part, matrix)
 
 
-def _partner_of(own: _Rows, other: _Rows | None) -> Tensor:
-    """The row of the other forward for each row [R, K], the row itself where there is none."""
-    rows, tokens = own
-    if other is None or not len(other[0]):
-        return rows
-    others, of_tokens = other
-    if tokens is None or of_tokens is None:
-        return others.float() if others.shape == rows.shape else rows
-    at = torch.searchsorted(of_tokens, tokens).clamp(max=len(of_tokens) - 1)
-    return torch.where((of_tokens[at] == tokens)[:, None], others[at].float(), rows)
+@dataclass(frozen=True, slots=True)
+class _Partners:
+    """What one matrix multiplies in the BF16 model's forward of a sequence."""
+
+    rows: Tensor
+    """float32 [R, K]."""
+    roots: Tensor
+    """Of their weights, float32 [R, 1]."""
+    tokens: Tensor | None
+    """As `taps.See` takes them."""
+
+
+def _paired(own: Tensor, tokens: Tensor | None, other: _Partners | None) -> tuple[Tensor, Tensor]:
+    """The drift of rows [R, K] from their partners, and the roots of the weights [R, 1] of these;
+    zeros and ones where there are none.
+    """
+    nothing, ones = torch.zeros_like(own), own.new_ones(len(own), 1)
+    if other is None or not len(other.rows):
+        return nothing, ones
+    if tokens is None or other.tokens is None:
+        is_same = other.rows.shape == own.shape
+        return (other.rows - own, other.roots) if is_same else (nothing, ones)
+    at = torch.searchsorted(other.tokens, tokens).clamp(max=len(other.tokens) - 1)
+    is_there = (other.tokens[at] == tokens)[:, None]
+    drift = torch.where(is_there, other.rows[at] - own, nothing)
+    return drift, torch.where(is_there, other.roots[at], ones)

@@ -18,7 +18,6 @@ from autoquant.forward.flow import BF16_MODEL, Flow, entered, loop
 from autoquant.measure.polish.drift import DriftWatch
 from autoquant.measure.ranks.together import together
 from autoquant.measure.scorer import Scorer
-from autoquant.measure.statistics.moments import is_held_out
 from autoquant.measure.statistics.taps import InputTaps
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.linears import LayerGroup
@@ -83,7 +82,7 @@ class _Polisher:
     ) -> None:
         self._scorer, self._quantized = scorer, scorer.quantized
         self._assignment, self._advance = assignment, advance
-        book = self._quantized.book
+        book, statistics = self._quantized.book, self._quantized.statistics
         self._missing = tuple(
             group
             for group in self._quantized.groups
@@ -91,6 +90,8 @@ class _Polisher:
             and not book.has(group, assignment[group.name])
         )
         """Groups without codes, in the order of the forward pass."""
+        self._weights = (statistics.rows() if statistics is not None else None) or {}
+        """Of rows in the BF16 model, where its statistics know them."""
         self._bf16 = [Flow(parts=entered(scorer.trunk, scorer.room, [own])) for own in sequences]
         self._polished = [Flow(parts=own.parts) for own in self._bf16]
 
@@ -135,7 +136,7 @@ class _Polisher:
         for number, name in enumerate(sets):
             made = self._quantized.groups[: index + (number > 0)]
             polished = Assignment.of({own.name: self._assignment[own.name] for own in made})
-            watch = DriftWatch(self._quantized, group, [name])
+            watch = DriftWatch(self._quantized, group, [name], self._weights)
             self._watch(watch, polished, run)
             self._quantized.refit(
                 group,
@@ -148,7 +149,7 @@ class _Polisher:
         """Let it see both forwards of every sequence."""
         with watch.taps.installed():
             for number, flows in enumerate(zip(self._bf16, self._polished, strict=True)):
-                watch.held_out = is_held_out(number)
+                watch.sequence = number
                 for flow, assignment in zip(flows, (BF16_MODEL, polished), strict=True):
                     watch.is_bf16 = assignment is BF16_MODEL
                     with self._applied(assignment):

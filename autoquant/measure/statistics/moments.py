@@ -1,8 +1,9 @@
 """Second moments of the inputs of quantized weights, in BF16 on the calibration split.
 
-Sequences go through the model one at a time and block by block: a block's sums are what memory
-holds, time grows with the number of blocks, and a sum does not depend on how tokens are batched.
-Every fourth sequence is held out: its products are summed apart.
+Rows count by what gradients say of them (`weighing.py`). Then sequences go through the model one at
+a time and block by block: a block's sums are what memory holds, time grows with the number of
+blocks, and a sum does not depend on how tokens are batched. Every fourth sequence is held out: its
+products are summed apart.
 
 Shapes: R rows that a weight multiplies, K inputs.
 """
@@ -13,14 +14,17 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from autoquant.codes.row_weights import RowWeights
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.data.tokens import Split
 from autoquant.formats.moments import Moments
 from autoquant.forward.flow import Flow, entered, loop
+from autoquant.measure.gradient import NoGradient
 from autoquant.measure.ranks.together import together
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.statistics.sums import Sums
 from autoquant.measure.statistics.taps import InputTaps
+from autoquant.measure.statistics.weighing import weigh_rows
 from autoquant.model.live import QuantizedModel
 from autoquant.plan.linears import LayerGroup
 
@@ -42,7 +46,7 @@ def collect_moments(
         split: the calibration tokens.
         groups: whose codes rest on their inputs.
         store: where each block's moments go when they are complete.
-        advance: called after each stage of the model.
+        advance: called after each sequence that was weighed, and after each stage of the model.
     """
     missing = {
         layer: own
@@ -52,9 +56,31 @@ def collect_moments(
     if not missing:
         return
     sequences = [row[None].to(scorer.device) for batch in split.batches for row in batch]
-    collector = _Collector(scorer, sequences, missing, store, advance)
+    weights = _weights(scorer, sequences, by_layer(groups), store, advance)
+    collector = _Collector(scorer, sequences, missing, weights, store, advance)
     loop(scorer.trunk, [collector])
     collector.finish()
+
+
+def _weights(
+    scorer: Scorer,
+    sequences: Sequence[Tensor],
+    groups: Mapping[int | None, Sequence[LayerGroup]],
+    store: StatisticsStore,
+    advance: Callable[[], None],
+) -> Mapping[str, RowWeights]:
+    """How much rows count by input set, from the store or measured; nothing where all count alike,
+    since the model has no backward pass.
+    """
+    kept = store.rows()
+    if kept is not None:
+        return kept
+    try:
+        found, why = weigh_rows(scorer, sequences, groups, advance), None
+    except NoGradient as error:
+        found, why = {}, str(error)
+    store.write_rows(found, why)
+    return found
 
 
 def collect_of_block(
@@ -73,7 +99,7 @@ def collect_of_block(
     """
     (layer,) = by_layer(groups)
     stage = scorer.trunk.stage_of(layer)
-    collector = _Collector(scorer, sequences, {layer: groups}, store, lambda: None)
+    collector = _Collector(scorer, sequences, {layer: groups}, {}, store, lambda: None)
     for flow in collector.flows:
         flow.begin()
     with scorer.trunk.open(stage):
@@ -103,6 +129,16 @@ def is_held_out(sequence: int) -> bool:
     return sequence % HELD_OUT_OF == 1
 
 
+def weights_of(known: RowWeights | None, sequence: int, matrix: int, rows: Tensor) -> Tensor | None:
+    """The weights [R, 1] of rows [R, K] that a matrix multiplies in a sequence; None where they are
+    not known.
+    """
+    if known is None:
+        return None
+    found = known.of(sequence, matrix)
+    return found[:, None].to(rows.device) if len(found) == len(rows) else None
+
+
 def by_layer(groups: Iterable[LayerGroup]) -> dict[int | None, list[LayerGroup]]:
     """Groups of each block, and of none."""
     found: dict[int | None, list[LayerGroup]] = {}
@@ -118,6 +154,7 @@ class _Collector:
         scorer: all groups in BF16.
         sequences: int64 [1, L] each.
         missing: groups of every layer whose moments are wanted.
+        weights: of rows, by input set; those of others count alike.
         store: where each layer's go.
         advance: called after each stage.
     """
@@ -127,11 +164,12 @@ class _Collector:
         scorer: Scorer,
         sequences: Sequence[Tensor],
         missing: Mapping[int | None, Collection[LayerGroup]],
+        weights: Mapping[str, RowWeights],
         store: StatisticsStore,
         advance: Callable[[], None],
     ) -> None:
         self._scorer, self._missing, self._store = scorer, missing, store
-        self._advance = advance
+        self._weights, self._advance = weights, advance
         self.flows = [Flow(parts=entered(scorer.trunk, scorer.room, [own])) for own in sequences]
 
     @torch.no_grad()
@@ -147,7 +185,7 @@ class _Collector:
                 installed.enter_context(watch.taps.installed())
             for number, flow in enumerate(self.flows):
                 for watch in watches.values():
-                    watch.held_out = is_held_out(number)
+                    watch.sequence = number
                 if stage == 0:
                     flow.begin()
                 flow.advance(trunk, stage, room)
@@ -162,13 +200,13 @@ class _Collector:
             return
         watch = self._watch(None)
         for number, flow in enumerate(self.flows):
-            watch.held_out = is_held_out(number)
+            watch.sequence = number
             flow.finish(self._scorer.trunk, self._scorer.room)
             watch.taps.see(self._scorer.trunk.head, flow.hidden)
         self._store.write(None, watch.moments())
 
     def _watch(self, layer: int | None) -> "_Watch":
-        return _Watch(self._scorer.quantized, self._missing[layer])
+        return _Watch(self._scorer.quantized, self._missing[layer], self._weights)
 
 
 class _Watch:
@@ -177,17 +215,25 @@ class _Watch:
     Args:
         quantized: the live model.
         groups: of one block.
+        weights: of rows, by input set.
     """
 
-    def __init__(self, quantized: QuantizedModel, groups: Collection[LayerGroup]) -> None:
-        self.held_out = False
+    def __init__(
+        self,
+        quantized: QuantizedModel,
+        groups: Collection[LayerGroup],
+        weights: Mapping[str, RowWeights],
+    ) -> None:
+        self.sequence = 0
+        self._weights = weights
         self.taps = InputTaps(quantized, groups, self._see)
         self._sums = {name: Sums.zeros(shape) for name, shape in self.taps.sets.items()}
 
     def _see(self, name: str, matrix: int, rows: Tensor, _: Tensor | None) -> None:
         """Add rows [R, K] to what an input set has shown one of its matrices."""
-        wide = rows.float()
-        self._sums[name].add(wide, wide, int(self.held_out), matrix)
+        weights = weights_of(self._weights.get(name), self.sequence, matrix, rows)
+        wide = rows.float() if weights is None else rows.float() * weights.sqrt()
+        self._sums[name].add(wide, wide, int(is_held_out(self.sequence)), matrix)
 
     def moments(self) -> dict[str, Moments]:
         """Of every input set."""
