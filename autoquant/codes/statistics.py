@@ -91,7 +91,7 @@ class StatisticsStore:
             why_alike: why there are none, where all rows count alike.
         """
         entries = {name: {"values": own.values, "rows": own.rows} for name, own in weights.items()}
-        facts = {_SETS: json.dumps([*weights])} | ({_WHY: why_alike} if why_alike else {})
+        facts = {_SETS: json.dumps(sorted(weights))} | ({_WHY: why_alike} if why_alike else {})
         write_tensors(self._path_of_rows, TensorFile(entries, facts).content())
 
     def rows(self) -> dict[str, RowWeights] | None:

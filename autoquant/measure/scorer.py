@@ -70,6 +70,8 @@ class Scorer:
         """Forwards of the BF16 model that probes of the same batches start from."""
         self._ahead: dict[tuple[str, int], Flow] = {}
         """Forwards of the BF16 model that gradients will start from, by split and batch."""
+        self.along: Sequence[Flow] = ()
+        """Forwards that take the next pass besides."""
         self._cache = Cache(cache_bytes)
         self._comparison = Comparison(self.head, self._cache)
         self._batches: dict[tuple[str, int], Batch] = {}
@@ -355,7 +357,8 @@ class Scorer:
         return entered(self.trunk, self.room, self.room.parts(tokens.to(self.device)))
 
     def _walk(self, flows: Sequence[Flow]) -> None:
-        walk(self.trunk, self.quantized, self.room, flows)
+        besides = [flow for flow in self.along if not flow.is_done]
+        walk(self.trunk, self.quantized, self.room, [*flows, *besides])
 
     def _keep_reference(self, split: Split, index: int, bf16: Flow) -> None:
         batch = self._batch(split, index)

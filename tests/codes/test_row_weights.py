@@ -1,5 +1,7 @@
 """How much rows count in second moments: what gradients say of them, and what it changes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from searchable import save_searchable, save_text
@@ -8,9 +10,11 @@ from autoquant.codes.row_weights import RowWeights
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.data.tokens import TokenPlan
 from autoquant.measure import gradient
+from autoquant.measure.compare import Ahead
 from autoquant.measure.session import open_session
-from autoquant.measure.statistics import weighing
-from autoquant.measure.statistics.moments import by_layer, collect_moments, is_held_out
+from autoquant.measure.statistics import chunks, moments, weighing
+from autoquant.measure.statistics.chunks import Chunk, chunks_of, is_held_out
+from autoquant.measure.statistics.moments import by_layer, collect_moments, take_along
 from autoquant.model.binding import DenseSlot
 from autoquant.model.live_weights import units_of
 from autoquant.plan.activation_mode import ActivationMode
@@ -109,33 +113,86 @@ def test_each_expert_has_weights_for_the_rows_that_it_is_sent(session, tmp_path)
         assert own.rows.sum() == len(own.values)
 
 
-@pytest.mark.parametrize("changed", ["waves", "one stage"])
-def test_neither_waves_nor_stages_change_a_bit(session, tmp_path, changed, monkeypatch):
-    whole = collected(session, tmp_path / "whole").rows()
+@pytest.mark.parametrize("changed", ["waves", "one stage", "one pass", "along", "too much along"])
+def test_nothing_but_the_tokens_changes_a_bit(session, tmp_path, changed, monkeypatch):
+    scorer, split = session.scorer, session.splits["calibration"]
+    collected(session, tmp_path / "whole")
     if changed == "waves":
-        monkeypatch.setattr(session.scorer.room, "walk_bytes", 1)
+        monkeypatch.setattr(scorer.room, "walk_bytes", 1)
+    elif changed == "one stage":
+        monkeypatch.setattr(scorer.trunk, "is_whole", True)
     else:
-        monkeypatch.setattr(session.scorer.trunk, "is_whole", True)
-    other = collected(session, tmp_path / "other").rows()
+        monkeypatch.setattr(scorer.room, "is_streamed", True)
+        monkeypatch.setattr(moments, "weigh_rows", None)
+    if changed.endswith("along"):
+        states = (1 + scorer.trunk.stages) * 256 * 2 * scorer.trunk.head.weight.shape[1]
+        monkeypatch.setattr(scorer.room, "walk_bytes", states - (changed != "along"))
+        take_along(scorer, split, None)
+        assert len(scorer.along) == (8 if changed == "along" else 0)
+        [*scorer.forward([split.batches[0][:1]])]
+        assert all(flow.is_done for flow in scorer.along)
+    collected(session, tmp_path / "other")
+    assert not scorer.along
+    whole, other = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+        for name in ("whole", "other")
+    )
     assert whole.keys() == other.keys()
-    for name, own in whole.items():
-        assert torch.equal(own.rows, other[name].rows)
-        assert torch.equal(own.values, other[name].values), name
+    for name, content in whole.items():
+        assert content == other[name], name
 
 
-def test_sequences_of_a_chunk_keep_their_rows(session, monkeypatch):
+def test_what_goes_along_leaves_room_for_what_goes_ahead(session, monkeypatch):
+    scorer = session.scorer
+    monkeypatch.setattr(scorer.room, "is_streamed", True)
+    width = 2 * scorer.trunk.head.weight.shape[1]
+    ahead = Ahead(split=session.splits["search"], batches=(0,), with_noise=False)
+    needed = width * (256 + scorer.trunk.stages * (256 + 64))
+    for spare, taken in ((0, 8), (-1, 0)):
+        monkeypatch.setattr(scorer.room, "walk_bytes", needed + spare)
+        monkeypatch.setattr(scorer, "along", ())
+        take_along(scorer, session.splits["calibration"], ahead)
+        assert len(scorer.along) == taken
+
+
+def test_sequences_of_a_chunk_keep_their_rows(session, monkeypatch, tmp_path):
     """With a pull that each sequence has to itself, it matters not who goes along."""
     monkeypatch.setattr(weighing, "random_pull", lambda *_: lambda hidden: hidden)
-    groups = by_layer(session.quantized.groups)
-    own, told = sequences(session), []
-    alone = weighing.weigh_rows(session.scorer, own, groups, lambda: told.append(None))
-    assert len(told) == len(own)
-    monkeypatch.setattr(weighing, "_chunks", lambda *_: [torch.cat(own[:5]), torch.cat(own[5:])])
-    together = weighing.weigh_rows(session.scorer, own, groups, lambda: None)
-    assert alone.keys() == together.keys()
-    for name, weights in alone.items():
-        assert torch.equal(weights.rows, together[name].rows)
-        assert torch.allclose(weights.values, together[name].values, rtol=0.05, atol=0.02), name
+    groups, told = by_layer(session.quantized.groups), []
+    alone = chunks_of(session.scorer, session.splits["calibration"])
+    assert [(own.first, len(own.tokens)) for own in alone] == [(n, 1) for n in range(8)]
+    own = sequences(session)
+    joined = [Chunk(torch.cat(own[:5]), 0), Chunk(torch.cat(own[5:]), 5)]
+    one, other = (
+        weighing.weigh_rows(session.scorer, chunks, groups, lambda: told.append(None))
+        for chunks in (alone, joined)
+    )
+    assert len(told) == 8 + 2
+    assert one.keys() == other.keys()
+    for name, weights in one.items():
+        assert torch.equal(weights.rows, other[name].rows)
+        assert torch.allclose(weights.values, other[name].values, rtol=0.05, atol=0.02), name
+    found = collected(session, tmp_path / "alone")
+    monkeypatch.setattr(moments, "chunks_of", lambda *_: joined)
+    both = collected(session, tmp_path / "joined")
+    for group, slot in session.quantized.slots:
+        for unit, _ in units_of(slot, group.layer):
+            sums, others = found.moments(unit).sums, both.moments(unit).sums
+            assert (sums - others).norm() < 0.05 * sums.norm(), unit.name
+
+
+def test_chunks_on_a_gpu_are_bounded(session, monkeypatch):
+    split = session.splits["calibration"]
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", 100)
+    monkeypatch.setattr(session.scorer, "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch.Tensor, "to", lambda own, *_: own)
+
+    def sizes():
+        return [len(own.tokens) for own in chunks_of(session.scorer, split)]
+
+    assert sizes() == [3, 3, 2]
+    monkeypatch.setattr(session.scorer.room, "graphs_at_once", 2)
+    assert sizes() == [2, 2, 2, 2]
 
 
 def test_weights_of_a_matrix_are_found_by_its_place():

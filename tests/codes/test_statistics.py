@@ -16,7 +16,8 @@ from autoquant.errors import SourceError
 from autoquant.formats import CODES, Choice
 from autoquant.measure.session import open_session
 from autoquant.measure.statistics import moments, sums
-from autoquant.measure.statistics.moments import collect_moments, is_held_out
+from autoquant.measure.statistics.chunks import Chunk, is_held_out
+from autoquant.measure.statistics.moments import collect_moments
 from autoquant.measure.statistics.taps import InputSetShape
 from autoquant.model.binding import DenseSlot
 from autoquant.model.live_weights import units_of
@@ -248,18 +249,18 @@ def test_experts_that_are_modules_are_told_apart(tmp_path):
     expected = stacked.moments(stack)
     group = next(g for g in session.quantized.groups if g.role == "experts" and g.layer == 0)
     linears = [own for own in group.linears if own.name.endswith(("gate_proj", "up_proj"))]
-    watch = moments._Watch(session.quantized, (), {})
+    watch = moments._Watch(session.quantized, (), lambda _: None, Chunk(torch.zeros(1, 7), 0))
     taps = watch.taps
     modules = {own.name: nn.Linear(own.in_features, own.out_features) for own in linears}
     taps._watch_dense([DenseSlot(linears=(own,), module=modules[own.name]) for own in linears])
     assert len(taps._dense) == len(stack.matrices)
     ((name, shape),) = taps.sets.items()
-    watch._sums[name] = sums.Sums.zeros(shape)
+    watch._sums[name], watch._weights[name] = sums.Sums.zeros(shape), None
     assert watch._sums[name].sums.shape == expected.sums.shape
     rows = torch.randn(5, linears[0].in_features)
     first, last = (next(m for m, own in taps._dense.items() if own[1] == n) for n in (0, 3))
     taps.see(last, rows)
-    watch.sequence = 1
+    watch.chunk = Chunk(torch.zeros(1, 7), 1)
     taps.see(first, rows[:2])
     found = watch.moments()[name]
     assert found.tokens.tolist() == [[0, 0, 0, 5], [2, 0, 0, 0]]

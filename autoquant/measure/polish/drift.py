@@ -12,7 +12,8 @@ from torch import Tensor
 
 from autoquant.codes.row_weights import RowWeights
 from autoquant.codes.statistics import DriftStatistics
-from autoquant.measure.statistics.moments import is_held_out, weights_of
+from autoquant.measure.statistics.chunks import is_held_out
+from autoquant.measure.statistics.moments import weights_of
 from autoquant.measure.statistics.sums import Sums
 from autoquant.measure.statistics.taps import InputTaps
 from autoquant.model.live import QuantizedModel

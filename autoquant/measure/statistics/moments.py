@@ -1,15 +1,15 @@
 """Second moments of the inputs of quantized weights, in BF16 on the calibration split.
 
-Rows count by what gradients say of them (`weighing.py`). Then sequences go through the model one at
-a time and block by block: a block's sums are what memory holds, time grows with the number of
-blocks, and a sum does not depend on how tokens are batched. Every fourth sequence is held out: its
-products are summed apart.
+Rows count by what gradients say of them (`weighing.py`). A block's sums are what memory holds, time
+grows with the number of blocks, and a sum does not depend on how tokens are batched. Every fourth
+sequence is held out: its products are summed apart.
 
 Shapes: R rows that a weight multiplies, K inputs.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,18 +18,20 @@ from autoquant.codes.row_weights import RowWeights
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.data.tokens import Split
 from autoquant.formats.moments import Moments
-from autoquant.forward.flow import Flow, entered, loop
-from autoquant.measure.gradient import NoGradient
+from autoquant.forward.flow import Flow, loop, walk
+from autoquant.measure.compare import Ahead
+from autoquant.measure.gradient import NoGradient, backward_passes
 from autoquant.measure.ranks.together import together
 from autoquant.measure.scorer import Scorer
+from autoquant.measure.statistics.chunks import Chunk, chunks_of, is_held_out, states_bytes
 from autoquant.measure.statistics.sums import Sums
 from autoquant.measure.statistics.taps import InputTaps
-from autoquant.measure.statistics.weighing import weigh_rows
+from autoquant.measure.statistics.weighing import ByLayer, Sizes, Weigher, weigh_rows
 from autoquant.model.live import QuantizedModel
 from autoquant.plan.linears import LayerGroup
 
-HELD_OUT_OF = 4
-"""One sequence of so many is held out."""
+WeightsOfSet = Callable[[str], RowWeights | None]
+"""Of the rows of an input set; None where they count alike."""
 
 
 def collect_moments(
@@ -45,8 +47,8 @@ def collect_moments(
         scorer: all groups in BF16.
         split: the calibration tokens.
         groups: whose codes rest on their inputs.
-        store: where each block's moments go when they are complete.
-        advance: called after each sequence that was weighed, and after each stage of the model.
+        store: where each block's moments go when they are complete, and the weights of rows.
+        advance: called after each chunk that was weighed, and after each stage of the model.
     """
     missing = {
         layer: own
@@ -55,37 +57,56 @@ def collect_moments(
     }
     if not missing:
         return
-    sequences = [row[None].to(scorer.device) for batch in split.batches for row in batch]
-    weights = _weights(scorer, sequences, by_layer(groups), store, advance)
-    collector = _Collector(scorer, sequences, missing, weights, store, advance)
+    chunks, weights = chunks_of(scorer, split), store.rows()
+    if weights is None:
+        try:
+            if _goes_in_one_pass(scorer, chunks):
+                _collect_backwards(scorer, chunks, by_layer(groups), store, advance)
+                return
+            weights = weigh_rows(scorer, chunks, by_layer(groups), advance)
+            store.write_rows(weights, None)
+        except NoGradient as error:
+            weights = {}
+            store.write_rows(weights, str(error))
+    collector = _Collector(scorer, chunks, missing, weights.get, store, advance)
     loop(scorer.trunk, [collector])
     collector.finish()
 
 
-def _weights(
-    scorer: Scorer,
-    sequences: Sequence[Tensor],
-    groups: Mapping[int | None, Sequence[LayerGroup]],
-    store: StatisticsStore,
-    advance: Callable[[], None],
-) -> Mapping[str, RowWeights]:
-    """How much rows count by input set, from the store or measured; nothing where all count alike,
-    since the model has no backward pass.
+def take_along(scorer: Scorer, split: Split, ahead: Ahead | None) -> None:
+    """Let what `collect_moments` begins with take the next pass, which calibrates, if that saves
+    one and memory holds the states.
+
+    Args:
+        scorer: all groups in BF16.
+        split: the calibration tokens.
+        ahead: what else goes along.
     """
-    kept = store.rows()
-    if kept is not None:
-        return kept
-    try:
-        found, why = weigh_rows(scorer, sequences, groups, advance), None
-    except NoGradient as error:
-        found, why = {}, str(error)
-    store.write_rows(found, why)
-    return found
+    chunks = chunks_of(scorer, split)
+    beside = states_bytes(scorer, chunks)
+    if ahead is not None:
+        own = range(len(ahead.batches))[:: scorer.ranks.size]
+        each = (scorer.state_bytes(ahead.split, ahead.batches[number]) for number in own)
+        beside += scorer.trunk.stages * sum(each)
+    if _goes_in_one_pass(scorer, chunks, beside=beside):
+        scorer.along = [chunk.flow(scorer, keep=True) for chunk in chunks]
+
+
+def _goes_in_one_pass(scorer: Scorer, chunks: Sequence[Chunk], *, beside: int = 0) -> bool:
+    """Whether rows are weighed and summed in one pass back over weights that are brought for it.
+
+    Args:
+        scorer: of the model.
+        chunks: all sequences.
+        beside: bytes of states that memory holds at the same time.
+    """
+    states = scorer.trunk.stages * states_bytes(scorer, chunks) + beside
+    return scorer.room.is_streamed and states <= scorer.room.walk_bytes
 
 
 def collect_of_block(
     scorer: Scorer,
-    sequences: Sequence[Tensor],
+    chunks: Sequence[Chunk],
     groups: Collection[LayerGroup],
     store: StatisticsStore,
 ) -> None:
@@ -93,13 +114,13 @@ def collect_of_block(
 
     Args:
         scorer: all groups in BF16.
-        sequences: int64 [1, L] each, on the device.
+        chunks: of sequences.
         groups: of the block.
         store: where its moments go.
     """
     (layer,) = by_layer(groups)
     stage = scorer.trunk.stage_of(layer)
-    collector = _Collector(scorer, sequences, {layer: groups}, {}, store, lambda: None)
+    collector = _Collector(scorer, chunks, {layer: groups}, lambda _: None, store, lambda: None)
     for flow in collector.flows:
         flow.begin()
     with scorer.trunk.open(stage):
@@ -124,11 +145,6 @@ def keep_moments(
     scorer.ranks.leader_first(lambda: collect_moments(scorer, split, groups, store, advance))
 
 
-def is_held_out(sequence: int) -> bool:
-    """Whether a sequence of the split, counted from 0, is held out."""
-    return sequence % HELD_OUT_OF == 1
-
-
 def weights_of(known: RowWeights | None, sequence: int, matrix: int, rows: Tensor) -> Tensor | None:
     """The weights [R, 1] of rows [R, K] that a matrix multiplies in a sequence; None where they are
     not known.
@@ -147,51 +163,90 @@ def by_layer(groups: Iterable[LayerGroup]) -> dict[int | None, list[LayerGroup]]
     return found
 
 
+def _collect_backwards(
+    scorer: Scorer,
+    chunks: Sequence[Chunk],
+    groups: ByLayer,
+    store: StatisticsStore,
+    advance: Callable[[], None],
+) -> None:
+    """Weigh and sum in one pass back over the blocks; a kill loses all of it.
+
+    Raises:
+        NoGradient: an architecture or a kernel without a backward pass.
+    """
+    flows = scorer.along or [chunk.flow(scorer, keep=True) for chunk in chunks]
+    scorer.along = ()
+    walk(scorer.trunk, scorer.quantized, scorer.room, [own for own in flows if not own.is_done])
+    sizes = Sizes(sum(len(chunk.tokens) for chunk in chunks))
+    collector = _Collector(scorer, chunks, groups, sizes.of, store, advance, flows)
+    with backward_passes():
+        weigher = Weigher(scorer, chunks, flows, groups, sizes)
+    collector.finish()
+    loop(scorer.trunk, [_Backwards(weigher, collector)], backwards=True)
+    store.write_rows(sizes.weights(), None)
+
+
+class _Backwards:
+    """The visitor that weighs the rows of each stage, and then sums them."""
+
+    def __init__(self, weigher: Weigher, collector: "_Collector") -> None:
+        self._weigher, self._collector = weigher, collector
+
+    def visit(self, stage: int) -> None:
+        """Take the gradients through the stage, and the states before it once more."""
+        states = [flow.boundaries[-1] for flow in self._collector.flows]
+        with backward_passes():
+            self._weigher.visit(stage)
+        self._collector.visit_from(stage, states)
+
+
 class _Collector:
     """The visitor that takes sequences through each stage and keeps what its weights multiply.
 
     Args:
         scorer: all groups in BF16.
-        sequences: int64 [1, L] each.
+        chunks: of sequences.
         missing: groups of every layer whose moments are wanted.
-        weights: of rows, by input set; those of others count alike.
-        store: where each layer's go.
+        weights: of rows.
+        store: where each layer's moments go.
         advance: called after each stage.
+        flows: the forward of each chunk, if it is at its end.
     """
 
     def __init__(
         self,
         scorer: Scorer,
-        sequences: Sequence[Tensor],
+        chunks: Sequence[Chunk],
         missing: Mapping[int | None, Collection[LayerGroup]],
-        weights: Mapping[str, RowWeights],
+        weights: WeightsOfSet,
         store: StatisticsStore,
         advance: Callable[[], None],
+        flows: Sequence[Flow] = (),
     ) -> None:
-        self._scorer, self._missing, self._store = scorer, missing, store
-        self._weights, self._advance = weights, advance
-        self.flows = [Flow(parts=entered(scorer.trunk, scorer.room, [own])) for own in sequences]
+        self._scorer, self._chunks, self._missing = scorer, chunks, missing
+        self._weights, self._store, self._advance = weights, store, advance
+        self.flows = flows or [chunk.flow(scorer) for chunk in chunks]
 
     @torch.no_grad()
     def visit(self, stage: int) -> None:
-        """Run the stage on every sequence, each alone."""
+        """Run the stage on every chunk."""
+        if stage == 0:
+            for flow in self.flows:
+                flow.begin()
         trunk, room = self._scorer.trunk, self._scorer.room
-        layers = [
-            layer for layer in self._missing if layer is not None and trunk.stage_of(layer) == stage
-        ]
-        watches = {layer: self._watch(layer) for layer in layers}
-        with ExitStack() as installed:
-            for watch in watches.values():
-                installed.enter_context(watch.taps.installed())
-            for number, flow in enumerate(self.flows):
-                for watch in watches.values():
-                    watch.sequence = number
-                if stage == 0:
-                    flow.begin()
-                flow.advance(trunk, stage, room)
-        for layer, watch in watches.items():
-            self._store.write(layer, watch.moments())
-        self._advance()
+        self._see(stage, [partial(flow.advance, trunk, stage, room) for flow in self.flows])
+
+    @torch.no_grad()
+    def visit_from(self, stage: int, states: Sequence[tuple[Tensor, ...]]) -> None:
+        """Run the stage on the states before it, without what comes of them."""
+        trunk, room = self._scorer.trunk, self._scorer.room
+
+        def run(flow: Flow, state: Tensor) -> None:
+            trunk.advance(stage, flow.parts[0], room.on_device(state))
+
+        pairs = zip(self.flows, states, strict=True)
+        self._see(stage, [partial(run, flow, state) for flow, (state,) in pairs])
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -199,14 +254,32 @@ class _Collector:
         if None not in self._missing:
             return
         watch = self._watch(None)
-        for number, flow in enumerate(self.flows):
-            watch.sequence = number
-            flow.finish(self._scorer.trunk, self._scorer.room)
+        for chunk, flow in zip(self._chunks, self.flows, strict=True):
+            watch.chunk = chunk
+            if not flow.is_done:
+                flow.finish(self._scorer.trunk, self._scorer.room)
             watch.taps.see(self._scorer.trunk.head, flow.hidden)
         self._store.write(None, watch.moments())
 
+    def _see(self, stage: int, runs: Sequence[Callable[[], None]]) -> None:
+        """Watch every chunk's run of the stage, and keep what was seen."""
+        stage_of = self._scorer.trunk.stage_of
+        layers = [own for own in self._missing if own is not None and stage_of(own) == stage]
+        watches = {layer: self._watch(layer) for layer in layers}
+        with ExitStack() as installed:
+            for watch in watches.values():
+                installed.enter_context(watch.taps.installed())
+            for chunk, run in zip(self._chunks, runs, strict=True):
+                for watch in watches.values():
+                    watch.chunk = chunk
+                run()
+        for layer, watch in watches.items():
+            self._store.write(layer, watch.moments())
+        self._advance()
+
     def _watch(self, layer: int | None) -> "_Watch":
-        return _Watch(self._scorer.quantized, self._missing[layer], self._weights)
+        first, weights = self._chunks[0], self._weights
+        return _Watch(self._scorer.quantized, self._missing[layer], weights, first)
 
 
 class _Watch:
@@ -215,25 +288,29 @@ class _Watch:
     Args:
         quantized: the live model.
         groups: of one block.
-        weights: of rows, by input set.
+        weights: of rows.
+        chunk: the first.
     """
 
     def __init__(
         self,
         quantized: QuantizedModel,
         groups: Collection[LayerGroup],
-        weights: Mapping[str, RowWeights],
+        weights: WeightsOfSet,
+        chunk: Chunk,
     ) -> None:
-        self.sequence = 0
-        self._weights = weights
+        self.chunk = chunk
+        """What is in the stage."""
         self.taps = InputTaps(quantized, groups, self._see)
         self._sums = {name: Sums.zeros(shape) for name, shape in self.taps.sets.items()}
+        self._weights = {name: weights(name) for name in self.taps.sets}
 
-    def _see(self, name: str, matrix: int, rows: Tensor, _: Tensor | None) -> None:
+    def _see(self, name: str, matrix: int, rows: Tensor, tokens: Tensor | None) -> None:
         """Add rows [R, K] to what an input set has shown one of its matrices."""
-        weights = weights_of(self._weights.get(name), self.sequence, matrix, rows)
-        wide = rows.float() if weights is None else rows.float() * weights.sqrt()
-        self._sums[name].add(wide, wide, int(is_held_out(self.sequence)), matrix)
+        for sequence, own in self.chunk.apart(rows, tokens):
+            weights = weights_of(self._weights[name], sequence, matrix, own)
+            wide = own.float() if weights is None else own.float() * weights.sqrt()
+            self._sums[name].add(wide, wide, int(is_held_out(sequence)), matrix)
 
     def moments(self) -> dict[str, Moments]:
         """Of every input set."""

@@ -23,6 +23,7 @@ from autoquant.measure.compare import Batch, Cache, Comparison
 from autoquant.measure.gradient import random_pull
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.sketch import LogitSketch
+from autoquant.measure.statistics.chunks import Chunk
 from autoquant.measure.statistics.moments import collect_of_block
 from autoquant.model.inputs import InputScale, fill_unseen
 from autoquant.model.live import QuantizedModel
@@ -257,8 +258,8 @@ class Bench:
     def _summed(self) -> float:
         """Seconds of a batch whose inputs' moments are summed."""
         rows = [self.tokens[i % len(self.tokens)][None] for i in range(SEQUENCES)]
-        sequences = [row.to(self.device) for row in rows]
-        work = partial(collect_of_block, self._scorer, sequences, self._groups, self._statistics)
+        chunks = [Chunk(row.to(self.device), number) for number, row in enumerate(rows)]
+        work = partial(collect_of_block, self._scorer, chunks, self._groups, self._statistics)
         with self._clock() as seconds:
             work()
         return seconds[0] * len(self.tokens) / SEQUENCES

@@ -20,6 +20,7 @@ from autoquant.measure.ranks.ranks import Ranks
 from autoquant.measure.ranks.together import announce_step
 from autoquant.measure.sensitivity import Sensitivity, keys_of
 from autoquant.measure.session import Session
+from autoquant.measure.statistics.moments import take_along
 from autoquant.measure.statistics.shared_codes import share_codes
 from autoquant.model.memory import DeviceMemory
 from autoquant.plan.kv_cache import cached_attention
@@ -149,16 +150,18 @@ class Probing:
         self.run.add_environment(ours)
 
     def _calibrate(self, session: Session) -> Calibration:
+        resting = groups_with_moments(self.plan.options.choices, session.quantized.groups)
         stored = self.run.read_json(CALIBRATION)
         if stored is not None:
             calibration = Calibration.from_dict(stored)
         else:
             with self._timed("calibrate"):
                 ahead = self._ahead(session)
+                if resting:
+                    take_along(session.scorer, session.splits["calibration"], ahead)
                 calibration = calibrate_session(self.config, session, self.observer, ahead)
             self.run.write_json(CALIBRATION, calibration.to_dict())
         use_calibration(session, calibration, self.observer)
-        resting = groups_with_moments(self.plan.options.choices, session.quantized.groups)
         if resting:
             with self._timed("statistics"):
                 collect_statistics(session, resting, self.observer)
