@@ -77,6 +77,7 @@ class Bench:
         tokens: as the search has it, seed included.
         mode: which inputs are quantized.
         folder: for codes that rest on the statistics of inputs; None without such codes.
+        weighs_rows: whether rows count by their gradients in these statistics.
     """
 
     subject: Subject
@@ -85,6 +86,7 @@ class Bench:
     device: str = "cpu"
     mode: ActivationMode = ActivationMode.W4A4
     folder: Path | None = None
+    weighs_rows: bool = True
 
     def __post_init__(self) -> None:
         keep_freed_memory()
@@ -94,6 +96,8 @@ class Bench:
         self.session.quantized.set_input_scales(self.calibration.scales())
         if self.session.statistics is not None:
             groups = self.session.quantized.groups
+            if not self.weighs_rows:
+                self.session.statistics.write_rows({}, "not asked for")
             collect_moments(scorer, split, groups, self.session.statistics, lambda: None)
 
     @cached_property

@@ -6,8 +6,8 @@ Everybody gets the same calibration and search tokens and the same bytes of the 
 What each picks is measured on fresh tokens, with the input scales that it would export: ModelOpt's
 hold the largest calibration input, ours twice that.
 
-In the peer's favour: its codes are those of our kernels, so that its GPTQ has our damping and order
-of columns; of the assignments that its solver finds around a budget, the one that is best on the
+Its codes are those of our kernels, on second moments in which all rows count alike, as it takes
+them. In its favour: its GPTQ has our damping and order of columns; of the assignments that its solver finds around a budget, the one that is best on the
 fresh tokens counts.
 """
 
@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Mapping
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +144,9 @@ class _Cell:
         )
 
 
-@cache
-def _bench(settings: Settings) -> Bench:
-    """The model, its tokens and codes, once in each process."""
+@lru_cache(maxsize=1)
+def _bench(settings: Settings, *, weighs_rows: bool) -> Bench:
+    """The model, its tokens and codes: in each process those of the contender at hand."""
     chosen = subject(settings.subject, settings.models, settings.texts)
     tokens = TokenPlan(
         calibration=settings.calibration_tokens,
@@ -156,22 +156,18 @@ def _bench(settings: Settings) -> Bench:
         seed=settings.seed,
     )
     searched = replace(chosen, scope=Scope.SEARCHED)
-    folder = settings.codes / str(os.getpid())
+    folder = settings.codes / str(os.getpid()) / ("weighed" if weighs_rows else "alike")
     mode = ActivationMode(settings.mode)
-    return Bench(searched, "default", tokens, settings.device, mode, folder)
-
-
-@cache
-def _fresh(settings: Settings) -> Split:
-    return _bench(settings).fresh(settings.fresh_tokens)
+    return Bench(searched, "default", tokens, settings.device, mode, folder, weighs_rows)
 
 
 def _of_peer(settings: Settings, preset: str, method: str) -> list[Found]:
     """What ModelOpt's solver finds around each budget: the best of it on the fresh tokens."""
-    bench = _bench(settings)
+    bench = _bench(settings, weighs_rows=False)
     bench.session.quantized.set_input_scales(bench.calibration.scales())
     peer = Peer(bench.plan, bench.session, method, PRESETS[preset])
-    return [_best(bench, peer, bpe, _fresh(settings)) for bpe in settings.budgets]
+    fresh = bench.fresh(settings.fresh_tokens)
+    return [_best(bench, peer, bpe, fresh) for bpe in settings.budgets]
 
 
 def _best(bench: Bench, peer: Peer, bpe: float, fresh: Split) -> Found:
@@ -186,7 +182,7 @@ def _best(bench: Bench, peer: Peer, bpe: float, fresh: Split) -> Found:
 
 def _of_search(settings: Settings, bpe: float) -> list[Found]:
     """What a search chose, polish included, on the fresh tokens."""
-    bench = _bench(settings)
+    bench = _bench(settings, weighs_rows=True)
     run = _searched(bench, settings, bpe)
     result: Mapping[str, Any] = run.result or {}
     assignment = Assignment.read(run.path / ASSIGNMENT)
@@ -198,7 +194,7 @@ def _of_search(settings: Settings, bpe: float) -> list[Found]:
     report = session.scorer.score(assignment, bench.splits["report"]).mean
     if not math.isclose(report, result["kl"]["mean"], rel_tol=1e-9):
         raise RuntimeError(f"{run.path}: {report} here, {result['kl']['mean']} in its result")
-    kl = session.scorer.score(assignment, _fresh(settings))
+    kl = session.scorer.score(assignment, bench.fresh(settings.fresh_tokens))
     row = _row(bench, bench.unmeasured_problem(bpe), assignment, kl) | {
         "is_polished": is_polished(assignment),
         "seconds": result["seconds"]["total"],
