@@ -7,8 +7,8 @@ What each picks is measured on fresh tokens, with the input scales that it would
 hold the largest calibration input, ours twice that.
 
 Its codes are those of our kernels, on second moments in which all rows count alike, as it takes
-them. In its favour: its GPTQ has our damping and order of columns; of the assignments that its solver finds around a budget, the one that is best on the
-fresh tokens counts.
+them. In its favour: its GPTQ has our damping and order of columns; of the assignments that its
+solver finds around a budget, the one that is best on the fresh tokens counts.
 """
 
 import argparse
