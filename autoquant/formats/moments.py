@@ -11,9 +11,6 @@ import torch
 from torch import Tensor
 
 BLOCK = 16
-WEIGHTED_RULES = ("diagonal", "hessian")
-"""Scale rules that weigh errors by these moments."""
-
 FEWEST_TOKENS = 64
 """A matrix whose inputs were seen fewer times has the codes of the weight alone."""
 
