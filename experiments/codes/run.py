@@ -80,6 +80,8 @@ class Study:
         split, scorer = self._first.splits["calibration"], self._first.scorer
         self._calibration = calibrate(scorer, split, lambda: None, headroom=2.0)
         started = time.monotonic()
+        if self._arguments.alike:
+            self._statistics.write_rows({}, "not asked for")
         collect_moments(scorer, split, self._groups, self._statistics, lambda: None)
         self._seconds = time.monotonic() - started
 
@@ -175,6 +177,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--text", required=True, help="calibration and report tokens")
     parser.add_argument("--unlike", help="report tokens unlike them")
     parser.add_argument("--choices", nargs="+", default=list(CHOICES))
+    parser.add_argument("--alike", action="store_true", help="all rows count alike in moments")
     parser.add_argument("--calibration-tokens", type=int, default=49_152)
     parser.add_argument("--report-tokens", type=int, default=32_768)
     parser.add_argument("--sequence-length", type=int, default=512)
