@@ -1,16 +1,24 @@
 """`autoquant plan --measure`: one block is run here, and the forecast's counts make it a search."""
 
 import json
+import weakref
 
 import pytest
 from searchable import TOKEN_FLAGS, save_searchable
 
 from autoquant.codes.held import Weights
+from autoquant.forward.backward import Backward
+from autoquant.forward.flow import Flows
+from autoquant.forward.taps import Taps
 from autoquant.model.streaming.blocks import BlockReader
+from autoquant.run.config import PlanConfig
+from autoquant.run.machines import bench, passes
 from autoquant.run.machines.bench import BlockSeconds
 from autoquant.run.machines.computed import Computed
+from autoquant.run.machines.forecast import Forecast
 from autoquant.run.machines.passes import Passes
 from autoquant.run.machines.timing import seconds_of
+from autoquant.run.opening import open_plan
 
 FLAGS = (*TOKEN_FLAGS, "--device", "cpu", "--budget-bpe", 9)
 LAYERS = 6
@@ -67,6 +75,39 @@ def test_codes_that_rest_on_inputs_are_timed_too(autoquant, model, read):
     assert set(read) <= {0, 1, LAYERS - 1}
 
 
+def test_candidates_are_timed_behind_gradients_with_what_those_found_in_memory(
+    autoquant, model, monkeypatch
+):
+    """As in a search: what lies in the heap decides whether a forward needs fresh pages."""
+    seen, found = [], []
+
+    class SeenFlows(Flows):
+        def visit(self, stage):
+            if any(flow.assignment.quantized for flow in self.flows):
+                seen.append(all(taps() is not None for taps in found))
+            super().visit(stage)
+
+    class SeenBackward(Backward):
+        def visit(self, stage):
+            seen.append("backward")
+            super().visit(stage)
+
+    class SeenTaps(Taps):
+        def __init__(self, *given):
+            super().__init__(*given)
+            found.append(weakref.ref(self))
+
+    for own in (SeenFlows, SeenBackward, SeenTaps):
+        monkeypatch.setattr(bench, own.__name__.removeprefix("Seen"), own)
+    measured(autoquant, model, *FLAGS, "--effort", "fast", "--weights", "disk")
+    behind = seen[seen.index("backward") :]
+    assert behind == seen, "a candidate before"
+    *gradients, last = (place for place, own in enumerate(seen) if own == "backward")
+    assert len(gradients) == last == bench.REPEATS
+    assert seen[last + 1 :] == [True] * (len(seen) - last - 1)
+    assert len(seen) - last - 1 >= bench.REPEATS, "no candidate"
+
+
 def test_what_is_not_timed_is_said(autoquant, model):
     result = autoquant("plan", model, *FLAGS, "--effort", "max", "--measure")
     assert result.exit_code == 0, result.stderr
@@ -108,10 +149,50 @@ def test_a_space_without_a_group_in_blocks_cannot_be_measured(autoquant, model, 
     assert "no block has a group that is searched" in result.stderr
 
 
+def parts_of(model, **settings):
+    few = {"sequence_length": 32, "batch_tokens": 256, "search_tokens": 512, "report_tokens": 512}
+    own = {"device": "cpu", "weights": "disk", "host_memory": "2GiB", "effort": "fast"}
+    config = PlanConfig.of({"model": str(model), **own, **few, **settings})
+    return Forecast.of(config, open_plan(config)).parts
+
+
+def test_the_noise_floor_is_a_forward_of_its_own(model):
+    """Screened probes need it, in the pass of the calibration; the confirmation shows it."""
+    screened, gradient = (parts_of(model, probe=own) for own in ("screened", "gradient"))
+    assert [own["calibrate"].computed.forwards for own in (screened, gradient)] == [3.0, 2.0]
+    assert screened["confirm"].computed.forwards == 3.0
+    resident = {"weights": "resident", "search_tokens": 256}
+    screened, gradient = (
+        parts_of(model, probe=own, **resident)["probe"].computed for own in ("screened", "gradient")
+    )
+    exact = 1 + screened.probed * sum(range(1, LAYERS + 1)) / LAYERS**2
+    assert screened.forwards - gradient.forwards == pytest.approx(1 + exact)
+
+
+def test_logits_of_the_bf16_model_are_computed_once_where_memory_keeps_them(model, monkeypatch):
+    once = {name: own.computed for name, own in parts_of(model).items()}
+    assert [once[name].referred for name in ("probe", "solve", "refine", "confirm")] == [2, 0, 0, 2]
+    monkeypatch.setattr(passes, "KEPT_LOGIT_BYTES", 0)
+    anew = {name: own.computed for name, own in parts_of(model).items()}
+    for name in ("solve", "refine"):
+        assert anew[name].referred == anew[name].compared > 0.0
+    assert anew["probe"].referred == 2.0 + anew["probe"].probed
+    assert anew["confirm"].referred == 2.0 + anew["confirm"].scored
+
+
+def test_there_is_one_wave_where_a_race_needs_all_sequences(model):
+    eight, four = (
+        parts_of(model, batch_tokens=32 * own, search_tokens=64 * own, trials=12)["refine"]
+        for own in (8, 4)
+    )
+    assert (eight.passes, eight.usual) == (2 * four.passes, 2 * four.usual)
+
+
 NOTHING = dict.fromkeys(
     (
         *("opened", "read", "brought", "observed", "forward", "candidate", "backward", "summed"),
-        *("encoded", "fitted", "pulled", "compared", "probed", "scored", "written_byte"),
+        *("encoded", "fitted", "pulled", "referred", "compared", "probed", "scored"),
+        "written_byte",
     ),
     0.0,
 )
@@ -125,6 +206,7 @@ NOTHING = dict.fromkeys(
         ({"backwards": 2.0}, {"backward": 5.0, "pulled": 7.0}, 2 * (50.0 + 7.0)),
         ({"summed": 2.0, "encoded": 1.5, "fitted": 3.0}, {"encoded": 2.0, "fitted": 1.0}, 60.0),
         ({"compared": 4.0, "probed": 2.0, "scored": 1.0}, {"compared": 1.0, "scored": 3.0}, 7.0),
+        ({"referred": 4.0, "compared": 2.0}, {"compared": 1.0, "referred": 3.0}, 14.0),
     ],
 )
 def test_work_inside_of_blocks_counts_for_each_block_and_behind_them_once(does, units, expected):

@@ -1,8 +1,9 @@
 """One block of a model, run on this machine to see what it takes."""
 
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -10,6 +11,7 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 
+from autoquant.codes.book import CodeBook
 from autoquant.codes.held import Weights
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.errors import SourceError, first_line
@@ -29,9 +31,10 @@ from autoquant.model.inputs import InputScale, fill_unseen
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import LoadedModel, choose_device, load_model
 from autoquant.model.memory import keep_freed_memory
-from autoquant.model.streaming.placement import Allowance, free_host_bytes
+from autoquant.model.streaming.placement import MOST_PACKED, Allowance, free_host_bytes
 from autoquant.plan.activation_mode import Target
 from autoquant.plan.assignment import Assignment
+from autoquant.plan.linears import LayerGroup
 from autoquant.plan.plan import Plan
 from autoquant.run.config import PlanConfig
 from autoquant.run.machines.forecast import Forecast
@@ -70,8 +73,10 @@ class BlockSeconds:
     """The same, fitted to moments."""
     pulled: float
     """The gradient of a batch's logits."""
+    referred: float
+    """A batch's logits of the BF16 model."""
     compared: float
-    """A batch's logits with those of the BF16 model."""
+    """A batch's logits with those of the BF16 model, which are there."""
     probed: float
     """The same with a sketch."""
     scored: float
@@ -117,14 +122,19 @@ class Bench:
         self._opened = time.process_time()
         if forecast.weights is Weights.RESIDENT:
             keep_freed_memory()
+        kept = MOST_PACKED if forecast.weights is Weights.RESIDENT else 0
         self._statistics = StatisticsStore.temporary()
         self._quantized = QuantizedModel(
             self._loaded.model,
             self._groups,
             mode=Target.BLACKWELL.mode,
+            decoded_bytes=kept,
+            packed_bytes=kept,
             statistics=self._statistics,
             store=self._loaded.store,
         )
+        self._effects: list[Taps] = []
+        """What gradients found, which stays between buffers that are free again, as in a search."""
         self._scorer = Scorer(self._quantized, self.device, room=Room(self.device), cache_bytes=0)
         length = min(config.longest, self._loaded.max_length)
         rows = max(1, min(config.batch_tokens, config.search_tokens) // length)
@@ -134,6 +144,10 @@ class Bench:
 
     def measure(self) -> BlockSeconds:
         """Everything, on the block.
+
+        In the order of a search: gradients leave free buffers in the heap of a CPU, between what
+        they found. A forward that fits these needs no fresh pages, which take half of the time of a
+        small block.
 
         Raises:
             SourceError: the block needs more than the state before it.
@@ -148,11 +162,13 @@ class Bench:
                 observed = self._timed(partial(self._run, BF16_MODEL))
             known, _ = fill_unseen(self._quantized.observed_ranges())
             self._quantized.set_input_scales({n: InputScale(amax=a) for n, a in known.items()})
-            forward = self._timed(partial(self._run, BF16_MODEL))
-            summed = self._summed() if self._choices(is_costly=True) else 0.0
-            plain = [self._tried(choice) for choice in self._choices(is_costly=False)]
-            costly = [self._tried(choice) for choice in self._choices(is_costly=True)]
+            plain, costly = (self._choices(is_costly=own) for own in (False, True))
+            summed = self._summed() if costly else 0.0
+            fitted = [self._fitted(choice) for choice in costly]
+            encoded = [self._timed(partial(self._coded, choice)) for choice in plain]
             pulled, backward = self._backward()
+            forward = self._timed(partial(self._run, BF16_MODEL))
+            candidates = [self._timed(partial(self._run, self._all_in(own))) for own in plain]
             brought = self._brought(read)
         return BlockSeconds(
             opened=self._opened,
@@ -160,11 +176,11 @@ class Bench:
             brought=brought,
             observed=observed,
             forward=forward,
-            candidate=float(np.mean([again for _, again in plain])),
+            candidate=float(np.mean(candidates)),
             backward=backward,
             summed=summed,
-            encoded=float(np.mean([made for made, _ in plain])),
-            fitted=float(np.mean([made for made, _ in costly])) if costly else 0.0,
+            encoded=float(np.mean(encoded)),
+            fitted=float(np.mean(fitted)) if fitted else 0.0,
             pulled=pulled,
             written_byte=_written_byte(),
             **self._head(),
@@ -245,15 +261,27 @@ class Bench:
         every = dict.fromkeys(choice.of_weight for own in legal for choice in own)
         return [c for c in every if c != BF16 and c.format.is_costly(c) == is_costly]
 
-    def _tried(self, choice: Choice) -> tuple[float, float]:
-        """Seconds to encode and decode the block in a choice, and of a batch through it then."""
+    def _able(self, choice: Choice) -> list[LayerGroup]:
+        """Groups of the block that may take a choice."""
         options = self._plan.options.choices
-        able = {g.name: choice for g in self._groups if choice in options[g.name]}
-        assignment = Assignment.of(able)
-        with self._clock() as first:
-            self._run(assignment)
-        again = self._timed(partial(self._run, assignment))
-        return max(0.0, first[0] - again), again
+        return [g for g in self._groups if choice in {own.of_weight for own in options[g.name]}]
+
+    def _all_in(self, choice: Choice) -> Assignment:
+        return Assignment.of({group.name: choice for group in self._able(choice)})
+
+    def _coded(self, choice: Choice) -> None:
+        """Encode and decode the block in a choice."""
+        weights = self._quantized.weights
+        book = CodeBook(weights, memory_bytes=0, statistics=self._statistics)
+        for group in self._able(choice):
+            for unit in book.units(group):
+                book.unit(group, unit, choice).decode()
+
+    def _fitted(self, choice: Choice) -> float:
+        """Seconds of it, of a choice that is made once."""
+        with self._clock() as seconds:
+            self._coded(choice)
+        return seconds[0]
 
     def _summed(self) -> float:
         """Seconds of a batch whose inputs' moments are summed."""
@@ -279,10 +307,12 @@ class Bench:
             flow.finish(trunk, room)
             pieces = pieces_of(trunk, room, flow)
             tokens = [piece.tokens.numel() for own in pieces for piece in own]
-            taps = [Taps(self._quantized, keys, count).installed for count in tokens]
+            taps = [Taps(self._quantized, keys, count) for count in tokens]
+            self._effects += taps
             with self._clock() as pulled:
                 pull = random_pull(self._scorer, 0, 0)
-                back = Backward(trunk, room, flow, pieces, taps, pull)
+                installed = [tap.installed for tap in taps]
+                back = Backward(trunk, room, flow, pieces, installed, pull)
             with self._clock() as backward:
                 back.visit(self.layer)
             found.append((pulled[0], backward[0]))
@@ -295,14 +325,16 @@ class Bench:
             flow.finish(self._scorer.trunk, self._scorer.room)
         tokens = self.tokens.to(self.device)
         batch = Batch(tokens, np.arange(len(tokens)), reference=flow.hidden)
-        comparison = Comparison(self._scorer.head, Cache(0))
-        sketch = LogitSketch()
-        work: Mapping[str, Callable[[], object]] = {
-            "compared": lambda: comparison.kl(batch, flow.hidden),
-            "probed": lambda: comparison.kl_and_sketch(batch, flow.hidden, sketch),
-            "scored": lambda: comparison.fully(batch, flow.hidden),
+        head, sketch = self._scorer.head, LogitSketch()
+        anew, comparison = (Comparison(head, Cache(size)) for size in (0, sys.maxsize))
+        both = self._timed(lambda: anew.kl(batch, flow.hidden))
+        compared = self._timed(lambda: comparison.kl(batch, flow.hidden))
+        return {
+            "referred": max(0.0, both - compared),
+            "compared": compared,
+            "probed": self._timed(lambda: comparison.kl_and_sketch(batch, flow.hidden, sketch)),
+            "scored": self._timed(lambda: comparison.fully(batch, flow.hidden)),
         }
-        return {name: self._timed(own) for name, own in work.items()}
 
 
 def _written_byte() -> float:

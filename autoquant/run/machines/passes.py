@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 from autoquant.codes.statistics_size import groups_with_moments
 from autoquant.measure.method import ProbeMethod
+from autoquant.measure.race import RACE_UNITS
 from autoquant.measure.racing.local import FIRST_WAVE
 from autoquant.measure.screen import measured_batches
 from autoquant.measure.sensitivity import keys_of
+from autoquant.model.streaming.work import KEPT_LOGIT_BYTES
 from autoquant.plan.linears import LayerGroup
 from autoquant.plan.plan import Plan
 from autoquant.run.config import PlanConfig
@@ -67,13 +69,12 @@ def forecast_passes(config: PlanConfig, plan: Plan, streaming: Streaming) -> dic
     """
     waves, choices = _waves(config, streaming), ChoicesOfGroups.of(plan)
     batches, ahead = _share(config, config.calibration_tokens), _goes_ahead(config, streaming)
+    search = _share(config, config.search_tokens) + _noise(config)
     found = {
         "load": Passes(1, computed=Computed(forwards=2 / _sequences_of_batch(config))),
         "calibrate": Passes(
             waves(_batches(config, config.calibration_tokens), 1),
-            computed=Computed(
-                observed=batches, forwards=_share(config, config.search_tokens) if ahead else 0.0
-            ),
+            computed=Computed(observed=batches, forwards=search if ahead else 0.0),
         ),
     }
     if groups_with_moments(plan.options.choices, tuple(plan.groups)):
@@ -87,8 +88,9 @@ def forecast_passes(config: PlanConfig, plan: Plan, streaming: Streaming) -> dic
         waves(report, most),
         is_most=True,
         computed=Computed(
-            forwards=shown,
+            forwards=shown + 1,
             candidates=usually * shown,
+            referred=shown + _not_kept(config, plan, config.report_tokens) * usually * shown,
             scored=usually * shown,
             encoded=again,
         ),
@@ -104,6 +106,19 @@ def states_of_gradients(config: PlanConfig, streaming: Streaming) -> int:
     """
     batches = _batches(config, config.search_tokens) if streaming.is_streamed else 1
     return streaming.stages * batches * _bytes_of_batch(config, streaming)
+
+
+def _noise(config: PlanConfig) -> int:
+    """Batches that the BF16 model runs on once more for what two of its runs differ by."""
+    return 1 if config.probe is ProbeMethod.SCREENED else 0
+
+
+def _not_kept(config: PlanConfig, plan: Plan, tokens: int) -> float:
+    """The part of a split's tokens whose logits of the BF16 model are computed for every candidate,
+    as memory does not hold them.
+    """
+    logits = 4 * tokens * int(plan.source.text_config.get("vocab_size") or 0)
+    return 1 - min(1.0, KEPT_LOGIT_BYTES / max(1, logits))
 
 
 def _usual_recipes(plan: Plan) -> int:
@@ -153,24 +168,29 @@ def _of_probes(
     """
     batches, share = _batches(config, config.search_tokens), _share(config, config.search_tokens)
     together = max(1, streaming.state_bytes // _bytes_of_batch(config, streaming))
-    keys = [*keys_of(plan.options.choices)]
+    keys, anew = [*keys_of(plan.options.choices)], _not_kept(config, plan, config.search_tokens)
     behind = {group.name: _behind(group, streaming) for group in plan.groups}
     made = Computed(encoded=choices.plain, fitted=choices.fitted)
     if config.probe is ProbeMethod.EXACT:
         own = Computed(
             forwards=share * (1 + sum(behind[group] for group, _ in keys)),
+            referred=share + anew * share * len(keys),
             probed=share * len(keys),
         )
         return Passes(math.ceil(len(keys) * batches / together), computed=made + own)
     ahead = _goes_ahead(config, streaming)
     gradients = 2 * waves(batches, streaming.stages) - ahead
-    made += Computed(forwards=0.0 if ahead else share, backwards=share)
+    made += Computed(
+        forwards=0.0 if ahead else share + _noise(config), backwards=share, referred=share
+    )
     if config.probe is ProbeMethod.GRADIENT:
         return Passes(gradients, computed=made)
     groups, measured = {group for group, _ in keys}, len(measured_batches(batches))
+    part = share * measured / batches
     exact = Computed(
-        forwards=share * measured / batches * (1 + sum(behind[group] for group in groups)),
-        probed=share * measured / batches * len(groups),
+        forwards=part * (1 + sum(behind[group] for group in groups)),
+        referred=anew * part * len(groups),
+        probed=part * len(groups),
         encoded=1.0 if streaming.is_streamed else 0.0,
     )
     passes = gradients + math.ceil(len(groups) * measured / together)
@@ -196,7 +216,8 @@ def _of_trials(
     config: PlanConfig, plan: Plan, waves: _Waves, streaming: Streaming, choices: ChoicesOfGroups
 ) -> Mapping[str, Passes]:
     """What is given, together; then the optimum of what passed the check; then the refinement.
-    Each is a pass where the states of all its forwards fit.
+    Each is a pass where the states of all its forwards fit. Candidates of the refinement agree in
+    most groups, so that a pass makes about one choice of each group anew.
     """
     batches, share = _batches(config, config.search_tokens), _share(config, config.search_tokens)
     pairs = max(1, streaming.state_bytes // _bytes_of_batch(config, streaming))
@@ -207,12 +228,16 @@ def _of_trials(
     again = choices.plain if streaming.is_streamed else 0.0
     part = _RUN_AMONG_OTHERS if streaming.is_streamed else _RUN_OF_TRIAL
     usually = _usual_recipes(plan) + _OPTIMA + max(0, ways - 1)
+    anew = _not_kept(config, plan, config.search_tokens)
     return {
         "solve": Passes(
             solved + (ways > 1),
             is_most=True,
             computed=Computed(
-                candidates=usually * share, compared=usually * share, encoded=solved * again
+                candidates=usually * share,
+                referred=anew * usually * share,
+                compared=usually * share,
+                encoded=solved * again,
             ),
         ),
         "refine": Passes(
@@ -221,8 +246,9 @@ def _of_trials(
             usual=usual,
             computed=Computed(
                 candidates=part * config.trials * share,
+                referred=anew * config.trials * share,
                 compared=config.trials * share,
-                encoded=usual * again,
+                encoded=usual * min(1.0, again),
             ),
         ),
     }
@@ -244,7 +270,8 @@ def _of_refinement(config: PlanConfig, waves: _Waves, batches: int, pairs: int) 
         Passes at most, and of a refinement where one swap is better.
     """
     effort, width = Effort.of(config.trials), config.trials_at_once
-    first = math.ceil(FIRST_WAVE * batches)
+    sequences = _sequences_of_batch(config)
+    first = min(batches, max(math.ceil(FIRST_WAVE * batches), math.ceil(RACE_UNITS / sequences)))
 
     def passes(count: int, known: int) -> int:
         rounds = (
@@ -252,7 +279,7 @@ def _of_refinement(config: PlanConfig, waves: _Waves, batches: int, pairs: int) 
             for part in _shares(count, known)
             for own in _shares(part, max(width, pairs // first))
         )
-        return sum(waves(part, own) for own in rounds for part in (first, batches - first))
+        return sum(waves(part, own) for own in rounds for part in (first, batches - first) if part)
 
     ranked = passes(effort.runners_up, effort.runners_up) + passes(effort.refit, REFIT_EVERY)
     half = max(width, math.ceil(effort.swaps / 2))

@@ -131,6 +131,7 @@ def seconds_of(part: Passes, unit: BlockSeconds, blocks: float, weights: Weights
     )
     behind = (
         does.backwards * unit.pulled
+        + does.referred * unit.referred
         + does.compared * unit.compared
         + does.probed * unit.probed
         + does.scored * unit.scored
