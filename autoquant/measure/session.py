@@ -16,7 +16,7 @@ from autoquant.measure.ranks.ranks import ALONE, Ranks
 from autoquant.measure.scorer import Scorer
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import LoadedModel, choose_device, load_model
-from autoquant.model.memory import keep_freed_memory
+from autoquant.model.memory import keep_freed_memory, return_freed_memory
 from autoquant.model.shared_inputs import input_disagreements
 from autoquant.model.streaming.placement import ANYTHING, Allowance
 from autoquant.plan.activation_mode import ActivationMode
@@ -97,6 +97,7 @@ def open_session(
         keep_freed_memory()
     plan = _shortened(tokens, loaded.max_length)
     splits = make_splits(corpus, loaded.tokenizer, plan)
+    return_freed_memory()  # of tokens of the whole text, far more than the splits are
     _require_vocabulary(loaded.model, splits)
     _require_batches(splits, ranks)
     for shortfall in shortfalls(splits, plan):

@@ -8,21 +8,22 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.common import record
 
 TOKENS = (
-    *("--calibration", "stdlib", "--calibration-tokens", "1024", "--search-tokens", "2048"),
-    *("--report-tokens", "1024", "--sequence-length", "256", "--batch-tokens", "1024"),
+    *("--calibration-tokens", "1024", "--search-tokens", "2048", "--report-tokens", "1024"),
+    *("--sequence-length", "256", "--batch-tokens", "1024"),
 )
-SEARCH = ("--effort", "fast", "--trials", "2", "--device", "cpu")
+SEARCH = ("--trials", "2", "--device", "cpu")
 
 
-def beside(model: Path, weights: str, work: Path, bpe: float) -> dict[str, Any]:
+def beside(flags: Sequence[str], weights: str, work: Path, bpe: float) -> dict[str, Any]:
     """Forecast and peak of one search, bytes."""
-    flags = [str(model), *TOKENS, *SEARCH, "--weights", weights]
+    flags = [*flags, *SEARCH, "--weights", weights]
     words = [sys.executable, "-m", "autoquant", "plan", *flags, "--forecast", "--format", "json"]
     said = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)["forecast"]
     words = [sys.executable, "-m", "autoquant", "search", *flags, "--budget-bpe", str(bpe)]
@@ -44,13 +45,20 @@ def beside(model: Path, weights: str, work: Path, bpe: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, help="as make.py writes it")
+    parser.add_argument("model", type=Path, nargs="?", help="the bundled one by default")
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--budget-bpe", type=float, default=7.5)
+    parser.add_argument("--effort", default="fast")
+    parser.add_argument("--calibration", default="stdlib", help="text")
+    parser.add_argument("--weights", nargs="+", default=["resident", "disk"])
+    parser.add_argument("--all-tokens", action="store_true", help="as many as a search by default")
     parser.add_argument("--out", type=Path, help="file for the figures")
     arguments = parser.parse_args()
-    model, work, bpe = arguments.model, arguments.work, arguments.budget_bpe
-    found = [beside(model, weights, work, bpe) for weights in ("resident", "disk")]
+    model = () if arguments.model is None else (str(arguments.model),)
+    flags = [*model, "--calibration", arguments.calibration, "--effort", arguments.effort]
+    flags += () if arguments.all_tokens else TOKENS
+    bpe = arguments.budget_bpe
+    found = [beside(flags, weights, arguments.work, bpe) for weights in arguments.weights]
     record.show({"searches": found}, arguments.out)
 
 

@@ -12,12 +12,20 @@ from tiny_models import save_model
 
 from autoquant.codes.held import Weights
 from autoquant.formats import BF16
+from autoquant.measure import session
 from autoquant.model.loading import load_model, sizes_of
 from autoquant.model.streaming import placement
 from autoquant.model.streaming.work import KEPT_LOGIT_BYTES
 from autoquant.plan.grouping import find_groups
 from autoquant.run.config import PlanConfig
-from autoquant.run.cpu_work import COMPARED_BYTES, GRAPH_BYTES, PAIR_BYTES, work_bytes
+from autoquant.run.cpu_work import (
+    COMPARED_BYTES,
+    GRAPH_BYTES,
+    KERNEL_BYTES,
+    KERNELS,
+    PAIR_BYTES,
+    work_bytes,
+)
 from autoquant.run.machines import forecast as forecasting
 from autoquant.run.opening import open_plan
 from autoquant.source.source import open_source
@@ -49,7 +57,8 @@ def forecast(autoquant, *arguments):
 
 def test_weights_are_resident_where_they_fit_and_else_on_the_disk(autoquant, tmp_path):
     model = save_model("qwen2_moe", tmp_path / "model", num_hidden_layers=40)
-    found = forecast(autoquant, model, "--device", "cpu", "--host-memory", "4GiB")
+    flags = (model, "--device", "cpu", "--search-tokens", 4096)
+    found = forecast(autoquant, *flags, "--host-memory", "4GiB")
     assert (found["weights"], found["device"]) == ("resident", "cpu")
     sizes = with_work(model)
     needed, least = (sizes.on_device(w, is_gpu=False) for w in (Weights.RESIDENT, Weights.DISK))
@@ -58,11 +67,11 @@ def test_weights_are_resident_where_they_fit_and_else_on_the_disk(autoquant, tmp
     kept = found["device_bytes"] - needed - states
     assert 2 * sizes.all < kept <= 9 * sizes.all, "codes"
     between = (needed + least) // 2
-    less = forecast(autoquant, model, "--device", "cpu", "--host-memory", between)
+    less = forecast(autoquant, *flags, "--host-memory", between)
     assert less["weights"] == "disk"
     assert less["device_bytes"] <= between
     assert less["weight_bytes"] == found["weight_bytes"] >= 40 * found["largest_block_bytes"]
-    shown = autoquant("plan", model, "--device", "cpu", "--host-memory", between, "--forecast")
+    shown = autoquant("plan", *flags, "--host-memory", between, "--forecast")
     assert "of cpu: blocks of 0.00 GB from the disk" in shown.stdout
 
 
@@ -74,9 +83,11 @@ def with_work(model):
     return replace(sizes_of(plan.source), work=work_bytes(config, plan.source, groups))
 
 
-def test_work_is_that_of_a_batch_in_the_widest_stage(tmp_path):
+def test_work_is_that_of_a_batch_in_the_widest_stage(tmp_path, monkeypatch):
     """Or of attention that writes out its pairs, where sequences are long; and kept logits."""
-    source = open_source(save_searchable("minimax_m2", tmp_path / "model"))
+    monkeypatch.setenv("AUTOQUANT_CPU_PRODUCTS", "float32")
+    folder = save_searchable("minimax_m2", tmp_path / "model", max_position_embeddings=8192)
+    source = open_source(folder)
     groups = [group for group in find_groups(source) if group.layer is not None]
     text = source.text_config
 
@@ -99,6 +110,59 @@ def test_work_is_that_of_a_batch_in_the_widest_stage(tmp_path):
     assert work(groups, **long) == PAIR_BYTES * text["num_attention_heads"] * 8192**2 + logits
     many = {**few, "search_tokens": 2**30}
     assert work(groups, **many) == work(groups, **few) - logits + KEPT_LOGIT_BYTES
+
+
+def test_kernels_count_where_experts_get_numbers_of_tokens_that_differ(tmp_path, monkeypatch):
+    """oneDNN compiles one for each number, of products in BF16."""
+
+    def work(source, role):
+        groups = [group for group in find_groups(source) if group.role == role]
+        assert groups
+        found = []
+        for policy in ("float32", "bf16"):
+            monkeypatch.setenv("AUTOQUANT_CPU_PRODUCTS", policy)
+            config = PlanConfig.of({"model": str(source.path)})
+            found.append(work_bytes(config, source, groups))
+        return found[1] - found[0]
+
+    some = open_source(save_searchable("minimax_m2", tmp_path / "some"))
+    assert work(some, "experts") == KERNELS * KERNEL_BYTES
+    assert work(some, "qkv") == 0
+    count = some.text_config["num_local_experts"]
+    every = save_searchable("minimax_m2", tmp_path / "every", num_experts_per_tok=count)
+    assert work(open_source(every), "experts") == 0
+
+
+def test_sequences_are_cut_as_a_search_cuts_them(autoquant, tmp_path):
+    model = save_searchable("llama", tmp_path / "model", max_position_embeddings=64)
+    flags = (model, "--device", "cpu", "--weights", "disk", "--batch-tokens", 64)
+    found = forecast(autoquant, *flags)
+    assert found == forecast(autoquant, *flags, "--sequence-length", 64)
+    longer = save_searchable("llama", tmp_path / "longer", max_position_embeddings=4096)
+    assert found["device_bytes"] < forecast(autoquant, longer, *flags[1:])["device_bytes"]
+
+
+def test_what_tokenizing_takes_is_given_back_before_the_work_begins(
+    autoquant, tmp_path, monkeypatch
+):
+    model, text = save_searchable("llama", tmp_path / "model"), save_text(tmp_path / "text")
+    done = []
+
+    def seen(name):
+        real = getattr(session, name)
+
+        def call(*given, **named):
+            done.append(name)
+            return real(*given, **named)
+
+        monkeypatch.setattr(session, name, call)
+
+    for name in ("make_splits", "return_freed_memory", "make_session"):
+        seen(name)
+    flags = ("--calibration", text, "--search-tokens", 512, "--sequence-length", 32)
+    result = autoquant("probe", model, *flags, "--effort", "fast", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.stderr
+    assert done == ["make_splits", "return_freed_memory", "make_session"]
 
 
 def test_loading_goes_by_the_same_work(autoquant, tmp_path, monkeypatch):

@@ -15,12 +15,17 @@ from autoquant.model.streaming.blocks import BlockReader
 from autoquant.model.streaming.kept import Gpus, on_gpus, on_host
 from autoquant.model.streaming.shared import ALONE, Neighbours, Peers, can_share
 from autoquant.model.streaming.stores import BlockSource, BlockStore, Resident, Streamed
-from autoquant.model.streaming.work import BLOCKS_AT_ONCE, activation_bytes, bytes_beside
+from autoquant.model.streaming.work import (
+    BLOCKS_AT_ONCE,
+    STATE_BYTES,
+    activation_bytes,
+    bytes_beside,
+)
 
 _MEMORY = Path("/proc/meminfo")
 
-WORK_BYTES = 1 << 29
-"""Of the host, for the program and its libraries."""
+WORK_BYTES = 9 << 26
+"""Of the host, for the program, its libraries and the text."""
 WORK_SHARE = 1 / 10
 """What activations, states and logits take of a CPU where it is not known, in shares of the
 weights."""
@@ -241,7 +246,7 @@ def choose(
         if of_device <= on_device and of_host <= host:
             free = on_device - of_device
             return weights, Left(
-                host=WORK_BYTES // 2 + (host - of_host) // 2,
+                host=STATE_BYTES + (host - of_host) // 2,
                 device=free // 2 if is_gpu else 0,
                 kept=_kept(weights, sizes, free, is_gpu=is_gpu),
             )

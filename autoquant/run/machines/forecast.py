@@ -15,7 +15,7 @@ from autoquant.model.streaming.placement import Sizes, choose, processes_here
 from autoquant.model.streaming.work import STATE_BYTES
 from autoquant.plan.plan import Plan
 from autoquant.run.config import PlanConfig
-from autoquant.run.cpu_work import work_bytes
+from autoquant.run.cpu_work import shortened, work_bytes
 from autoquant.run.machines.passes import (
     Passes,
     Streaming,
@@ -50,7 +50,7 @@ class Forecast:
             SourceError: an architecture that transformers does not know.
             ConfigError: no such device, or one where weights are to be on several.
         """
-        device = choose_device(config.device)
+        device, config = choose_device(config.device), shortened(config, plan.source)
         is_gpu = device.type == "cuda"
         choices = plan.options.choices
         open_groups = [group for group in plan.groups if choices[group.name] != (BF16,)]
