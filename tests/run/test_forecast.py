@@ -57,7 +57,7 @@ def forecast(autoquant, *arguments):
 
 def test_weights_are_resident_where_they_fit_and_else_on_the_disk(autoquant, tmp_path):
     model = save_model("qwen2_moe", tmp_path / "model", num_hidden_layers=40)
-    flags = (model, "--device", "cpu", "--search-tokens", 4096)
+    flags = (model, "--device", "cpu", "--search-tokens", 4096, "--effort", "fast")
     found = forecast(autoquant, *flags, "--host-memory", "4GiB")
     assert (found["weights"], found["device"]) == ("resident", "cpu")
     sizes = with_work(model)
@@ -267,13 +267,16 @@ def test_without_the_flag_nothing_is_said(autoquant, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 8])
-@pytest.mark.parametrize("probe", ["screened", "gradient", "exact"])
-def test_passes_are_those_that_a_search_then_counts(autoquant, tmp_path, probe, at_once):
+@pytest.mark.parametrize(
+    ("probe", "effort"),
+    [("screened", "fast"), ("gradient", "fast"), ("exact", "fast"), ("screened", "default")],
+)
+def test_passes_are_those_that_a_search_then_counts(autoquant, tmp_path, probe, effort, at_once):
     """Where what is measured decides, at most those."""
     model = save_searchable("minimax_m2", tmp_path / "model", num_hidden_layers=3)
     text, run = save_text(tmp_path / "text"), tmp_path / "run"
     flags = (
-        *("--calibration", text, *TOKEN_FLAGS, "--effort", "fast", "--device", "cpu"),
+        *("--calibration", text, *TOKEN_FLAGS, "--effort", effort, "--device", "cpu"),
         *("--weights", "disk", "--host-memory", "1GiB", "--probe", probe),
         *("--trials", 12, "--trials-at-once", at_once),
     )

@@ -16,7 +16,7 @@ from autoquant.run.machines import bench, passes
 from autoquant.run.machines.bench import BlockSeconds
 from autoquant.run.machines.computed import Computed
 from autoquant.run.machines.forecast import Forecast
-from autoquant.run.machines.passes import Passes
+from autoquant.run.machines.passes import Passes, Streaming, forecast_passes
 from autoquant.run.machines.timing import seconds_of
 from autoquant.run.opening import open_plan
 
@@ -72,6 +72,7 @@ def test_codes_that_rest_on_inputs_are_timed_too(autoquant, model, read):
     assert [*found["seconds"]][2] == "statistics"
     assert found["measured"]["fitted"] > 0.0
     assert found["measured"]["summed"] > 0.0
+    assert found["measured"]["weighed"] > 0.0
     assert set(read) <= {0, 1, LAYERS - 1}
 
 
@@ -180,6 +181,39 @@ def test_logits_of_the_bf16_model_are_computed_once_where_memory_keeps_them(mode
     assert anew["confirm"].referred == 2.0 + anew["confirm"].scored
 
 
+def statistics_of(model, state_bytes, *, is_streamed=True):
+    few = {"sequence_length": 32, "batch_tokens": 256, "search_tokens": 512}
+    config = PlanConfig.of({"model": str(model), "calibration_tokens": 512, **few})
+    own = Streaming(stages=4, width=8, state_bytes=state_bytes, is_streamed=is_streamed)
+    found = forecast_passes(config, open_plan(config), own)
+    return found["statistics"], found["calibrate"].computed.forwards
+
+
+def test_gradients_that_weigh_rows_count_with_what_they_begin_with(model):
+    """In one pass back where memory holds the states between all blocks: of 512 calibration tokens,
+    of as many search tokens where their forward goes along too, and of the calibration's own.
+    """
+    rows = search = 4 * 512 * 8 * 2
+    calibration = 512 * 8 * 2
+
+    def check(found, passes, *, statistics, calibrate):
+        part, along = found
+        assert part.passes == passes
+        assert (part.computed.summed, part.computed.weighed) == (2.0, 2.0)
+        assert (part.computed.forwards, along) == (statistics, calibrate)
+
+    whole = statistics_of(model, rows + search + calibration)
+    check(whole, 1, statistics=0.0, calibrate=2.0 + 3.0)
+    less = statistics_of(model, rows + search + calibration - 1)
+    check(less, 2, statistics=2.0, calibrate=3.0)
+    least = statistics_of(model, rows)
+    check(least, 2, statistics=2.0, calibrate=0.0)
+    half = statistics_of(model, rows // 2)
+    check(half, 2 * 2 + 1, statistics=2.0, calibrate=0.0)
+    resident = statistics_of(model, rows, is_streamed=False)
+    check(resident, 2 * 16 + 1, statistics=2.0, calibrate=0.0)
+
+
 def test_there_is_one_wave_where_a_race_needs_all_sequences(model):
     eight, four = (
         parts_of(model, batch_tokens=32 * own, search_tokens=64 * own, trials=12)["refine"]
@@ -192,7 +226,7 @@ NOTHING = dict.fromkeys(
     (
         *("opened", "read", "brought", "observed", "forward", "candidate", "backward", "summed"),
         *("encoded", "fitted", "pulled", "referred", "compared", "probed", "scored"),
-        "written_byte",
+        *("weighed", "written_byte"),
     ),
     0.0,
 )
@@ -206,6 +240,7 @@ NOTHING = dict.fromkeys(
         ({"backwards": 2.0}, {"backward": 5.0, "pulled": 7.0}, 2 * (50.0 + 7.0)),
         ({"summed": 2.0, "encoded": 1.5, "fitted": 3.0}, {"encoded": 2.0, "fitted": 1.0}, 60.0),
         ({"compared": 4.0, "probed": 2.0, "scored": 1.0}, {"compared": 1.0, "scored": 3.0}, 7.0),
+        ({"weighed": 2.0}, {"weighed": 5.0, "pulled": 7.0}, 2 * (50.0 + 7.0)),
         ({"referred": 4.0, "compared": 2.0}, {"compared": 1.0, "referred": 3.0}, 14.0),
     ],
 )

@@ -21,12 +21,14 @@ from autoquant.forward.check import NOT_BLOCK_BY_BLOCK
 from autoquant.forward.flow import BF16_MODEL, Flow, Flows, entered
 from autoquant.forward.room import Room
 from autoquant.forward.taps import Taps
+from autoquant.forward.trunk import Part
 from autoquant.measure.compare import Batch, Cache, Comparison
 from autoquant.measure.gradient import random_pull
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.sketch import LogitSketch
 from autoquant.measure.statistics.chunks import Chunk
-from autoquant.measure.statistics.moments import collect_of_block
+from autoquant.measure.statistics.moments import by_layer, collect_of_block
+from autoquant.measure.statistics.weighing import Sizes, Weigher
 from autoquant.model.inputs import InputScale, fill_unseen
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import LoadedModel, choose_device, load_model
@@ -67,6 +69,8 @@ class BlockSeconds:
     """Back again, with the products of every choice."""
     summed: float
     """A batch through the block, with second moments of its inputs; 0 where none are needed."""
+    weighed: float
+    """Back again, with the size of gradients at products; 0 where no moments are needed."""
     encoded: float
     """One choice of the block, encoded from the weight alone and decoded."""
     fitted: float
@@ -163,7 +167,7 @@ class Bench:
             known, _ = fill_unseen(self._quantized.observed_ranges())
             self._quantized.set_input_scales({n: InputScale(amax=a) for n, a in known.items()})
             plain, costly = (self._choices(is_costly=own) for own in (False, True))
-            summed = self._summed() if costly else 0.0
+            weighed, summed = (self._weighed(), self._summed()) if costly else (0.0, 0.0)
             fitted = [self._fitted(choice) for choice in costly]
             encoded = [self._timed(partial(self._coded, choice)) for choice in plain]
             pulled, backward = self._backward()
@@ -179,6 +183,7 @@ class Bench:
             candidate=float(np.mean(candidates)),
             backward=backward,
             summed=summed,
+            weighed=weighed,
             encoded=float(np.mean(encoded)),
             fitted=float(np.mean(fitted)) if fitted else 0.0,
             pulled=pulled,
@@ -237,21 +242,24 @@ class Bench:
 
     @cached_property
     def _entered(self) -> Flow:
-        """A forward whose states before the block are those that enter the first."""
-        trunk, room = self._scorer.trunk, self._scorer.room
+        """The forward of the batch before the block."""
+        room = self._scorer.room
         with torch.no_grad():
-            parts = entered(trunk, room, room.parts(self.tokens.to(self.device)))
+            parts = entered(self._scorer.trunk, room, room.parts(self.tokens.to(self.device)))
+        return self._before(parts)
+
+    def _before(self, parts: tuple[Part, ...]) -> Flow:
+        """A forward whose states before the block are those that enter the first."""
         states = tuple(part.state for part in parts)
-        return Flow(parts=parts, boundaries=[states] * trunk.stages)
+        return Flow(parts=parts, boundaries=[states] * self._scorer.trunk.stages)
 
     def _run(self, assignment: Assignment, *, keep: bool = False) -> Flow:
-        """A batch through the block."""
+        """The batch through the block."""
+        return self._through(self._entered, assignment, keep=keep)
+
+    def _through(self, before: Flow, assignment: Assignment, *, keep: bool) -> Flow:
         flow = Flow(
-            parts=self._entered.parts,
-            assignment=assignment,
-            start=self.layer,
-            after=self._entered,
-            keep=keep,
+            parts=before.parts, assignment=assignment, start=self.layer, after=before, keep=keep
         )
         Flows(self._scorer.trunk, self._quantized, self._scorer.room, [flow]).visit(self.layer)
         return flow
@@ -283,13 +291,30 @@ class Bench:
             self._coded(choice)
         return seconds[0]
 
+    def _chunks(self) -> list[Chunk]:
+        """Sequences whose moments are summed."""
+        rows = [self.tokens[i % len(self.tokens)][None] for i in range(SEQUENCES)]
+        return [Chunk(row.to(self.device), number) for number, row in enumerate(rows)]
+
     def _summed(self) -> float:
         """Seconds of a batch whose inputs' moments are summed."""
-        rows = [self.tokens[i % len(self.tokens)][None] for i in range(SEQUENCES)]
-        chunks = [Chunk(row.to(self.device), number) for number, row in enumerate(rows)]
-        work = partial(collect_of_block, self._scorer, chunks, self._groups, self._statistics)
+        work = partial(
+            collect_of_block, self._scorer, self._chunks(), self._groups, self._statistics
+        )
         with self._clock() as seconds:
             work()
+        return seconds[0] * len(self.tokens) / SEQUENCES
+
+    def _weighed(self) -> float:
+        """Seconds of a batch's gradients back through the block, for the weights of its rows."""
+        scorer, chunks, flows = self._scorer, self._chunks(), []
+        for chunk in chunks:
+            flow = self._through(self._before(chunk.flow(scorer).parts), BF16_MODEL, keep=True)
+            flow.finish(scorer.trunk, scorer.room)
+            flows.append(flow)
+        weigher = Weigher(scorer, chunks, flows, by_layer(self._groups), Sizes(SEQUENCES))
+        with self._clock() as seconds:
+            weigher.visit(self.layer)
         return seconds[0] * len(self.tokens) / SEQUENCES
 
     def _backward(self) -> tuple[float, float]:

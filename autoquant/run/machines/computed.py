@@ -22,6 +22,8 @@ class Computed:
     """Of a batch, with the products of every choice."""
     summed: float = 0.0
     """Forwards whose inputs' second moments are summed."""
+    weighed: float = 0.0
+    """Of a batch, with the size of gradients at products."""
     referred: float = 0.0
     """Batches of which the BF16 model's logits are computed."""
     probed: float = 0.0

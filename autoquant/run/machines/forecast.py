@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 
 from autoquant.codes.held import Weights
+from autoquant.codes.statistics_size import groups_with_moments
 from autoquant.decimals import gigabytes
 from autoquant.formats import BF16
 from autoquant.model.loading import choose_device, sizes_of
@@ -68,7 +69,9 @@ class Forecast:
         )
         kept = left.kept.most(*_codes(plan))
         if not is_gpu:
-            kept += min(left.host, states_of_gradients(config, streaming))
+            is_weighed = bool(groups_with_moments(choices, open_groups))
+            states = states_of_gradients(config, streaming, is_weighed=is_weighed)
+            kept += min(left.host, states)
         return cls(
             device=str(device),
             weights=weights,

@@ -5,7 +5,7 @@ The parts have the names of `work.jsonl`, which says how often it was.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoquant.codes.statistics_size import groups_with_moments
 from autoquant.measure.method import ProbeMethod
@@ -70,15 +70,17 @@ def forecast_passes(config: PlanConfig, plan: Plan, streaming: Streaming) -> dic
     waves, choices = _waves(config, streaming), ChoicesOfGroups.of(plan)
     batches, ahead = _share(config, config.calibration_tokens), _goes_ahead(config, streaming)
     search = _share(config, config.search_tokens) + _noise(config)
+    calibrate = Passes(
+        waves(_batches(config, config.calibration_tokens), 1),
+        computed=Computed(observed=batches, forwards=search if ahead else 0.0),
+    )
     found = {
         "load": Passes(1, computed=Computed(forwards=2 / _sequences_of_batch(config))),
-        "calibrate": Passes(
-            waves(_batches(config, config.calibration_tokens), 1),
-            computed=Computed(observed=batches, forwards=search if ahead else 0.0),
-        ),
+        "calibrate": calibrate,
     }
     if groups_with_moments(plan.options.choices, tuple(plan.groups)):
-        found["statistics"] = Passes(1, computed=Computed(summed=batches))
+        found["statistics"], along = _of_statistics(config, streaming)
+        found["calibrate"] = replace(calibrate, computed=calibrate.computed + along)
     found["probe"] = _of_probes(config, plan, waves, streaming, choices)
     found |= _of_trials(config, plan, waves, streaming, choices)
     report, shown = _batches(config, config.report_tokens), _share(config, config.report_tokens)
@@ -100,12 +102,49 @@ def forecast_passes(config: PlanConfig, plan: Plan, streaming: Streaming) -> dic
     return found
 
 
-def states_of_gradients(config: PlanConfig, streaming: Streaming) -> int:
+def states_of_gradients(config: PlanConfig, streaming: Streaming, *, is_weighed: bool) -> int:
     """Bytes of the states between all blocks that gradients begin with: of all batches where a pass
     brings the weights, and else of one.
+
+    Args:
+        config: with the settings of the search.
+        streaming: of the model on its machine.
+        is_weighed: whether rows are weighed, whose gradients begin with states that may be there
+            at the same time.
     """
-    batches = _batches(config, config.search_tokens) if streaming.is_streamed else 1
-    return streaming.stages * batches * _bytes_of_batch(config, streaming)
+    if not streaming.is_streamed:
+        return streaming.stages * _bytes_of_batch(config, streaming)
+    search = streaming.stages * _batches(config, config.search_tokens)
+    both = search * _bytes_of_batch(config, streaming)
+    return both + (_states_of_rows(config, streaming) if is_weighed else 0)
+
+
+def _of_statistics(config: PlanConfig, streaming: Streaming) -> tuple[Passes, Computed]:
+    """Gradients that weigh the rows, and the sums, sequence by sequence; and what of it goes along
+    with the calibration. Where memory holds the states between all blocks, both happen in one pass
+    back over weights that are brought for it.
+    """
+    batches = _share(config, config.calibration_tokens)
+    forwards, sums = Computed(forwards=batches), Computed(weighed=batches, summed=batches)
+    own = _states_of_rows(config, streaming)
+    if not streaming.is_streamed or own > streaming.state_bytes:
+        sequences = math.ceil(config.calibration_tokens / config.longest)
+        fitting = streaming.state_bytes * sequences // own if streaming.is_streamed else 1
+        waves = math.ceil(sequences / max(1, fitting))
+        return Passes(2 * waves + 1, computed=forwards + sums), NOTHING
+    beside = _batches(config, config.calibration_tokens) * _bytes_of_batch(config, streaming)
+    if _goes_ahead(config, streaming):
+        search = streaming.stages * _batches(config, config.search_tokens)
+        beside += search * _bytes_of_batch(config, streaming)
+    if own + beside <= streaming.state_bytes:
+        return Passes(1, computed=sums), forwards
+    return Passes(2, computed=forwards + sums), NOTHING
+
+
+def _states_of_rows(config: PlanConfig, streaming: Streaming) -> int:
+    """Bytes of the states between all blocks of the calibration tokens."""
+    tokens = math.ceil(config.calibration_tokens / config.longest) * config.longest
+    return streaming.stages * tokens * streaming.width * _STATE_BYTES
 
 
 def _noise(config: PlanConfig) -> int:

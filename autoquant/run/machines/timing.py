@@ -126,11 +126,12 @@ def seconds_of(part: Passes, unit: BlockSeconds, blocks: float, weights: Weights
         + does.candidates * unit.candidate
         + does.backwards * unit.backward
         + does.summed * unit.summed
+        + does.weighed * unit.weighed
         + does.encoded * unit.encoded
         + does.fitted * unit.fitted
     )
     behind = (
-        does.backwards * unit.pulled
+        (does.backwards + does.weighed) * unit.pulled
         + does.referred * unit.referred
         + does.compared * unit.compared
         + does.probed * unit.probed
