@@ -10,6 +10,8 @@ from autoquant.model.streaming.work import KEPT_LOGIT_BYTES
 from autoquant.plan.linears import LayerGroup
 from autoquant.plan.model_costs import share_of_token
 from autoquant.run.config.parts import LoadedConfig
+from autoquant.run.signature import FINALISTS
+from autoquant.search.propose.baselines import recipes
 from autoquant.source.source import Source
 
 GRAPH_BYTES = 4.4
@@ -18,6 +20,8 @@ the stage: its BF16, what else the graph keeps, and what choices are tried with.
 mixture of experts."""
 COMPARED_BYTES = 3 << 24
 """Three float32 tensors, in which gradients compare a product under two choices."""
+SCORE_BYTES = 48
+"""Of a token that a candidate of the confirmation is reported on."""
 PAIR_BYTES = 10
 """Of a pair of positions, for each head, where attention writes them out: the noise floor."""
 KERNELS, KERNEL_BYTES = 200, 1 << 20
@@ -37,8 +41,8 @@ def shortened(config: _Config, source: Source) -> _Config:
 
 def work_bytes(config: LoadedConfig, source: Source, groups: Collection[LayerGroup]) -> int:
     """Bytes of the widest stage with its graph, or of attention that writes out its pairs, of the
-    BF16 model's logits that are kept, and of kernels. A CPU puts a whole batch through a stage at
-    once.
+    BF16 model's logits that are kept, of kernels, and of what the confirmation keeps of tokens. A
+    CPU puts a whole batch through a stage at once.
 
     Args:
         config: says how many tokens.
@@ -53,7 +57,8 @@ def work_bytes(config: LoadedConfig, source: Source, groups: Collection[LayerGro
     pairs = PAIR_BYTES * heads * tokens * config.longest
     logits = 4 * config.search_tokens * int(text.get("vocab_size") or 0)
     kernels = KERNELS * KERNEL_BYTES if _has_kernels(groups, text) else 0
-    return int(max(graph, pairs)) + min(KEPT_LOGIT_BYTES, logits) + kernels
+    scores = SCORE_BYTES * (1 + FINALISTS + len(recipes())) * config.tokens.report
+    return int(max(graph, pairs)) + min(KEPT_LOGIT_BYTES, logits) + kernels + scores
 
 
 def _has_kernels(groups: Collection[LayerGroup], text: Mapping[str, Any]) -> bool:

@@ -24,10 +24,13 @@ from autoquant.run.cpu_work import (
     KERNEL_BYTES,
     KERNELS,
     PAIR_BYTES,
+    SCORE_BYTES,
     work_bytes,
 )
 from autoquant.run.machines import forecast as forecasting
 from autoquant.run.opening import open_plan
+from autoquant.run.signature import FINALISTS
+from autoquant.search.propose.baselines import recipes
 from autoquant.source.source import open_source
 from autoquant.store.run_directory import WORK, read_records
 
@@ -94,9 +97,10 @@ def test_work_is_that_of_a_batch_in_the_widest_stage(tmp_path, monkeypatch):
     def work(groups, **settings):
         return work_bytes(PlanConfig.of({"model": str(source.path), **settings}), source, groups)
 
-    few = {"sequence_length": 32, "batch_tokens": 256, "search_tokens": 512}
+    few = {"sequence_length": 32, "batch_tokens": 256, "search_tokens": 512, "report_tokens": 32}
     logits = 4 * 512 * text["vocab_size"]
-    taken = work(groups, **few) - logits - COMPARED_BYTES
+    scores = SCORE_BYTES * (1 + FINALISTS + len(recipes()))
+    taken = work(groups, **few) - logits - COMPARED_BYTES - 32 * scores
     share = text["num_experts_per_tok"] / text["num_local_experts"]
     numbers = sum(
         (own.in_features + own.out_features) * (share if group.role == "experts" else 1)
@@ -106,8 +110,10 @@ def test_work_is_that_of_a_batch_in_the_widest_stage(tmp_path, monkeypatch):
     )
     assert taken == pytest.approx(GRAPH_BYTES * 256 * numbers, rel=1e-2)
     assert work(groups[:1], **few) < work(groups, **few)
-    long = {"sequence_length": 8192, "batch_tokens": 8192, "search_tokens": 512}
-    assert work(groups, **long) == PAIR_BYTES * text["num_attention_heads"] * 8192**2 + logits
+    long = few | {"sequence_length": 8192, "batch_tokens": 8192}
+    pairs = PAIR_BYTES * text["num_attention_heads"] * 8192**2
+    assert work(groups, **long) == pairs + logits + 32 * scores
+    assert work(groups, **few | {"report_tokens": 64}) == work(groups, **few) + 32 * scores
     many = {**few, "search_tokens": 2**30}
     assert work(groups, **many) == work(groups, **few) - logits + KEPT_LOGIT_BYTES
 
