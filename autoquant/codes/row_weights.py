@@ -3,12 +3,17 @@
 Shapes: S sequences, M matrices that read an input set (one weight, or an expert each), R rows.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Self
 
 import torch
 from torch import Tensor
+
+Squares = tuple[Tensor, tuple[int, ...]]
+"""Of one sequence: squared norms of gradients at the rows of one matrix after the other, float32
+[R], and how many each has."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,27 +24,29 @@ class RowWeights:
     """float32 [R], on the host: those of a sequence behind each other, matrix after matrix."""
     rows: Tensor
     """How many each matrix multiplies in each sequence, int64 [S, M]."""
+    _spans: list[tuple[int, int]] = field(init=False, repr=False)
+    """Of each matrix in each sequence."""
+
+    def __post_init__(self) -> None:
+        ends = accumulate(self.rows.flatten().tolist(), initial=0)
+        object.__setattr__(self, "_spans", [*pairwise(ends)])
 
     @classmethod
-    def of_squares(cls, squares: Sequence[Mapping[int, Tensor]]) -> Self | None:
+    def of_squares(cls, squares: Sequence[Squares]) -> Self | None:
         """Weights by the size of gradients; None where these are not finite, or all zero.
 
         Args:
-            squares: of each sequence, the squared norms of the gradients at the rows of each
-                matrix, float32 [r].
+            squares: of each sequence.
         """
-        matrices = 1 + max((matrix for own in squares for matrix in own), default=0)
-        parts = [own.get(m, torch.zeros(0)) for own in squares for m in range(matrices)]
-        sizes = torch.tensor([len(part) for part in parts]).view(len(squares), matrices)
-        norms = torch.cat(parts).sqrt() if parts else torch.zeros(0)
+        matrices = max((len(sizes) for _, sizes in squares), default=0)
+        padded = [[*sizes, *[0] * (matrices - len(sizes))] for _, sizes in squares]
+        norms = torch.cat([torch.zeros(0), *(values for values, _ in squares)]).sqrt()
         mean = norms.double().mean()
         if not mean.isfinite() or mean == 0:
             return None
-        return cls((norms / mean).float(), sizes)
+        return cls((norms / mean).float(), torch.tensor(padded))
 
     def of(self, sequence: int, matrix: int) -> Tensor:
         """Of the rows that a matrix multiplies in one sequence, in their order, float32 [r]."""
-        place = sequence * self.rows.shape[1] + matrix
-        ends = self.rows.flatten().cumsum(0)
-        last = int(ends[place])
-        return self.values[last - int(self.rows.flatten()[place]) : last]
+        first, last = self._spans[sequence * self.rows.shape[1] + matrix]
+        return self.values[first:last]

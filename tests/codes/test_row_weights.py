@@ -196,20 +196,26 @@ def test_chunks_on_a_gpu_are_bounded(session, monkeypatch):
 
 
 def test_weights_of_a_matrix_are_found_by_its_place():
-    squares = [
-        {0: torch.tensor([1.0, 4.0]), 2: torch.tensor([9.0])},
-        {2: torch.tensor([16.0, 25.0])},
-    ]
-    own = RowWeights.of_squares(squares)
-    assert own.rows.tolist() == [[2, 0, 1], [0, 0, 2]]
+    sizes = weighing.Sizes(2)
+    for sequence, matrix, squares in (
+        (0, 2, [9.0]),
+        (0, 0, [0.5, 3.0]),
+        (0, 0, [0.5, 1.0]),
+        (0, 0, [7.0]),
+        (1, 1, [16.0, 25.0]),
+    ):
+        sizes.add("set", sequence, matrix, torch.tensor(squares))
+    sizes.settle()
+    own = sizes.weights()["set"]
+    assert own.rows.tolist() == [[2, 0, 1], [0, 2, 0]]
     assert torch.allclose(own.values * 3, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
-    assert torch.allclose(own.of(1, 2) * 3, torch.tensor([4.0, 5.0]))
-    assert len(own.of(1, 0)) == 0
+    assert torch.allclose(own.of(1, 1) * 3, torch.tensor([4.0, 5.0]))
+    assert len(own.of(1, 0)) == len(own.of(1, 2)) == 0
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_gradients_that_say_nothing_give_no_weights(value):
-    assert RowWeights.of_squares([{0: torch.full((3,), value)}]) is None
+    assert RowWeights.of_squares([(torch.full((3,), value), (3,))]) is None
 
 
 def test_a_model_without_a_backward_pass_has_all_rows_alike(session, tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ Shapes: R rows, N outputs.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
+import torch
 from torch import Tensor
 
-from autoquant.codes.row_weights import RowWeights
+from autoquant.codes.row_weights import RowWeights, Squares
 from autoquant.forward.backward import Backward
 from autoquant.forward.flow import Flow, loop, walk
 from autoquant.measure.gradient import backward_passes, random_pull
@@ -64,26 +65,36 @@ class Sizes:
     """
 
     def __init__(self, sequences: int) -> None:
-        self._sequences = sequences
-        self._squares: dict[str, list[dict[int, Tensor]]] = {}
+        self._nothing: list[Squares] = [(torch.zeros(0), ())] * sequences
+        self._known: dict[str, list[Squares]] = {}
+        self._coming: dict[tuple[str, int], dict[int, Tensor]] = {}
+        """Of the stage at hand, by set and sequence."""
 
     def add(self, name: str, sequence: int, matrix: int, squares: Tensor) -> None:
         """Add those [R] of one weight at the rows of one sequence."""
-        of_set = self._squares.setdefault(name, [{} for _ in range(self._sequences)])
-        before = of_set[sequence].get(matrix)
+        own = self._coming.setdefault((name, sequence), {})
+        before = own.get(matrix)
         if before is None:
-            of_set[sequence][matrix] = squares
+            own[matrix] = squares
         elif len(before) == len(squares):
-            of_set[sequence][matrix] = before + squares
+            own[matrix] = before + squares
+
+    def settle(self) -> None:
+        """Put together what came of a stage: tensors of the rows of single experts are many."""
+        for (name, sequence), own in self._coming.items():
+            parts = [own.get(matrix, torch.zeros(0)) for matrix in range(1 + max(own))]
+            found = torch.cat(parts), tuple(map(len, parts))
+            self._known.setdefault(name, [*self._nothing])[sequence] = found
+        self._coming.clear()
 
     def weights(self) -> dict[str, RowWeights]:
         """Of all input sets that gradients reach, as far as all sequences have been there."""
-        found = {name: self.of(name) for name in self._squares}
+        found = {name: self.of(name) for name in self._known}
         return {name: own for name, own in found.items() if own is not None}
 
     def of(self, name: str) -> RowWeights | None:
         """Of one input set."""
-        return RowWeights.of_squares(self._squares.get(name, []))
+        return RowWeights.of_squares(self._known.get(name, ()))
 
 
 class Weigher:
@@ -120,6 +131,7 @@ class Weigher:
             for chunk, back in self._backs:
                 self._chunk = chunk
                 back.visit(stage)
+        self._sizes.settle()
 
     def _backward(self, flow: Flow, pull: Callable[[Tensor], Tensor]) -> Backward:
         return Backward(
