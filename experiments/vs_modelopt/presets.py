@@ -9,13 +9,18 @@ hold the largest calibration input, ours twice that.
 Its codes are those of our kernels, on second moments in which all rows count alike, as it takes
 them. In its favour: its GPTQ has our damping and order of columns; of the assignments that its
 solver finds around a budget, the one that is best on the fresh tokens counts.
+
+With `--peers-of RESULT` ModelOpt does not search again: its best assignments of an earlier result
+with the same settings are measured again on the fresh tokens, and have to give the KL that they
+gave.
 """
 
 import argparse
+import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -27,7 +32,7 @@ from autoquant.api import Run
 from autoquant.data.tokens import Split, TokenPlan
 from autoquant.errors import first_line
 from autoquant.export.layouts.presets import presets
-from autoquant.formats import NVFP4
+from autoquant.formats import NVFP4, Choice
 from autoquant.measure.calibration import Calibration
 from autoquant.measure.kl import TokenKl
 from autoquant.modelopt.peer import METHODS, Peer
@@ -53,6 +58,9 @@ PRESETS = {
 """ModelOpt's presets for NVFP4, and the choice whose codes stand for each."""
 
 BUDGETS = (4.75, 5.0, 5.5, 6.0)
+SPLITS = ("calibration", "search", "report", "fresh")
+SAME_KL = 0.02
+"""How far the KL of the same codes may be from what it was, in shares: GPUs add in other orders."""
 
 
 Found = tuple[dict[str, Any] | None, TokenKl | None]
@@ -94,8 +102,12 @@ def main() -> None:
             tasks: dict[Future[list[Found]], str | float] = {}
             for bpe in settings.budgets:
                 tasks[pool.submit(_of_search, settings, bpe)] = bpe
-            for preset, method in ((p, m) for p in arguments.presets for m in METHODS):
-                tasks[pool.submit(_of_peer, settings, preset, method)] = f"{preset} {method}"
+            if arguments.peers_of is not None:
+                earlier = _earlier(arguments.peers_of, settings)
+                table.put_all(pool.submit(_of_earlier, settings, earlier).result())
+            else:
+                for preset, method in ((p, m) for p in arguments.presets for m in METHODS):
+                    tasks[pool.submit(_of_peer, settings, preset, method)] = f"{preset} {method}"
             for done in as_completed(tasks):
                 table.put(tasks[done], done)
 
@@ -120,6 +132,15 @@ class _Table:
         else:
             for cell, found in zip(self._cells.values(), done.result(), strict=True):
                 cell.peers[name] = found
+        self._write()
+
+    def put_all(self, cells: Sequence[Mapping[str, Found]]) -> None:
+        """Take in all peers of each budget."""
+        for cell, peers in zip(self._cells.values(), cells, strict=True):
+            cell.peers |= peers
+        self._write()
+
+    def _write(self) -> None:
         cells = [{"budget_bpe": bpe} | cell.to_dict() for bpe, cell in self._cells.items()]
         record.write(self._out, self._result | {"failed": self._failed, "cells": cells})
 
@@ -180,6 +201,39 @@ def _best(bench: Bench, peer: Peer, bpe: float, fresh: Split) -> Found:
     return _row(bench, problem, assignment, kl) | {"tried": len(tried), "seconds": seconds}, kl
 
 
+def _earlier(path: Path, settings: Settings) -> list[dict[str, Any]]:
+    """The peers' rows at each budget of an earlier result.
+
+    Raises:
+        SystemExit: it has other settings.
+    """
+    result = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("subject", "seed", "mode", *(f"{split}_tokens" for split in SPLITS)):
+        if result[name] != getattr(settings, name):
+            raise SystemExit(f"{path} has {name} {result[name]}, not {getattr(settings, name)}")
+    cells = {cell["budget_bpe"]: cell["modelopt"] for cell in result["cells"]}
+    return [cells[bpe] for bpe in settings.budgets]
+
+
+def _of_earlier(settings: Settings, cells: Sequence[dict[str, Any]]) -> list[dict[str, Found]]:
+    """The rows of peers, and the KL of each budget's best on the fresh tokens.
+
+    Raises:
+        RuntimeError: it is another KL than the row says.
+    """
+    bench = _bench(settings, weighs_rows=False)
+    bench.session.quantized.set_input_scales(bench.calibration.scales())
+    fresh, found = bench.fresh(settings.fresh_tokens), []
+    for rows in cells:
+        best = min((name for name in rows if rows[name]), key=lambda name: rows[name]["kl"])
+        chosen = {name: Choice.parse(text) for name, text in rows[best]["groups"].items()}
+        kl = bench.score(Assignment.of(chosen), fresh)
+        if not math.isclose(kl.mean, rows[best]["kl"], rel_tol=SAME_KL):
+            raise RuntimeError(f"{best} gives {kl.mean}, and gave {rows[best]['kl']}")
+        found.append({name: (row, kl if name == best else None) for name, row in rows.items()})
+    return found
+
+
 def _of_search(settings: Settings, bpe: float) -> list[Found]:
     """What a search chose, polish included, on the fresh tokens."""
     bench = _bench(settings, weighs_rows=True)
@@ -235,6 +289,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--mode", choices=["w4a4", "w4a16"], default="w4a4")
     parser.add_argument("--effort", choices=["default", "max"], default="max")
     parser.add_argument("--presets", nargs="*", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--peers-of", type=Path, help="an earlier result with the same settings")
     parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS))
     parser.add_argument("--fresh-tokens", type=int, default=65_536)
     add_token_arguments(parser)
