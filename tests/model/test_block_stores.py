@@ -130,7 +130,7 @@ def test_what_fits_nowhere_is_refused_with_what_would(weights):
     may = Allowance(weights=weights, device_bytes=8 * GIB, host_bytes=8 * GIB)
     with pytest.raises(OutOfMemory, match=r"8\.59 GB of cpu may be used") as caught:
         choose(SIZES, CPU, may)
-    assert "--weights disk takes least, 31.25 GB" in caught.value.fix
+    assert "--weights disk takes least, 31.31 GB" in caught.value.fix
     assert caught.value.exit_code == 6
 
 
