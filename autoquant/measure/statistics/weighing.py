@@ -3,8 +3,9 @@
 To second order an error D of a weight costs KL = 1/2 E[(g^T D x)^2] for an input x, with g the
 gradient at the product of <v, logits> and v random, of the covariance that `gradient.py` names. So
 rows at which g is large deserve more. A row has the weight |g|, g over all weights that read it:
-|g|^2 was no better where both were measured, and lets fewer rows speak. On tokens that a model
-parks its attention on, inputs are huge and gradients tiny; without weights, sums are about them.
+|g|^2 was no better where both were measured, and lets fewer rows speak. It is the tokens that later
+ones attend to that gain: of SmolLM2-135M, g at the values of a sequence's first token is 71 times
+the mean, at its keys 21 times, and without weights it is one row among many.
 
 Shapes: R rows, N outputs.
 """
