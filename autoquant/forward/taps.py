@@ -15,7 +15,7 @@ import torch
 
 from autoquant.codes.book import Key
 from autoquant.formats import Choice
-from autoquant.model.experts import ExpertsHook
+from autoquant.model.experts import ExpertsHook, ExpertsTap
 from autoquant.model.live import QuantizedModel
 
 _CHUNK_ELEMENTS = 1 << 22
@@ -117,27 +117,17 @@ class _DenseTap:
         self._taps.add(self._group, lambda: self._forward(x), y, gradient)
 
 
-class _ExpertsTap(ExpertsHook):
+class _ExpertsTap(ExpertsTap):
     """Stands between a block's experts and the hook that quantizes their operands."""
 
     def __init__(self, taps: Taps, group: str, inner: ExpertsHook) -> None:
-        self._taps, self._group, self._inner = taps, group, inner
-        self._tokens: torch.Tensor | None = None
-
-    def routed(self, counts: torch.Tensor, tokens: torch.Tensor) -> None:
-        self._tokens = tokens
-        self._inner.routed(counts, tokens)
-
-    def input(self, part: str, rows: torch.Tensor) -> torch.Tensor:
-        return self._inner.input(part, rows)
-
-    def weight(self, part: str, weight: torch.Tensor) -> torch.Tensor:
-        return self._inner.weight(part, weight)
+        super().__init__(inner)
+        self._taps, self._group = taps, group
 
     def product(
         self, part: str, rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor
     ) -> torch.Tensor:
-        inner, tokens = self._inner, self._tokens
+        inner, tokens = self.inner, self.tokens
 
         def receive(x: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor) -> None:
             def multiply() -> torch.Tensor:

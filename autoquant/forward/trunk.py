@@ -98,6 +98,11 @@ class Trunk:
             return self.stages
         return 0 if self.is_whole else layer
 
+    def state_bytes(self, tokens: int) -> int:
+        """Of the states of so many tokens between two stages."""
+        weight = self.head.weight
+        return int(tokens * weight.shape[1] * weight.element_size())
+
     def open(self, stage: int) -> AbstractContextManager[object]:
         """The weights of a stage for the time of a `with` block; one stage opens its blocks."""
         self.opened += 1

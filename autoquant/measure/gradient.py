@@ -115,14 +115,14 @@ def ahead_of_gradients(
         with_noise: whether the scorer's `noise` will be asked for.
         beside: the tokens of the pass.
     """
-    others = _states_of(scorer, beside, range(len(beside.batches)))
-    states = scorer.trunk.stages * _states_of(scorer, split, batches) + others
+    others = states_of(scorer, beside, range(len(beside.batches)))
+    states = scorer.trunk.stages * states_of(scorer, split, batches) + others
     if not scorer.room.is_streamed or states > scorer.room.walk_bytes:
         return None
     return Ahead(split=split, batches=tuple(batches), with_noise=with_noise)
 
 
-def _states_of(scorer: Scorer, split: Split, batches: Sequence[int]) -> int:
+def states_of(scorer: Scorer, split: Split, batches: Sequence[int]) -> int:
     """Bytes of the states between two blocks of a rank's share of batches."""
     return sum(scorer.state_bytes(split, index) for index in batches[:: scorer.ranks.size])
 

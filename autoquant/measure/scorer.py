@@ -347,8 +347,7 @@ class Scorer:
 
     def state_bytes(self, split: Split, index: int) -> int:
         """Of the states of one batch between two blocks."""
-        weight = self.trunk.head.weight
-        return int(split.batches[index].numel() * weight.shape[1] * weight.element_size())
+        return self.trunk.state_bytes(split.batches[index].numel())
 
     def _parts(self, split: Split, index: int) -> tuple[Part, ...]:
         return self._enter(self._batch(split, index).tokens)

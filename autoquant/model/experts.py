@@ -46,6 +46,34 @@ class ExpertsHook:
         return grouped_linear(rows, weight, counts)
 
 
+class ExpertsTap(ExpertsHook):
+    """Stands before another hook, which does what it did; kinds of it look on.
+
+    Args:
+        inner: the other.
+    """
+
+    def __init__(self, inner: ExpertsHook) -> None:
+        self.inner = inner
+        self.tokens: torch.Tensor | None = None
+        """Of each row, int64 [R], once they are routed."""
+
+    def routed(self, counts: torch.Tensor, tokens: torch.Tensor) -> None:
+        self.tokens = tokens
+        self.inner.routed(counts, tokens)
+
+    def input(self, part: str, rows: torch.Tensor) -> torch.Tensor:
+        return self.inner.input(part, rows)
+
+    def weight(self, part: str, weight: torch.Tensor) -> torch.Tensor:
+        return self.inner.weight(part, weight)
+
+    def product(
+        self, part: str, rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        return self.inner.product(part, rows, weight, counts)
+
+
 _PLAIN = ExpertsHook()
 
 

@@ -15,7 +15,7 @@ from autoquant.measure.compare import Ahead
 from autoquant.measure.racing.local import LocalEvaluator, fitting
 from autoquant.measure.ranks.ranks import ALONE, Ranks
 from autoquant.measure.session import Session, open_session
-from autoquant.measure.statistics.moments import keep_moments
+from autoquant.measure.statistics.moments import keep_moments, steps_of
 from autoquant.measure.statistics.observed import use_scales
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.linears import LayerGroup
@@ -134,8 +134,7 @@ def collect_statistics(
         assert session.statistics is not None
         require_disk(session.statistics.folder, groups)
         split = session.splits["calibration"]
-        steps = session.scorer.trunk.stages + sum(map(len, split.batches))
-        observer.stage("statistics", steps)
+        observer.stage("statistics", steps_of(session.scorer, split))
         keep_moments(session.scorer, split, groups, advance=observer.step)
         if (why := session.statistics.why_alike()) is not None:
             observer.warn(

@@ -14,7 +14,7 @@ from autoquant.measure.compare import Ahead
 from autoquant.measure.session import open_session
 from autoquant.measure.statistics import chunks, moments, weighing
 from autoquant.measure.statistics.chunks import Chunk, chunks_of, is_held_out
-from autoquant.measure.statistics.moments import by_layer, collect_moments, take_along
+from autoquant.measure.statistics.moments import by_layer, collect_moments, steps_of, take_along
 from autoquant.model.binding import DenseSlot
 from autoquant.model.live_weights import units_of
 from autoquant.plan.activation_mode import ActivationMode
@@ -39,10 +39,10 @@ def session(request, tmp_path_factory):
     )
 
 
-def collected(session, folder):
+def collected(session, folder, advance=lambda: None):
     store = StatisticsStore(folder)
     split = session.splits["calibration"]
-    collect_moments(session.scorer, split, session.quantized.groups, store, lambda: None)
+    collect_moments(session.scorer, split, session.quantized.groups, store, advance)
     return store
 
 
@@ -131,7 +131,9 @@ def test_nothing_but_the_tokens_changes_a_bit(session, tmp_path, changed, monkey
         assert len(scorer.along) == (8 if changed == "along" else 0)
         [*scorer.forward([split.batches[0][:1]])]
         assert all(flow.is_done for flow in scorer.along)
-    collected(session, tmp_path / "other")
+    told = []
+    collected(session, tmp_path / "other", lambda: told.append(None))
+    assert len(told) == steps_of(scorer, split)
     assert not scorer.along
     whole, other = (
         {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
@@ -140,6 +142,26 @@ def test_nothing_but_the_tokens_changes_a_bit(session, tmp_path, changed, monkey
     assert whole.keys() == other.keys()
     for name, content in whole.items():
         assert content == other[name], name
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_weights_that_a_kill_has_left_out_are_made(session, tmp_path, streamed, monkeypatch):
+    """One pass keeps the moments of all blocks before the weights."""
+    monkeypatch.setattr(session.scorer.room, "is_streamed", streamed)
+    collected(session, tmp_path)
+    whole = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    (tmp_path / "rows.safetensors").unlink()
+    collected(session, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == whole
+
+
+def test_nothing_that_went_along_is_held_where_all_is_kept(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(session.scorer.room, "is_streamed", True)
+    collected(session, tmp_path)
+    take_along(session.scorer, session.splits["calibration"], None)
+    assert session.scorer.along
+    collected(session, tmp_path)
+    assert not session.scorer.along
 
 
 def test_what_goes_along_leaves_room_for_what_goes_ahead(session, monkeypatch):

@@ -5,7 +5,6 @@ Shapes: R rows that a weight multiplies, K inputs.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -13,14 +12,11 @@ from torch import Tensor
 from autoquant.codes.row_weights import RowWeights
 from autoquant.codes.statistics import DriftStatistics
 from autoquant.measure.statistics.chunks import is_held_out
-from autoquant.measure.statistics.moments import weights_of
+from autoquant.measure.statistics.moments import roots_of
 from autoquant.measure.statistics.sums import Sums
 from autoquant.measure.statistics.taps import InputTaps
 from autoquant.model.live import QuantizedModel
 from autoquant.plan.linears import LayerGroup
-
-NO_WEIGHTS: Mapping[str, RowWeights] = MappingProxyType({})
-"""All rows count alike."""
 
 
 class DriftWatch:
@@ -32,23 +28,23 @@ class DriftWatch:
     Args:
         quantized: the live model.
         group: whose inputs are watched.
-        sets: those of its input sets that are; all by default.
-        weights: of the rows of the BF16 model, by input set.
+        sets: those of its input sets that are.
+        weights: of the rows of the BF16 model, by input set; others count alike.
     """
 
     def __init__(
         self,
         quantized: QuantizedModel,
         group: LayerGroup,
-        sets: Collection[str] | None = None,
-        weights: Mapping[str, RowWeights] = NO_WEIGHTS,
+        sets: Collection[str],
+        weights: Mapping[str, RowWeights],
     ) -> None:
         self.sequence = 0
         self.is_bf16 = True
         """Whether the forward inside the taps is the BF16 model's, which comes first."""
         self.taps = InputTaps(quantized, [group], self._see)
         self._weights = weights
-        shapes = {name: self.taps.sets[name] for name in sets or self.taps.sets}
+        shapes = {name: self.taps.sets[name] for name in sets}
         self._moments = {name: Sums.zeros(shape) for name, shape in shapes.items()}
         self._drift = {name: Sums.zeros(shape) for name, shape in shapes.items()}
         self._partners: dict[tuple[str, int], _Partners] = {}
@@ -64,16 +60,14 @@ class DriftWatch:
         if name not in self._moments:
             return
         if self.is_bf16:
-            weights = weights_of(self._weights.get(name), self.sequence, matrix, rows)
-            ones = rows.new_ones(len(rows), 1, dtype=torch.float32)
-            self._partners[name, matrix] = _Partners(
-                rows.float(), ones if weights is None else weights.sqrt(), tokens
-            )
+            roots = roots_of(self._weights.get(name), self.sequence, matrix, rows)
+            self._partners[name, matrix] = _Partners(rows.float(), roots, tokens)
             return
         own, part = rows.float(), int(is_held_out(self.sequence))
         drift, roots = _paired(own, tokens, self._partners.get((name, matrix)))
-        self._moments[name].add(own * roots, own * roots, part, matrix)
-        self._drift[name].add(drift * roots, own * roots, part, matrix)
+        weighed = own * roots
+        self._moments[name].add(weighed, weighed, part, matrix)
+        self._drift[name].add(drift * roots, weighed, part, matrix)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,14 @@ block polished already, and then takes the codes that answer the second forward'
 weights answer the first's. Codes are kept group by group: a killed polish goes on behind the last.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from autoquant.codes.row_weights import RowWeights
 from autoquant.data.tokens import Split
 from autoquant.formats import REFIT
 from autoquant.forward.flow import BF16_MODEL, Flow, entered, loop
@@ -82,7 +84,7 @@ class _Polisher:
     ) -> None:
         self._scorer, self._quantized = scorer, scorer.quantized
         self._assignment, self._advance = assignment, advance
-        book, statistics = self._quantized.book, self._quantized.statistics
+        book = self._quantized.book
         self._missing = tuple(
             group
             for group in self._quantized.groups
@@ -90,8 +92,6 @@ class _Polisher:
             and not book.has(group, assignment[group.name])
         )
         """Groups without codes, in the order of the forward pass."""
-        self._weights = (statistics.rows() if statistics is not None else None) or {}
-        """Of rows in the BF16 model, where its statistics know them."""
         self._bf16 = [Flow(parts=entered(scorer.trunk, scorer.room, [own])) for own in sequences]
         self._polished = [Flow(parts=own.parts) for own in self._bf16]
 
@@ -99,6 +99,12 @@ class _Polisher:
     def has_work(self) -> bool:
         """Whether some group has no codes yet."""
         return bool(self._missing)
+
+    @cached_property
+    def _weights(self) -> Mapping[str, RowWeights]:
+        """Of rows in the BF16 model, as far as its statistics know them."""
+        statistics = self._quantized.statistics
+        return (None if statistics is None else statistics.rows()) or {}
 
     @torch.no_grad()
     def visit(self, stage: int) -> None:

@@ -86,9 +86,7 @@ def _most(scorer: Scorer, length: int) -> int:
 
 def states_bytes(scorer: Scorer, chunks: Sequence[Chunk]) -> int:
     """Of the states of chunks between two blocks."""
-    weight = scorer.trunk.head.weight
-    tokens = sum(own.tokens.numel() for own in chunks)
-    return int(tokens * weight.shape[1] * weight.element_size())
+    return scorer.trunk.state_bytes(sum(own.tokens.numel() for own in chunks))
 
 
 def is_held_out(sequence: int) -> bool:

@@ -20,13 +20,13 @@ from autoquant.data.tokens import Split
 from autoquant.formats.moments import Moments
 from autoquant.forward.flow import Flow, loop, walk
 from autoquant.measure.compare import Ahead
-from autoquant.measure.gradient import NoGradient, backward_passes
+from autoquant.measure.gradient import NoGradient, backward_passes, states_of
 from autoquant.measure.ranks.together import together
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.statistics.chunks import Chunk, chunks_of, is_held_out, states_bytes
 from autoquant.measure.statistics.sums import Sums
 from autoquant.measure.statistics.taps import InputTaps
-from autoquant.measure.statistics.weighing import ByLayer, Sizes, Weigher, weigh_rows
+from autoquant.measure.statistics.weighing import ByLayer, Sizes, Weigher, layers_at, weigh_rows
 from autoquant.model.live import QuantizedModel
 from autoquant.plan.linears import LayerGroup
 
@@ -55,13 +55,15 @@ def collect_moments(
         for layer, own in by_layer(groups).items()
         if not store.has(layer, {linear.input_scale_set for g in own for linear in g.linears})
     }
-    if not missing:
+    along, scorer.along = scorer.along, ()
+    weights = store.rows()
+    if not missing and weights is not None:
         return
-    chunks, weights = chunks_of(scorer, split), store.rows()
+    chunks = chunks_of(scorer, split)
     if weights is None:
         try:
             if _goes_in_one_pass(scorer, chunks):
-                _collect_backwards(scorer, chunks, by_layer(groups), store, advance)
+                _collect_backwards(scorer, chunks, along, by_layer(groups), store, advance)
                 return
             weights = weigh_rows(scorer, chunks, by_layer(groups), advance)
             store.write_rows(weights, None)
@@ -71,6 +73,11 @@ def collect_moments(
     collector = _Collector(scorer, chunks, missing, weights.get, store, advance)
     loop(scorer.trunk, [collector])
     collector.finish()
+
+
+def steps_of(scorer: Scorer, split: Split) -> int:
+    """How often `collect_moments` says that it has advanced, where nothing is kept."""
+    return scorer.trunk.stages + len(chunks_of(scorer, split))
 
 
 def take_along(scorer: Scorer, split: Split, ahead: Ahead | None) -> None:
@@ -85,9 +92,7 @@ def take_along(scorer: Scorer, split: Split, ahead: Ahead | None) -> None:
     chunks = chunks_of(scorer, split)
     beside = states_bytes(scorer, chunks)
     if ahead is not None:
-        own = range(len(ahead.batches))[:: scorer.ranks.size]
-        each = (scorer.state_bytes(ahead.split, ahead.batches[number]) for number in own)
-        beside += scorer.trunk.stages * sum(each)
+        beside += scorer.trunk.stages * states_of(scorer, ahead.split, ahead.batches)
     if _goes_in_one_pass(scorer, chunks, beside=beside):
         scorer.along = [chunk.flow(scorer, keep=True) for chunk in chunks]
 
@@ -145,14 +150,14 @@ def keep_moments(
     scorer.ranks.leader_first(lambda: collect_moments(scorer, split, groups, store, advance))
 
 
-def weights_of(known: RowWeights | None, sequence: int, matrix: int, rows: Tensor) -> Tensor | None:
-    """The weights [R, 1] of rows [R, K] that a matrix multiplies in a sequence; None where they are
-    not known.
+def roots_of(known: RowWeights | None, sequence: int, matrix: int, rows: Tensor) -> Tensor:
+    """Square roots of the weights of rows [R, K] that a matrix multiplies in a sequence, float32
+    [R, 1]; ones where these are not known.
     """
-    if known is None:
-        return None
-    found = known.of(sequence, matrix)
-    return found[:, None].to(rows.device) if len(found) == len(rows) else None
+    found = None if known is None else known.of(sequence, matrix)
+    if found is None or len(found) != len(rows):
+        return rows.new_ones(len(rows), 1, dtype=torch.float32)
+    return found[:, None].to(rows.device).sqrt()
 
 
 def by_layer(groups: Iterable[LayerGroup]) -> dict[int | None, list[LayerGroup]]:
@@ -166,22 +171,30 @@ def by_layer(groups: Iterable[LayerGroup]) -> dict[int | None, list[LayerGroup]]
 def _collect_backwards(
     scorer: Scorer,
     chunks: Sequence[Chunk],
+    along: Sequence[Flow],
     groups: ByLayer,
     store: StatisticsStore,
     advance: Callable[[], None],
 ) -> None:
     """Weigh and sum in one pass back over the blocks; a kill loses all of it.
 
+    Args:
+        scorer, store, advance: as for `collect_moments`.
+        chunks: all sequences.
+        along: their forwards, where these are on their way or at their end.
+        groups: of every layer.
+
     Raises:
         NoGradient: an architecture or a kernel without a backward pass.
     """
-    flows = scorer.along or [chunk.flow(scorer, keep=True) for chunk in chunks]
-    scorer.along = ()
+    flows = along or [chunk.flow(scorer, keep=True) for chunk in chunks]
     walk(scorer.trunk, scorer.quantized, scorer.room, [own for own in flows if not own.is_done])
     sizes = Sizes(sum(len(chunk.tokens) for chunk in chunks))
     collector = _Collector(scorer, chunks, groups, sizes.of, store, advance, flows)
     with backward_passes():
         weigher = Weigher(scorer, chunks, flows, groups, sizes)
+    for _ in chunks:
+        advance()
     collector.finish()
     loop(scorer.trunk, [_Backwards(weigher, collector)], backwards=True)
     store.write_rows(sizes.weights(), None)
@@ -263,8 +276,7 @@ class _Collector:
 
     def _see(self, stage: int, runs: Sequence[Callable[[], None]]) -> None:
         """Watch every chunk's run of the stage, and keep what was seen."""
-        stage_of = self._scorer.trunk.stage_of
-        layers = [own for own in self._missing if own is not None and stage_of(own) == stage]
+        layers = layers_at(self._missing, self._scorer, stage)
         watches = {layer: self._watch(layer) for layer in layers}
         with ExitStack() as installed:
             for watch in watches.values():
@@ -308,8 +320,7 @@ class _Watch:
     def _see(self, name: str, matrix: int, rows: Tensor, tokens: Tensor | None) -> None:
         """Add rows [R, K] to what an input set has shown one of its matrices."""
         for sequence, own in self.chunk.apart(rows, tokens):
-            weights = weights_of(self._weights[name], sequence, matrix, own)
-            wide = own.float() if weights is None else own.float() * weights.sqrt()
+            wide = own.float() * roots_of(self._weights[name], sequence, matrix, own)
             self._sums[name].add(wide, wide, int(is_held_out(sequence)), matrix)
 
     def moments(self) -> dict[str, Moments]:

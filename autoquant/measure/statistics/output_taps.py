@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from autoquant.forward.taps import tapped
-from autoquant.measure.statistics.taps import See
-from autoquant.model.binding import DenseSlot, ExpertsSlot
-from autoquant.model.experts import ExpertsHook
+from autoquant.measure.statistics.taps import See, ShownExperts
+from autoquant.model.binding import DenseSlot
 from autoquant.model.live import QuantizedModel
 from autoquant.plan.linears import LayerGroup
 from autoquant.source.names import ROUTED_EXPERT
@@ -61,30 +60,13 @@ class _DenseTap:
         self._see(self._set, self._matrix, gradient.flatten(0, -2), None)
 
 
-class _ExpertsTap(ExpertsHook):
-    """Stands between a block's experts and the hook that quantizes their operands."""
-
-    def __init__(self, see: See, slot: ExpertsSlot, inner: ExpertsHook) -> None:
-        self._see, self._sets, self._inner = see, slot.input_set, inner
-        self._tokens: Tensor | None = None
-
-    def routed(self, counts: Tensor, tokens: Tensor) -> None:
-        self._tokens = tokens
-        self._inner.routed(counts, tokens)
-
-    def input(self, part: str, rows: Tensor) -> Tensor:
-        return self._inner.input(part, rows)
-
-    def weight(self, part: str, weight: Tensor) -> Tensor:
-        return self._inner.weight(part, weight)
+class _ExpertsTap(ShownExperts):
+    """Shows the gradients at what experts give."""
 
     def product(self, part: str, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        tokens, sizes = self._tokens, counts.tolist()
-        assert tokens is not None
+        tokens, sizes = self.tokens, counts.tolist()
 
         def receive(x: Tensor, y: Tensor, gradient: Tensor) -> None:
-            parts = zip(gradient.split(sizes), tokens.split(sizes), strict=True)
-            for expert, (own, of_rows) in enumerate(parts):
-                self._see(self._sets[part], expert, own, of_rows)
+            self.show(part, gradient, sizes, tokens)
 
-        return tapped(rows, self._inner.product(part, rows, weight, counts), receive)
+        return tapped(rows, super().product(part, rows, weight, counts), receive)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autoquant.model.binding import DenseSlot, ExpertsSlot
-from autoquant.model.experts import ExpertsHook
+from autoquant.model.experts import ExpertsHook, ExpertsTap
 from autoquant.model.live import QuantizedModel
 from autoquant.plan.linears import LayerGroup
 from autoquant.source.names import ROUTED_EXPERT
@@ -104,27 +104,30 @@ class _DenseTap:
         return self._forward(x)
 
 
-class _ExpertsTap(ExpertsHook):
-    """Stands before the hook that quantizes the operands of a block's experts."""
+class ShownExperts(ExpertsTap):
+    """Stands before the hook that quantizes the operands of a block's experts, and shows rows.
+
+    Args:
+        see: is shown them.
+        slot: of the experts.
+        inner: the hook.
+    """
 
     def __init__(self, see: See, slot: ExpertsSlot, inner: ExpertsHook) -> None:
-        self._see, self._sets, self._inner = see, slot.input_set, inner
-        self._tokens: Tensor | None = None
+        super().__init__(inner)
+        self._see, self._sets = see, slot.input_set
 
-    def routed(self, counts: Tensor, tokens: Tensor) -> None:
-        self._tokens = tokens
-        self._inner.routed(counts, tokens)
+    def show(self, part: str, rows: Tensor, sizes: list[int], tokens: Tensor | None) -> None:
+        """Show those [R, *] of each expert of a product, and the token of each, int64 [R]."""
+        assert tokens is not None
+        parts = zip(rows.split(sizes), tokens.split(sizes), strict=True)
+        for expert, (own, of_rows) in enumerate(parts):
+            self._see(self._sets[part], expert, own, of_rows)
 
-    def input(self, part: str, rows: Tensor) -> Tensor:
-        return self._inner.input(part, rows)
 
-    def weight(self, part: str, weight: Tensor) -> Tensor:
-        return self._inner.weight(part, weight)
+class _ExpertsTap(ShownExperts):
+    """Shows what experts multiply."""
 
     def product(self, part: str, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        assert self._tokens is not None
-        sizes = counts.tolist()
-        parts = zip(rows.split(sizes), self._tokens.split(sizes), strict=True)
-        for expert, (own, tokens) in enumerate(parts):
-            self._see(self._sets[part], expert, own, tokens)
-        return self._inner.product(part, rows, weight, counts)
+        self.show(part, rows, counts.tolist(), self.tokens)
+        return super().product(part, rows, weight, counts)

@@ -10,7 +10,7 @@ the mean, at its keys 21 times, and without weights it is one row among many.
 Shapes: R rows, N outputs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -127,7 +127,8 @@ class Weigher:
 
     def visit(self, stage: int) -> None:
         """Compute the stage again for every chunk, and its gradients."""
-        groups = groups_at(self._groups, self._scorer, stage)
+        layers = layers_at(self._groups, self._scorer, stage)
+        groups = [group for layer in layers for group in self._groups[layer]]
         with OutputTaps(self._scorer.quantized, groups, self._see).installed():
             for chunk, back in self._backs:
                 self._chunk = chunk
@@ -146,11 +147,9 @@ class Weigher:
             self._sizes.add(name, number, matrix, own.cpu())
 
 
-def groups_at(groups: ByLayer, scorer: Scorer, stage: int) -> list[LayerGroup]:
-    """Those of a stage."""
-    return [
-        group
-        for layer, own in groups.items()
-        if layer is not None and scorer.trunk.stage_of(layer) == stage
-        for group in own
-    ]
+def layers_at(
+    groups: Mapping[int | None, Collection[LayerGroup]], scorer: Scorer, stage: int
+) -> list[int]:
+    """The layers of a stage among those of groups."""
+    stage_of = scorer.trunk.stage_of
+    return [layer for layer in groups if layer is not None and stage_of(layer) == stage]
