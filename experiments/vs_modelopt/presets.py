@@ -16,6 +16,7 @@ gave.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -62,6 +63,8 @@ SPLITS = ("calibration", "search", "report", "fresh")
 SAME_KL = 0.02
 """How far the KL of the same codes may be from what it was, in shares: GPUs add in other orders."""
 
+SHARED = ("load", "calibrate", "statistics", "probe")
+"""Stages that searches of several budgets have in common."""
 
 Found = tuple[dict[str, Any] | None, TokenKl | None]
 """Of a contender at a budget: its row, and its KL on the fresh tokens; None where nothing fits."""
@@ -99,9 +102,8 @@ def main() -> None:
         settings = Settings(**{field.name: given[field.name] for field in fields(Settings)})
         table = _Table(settings, arguments)
         with in_processes(arguments.processes) as pool:
-            tasks: dict[Future[list[Found]], str | float] = {}
-            for bpe in settings.budgets:
-                tasks[pool.submit(_of_search, settings, bpe)] = bpe
+            tasks: dict[Future[list[Found]], str | None] = {}
+            tasks[pool.submit(_of_searches, settings)] = None
             if arguments.peers_of is not None:
                 earlier = _earlier(arguments.peers_of, settings)
                 table.put_all(pool.submit(_of_earlier, settings, earlier).result())
@@ -123,10 +125,11 @@ class _Table:
         self._cells = {bpe: _Cell() for bpe in settings.budgets}
         self._failed: dict[str, str] = {}
 
-    def put(self, name: str | float, done: Future[list[Found]]) -> None:
-        """Take in a contender: the name of a peer, or the budget of a search."""
-        if isinstance(name, float):
-            ((self._cells[name].row, self._cells[name].kl),) = done.result()
+    def put(self, name: str | None, done: Future[list[Found]]) -> None:
+        """Take in a contender at all budgets: the name of a peer, or None for our searches."""
+        if name is None:
+            for cell, (row, kl) in zip(self._cells.values(), done.result(), strict=True):
+                cell.row, cell.kl = row, kl
         elif error := done.exception():
             self._failed[name] = first_line(error)
         else:
@@ -166,8 +169,13 @@ class _Cell:
 
 
 @lru_cache(maxsize=1)
-def _bench(settings: Settings, *, weighs_rows: bool) -> Bench:
-    """The model, its tokens and codes: in each process those of the contender at hand."""
+def _bench_of_peers(settings: Settings) -> Bench:
+    """One for all peers of a process."""
+    return _bench(settings, settings.codes / str(os.getpid()), weighs_rows=False)
+
+
+def _bench(settings: Settings, folder: Path, *, weighs_rows: bool) -> Bench:
+    """The model and its tokens, with the codes and statistics of a folder."""
     chosen = subject(settings.subject, settings.models, settings.texts)
     tokens = TokenPlan(
         calibration=settings.calibration_tokens,
@@ -177,14 +185,13 @@ def _bench(settings: Settings, *, weighs_rows: bool) -> Bench:
         seed=settings.seed,
     )
     searched = replace(chosen, scope=Scope.SEARCHED)
-    folder = settings.codes / str(os.getpid()) / ("weighed" if weighs_rows else "alike")
     mode = ActivationMode(settings.mode)
     return Bench(searched, "default", tokens, settings.device, mode, folder, weighs_rows)
 
 
 def _of_peer(settings: Settings, preset: str, method: str) -> list[Found]:
     """What ModelOpt's solver finds around each budget: the best of it on the fresh tokens."""
-    bench = _bench(settings, weighs_rows=False)
+    bench = _bench_of_peers(settings)
     bench.session.quantized.set_input_scales(bench.calibration.scales())
     peer = Peer(bench.plan, bench.session, method, PRESETS[preset])
     fresh = bench.fresh(settings.fresh_tokens)
@@ -221,7 +228,7 @@ def _of_earlier(settings: Settings, cells: Sequence[dict[str, Any]]) -> list[dic
     Raises:
         RuntimeError: it is another KL than the row says.
     """
-    bench = _bench(settings, weighs_rows=False)
+    bench = _bench_of_peers(settings)
     bench.session.quantized.set_input_scales(bench.calibration.scales())
     fresh, found = bench.fresh(settings.fresh_tokens), []
     for rows in cells:
@@ -234,27 +241,51 @@ def _of_earlier(settings: Settings, cells: Sequence[dict[str, Any]]) -> list[dic
     return found
 
 
-def _of_search(settings: Settings, bpe: float) -> list[Found]:
-    """What a search chose, polish included, on the fresh tokens."""
-    bench = _bench(settings, weighs_rows=True)
-    run = _searched(bench, settings, bpe)
-    result: Mapping[str, Any] = run.result or {}
+def _of_searches(settings: Settings) -> list[Found]:
+    """What the searches of all budgets chose, polish included, on the fresh tokens."""
+    runs = _searched(settings)
+    gc.collect()  # their model, and what it kept of logits
+    bench = _bench(settings, runs[0].path, weighs_rows=True)  # which keeps the codes of all
+    calibration = Calibration.from_dict(RunRecord.read(runs[0].path).calibration or {})
+    bench.session.quantized.set_input_scales(calibration.scales())
+    for run in runs:
+        _require_its_kl(bench, run)
+    bench.session.scorer.forget(bench.splits["report"])  # logits of 65,536 tokens fill gigabytes
+    found: list[Found] = []
+    for bpe, run in zip(settings.budgets, runs, strict=True):
+        assignment = _in_use(bench, run)
+        kl = bench.session.scorer.score(assignment, bench.fresh(settings.fresh_tokens))
+        row = _row(bench, bench.unmeasured_problem(bpe), assignment, kl) | {
+            "is_polished": is_polished(assignment),
+            "seconds": _seconds(run, runs[0]),
+        }
+        print(row, flush=True)
+        found.append((row, kl))
+    return found
+
+
+def _in_use(bench: Bench, run: Run) -> Assignment:
+    """The assignment of a run, whose refitted codes are in use where it has such."""
     assignment = Assignment.read(run.path / ASSIGNMENT)
-    session = bench.session
-    calibration = Calibration.from_dict(RunRecord.read(run.path).calibration or {})
-    session.quantized.set_input_scales(calibration.scales())
     if is_polished(assignment):
-        make_polish(session, assignment, result["polish"]["key"], Logged())
-    report = session.scorer.score(assignment, bench.splits["report"]).mean
-    if not math.isclose(report, result["kl"]["mean"], rel_tol=1e-9):
-        raise RuntimeError(f"{run.path}: {report} here, {result['kl']['mean']} in its result")
-    kl = session.scorer.score(assignment, bench.fresh(settings.fresh_tokens))
-    row = _row(bench, bench.unmeasured_problem(bpe), assignment, kl) | {
-        "is_polished": is_polished(assignment),
-        "seconds": result["seconds"]["total"],
-    }
-    print(row, flush=True)
-    return [(row, kl)]
+        make_polish(bench.session, assignment, (run.result or {})["polish"]["key"], Logged())
+    return assignment
+
+
+def _require_its_kl(bench: Bench, run: Run) -> None:
+    """Raise RuntimeError if a run's assignment has another KL here than in its result."""
+    report = bench.session.scorer.score(_in_use(bench, run), bench.splits["report"]).mean
+    said = (run.result or {})["kl"]["mean"]
+    if not math.isclose(report, said, rel_tol=1e-9):
+        raise RuntimeError(f"{run.path}: {report} here, {said} in its result")
+
+
+def _seconds(run: Run, first: Run) -> float:
+    """What a search would have taken alone: its own seconds, and those of what the first did for
+    all.
+    """
+    own, shared = ((each.result or {})["seconds"] for each in (run, first))
+    return float(own["total"] + sum(max(0.0, shared[s] - own.get(s, 0.0)) for s in SHARED))
 
 
 def _row(bench: Bench, problem: Problem, assignment: Assignment, kl: TokenKl) -> dict[str, Any]:
@@ -262,16 +293,18 @@ def _row(bench: Bench, problem: Problem, assignment: Assignment, kl: TokenKl) ->
     return contender(problem, assignment, kl) | {"checkpoint_bytes": size}
 
 
-def _searched(bench: Bench, settings: Settings, bpe: float) -> Run:
-    return autoquant.search(
-        bench.subject.path,
-        budget_bpe=bpe,
-        budget_scope=str(bench.subject.scope),
-        calibration=str(bench.subject.text),
+def _searched(settings: Settings) -> list[Run]:
+    """A search for each budget, which share their probes."""
+    chosen = subject(settings.subject, settings.models, settings.texts)
+    return autoquant.search_budgets(
+        chosen.path,
+        budgets_bpe=settings.budgets,
+        budget_scope=str(Scope.SEARCHED),
+        calibration=str(chosen.text),
         calibration_tokens=settings.calibration_tokens,
         search_tokens=settings.search_tokens,
         report_tokens=settings.report_tokens,
-        sequence_length=bench.tokens.sequence_length,
+        sequence_length=TokenPlan().sequence_length,
         batch_tokens=settings.batch_tokens,
         activation_mode=settings.mode,
         effort=settings.effort,
@@ -279,7 +312,7 @@ def _searched(bench: Bench, settings: Settings, bpe: float) -> Run:
         device=settings.device,
         mlflow=False,
         export=False,
-        out=settings.work / f"{settings.subject}-{settings.mode}-{settings.seed}-{bpe}",
+        out=settings.work / f"{settings.subject}-{settings.mode}-{settings.seed}",
     )
 
 

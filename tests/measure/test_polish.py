@@ -15,6 +15,7 @@ from autoquant.errors import SourceError
 from autoquant.formats import NVFP4, REFIT
 from autoquant.measure.polish import drift, visitor
 from autoquant.measure.session import open_session
+from autoquant.measure.statistics.chunks import Chunk, chunks_of
 from autoquant.measure.statistics.taps import InputTaps
 from autoquant.model.inputs import InputScale
 from autoquant.model.streaming.placement import Allowance
@@ -111,6 +112,43 @@ def test_inputs_are_paired_token_by_token(place, tmp_path, monkeypatch):
     assert torch.allclose(found.sums.sum(dim=0)[0].double(), own, rtol=1e-3, atol=1e-3)
     assert torch.allclose(drifts.sums.sum(dim=0)[0].double(), moved, rtol=1e-3, atol=1e-3)
     assert moved.abs().max() > 1
+
+
+def test_sequences_that_go_together_show_what_they_show_alone(place, tmp_path, monkeypatch):
+    """On a GPU several share a forward; one of four is held out, whoever goes beside it."""
+    shown = []
+    for joined in (False, True):
+        _, session = opened(place, tmp_path / str(joined))
+        if joined:
+            own = torch.cat(list(session.splits["calibration"].batches))
+            chunks = [Chunk(own[:5], 0), Chunk(own[5:], 5)]
+            monkeypatch.setattr(visitor, "chunks_of", lambda *_, own=chunks: own)
+        shown.append(watching(monkeypatch))
+        polish(session)
+        monkeypatch.undo()
+    alone, together = shown
+    assert alone.keys() == together.keys()
+    for name, both in alone.items():
+        for one, other in zip(both, together[name], strict=True):
+            assert torch.equal(one.tokens.sum(dim=1), other.tokens.sum(dim=1))
+            distance = (one.sums - other.sums).flatten(1).norm(dim=1)
+            assert (distance <= 0.1 * one.sums.flatten(1).norm(dim=1)).all(), name
+
+
+def test_a_matrix_without_rows_in_the_bf16_model_has_no_partner_of_other_sequences(place, tmp_path):
+    _, session = opened(place, tmp_path / "codes")
+    group = session.quantized.groups[0]
+    (name,) = {own.input_scale_set for own in group.linears}
+    chunks = chunks_of(session.scorer, session.splits["calibration"])
+    watch = drift.DriftWatch(session.quantized, group, [name], {}, chunks[0])
+    rows = torch.ones(3, group.linears[0].in_features)
+    see = watch._see
+    watch.sees_bf16(chunks[0])
+    see(name, 0, rows, None)
+    watch.sees_bf16(chunks[1])
+    watch.sees_polished()
+    see(name, 0, 2 * rows, None)
+    assert not watch.statistics().drifts[name].sums.any()
 
 
 @pytest.mark.slow

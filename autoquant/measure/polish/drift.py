@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autoquant.codes.row_weights import RowWeights
 from autoquant.codes.statistics import DriftStatistics
-from autoquant.measure.statistics.chunks import is_held_out
+from autoquant.measure.statistics.chunks import Chunk, is_held_out
 from autoquant.measure.statistics.moments import roots_of
 from autoquant.measure.statistics.sums import Sums
 from autoquant.measure.statistics.taps import InputTaps
@@ -30,6 +30,7 @@ class DriftWatch:
         group: whose inputs are watched.
         sets: those of its input sets that are.
         weights: of the rows of the BF16 model, by input set; others count alike.
+        chunk: the first that they see.
     """
 
     def __init__(
@@ -38,16 +39,25 @@ class DriftWatch:
         group: LayerGroup,
         sets: Collection[str],
         weights: Mapping[str, RowWeights],
+        chunk: Chunk,
     ) -> None:
-        self.sequence = 0
-        self.is_bf16 = True
-        """Whether the forward inside the taps is the BF16 model's, which comes first."""
+        self._chunk = chunk
+        self._is_bf16 = True
         self.taps = InputTaps(quantized, [group], self._see)
         self._weights = weights
         shapes = {name: self.taps.sets[name] for name in sets}
         self._moments = {name: Sums.zeros(shape) for name, shape in shapes.items()}
         self._drift = {name: Sums.zeros(shape) for name, shape in shapes.items()}
         self._partners: dict[tuple[str, int], _Partners] = {}
+
+    def sees_bf16(self, chunk: Chunk) -> None:
+        """Whatever the taps see next are the BF16 model's rows of some sequences."""
+        self._chunk, self._is_bf16 = chunk, True
+        self._partners.clear()
+
+    def sees_polished(self) -> None:
+        """Whatever the taps see next are rows of the same sequences behind quantized blocks."""
+        self._is_bf16 = False
 
     def statistics(self) -> DriftStatistics:
         """Of every input set."""
@@ -59,20 +69,29 @@ class DriftWatch:
     def _see(self, name: str, matrix: int, rows: Tensor, tokens: Tensor | None) -> None:
         if name not in self._moments:
             return
-        if self.is_bf16:
-            roots = roots_of(self._weights.get(name), self.sequence, matrix, rows)
+        if self._is_bf16:
+            roots = self._roots(name, matrix, rows, tokens)
             self._partners[name, matrix] = _Partners(rows.float(), roots, tokens)
             return
-        own, part = rows.float(), int(is_held_out(self.sequence))
+        own = rows.float()
         drift, roots = _paired(own, tokens, self._partners.get((name, matrix)))
-        weighed = own * roots
-        self._moments[name].add(weighed, weighed, part, matrix)
-        self._drift[name].add(drift * roots, weighed, part, matrix)
+        weighed = self._chunk.apart(own * roots, tokens)
+        drifted = self._chunk.apart(drift * roots, tokens)
+        for (sequence, left), (_, other) in zip(weighed, drifted, strict=True):
+            part = int(is_held_out(sequence))
+            self._moments[name].add(left, left, part, matrix)
+            self._drift[name].add(other, left, part, matrix)
+
+    def _roots(self, name: str, matrix: int, rows: Tensor, tokens: Tensor | None) -> Tensor:
+        """Of the weights of rows [R, K] of the BF16 model, float32 [R, 1]."""
+        known = self._weights.get(name)
+        apart = self._chunk.apart(rows, tokens)
+        return torch.cat([roots_of(known, number, matrix, own) for number, own in apart])
 
 
 @dataclass(frozen=True, slots=True)
 class _Partners:
-    """What one matrix multiplies in the BF16 model's forward of a sequence."""
+    """What one matrix multiplies in the BF16 model's forward of a chunk."""
 
     rows: Tensor
     """float32 [R, K]."""

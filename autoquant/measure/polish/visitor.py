@@ -1,6 +1,6 @@
 """The polish: blocks in order, each refitted and rounded on inputs that the polished ones give.
 
-Two forwards of every calibration sequence go through the blocks: the BF16 model's, and one under
+Two forwards of all calibration sequences go through the blocks: the BF16 model's, and one under
 the polished assignment. A group shows both what its weights multiply, the groups before it in the
 block polished already, and then takes the codes that answer the second forward's inputs as the BF16
 weights answer the first's. Codes are kept group by group: a killed polish goes on behind the last.
@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from autoquant.codes.row_weights import RowWeights
 from autoquant.data.tokens import Split
 from autoquant.formats import REFIT
-from autoquant.forward.flow import BF16_MODEL, Flow, entered, loop
+from autoquant.forward.flow import BF16_MODEL, Flow, loop
 from autoquant.measure.polish.drift import DriftWatch
 from autoquant.measure.ranks.together import together
 from autoquant.measure.scorer import Scorer
+from autoquant.measure.statistics.chunks import Chunk, chunks_of
 from autoquant.measure.statistics.taps import InputTaps
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.linears import LayerGroup
@@ -39,8 +39,7 @@ def polish(
         assignment: some of whose choices have the rounding `refit`.
         advance: called after each stage of the model.
     """
-    sequences = [row[None].to(scorer.device) for batch in split.batches for row in batch]
-    polisher = _Polisher(scorer, sequences, assignment, advance)
+    polisher = _Polisher(scorer, chunks_of(scorer, split), assignment, advance)
     if polisher.has_work:
         loop(scorer.trunk, [polisher])
         polisher.finish()
@@ -70,7 +69,7 @@ class _Polisher:
 
     Args:
         scorer: calibrated.
-        sequences: int64 [1, L] each.
+        chunks: of calibration sequences.
         assignment: the polished one.
         advance: called after each stage.
     """
@@ -78,7 +77,7 @@ class _Polisher:
     def __init__(
         self,
         scorer: Scorer,
-        sequences: Sequence[Tensor],
+        chunks: Sequence[Chunk],
         assignment: Assignment,
         advance: Callable[[], None],
     ) -> None:
@@ -92,7 +91,8 @@ class _Polisher:
             and not book.has(group, assignment[group.name])
         )
         """Groups without codes, in the order of the forward pass."""
-        self._bf16 = [Flow(parts=entered(scorer.trunk, scorer.room, [own])) for own in sequences]
+        self._chunks = chunks
+        self._bf16 = [chunk.flow(scorer) for chunk in chunks]
         self._polished = [Flow(parts=own.parts) for own in self._bf16]
 
     @property
@@ -108,7 +108,7 @@ class _Polisher:
 
     @torch.no_grad()
     def visit(self, stage: int) -> None:
-        """Make what is missing of the stage, then run it on every sequence, each alone."""
+        """Make what is missing of the stage, then run it on every chunk."""
         trunk, room = self._scorer.trunk, self._scorer.room
         if stage == 0:
             for flow in (*self._bf16, *self._polished):
@@ -142,7 +142,7 @@ class _Polisher:
         for number, name in enumerate(sets):
             made = self._quantized.groups[: index + (number > 0)]
             polished = Assignment.of({own.name: self._assignment[own.name] for own in made})
-            watch = DriftWatch(self._quantized, group, [name], self._weights)
+            watch = DriftWatch(self._quantized, group, [name], self._weights, self._chunks[0])
             self._watch(watch, polished, run)
             self._quantized.refit(
                 group,
@@ -152,14 +152,17 @@ class _Polisher:
             )
 
     def _watch(self, watch: DriftWatch, polished: Assignment, run: _Run) -> None:
-        """Let it see both forwards of every sequence."""
+        """Let it see both forwards of every chunk."""
         with watch.taps.installed():
-            for number, flows in enumerate(zip(self._bf16, self._polished, strict=True)):
-                watch.sequence = number
-                for flow, assignment in zip(flows, (BF16_MODEL, polished), strict=True):
-                    watch.is_bf16 = assignment is BF16_MODEL
-                    with self._applied(assignment):
-                        run(flow, watch.taps)
+            for chunk, bf16, own in zip(self._chunks, self._bf16, self._polished, strict=True):
+                watch.sees_bf16(chunk)
+                self._shown(BF16_MODEL, bf16, watch, run)
+                watch.sees_polished()
+                self._shown(polished, own, watch, run)
+
+    def _shown(self, assignment: Assignment, flow: Flow, watch: DriftWatch, run: _Run) -> None:
+        with self._applied(assignment):
+            run(flow, watch.taps)
 
     def _in_order(self, group: LayerGroup, run: _Run) -> list[str]:
         """The input sets of a group in the order in which a forward reads them."""
