@@ -35,6 +35,9 @@ from autoquant.measure.ranks.together import together
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.sensitivity import BatchProbe, Sensitivity, batch_probe, summarize
 
+EFFECTS_AT_ONCE = 2**24
+"""Effects of tokens whose estimates are worked out together."""
+
 WINDOW = 8
 """Adjacent tokens whose effects are summed before they are squared."""
 
@@ -167,25 +170,35 @@ def _estimates(
     flows = scorer.bf16_states(split, batches, with_noise=with_noise)
     effects = _effects(scorer, flows, batches, inside, seed) if inside else [{} for _ in flows]
     for batch, flow, found in zip(batches, flows, effects, strict=True):
-        probes = [_of_effects(batch, key, found[key]) for key in inside]
+        probes = [*_of_effects(batch, {key: found[key] for key in inside})]
         scores = scorer.probe_head(flow, split, batch, behind)
         probes += [batch_probe(batch, *key, s) for key, s in zip(behind, scores, strict=True)]
         yield BatchEstimate(batch=batch, probes=tuple(probes))
 
 
-def _of_effects(batch: int, key: Key, effects: torch.Tensor) -> BatchProbe:
-    """A key's estimate on a batch, of the effects of its tokens [B, L]."""
-    kl = _kl_of_sequences(effects)
-    if not torch.isfinite(kl).all():
-        raise NoGradient(f"the gradient at {key[0]} is not finite")
-    return BatchProbe(
-        batch=batch,
-        group=key[0],
-        choice=key[1],
-        kl_sum=float(kl.sum()),
-        tokens=effects.numel(),
-        sequence_kl=tuple((kl / effects.shape[1]).tolist()),
-    )
+def _of_effects(batch: int, effects: Mapping[Key, torch.Tensor]) -> Iterator[BatchProbe]:
+    """The estimate of every key on a batch, of the effects of its tokens [B, L].
+
+    Many keys at a time: a GPU waits for each of its steps, and the host for each answer.
+    """
+    keys = [*effects]
+    most = max(1, EFFECTS_AT_ONCE // max((own.numel() for own in effects.values()), default=1))
+    for first in range(0, len(keys), most):
+        own = keys[first : first + most]
+        stacked = torch.stack([effects[key] for key in own])
+        count, sequences, length = stacked.shape
+        found = _kl_of_sequences(stacked.flatten(0, 1)).view(count, sequences).cpu()
+        for (group, choice), kl in zip(own, found, strict=True):
+            if not torch.isfinite(kl).all():
+                raise NoGradient(f"the gradient at {group} is not finite")
+            yield BatchProbe(
+                batch=batch,
+                group=group,
+                choice=choice,
+                kl_sum=float(kl.sum()),
+                tokens=sequences * length,
+                sequence_kl=tuple((kl / length).tolist()),
+            )
 
 
 def _effects(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autoquant.codes.row_weights import RowWeights
 from autoquant.codes.statistics import DriftStatistics
-from autoquant.measure.statistics.chunks import Chunk, is_held_out
+from autoquant.measure.statistics.chunks import Chunk
 from autoquant.measure.statistics.moments import roots_of
 from autoquant.measure.statistics.sums import Sums
 from autoquant.measure.statistics.taps import InputTaps
@@ -69,24 +69,17 @@ class DriftWatch:
     def _see(self, name: str, matrix: int, rows: Tensor, tokens: Tensor | None) -> None:
         if name not in self._moments:
             return
+        chunk, own = self._chunk, rows.float()
+        sizes = chunk.sizes(len(rows), tokens)
         if self._is_bf16:
-            roots = self._roots(name, matrix, rows, tokens)
-            self._partners[name, matrix] = _Partners(rows.float(), roots, tokens)
+            roots = roots_of(self._weights.get(name), chunk, matrix, sizes, rows)
+            self._partners[name, matrix] = _Partners(own, roots, tokens)
             return
-        own = rows.float()
         drift, roots = _paired(own, tokens, self._partners.get((name, matrix)))
-        weighed = self._chunk.apart(own * roots, tokens)
-        drifted = self._chunk.apart(drift * roots, tokens)
-        for (sequence, left), (_, other) in zip(weighed, drifted, strict=True):
-            part = int(is_held_out(sequence))
+        weighed, drifted = (chunk.parted(each * roots, sizes) for each in (own, drift))
+        for (part, left), (_, other) in zip(weighed, drifted, strict=True):
             self._moments[name].add(left, left, part, matrix)
             self._drift[name].add(other, left, part, matrix)
-
-    def _roots(self, name: str, matrix: int, rows: Tensor, tokens: Tensor | None) -> Tensor:
-        """Of the weights of rows [R, K] of the BF16 model, float32 [R, 1]."""
-        known = self._weights.get(name)
-        apart = self._chunk.apart(rows, tokens)
-        return torch.cat([roots_of(known, number, matrix, own) for number, own in apart])
 
 
 @dataclass(frozen=True, slots=True)

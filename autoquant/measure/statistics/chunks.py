@@ -38,11 +38,11 @@ class Chunk:
         """A forward of the BF16 model, which takes all sequences through a stage at once."""
         return Flow(parts=entered(scorer.trunk, scorer.room, [self.tokens]), keep=keep)
 
-    def apart(self, rows: Tensor, tokens: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-        """The number of each sequence, and its rows.
+    def sizes(self, rows: int, tokens: Tensor | None) -> list[int]:
+        """How many of the rows that a matrix multiplies belong to each sequence, which they follow.
 
         Args:
-            rows: [R, K] of all of them.
+            rows: all of them.
             tokens: as `taps.See` takes them.
 
         Raises:
@@ -50,15 +50,23 @@ class Chunk:
         """
         count, length = self.tokens.shape
         if count == 1:
-            yield self.first, rows
-            return
+            return [rows]
         if tokens is not None:
-            sizes = torch.bincount(tokens // length, minlength=count).tolist()
-        elif len(rows) % count:
-            raise ValueError(f"{len(rows)} rows are multiplied of {count} sequences")
-        else:
-            sizes = [len(rows) // count] * count
-        yield from enumerate(rows.split(sizes), start=self.first)
+            return torch.bincount(tokens // length, minlength=count).tolist()
+        if rows % count:
+            raise ValueError(f"{rows} rows are multiplied of {count} sequences")
+        return [rows // count] * count
+
+    def parted(self, rows: Tensor, sizes: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Rows [R, K] of sequences that codes are fitted to, with 0, and of those held out, with 1.
+
+        A GPU waits for each step: so those of a part come together.
+        """
+        own = rows.split(list(sizes))
+        for part in (0, 1):
+            found = [each for n, each in enumerate(own, self.first) if is_held_out(n) == part]
+            if found:
+                yield part, found[0] if len(found) == 1 else torch.cat(found)
 
 
 def chunks_of(scorer: Scorer, split: Split) -> list[Chunk]:

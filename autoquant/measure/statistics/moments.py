@@ -23,7 +23,7 @@ from autoquant.measure.compare import Ahead
 from autoquant.measure.gradient import NoGradient, backward_passes, states_of
 from autoquant.measure.ranks.together import together
 from autoquant.measure.scorer import Scorer
-from autoquant.measure.statistics.chunks import Chunk, chunks_of, is_held_out, states_bytes
+from autoquant.measure.statistics.chunks import Chunk, chunks_of, states_bytes
 from autoquant.measure.statistics.sums import Sums
 from autoquant.measure.statistics.taps import InputTaps
 from autoquant.measure.statistics.weighing import ByLayer, Sizes, Weigher, layers_at, weigh_rows
@@ -150,14 +150,24 @@ def keep_moments(
     scorer.ranks.leader_first(lambda: collect_moments(scorer, split, groups, store, advance))
 
 
-def roots_of(known: RowWeights | None, sequence: int, matrix: int, rows: Tensor) -> Tensor:
-    """Square roots of the weights of rows [R, K] that a matrix multiplies in a sequence, float32
-    [R, 1]; ones where these are not known.
+def roots_of(
+    known: RowWeights | None, chunk: Chunk, matrix: int, sizes: Sequence[int], rows: Tensor
+) -> Tensor:
+    """Square roots of the weights of rows [R, K] that a matrix multiplies in a chunk, float32
+    [R, 1]; ones in sequences where these are not known.
+
+    Args:
+        known: of their input set.
+        chunk: of the sequences.
+        matrix: of the set.
+        sizes: how many rows each sequence has.
+        rows: say where the roots belong.
     """
-    found = None if known is None else known.of(sequence, matrix)
-    if found is None or len(found) != len(rows):
-        return rows.new_ones(len(rows), 1, dtype=torch.float32)
-    return found[:, None].to(rows.device).sqrt()
+    found = []
+    for sequence, size in enumerate(sizes, chunk.first):
+        own = None if known is None else known.of(sequence, matrix)
+        found.append(torch.ones(size) if own is None or len(own) != size else own)
+    return torch.cat(found)[:, None].to(rows.device).sqrt()
 
 
 def by_layer(groups: Iterable[LayerGroup]) -> dict[int | None, list[LayerGroup]]:
@@ -319,9 +329,10 @@ class _Watch:
 
     def _see(self, name: str, matrix: int, rows: Tensor, tokens: Tensor | None) -> None:
         """Add rows [R, K] to what an input set has shown one of its matrices."""
-        for sequence, own in self.chunk.apart(rows, tokens):
-            wide = own.float() * roots_of(self._weights[name], sequence, matrix, own)
-            self._sums[name].add(wide, wide, int(is_held_out(sequence)), matrix)
+        sizes = self.chunk.sizes(len(rows), tokens)
+        roots = roots_of(self._weights[name], self.chunk, matrix, sizes, rows)
+        for part, own in self.chunk.parted(rows.float() * roots, sizes):
+            self._sums[name].add(own, own, part, matrix)
 
     def moments(self) -> dict[str, Moments]:
         """Of every input set."""

@@ -142,9 +142,10 @@ class Weigher:
 
     def _see(self, name: str, matrix: int, gradient: Tensor, tokens: Tensor | None) -> None:
         """Add the sizes of gradients [R, N] at the products of one matrix."""
-        squares = gradient.float().square().sum(dim=1)
-        for number, own in self._chunk.apart(squares, tokens):
-            self._sizes.add(name, number, matrix, own.cpu())
+        sizes = self._chunk.sizes(len(gradient), tokens)
+        squares = gradient.float().square().sum(dim=1).cpu()
+        for number, own in enumerate(squares.split(sizes), self._chunk.first):
+            self._sizes.add(name, number, matrix, own)
 
 
 def layers_at(
