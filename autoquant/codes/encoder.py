@@ -52,7 +52,7 @@ class Encoder:
         """Of the statistics that a group's codes rest on; empty without any, None if missing."""
         if not choice.format.needs_moments(choice):
             return ""
-        return self._moments().digest(group.layer)
+        return self._moments().digest(group.layer, group.input_sets)
 
     def unit(self, group: LayerGroup, unit: Unit, choice: Choice) -> Packed:
         """The codes of one unit of a group.

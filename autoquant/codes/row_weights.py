@@ -47,6 +47,10 @@ class RowWeights:
         return cls((norms / mean).float(), torch.tensor(padded))
 
     def of(self, sequence: int, matrix: int) -> Tensor:
-        """Of the rows that a matrix multiplies in one sequence, in their order, float32 [r]."""
+        """Of the rows that a matrix multiplies in one sequence, in their order, float32 [r]; none
+        of a matrix behind the last one that a gradient has reached.
+        """
+        if matrix >= self.rows.shape[1]:
+            return self.values[:0]
         first, last = self._spans[sequence * self.rows.shape[1] + matrix]
         return self.values[first:last]

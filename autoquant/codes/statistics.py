@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -14,6 +14,7 @@ from autoquant.codes.tensor_files import (
     SUFFIX,
     TensorFile,
     digest_of,
+    names_in,
     read_tensors,
     write_tensors,
 )
@@ -22,8 +23,9 @@ from autoquant.errors import SourceError
 from autoquant.formats.moments import Moments
 from autoquant.source.names import ROUTED_EXPERT
 
-_SETS, _WHY = "sets", "why alike"
-"""What the file of rows says besides."""
+_WEIGHED, _ALIKE = "weighed", "why alike"
+"""What the file of rows says besides: the input sets whose rows were weighed, also those that no
+gradient reaches, and why all rows count alike."""
 
 
 class InputStatistics(Protocol):
@@ -78,42 +80,62 @@ class StatisticsStore:
         return store
 
     def write(self, layer: int | None, moments: Mapping[str, Moments]) -> None:
-        """Keep the moments of a block's input sets, or of those outside of all blocks."""
-        entries = {name: _parts(own) for name, own in moments.items()}
-        write_tensors(self._path(layer), TensorFile(entries).content())
+        """Keep the moments of a block's input sets, or of those outside of all blocks, beside what
+        is kept of others.
+        """
+        path, entries = self._path(layer), {name: _parts(own) for name, own in moments.items()}
+        others = read_tensors(path, [name for name in names_in(path) if name not in moments])
+        before = {} if others is None else others.entries
+        write_tensors(path, TensorFile({**before, **entries}).content())
         self._read.clear()
 
-    def write_rows(self, weights: Mapping[str, RowWeights], why_alike: str | None) -> None:
-        """Keep how much the rows of input sets count, of all that have weights.
+    def remove(self, layers: Iterable[int | None]) -> None:
+        """Drop the moments of some blocks."""
+        for layer in layers:
+            self._path(layer).unlink(missing_ok=True)
+        self._read.clear()
+
+    def write_rows(self, weights: Mapping[str, RowWeights], sets: Iterable[str]) -> None:
+        """Keep how much the rows of input sets count, beside what is kept of others.
 
         Args:
             weights: by input set.
-            why_alike: why there are none, where all rows count alike.
+            sets: all that were weighed; rows of those without weights count alike.
         """
+        path = self._path_of_rows
+        before = read_tensors(path, names_in(path)) or TensorFile({})
         entries = {name: {"values": own.values, "rows": own.rows} for name, own in weights.items()}
-        facts = {_SETS: json.dumps(sorted(weights))} | ({_WHY: why_alike} if why_alike else {})
-        write_tensors(self._path_of_rows, TensorFile(entries, facts).content())
+        facts = {_WEIGHED: json.dumps(sorted({*_weighed(before), *sets}))}
+        write_tensors(path, TensorFile({**before.entries, **entries}, facts).content())
 
-    def rows(self) -> dict[str, RowWeights] | None:
-        """The weights of rows by input set; None where they are not there."""
-        said = read_tensors(self._path_of_rows, ())
-        if said is None:
+    def count_alike(self, why: str) -> None:
+        """Keep that the rows of all input sets count alike."""
+        write_tensors(self._path_of_rows, TensorFile({}, {_ALIKE: why}).content())
+
+    def rows(self, sets: Collection[str]) -> dict[str, RowWeights] | None:
+        """The weights of the rows of those of these input sets that have some; None where one was
+        not weighed.
+        """
+        if self.why_alike() is not None:
+            return {}
+        path = self._path_of_rows
+        file = read_tensors(path, [name for name in names_in(path) if name in sets])
+        if file is None or not {*sets} <= _weighed(file):
             return None
-        file = read_tensors(self._path_of_rows, json.loads(said.facts[_SETS]))
-        return None if file is None else {n: RowWeights(**own) for n, own in file.entries.items()}
+        return {name: RowWeights(**own) for name, own in file.entries.items()}
 
     def why_alike(self) -> str | None:
         """Why all rows count alike in the moments; None where they do not, or nothing is known."""
         said = read_tensors(self._path_of_rows, ())
-        return None if said is None else said.facts.get(_WHY)
+        return None if said is None else said.facts.get(_ALIKE)
 
     def has(self, layer: int | None, sets: Iterable[str]) -> bool:
         """Whether the moments of these input sets of a block are there and whole."""
         return read_tensors(self._path(layer), sets) is not None
 
-    def digest(self, layer: int | None) -> str | None:
-        """Of a block's moments; None where they are not there."""
-        return digest_of(self._path(layer))
+    def digest(self, layer: int | None, sets: Iterable[str]) -> str | None:
+        """Of the moments of these input sets of a block; None where they are not there."""
+        return digest_of(self._path(layer), sets)
 
     def moments(self, unit: Unit) -> Moments:
         """Of the inputs of a unit: of every expert of a product, or of one weight or expert.
@@ -149,6 +171,11 @@ class StatisticsStore:
             "rounding and weighted block scales rest on.",
             fix="calibrate again: repeat the command without --calibrated, or remove the file.",
         )
+
+
+def _weighed(rows: TensorFile) -> set[str]:
+    """The input sets whose rows were weighed."""
+    return {*json.loads(rows.facts.get(_WEIGHED, "[]"))}
 
 
 def _set_of(unit: Unit) -> str:

@@ -72,10 +72,22 @@ def read_tensors(path: Path, names: Iterable[str]) -> TensorFile | None:
     return TensorFile(entries, said[_FACTS])
 
 
-def digest_of(path: Path) -> str | None:
-    """A digest of all entries by their checksums; None for a file that cannot be opened."""
+def names_in(path: Path) -> tuple[str, ...]:
+    """The entries of a file; none of one that cannot be opened."""
     opened = _open(path)
-    return None if opened is None else _digest(opened[1][_CHECKSUMS])
+    return () if opened is None else tuple(opened[1][_CHECKSUMS])
+
+
+def digest_of(path: Path, names: Iterable[str]) -> str | None:
+    """A digest of some entries by their checksums; None where the file cannot be opened, or lacks
+    one.
+    """
+    opened = _open(path)
+    if opened is None:
+        return None
+    checksums = opened[1][_CHECKSUMS]
+    own = {name: checksums.get(name) for name in names}
+    return None if None in own.values() else _digest(own)
 
 
 def _open(path: Path) -> tuple[Headers, dict[str, dict[str, str]]] | None:

@@ -109,7 +109,10 @@ class FittedCheck:
 
     def _other_codes(self, packed: Packed, choice: Choice, name: str) -> Iterator[str]:
         group, _ = self._linears[name]
-        digest = self._polish if choice.rounding == REFIT else self._statistics.digest(group.layer)
+        if choice.rounding == REFIT:
+            digest = self._polish
+        else:
+            digest = self._statistics.digest(group.layer, group.input_sets)
         kept = self._cache.read(group.name, choice, str(digest), [name])
         if kept is None:
             return

@@ -58,6 +58,11 @@ class LayerGroup:
         """Stored elements of all members, padding excluded."""
         return sum(linear.elements for linear in self.linears)
 
+    @cached_property
+    def input_sets(self) -> tuple[str, ...]:
+        """The input scale sets of all members, in their order."""
+        return tuple(dict.fromkeys(linear.input_scale_set for linear in self.linears))
+
     def bytes_under(self, choice: Choice) -> int:
         """Bytes of every tensor that the members store under `choice`, scales included."""
         stored = choice.format.stored_bytes

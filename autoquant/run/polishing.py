@@ -17,7 +17,7 @@ from autoquant.progress import Progress
 from autoquant.run.confirmation import Confirmed
 from autoquant.search.confirm import Difference, paired_difference
 
-VERSION = 3
+VERSION = 4
 """Raised when a polish would make other codes from the same assignment and tokens."""
 
 

@@ -81,7 +81,7 @@ class Study:
         self._calibration = calibrate(scorer, split, lambda: None, headroom=2.0)
         started = time.monotonic()
         if self._arguments.alike:
-            self._statistics.write_rows({}, "not asked for")
+            self._statistics.count_alike("not asked for")
         collect_moments(scorer, split, self._groups, self._statistics, lambda: None)
         self._seconds = time.monotonic() - started
 

@@ -9,12 +9,14 @@ from searchable import save_searchable, save_text
 from autoquant.codes.row_weights import RowWeights
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.data.tokens import TokenPlan
+from autoquant.forward.backward import Backward
 from autoquant.measure import gradient
 from autoquant.measure.compare import Ahead
 from autoquant.measure.session import open_session
 from autoquant.measure.statistics import chunks, moments, weighing
 from autoquant.measure.statistics.chunks import Chunk, chunks_of, is_held_out
-from autoquant.measure.statistics.moments import by_layer, collect_moments, steps_of, take_along
+from autoquant.measure.statistics.moments import collect_moments, steps_of, take_along
+from autoquant.measure.statistics.weighing import by_layer, input_sets
 from autoquant.model.binding import DenseSlot
 from autoquant.model.live_weights import units_of
 from autoquant.plan.activation_mode import ActivationMode
@@ -44,6 +46,10 @@ def collected(session, folder, advance=lambda: None):
     split = session.splits["calibration"]
     collect_moments(session.scorer, split, session.quantized.groups, store, advance)
     return store
+
+
+def weights_of(session, store):
+    return store.rows(input_sets(session.quantized.groups))
 
 
 def sequences(session):
@@ -86,7 +92,7 @@ def test_rows_weigh_what_the_models_own_backward_pass_says(session, tmp_path):
     for name, own in by_set.items():
         norms = torch.stack([sum(squares[s.name, n] for s in own).double().sqrt() for n in numbers])
         weights = norms / norms.mean()
-        found = store.rows()[name]
+        found = weights_of(session, store)[name]
         assert torch.allclose(found.values.double(), weights.flatten(), rtol=0.05, atol=0.05), name
         expected = torch.zeros(2, *2 * (own[0].linears[0].in_features,), dtype=torch.float64)
         for n, of_rows in enumerate(weights):
@@ -99,14 +105,14 @@ def test_rows_weigh_what_the_models_own_backward_pass_says(session, tmp_path):
 
 
 def test_the_mean_weight_is_one(session, tmp_path):
-    for own in collected(session, tmp_path).rows().values():
+    for own in weights_of(session, collected(session, tmp_path)).values():
         assert abs(own.values.mean().item() - 1) < 1e-4
         assert own.values.std() > 0.1
 
 
 def test_each_expert_has_weights_for_the_rows_that_it_is_sent(session, tmp_path):
     store = collected(session, tmp_path)
-    stacks = [own for own in store.rows().values() if own.rows.shape[1] > 1]
+    stacks = [own for own in weights_of(session, store).values() if own.rows.shape[1] > 1]
     assert bool(stacks) == any(not isinstance(s, DenseSlot) for _, s in session.quantized.slots)
     for own in stacks:
         assert own.rows.sum(dim=1).tolist() == [2 * 32] * len(sequences(session))
@@ -123,7 +129,7 @@ def test_nothing_but_the_tokens_changes_a_bit(session, tmp_path, changed, monkey
         monkeypatch.setattr(scorer.trunk, "is_whole", True)
     else:
         monkeypatch.setattr(scorer.room, "is_streamed", True)
-        monkeypatch.setattr(moments, "weigh_rows", None)
+        monkeypatch.setattr(moments, "row_weights", None)
     if changed.endswith("along"):
         states = (1 + scorer.trunk.stages) * 256 * 2 * scorer.trunk.head.weight.shape[1]
         monkeypatch.setattr(scorer.room, "walk_bytes", states - (changed != "along"))
@@ -246,11 +252,66 @@ def test_a_model_without_a_backward_pass_has_all_rows_alike(session, tmp_path, m
 
     monkeypatch.setattr(weighing, "random_pull", fail)
     store = collected(session, tmp_path / "none")
-    assert store.rows() == {}
+    assert weights_of(session, store) == {}
     assert store.why_alike() == "no kernel"
     alike = StatisticsStore(tmp_path / "alike")
-    alike.write_rows({}, "asked for")
+    alike.count_alike("asked for")
     monkeypatch.undo()
     collected(session, tmp_path / "alike")
     for layer in range(2):
-        assert store.digest(layer) == alike.digest(layer)
+        sets = input_sets(own for own in session.quantized.groups if own.layer == layer)
+        assert store.digest(layer, sets) == alike.digest(layer, sets) is not None
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_groups_may_be_weighed_one_after_another(session, tmp_path, streamed, monkeypatch):
+    """An assignment of some groups is measured, and later one of others in the same blocks."""
+    monkeypatch.setattr(session.scorer.room, "is_streamed", streamed)
+    split, groups = session.splits["calibration"], session.quantized.groups
+    whole = collected(session, tmp_path / "whole")
+    store = StatisticsStore(tmp_path / "parts")
+    for own in (groups[:1], groups[1:], groups):
+        collect_moments(session.scorer, split, own, store, lambda: None)
+    for group in groups:
+        own = group.layer, group.input_sets
+        assert store.digest(*own) == whole.digest(*own) is not None, group.name
+    one, other = (weights_of(session, found) for found in (store, whole))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name].values, own.values) for name, own in other.items())
+    assert store.rows(["unheard of"]) is None
+
+
+@pytest.mark.parametrize("step", ["count_alike", "write"])
+def test_gradients_that_end_halfway_weigh_nothing(session, tmp_path, step, monkeypatch):
+    """Also where a kill comes between: blocks that they have reached are not kept."""
+
+    def visit(back, stage):
+        if not stage:
+            raise RuntimeError("no kernel")
+        return seen(back, stage)
+
+    def die(store, *given):
+        done(store, *given)
+        if store.why_alike() is not None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.scorer.room, "is_streamed", True)
+    seen, done = Backward.visit, getattr(StatisticsStore, step)
+    monkeypatch.setattr(Backward, "visit", visit)
+    with monkeypatch.context() as killed:
+        killed.setattr(StatisticsStore, step, die)
+        with pytest.raises(KeyboardInterrupt):
+            collected(session, tmp_path / "halfway")
+    store = collected(session, tmp_path / "halfway")
+    alike = StatisticsStore(tmp_path / "alike")
+    alike.count_alike("asked for")
+    collected(session, tmp_path / "alike")
+    for group in session.quantized.groups:
+        own = group.layer, group.input_sets
+        assert store.digest(*own) == alike.digest(*own) is not None, group.name
+
+
+def test_matrices_that_no_gradient_reaches_have_no_weights():
+    own = RowWeights.of_squares([(torch.ones(2), (2,)), (torch.ones(3), (3,))])
+    assert [len(own.of(sequence, 0)) for sequence in (0, 1)] == [2, 3]
+    assert [len(own.of(sequence, 1)) for sequence in (0, 1)] == [0, 0]

@@ -57,7 +57,7 @@ def collect(session, folder, *, advance=lambda: None, alike=False):
     """Moments in a folder; `alike` lets all rows count alike."""
     store = StatisticsStore(folder)
     if alike:
-        store.write_rows({}, "asked for")
+        store.count_alike("asked for")
     split = session.splits["calibration"]
     collect_moments(session.scorer, split, session.quantized.groups, store, advance)
     return store

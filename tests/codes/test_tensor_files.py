@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from autoquant.codes import tensor_files
-from autoquant.codes.tensor_files import TensorFile, digest_of, read_tensors, write_tensors
+from autoquant.codes.tensor_files import (
+    TensorFile,
+    digest_of,
+    names_in,
+    read_tensors,
+    write_tensors,
+)
 
 ENTRIES = {
     "a": {"codes": torch.arange(6, dtype=torch.uint8).reshape(2, 3), "scale": torch.tensor(0.5)},
@@ -36,7 +42,8 @@ def test_a_change_of_any_byte_is_damage(tmp_path):
         assert found is None or (same(found) and found.facts == FACTS), place
         path.write_bytes(content[:place])
         assert read_tensors(path, ENTRIES) is None
-        assert digest_of(path) is None
+        assert digest_of(path, ()) is None
+        assert names_in(path) == ()
 
 
 def test_a_file_that_is_cut_off_while_it_is_read_is_damaged(tmp_path, monkeypatch):
@@ -59,4 +66,13 @@ def test_metadata_of_any_type_is_damage(tmp_path, said):
     path = tmp_path / "codes.safetensors"
     path.write_bytes(save(ENTRIES["a"], {"autoquant": said}))
     assert read_tensors(path, ENTRIES) is None
-    assert digest_of(path) is None
+    assert digest_of(path, ()) is None
+
+
+def test_a_digest_is_of_the_entries_that_are_asked_for(tmp_path):
+    path, other = tmp_path / "both.safetensors", tmp_path / "one.safetensors"
+    write_tensors(path, TensorFile(ENTRIES, FACTS).content())
+    write_tensors(other, TensorFile({"b": ENTRIES["b"]}).content())
+    assert names_in(path) == ("a", "b")
+    assert digest_of(path, ["b"]) == digest_of(other, ["b"]) != digest_of(path, ["a", "b"])
+    assert digest_of(other, ["a", "b"]) is None

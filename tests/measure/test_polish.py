@@ -9,6 +9,7 @@ from searchable import save_searchable, save_text
 from autoquant.codes.book import CodeBook
 from autoquant.codes.cache import CodeCache
 from autoquant.codes.held import Weights
+from autoquant.codes.statistics import StatisticsStore
 from autoquant.codes.weights import FileWeights
 from autoquant.data.tokens import TokenPlan
 from autoquant.errors import SourceError
@@ -16,6 +17,7 @@ from autoquant.formats import NVFP4, REFIT
 from autoquant.measure.polish import drift, visitor
 from autoquant.measure.session import open_session
 from autoquant.measure.statistics.chunks import Chunk, chunks_of
+from autoquant.measure.statistics.moments import collect_moments
 from autoquant.measure.statistics.taps import InputTaps
 from autoquant.model.inputs import InputScale
 from autoquant.model.streaming.placement import Allowance
@@ -34,7 +36,7 @@ def place(request, tmp_path_factory):
     return save_searchable(request.param, folder / "model"), save_text(folder / "text")
 
 
-def opened(place, folder, weights=Weights.RESIDENT):
+def opened(place, folder, weights=Weights.RESIDENT, statistics=None):
     model, text = place
     source = open_source(model)
     session = open_session(
@@ -47,6 +49,7 @@ def opened(place, folder, weights=Weights.RESIDENT):
         allowance=Allowance(weights=weights),
         trust_remote_code=False,
         codes=CodeCache(folder, made_from=source.digest, most_bytes=1 << 30),
+        statistics=statistics,
         observer=Logged(),
     )
     sets = {own.input_scale_set for group in session.quantized.groups for own in group.linears}
@@ -197,6 +200,46 @@ def test_rows_of_an_expert_find_the_same_token_or_none():
     moved, found = drift._paired(rows, None, drift._Partners(others, roots, None))
     assert not moved.any()
     assert found.eq(1).all()
+
+
+def test_partners_of_a_sequence_are_gone_in_the_next(place, tmp_path):
+    """An expert that is a module of its own is not called where no token is sent to it."""
+    _, session = opened(place, tmp_path / "codes")
+    group = session.quantized.groups[0]
+    name = group.input_sets[0]
+    (one, other) = (Chunk(torch.zeros(1, 3), sequence) for sequence in (0, 1))
+    watch = drift.DriftWatch(session.quantized, group, [name], {}, one)
+    rows = torch.ones(3, group.linears[0].in_features)
+    watch.sees_bf16(one)
+    watch._see(name, 0, 2 * rows, None)
+    watch.sees_polished()
+    watch._see(name, 0, rows, None)
+    watch.sees_bf16(other)
+    watch.sees_polished()
+    watch._see(name, 0, rows, None)
+    moved = watch.statistics().drifts[name]
+    assert moved.sums[:, 0, 0, 0].tolist() == [3.0, 0.0]
+    assert moved.tokens[:, 0].tolist() == [3, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", [Weights.RESIDENT, Weights.DISK])
+def test_rows_weigh_whether_or_not_the_search_had_moments(place, tmp_path, weights):
+    contents = []
+    for name in ("none", "one", "all"):
+        folder = tmp_path / name
+        store = StatisticsStore(folder / "statistics")
+        _, session = opened(place, folder / "codes", weights, store)
+        groups = session.quantized.groups[: {"none": 0, "one": 1, "all": None}[name]]
+        if groups:
+            split = session.splits["calibration"]
+            collect_moments(session.scorer, split, groups, store, lambda: None)
+        polish(session)
+        contents.append(content(folder / "codes"))
+    assert contents[0] == contents[1] == contents[2]
+    _, session = opened(place, tmp_path / "alike")
+    polish(session)
+    assert content(tmp_path / "alike") != contents[0]
 
 
 def test_the_polished_model_is_nearer_than_one_of_the_nearest_codes(place, tmp_path):

@@ -8,7 +8,6 @@ weights answer the first's. Codes are kept group by group: a killed polish goes 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 
 import torch
 
@@ -21,6 +20,7 @@ from autoquant.measure.ranks.together import together
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.statistics.chunks import Chunk, chunks_of
 from autoquant.measure.statistics.taps import InputTaps
+from autoquant.measure.statistics.weighing import row_weights
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.linears import LayerGroup
 
@@ -39,10 +39,17 @@ def polish(
         assignment: some of whose choices have the rounding `refit`.
         advance: called after each stage of the model.
     """
-    polisher = _Polisher(scorer, chunks_of(scorer, split), assignment, advance)
-    if polisher.has_work:
-        loop(scorer.trunk, [polisher])
-        polisher.finish()
+    quantized = scorer.quantized
+    refitted = [group for group in quantized.groups if assignment[group.name].rounding == REFIT]
+    missing = [own for own in refitted if not quantized.book.has(own, assignment[own.name])]
+    if not missing:
+        return
+    chunks, weights = chunks_of(scorer, split), {}
+    if quantized.statistics is not None:
+        weights = row_weights(scorer, chunks, refitted, quantized.statistics, lambda: None)
+    polisher = _Polisher(scorer, chunks, assignment, missing, weights, advance)
+    loop(scorer.trunk, [polisher])
+    polisher.finish()
 
 
 @together
@@ -71,6 +78,8 @@ class _Polisher:
         scorer: calibrated.
         chunks: of calibration sequences.
         assignment: the polished one.
+        missing: groups without codes, in the order of the forward pass.
+        weights: of rows in the BF16 model, by input set; others count alike.
         advance: called after each stage.
     """
 
@@ -79,32 +88,16 @@ class _Polisher:
         scorer: Scorer,
         chunks: Sequence[Chunk],
         assignment: Assignment,
+        missing: Sequence[LayerGroup],
+        weights: Mapping[str, RowWeights],
         advance: Callable[[], None],
     ) -> None:
         self._scorer, self._quantized = scorer, scorer.quantized
         self._assignment, self._advance = assignment, advance
-        book = self._quantized.book
-        self._missing = tuple(
-            group
-            for group in self._quantized.groups
-            if assignment[group.name].rounding == REFIT
-            and not book.has(group, assignment[group.name])
-        )
-        """Groups without codes, in the order of the forward pass."""
+        self._missing, self._weights = missing, weights
         self._chunks = chunks
         self._bf16 = [chunk.flow(scorer) for chunk in chunks]
         self._polished = [Flow(parts=own.parts) for own in self._bf16]
-
-    @property
-    def has_work(self) -> bool:
-        """Whether some group has no codes yet."""
-        return bool(self._missing)
-
-    @cached_property
-    def _weights(self) -> Mapping[str, RowWeights]:
-        """Of rows in the BF16 model, as far as its statistics know them."""
-        statistics = self._quantized.statistics
-        return (None if statistics is None else statistics.rows()) or {}
 
     @torch.no_grad()
     def visit(self, stage: int) -> None:

@@ -32,7 +32,7 @@ def clipped_by_group(
     """
     rows = []
     for group in groups:
-        sets = {linear.input_scale_set for linear in group.linears} & clipped.keys()
+        sets = {*group.input_sets} & clipped.keys()
         if sets:
             beyond, elements = (sum(clipped[name][i] for name in sets) for i in (0, 1))
             rows.append(Clipped(group=group.name, clipped=beyond, elements=elements))

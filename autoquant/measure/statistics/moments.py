@@ -7,7 +7,7 @@ sequence is held out: its products are summed apart.
 Shapes: R rows that a weight multiplies, K inputs.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -26,7 +26,15 @@ from autoquant.measure.scorer import Scorer
 from autoquant.measure.statistics.chunks import Chunk, chunks_of, states_bytes
 from autoquant.measure.statistics.sums import Sums
 from autoquant.measure.statistics.taps import InputTaps
-from autoquant.measure.statistics.weighing import ByLayer, Sizes, Weigher, layers_at, weigh_rows
+from autoquant.measure.statistics.weighing import (
+    ByLayer,
+    Sizes,
+    Weigher,
+    by_layer,
+    input_sets,
+    layers_at,
+    row_weights,
+)
 from autoquant.model.live import QuantizedModel
 from autoquant.plan.linears import LayerGroup
 
@@ -53,23 +61,22 @@ def collect_moments(
     missing = {
         layer: own
         for layer, own in by_layer(groups).items()
-        if not store.has(layer, {linear.input_scale_set for g in own for linear in g.linears})
+        if not store.has(layer, input_sets(own))
     }
     along, scorer.along = scorer.along, ()
-    weights = store.rows()
-    if not missing and weights is not None:
+    is_weighed = store.rows(input_sets(groups)) is not None
+    if not missing and is_weighed:
         return
     chunks = chunks_of(scorer, split)
-    if weights is None:
+    if not is_weighed and _goes_in_one_pass(scorer, chunks):
         try:
-            if _goes_in_one_pass(scorer, chunks):
-                _collect_backwards(scorer, chunks, along, by_layer(groups), store, advance)
-                return
-            weights = weigh_rows(scorer, chunks, by_layer(groups), advance)
-            store.write_rows(weights, None)
+            _collect_backwards(scorer, chunks, along, by_layer(groups), store, advance)
+            return
         except NoGradient as error:
-            weights = {}
-            store.write_rows(weights, str(error))
+            missing = by_layer(groups)
+            store.remove(missing)  # of blocks that gradients have reached, whose rows were weighed
+            store.count_alike(str(error))
+    weights = row_weights(scorer, chunks, groups, store, advance)
     collector = _Collector(scorer, chunks, missing, weights.get, store, advance)
     loop(scorer.trunk, [collector])
     collector.finish()
@@ -170,14 +177,6 @@ def roots_of(
     return torch.cat(found)[:, None].to(rows.device).sqrt()
 
 
-def by_layer(groups: Iterable[LayerGroup]) -> dict[int | None, list[LayerGroup]]:
-    """Groups of each block, and of none."""
-    found: dict[int | None, list[LayerGroup]] = {}
-    for group in groups:
-        found.setdefault(group.layer, []).append(group)
-    return found
-
-
 def _collect_backwards(
     scorer: Scorer,
     chunks: Sequence[Chunk],
@@ -207,7 +206,7 @@ def _collect_backwards(
         advance()
     collector.finish()
     loop(scorer.trunk, [_Backwards(weigher, collector)], backwards=True)
-    store.write_rows(sizes.weights(), None)
+    store.write_rows(sizes.weights(), input_sets(own for of in groups.values() for own in of))
 
 
 class _Backwards:

@@ -10,16 +10,17 @@ the mean, at its keys 21 times, and without weights it is one row among many.
 Shapes: R rows, N outputs.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from autoquant.codes.row_weights import RowWeights, Squares
+from autoquant.codes.statistics import StatisticsStore
 from autoquant.forward.backward import Backward
 from autoquant.forward.flow import Flow, loop, walk
-from autoquant.measure.gradient import backward_passes, random_pull
+from autoquant.measure.gradient import NoGradient, backward_passes, random_pull
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.statistics.chunks import Chunk, states_bytes
 from autoquant.measure.statistics.output_taps import OutputTaps
@@ -29,6 +30,37 @@ SEED = 0
 """Of the random vectors."""
 
 ByLayer = Mapping[int | None, Sequence[LayerGroup]]
+
+
+def row_weights(
+    scorer: Scorer,
+    chunks: Sequence[Chunk],
+    groups: Collection[LayerGroup],
+    store: StatisticsStore,
+    advance: Callable[[], None],
+) -> dict[str, RowWeights]:
+    """Weights of the rows that groups multiply, by input set: those kept, else found and kept.
+
+    Those of a set that is left out count alike: no gradient reaches it, or none reaches any.
+
+    Args:
+        scorer: all groups in BF16.
+        chunks: all sequences.
+        groups: whose inputs are weighed.
+        store: where the weights are.
+        advance: called after each chunk that is weighed.
+    """
+    sets = input_sets(groups)
+    found = store.rows(sets)
+    if found is not None:
+        return found
+    try:
+        found = weigh_rows(scorer, chunks, by_layer(groups), advance)
+    except NoGradient as error:
+        store.count_alike(str(error))
+        return {}
+    store.write_rows(found, sets)
+    return found
 
 
 def weigh_rows(
@@ -146,6 +178,19 @@ class Weigher:
         squares = gradient.float().square().sum(dim=1).cpu()
         for number, own in enumerate(squares.split(sizes), self._chunk.first):
             self._sizes.add(name, number, matrix, own)
+
+
+def by_layer(groups: Iterable[LayerGroup]) -> dict[int | None, list[LayerGroup]]:
+    """Groups of each block, and of none."""
+    found: dict[int | None, list[LayerGroup]] = {}
+    for group in groups:
+        found.setdefault(group.layer, []).append(group)
+    return found
+
+
+def input_sets(groups: Iterable[LayerGroup]) -> set[str]:
+    """What groups multiply."""
+    return {name for group in groups for name in group.input_sets}
 
 
 def layers_at(

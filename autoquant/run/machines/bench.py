@@ -27,8 +27,8 @@ from autoquant.measure.gradient import random_pull
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.sketch import LogitSketch
 from autoquant.measure.statistics.chunks import Chunk
-from autoquant.measure.statistics.moments import by_layer, collect_of_block
-from autoquant.measure.statistics.weighing import Sizes, Weigher
+from autoquant.measure.statistics.moments import collect_of_block
+from autoquant.measure.statistics.weighing import Sizes, Weigher, by_layer
 from autoquant.model.inputs import InputScale, fill_unseen
 from autoquant.model.live import QuantizedModel
 from autoquant.model.loading import LoadedModel, choose_device, load_model
