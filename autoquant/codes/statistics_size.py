@@ -77,7 +77,8 @@ def require_disk(folder: Path, groups: Collection[LayerGroup]) -> None:
         raise SourceError(
             f"codes that are fitted to inputs need {gigabytes(missing)} of statistics in {folder}, "
             f"and its disk has {gigabytes(free)} left.",
-            fix="--effort fast needs none of them; or free space, or give --out on another disk.",
+            fix="--effort fast needs none of them, unless the space names such codes; or free "
+            "space, or give --out on another disk.",
         )
 
 

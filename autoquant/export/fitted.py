@@ -23,7 +23,7 @@ from autoquant.formats.rounded import harm
 from autoquant.plan.assignment import Assignment
 from autoquant.plan.grouping import Groups
 from autoquant.store.run_directory import CODES as CODES_FOLDER
-from autoquant.store.run_directory import STATISTICS
+from autoquant.store.run_directory import STATISTICS, home_of
 
 FITTED, POLISH = "fitted", "polish"
 """Keys of what a checkpoint says of itself: linears by choice, and what names refitted codes."""
@@ -84,8 +84,9 @@ class FittedCheck:
 
     def __init__(self, run: Path, said: Mapping[str, Any], groups: Groups, made_from: str) -> None:
         self.choices = read_fitted(said.get(FITTED))
-        self._statistics = StatisticsStore(run / STATISTICS)
-        self._cache = CodeCache(run / CODES_FOLDER, made_from=made_from, most_bytes=0)
+        home = home_of(run)
+        self._statistics = StatisticsStore(home / STATISTICS)
+        self._cache = CodeCache(home / CODES_FOLDER, made_from=made_from, most_bytes=0)
         self._polish = said.get(POLISH)
         self._linears = {own.name: (group, own) for group in groups for own in group.linears}
         self._judged = self._kept = 0

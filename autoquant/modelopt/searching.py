@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from autoquant.codes.statistics import StatisticsStore
 from autoquant.environment import modelopt
 from autoquant.errors import ConfigError, RunConflict
 from autoquant.formats import BF16
@@ -24,7 +23,7 @@ from autoquant.plan.assignment import Assignment
 from autoquant.plan.plan import Plan
 from autoquant.progress import Unit
 from autoquant.run.config import SearchConfig
-from autoquant.run.measuring import book_of_run, code_cache
+from autoquant.run.measuring import book_of_run, code_cache, statistics_store
 from autoquant.run.opening import limits_of
 from autoquant.run.shared import Shared
 from autoquant.run.signature import search_signature
@@ -32,7 +31,7 @@ from autoquant.run.stages import Search
 from autoquant.search.problem import require_feasible
 from autoquant.search.trials import Trial
 from autoquant.source.source import Source, open_source
-from autoquant.store.run_directory import ASSIGNMENT, CALIBRATION, STATISTICS, RunDirectory
+from autoquant.store.run_directory import ASSIGNMENT, CALIBRATION, RunDirectory
 
 METHODS = {"gradient": "screened", "kl_div": "exact"}
 """How the sensitivities are found that stand for ModelOpt's two methods."""
@@ -154,7 +153,7 @@ def auto_quantize(
                 [g for g in plan.groups if plan.options.choices[g.name] != (BF16,)],
                 mode=config.mode,
                 codes=code_cache(source, directory.path),
-                statistics=StatisticsStore(directory.path / STATISTICS),
+                statistics=statistics_store(directory.path),
                 observer=watcher,
             )
             result = Search(

@@ -16,6 +16,7 @@ from autoquant.formats import (
     PLAIN_RULES,
     REFIT,
     Choice,
+    Format,
     ScaleRule,
     all_formats,
     choices_of,
@@ -29,7 +30,16 @@ def format_texts() -> tuple[str, ...]:
     """Everything that a rule's `formats` may hold: formats, and each of their choices."""
     choices = (choice for format in all_formats() for choice in choices_of(format))
     open_to_all = (str(choice) for choice in choices if choice.rounding != REFIT)
-    return tuple(dict.fromkeys((*map(str, all_formats()), *open_to_all)))
+    nearest = (f"{format}/{NEAREST}" for format in all_formats() if format.roundings[1:])
+    return tuple(dict.fromkeys((*map(str, all_formats()), *open_to_all, *nearest)))
+
+
+def _spelling(format: Format) -> str:
+    """What a rule may say of a format, in brackets what it may leave out."""
+    rules = [rule for rule in format.scale_rules if rule is not None]
+    roundings = [way for way in format.roundings if way != REFIT]
+    axes = rules, roundings if roundings[1:] else [], format.inputs[1:]
+    return "".join((str(format), *(f"[/{'|'.join(map(str, axis))}]" for axis in axes if axis)))
 
 
 def _known_pattern(pattern: str) -> str:
@@ -49,9 +59,13 @@ def _known_format(text: str) -> str:
     try:
         choice = Choice.parse(text)
     except ConfigError:
-        choice = None
-    if choice is None or choice.rounding == REFIT:
-        raise ValueError(f"not a format; formats are {', '.join(format_texts())}")
+        spellings = ", ".join(map(_spelling, all_formats()))
+        raise ValueError(f"not a format; formats are {spellings}") from None
+    if choice.rounding == REFIT:
+        raise ValueError(
+            "refitted codes belong to one assignment: --effort max makes them for its winner, and "
+            "no space opens them"
+        )
     return text
 
 
@@ -220,11 +234,21 @@ def _explain(origin: str, error: ValidationError) -> ConfigError:
     else:
         rule = first["msg"].removeprefix("Value error, ")
         what = f"is {first['input']!r}: {rule[0].lower()}{rule[1:]}"
-        fix = (
-            _did_you_mean(str(first["input"]), (*format_texts(), *ROLES, *ScaleRule, NEAREST, GPTQ))
-            or "correct it."
-        )
+        setting = next((part for part in reversed(location) if isinstance(part, str)), "")
+        given = str(first["input"]).replace(REFIT, GPTQ)
+        fix = _did_you_mean(given, _values().get(setting, ())) or "correct it."
     return ConfigError(f"{origin}: {place.lstrip('.')} {what}.", fix=fix)
+
+
+def _values() -> dict[str, tuple[str, ...]]:
+    """What settings may hold, of those that hold one of a few words."""
+    rules = tuple(map(str, ScaleRule))
+    return {
+        "match": ROLES,
+        "formats": format_texts(),
+        "scale_rules": rules,
+        "roundings": (NEAREST, GPTQ),
+    }
 
 
 def _did_you_mean(given: str, known: Any) -> str | None:

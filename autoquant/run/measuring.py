@@ -15,6 +15,7 @@ from autoquant.measure.compare import Ahead
 from autoquant.measure.racing.local import LocalEvaluator, fitting
 from autoquant.measure.ranks.ranks import ALONE, Ranks
 from autoquant.measure.session import Session, open_session
+from autoquant.measure.statistics.chunks import why_unfitted
 from autoquant.measure.statistics.moments import keep_moments, steps_of
 from autoquant.measure.statistics.observed import use_scales
 from autoquant.plan.activation_mode import ActivationMode
@@ -23,7 +24,7 @@ from autoquant.plan.plan import Plan
 from autoquant.progress import Progress
 from autoquant.run.config.parts import LoadedConfig
 from autoquant.source.source import Source
-from autoquant.store.run_directory import CODES, RESULT, STATISTICS, read_json
+from autoquant.store.run_directory import CODES, RESULT, STATISTICS, home_of, read_json
 
 
 def open_measuring(
@@ -77,7 +78,13 @@ def open_measuring(
 
 def code_cache(source: Source, run: Path) -> CodeCache:
     """Where a run directory keeps codes."""
-    return CodeCache(run / CODES, made_from=source.digest, most_bytes=MOST_CODES_BYTES)
+    folder = home_of(run) / CODES
+    return CodeCache(folder, made_from=source.digest, most_bytes=MOST_CODES_BYTES)
+
+
+def statistics_store(run: Path) -> StatisticsStore:
+    """Where a run directory keeps statistics."""
+    return StatisticsStore(home_of(run) / STATISTICS)
 
 
 def book_of_run(source: Source, run: Path) -> CodeBook:
@@ -86,7 +93,7 @@ def book_of_run(source: Source, run: Path) -> CodeBook:
         FileWeights(source.headers),
         memory_bytes=0,
         cache=code_cache(source, run),
-        statistics=StatisticsStore(run / STATISTICS),
+        statistics=statistics_store(run),
     )
     polish = (read_json(run, RESULT) or {}).get("polish")
     if polish:
@@ -134,6 +141,8 @@ def collect_statistics(
         assert session.statistics is not None
         require_disk(session.statistics.folder, groups)
         split = session.splits["calibration"]
+        if (why := why_unfitted(split)) is not None:
+            observer.warn(f"no codes are fitted to inputs: {why}; more --calibration-tokens help.")
         observer.stage("statistics", steps_of(session.scorer, split))
         keep_moments(session.scorer, split, groups, advance=observer.step)
         if (why := session.statistics.why_alike()) is not None:

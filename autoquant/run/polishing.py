@@ -5,9 +5,11 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from autoquant.formats import REFIT, Choice
+from autoquant.errors import ConfigError
+from autoquant.formats import BF16, REFIT, Choice
 from autoquant.measure.calibration import Calibration
 from autoquant.measure.kl import TokenScores
 from autoquant.measure.polish.visitor import use_polish
@@ -16,6 +18,7 @@ from autoquant.plan.assignment import Assignment
 from autoquant.progress import Progress
 from autoquant.run.confirmation import Confirmed
 from autoquant.search.confirm import Difference, paired_difference
+from autoquant.store.run_directory import ASSIGNMENT, RESULT, read_json
 
 VERSION = 4
 """Raised when a polish would make other codes from the same assignment and tokens."""
@@ -131,6 +134,45 @@ def _refitted(choice: Choice) -> Choice:
 def is_polished(assignment: Assignment) -> bool:
     """Whether some group has refitted codes."""
     return any(choice.rounding == REFIT for _, choice in assignment)
+
+
+def require_polish(assignment: Assignment, run: Path | None) -> None:
+    """Return if an assignment has no refitted codes, or those of the winner of a run.
+
+    Args:
+        assignment: to be measured or exported.
+        run: whose codes are used; None where it is measured without a run.
+
+    Raises:
+        ConfigError: no polish has made its codes.
+        SourceError: a file of the run is damaged.
+    """
+    if not is_polished(assignment):
+        return
+    group, choice = next((g, c) for g, c in assignment if c.rounding == REFIT)
+    belong = (
+        f"the assignment names refitted codes ({group}: {choice}), which belong to the polished "
+        "winner of a search"
+    )
+    if run is None:
+        raise ConfigError(
+            f"{belong}.",
+            fix="name the checkpoint of that search instead, or its run directory in `evaluate` "
+            "and with `export --calibrated`; or write gptq for refit.",
+        )
+    if (read_json(run, RESULT) or {}).get("polish") is None:
+        raise ConfigError(
+            f"{belong}, and {run} has none.",
+            fix="search with --effort max, or write gptq for refit.",
+        )
+    theirs = dict(polished_assignment(Assignment.read(run / ASSIGNMENT)))
+    for name in dict(assignment).keys() | theirs.keys():
+        own, other = (dict(each).get(name, BF16) for each in (assignment, theirs))
+        if own != other:
+            raise ConfigError(
+                f"{belong}, and that of {run} is another: {name} is {other} there, and {own} here.",
+                fix=f"take {run / ASSIGNMENT} as it is, or write gptq for refit.",
+            )
 
 
 def polish_key(session: Session, assignment: Assignment, calibration: Calibration) -> str:

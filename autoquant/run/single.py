@@ -24,6 +24,7 @@ from autoquant.run.independent import check_export, make_evidence
 from autoquant.run.measuring import book_of_run, open_measuring
 from autoquant.run.observer import Observer
 from autoquant.run.opening import open_model
+from autoquant.run.polishing import require_polish
 from autoquant.run.subjects.assignments import (
     Opened,
     calibrate_for,
@@ -71,8 +72,9 @@ def export_single(config: ExportConfig, observer: Observer) -> ExportResult | No
 
     Raises:
         SourceError: model, text or `calibrated` missing, damaged or not understood.
-        ConfigError: the assignment names a group or format that the model does not allow, the model
-            has no such cache, or a file cannot be written.
+        ConfigError: the assignment names a group or format that the model does not allow, or
+            refitted codes that are not there, the model has no such cache, or a file cannot be
+            written.
         RunConflict: `out` holds something.
     """
     source = open_model(config, weights=config.out is not None)
@@ -93,6 +95,7 @@ def _export(
 ) -> ExportResult:
     require_free(target, source=source.path)
     groups = groups_of_assignment(source, assignment)
+    require_polish(assignment, None if config.calibrated is None else config.calibrated.parent)
     quantized = [g for g in groups if assignment[g.name] != BF16]
     attention = cached_attention(config.kv_cache, groups)
     refused = refused_by(source.config, groups, assignment.quantized)

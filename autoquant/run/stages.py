@@ -41,9 +41,11 @@ from autoquant.store.run_directory import (
     ASSIGNMENT,
     CALIBRATION,
     CHECKPOINT,
+    HOME,
     REPORT,
     RESULT,
     TOKENS,
+    home_of,
 )
 from autoquant.study.explore import Explored
 
@@ -79,6 +81,9 @@ class Search(Probing):
                 self._report()
             return result
         self.shared.adopt_probes(self.run)
+        home = home_of(self.shared.home(self.run.path))
+        if home != self.run.path:
+            self.run.write_json(HOME, {"run": home.name})
         session = self._open()
         calibration = self._calibrate(session)
         sensitivity = self._probe(session)
@@ -270,7 +275,7 @@ class Search(Probing):
 
     def _book_of(self, assignment: Assignment, result: dict[str, Any]) -> CodeBook:
         """Where the codes of an assignment are; the model is loaded only if they must be made."""
-        book = book_of_run(self.plan.source, self.shared.home(self.run.path))
+        book = book_of_run(self.plan.source, self.run.path)
         if all(book.has(group, assignment[group.name]) for group in self.plan.groups):
             return book
         session = self._open()

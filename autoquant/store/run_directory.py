@@ -37,6 +37,9 @@ CODES = "codes"
 """Codes that cost more to make than to read."""
 STATISTICS = "statistics"
 """Second moments of inputs, which such codes are made from."""
+HOME = "home.json"
+"""Names the run directory beside this one that has both for it: searches of several budgets share
+them."""
 STUDY = "study.log"
 """The journal of the Optuna study whose trials are the search's."""
 TRIALS = "trials.jsonl"
@@ -60,7 +63,7 @@ WORK = "work.jsonl"
 IDENTITY = "run.json"
 _LINES = ".jsonl"
 _LOCK = ".lock"
-_PRELIMINARY = frozenset({IDENTITY, _LOCK, CONFIG, GROUPS, SPLITS, SECONDS, WORK, TRACKING})
+_PRELIMINARY = frozenset({IDENTITY, _LOCK, CONFIG, GROUPS, HOME, SPLITS, SECONDS, WORK, TRACKING})
 """What a search writes before it measures anything."""
 
 _SEALED = "sealed"
@@ -237,6 +240,27 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     origin = str(folder / name)
     must_be_sealed = name != IDENTITY and is_sealed(folder)
     return unsealed(parse_object(content, origin), origin, is_sealed=must_be_sealed)
+
+
+def home_of(run: Path) -> Path:
+    """The folder with the codes and statistics of a run directory: itself, or another beside it
+    that is of the same model and calibration tokens.
+
+    Raises:
+        SourceError: a file that says so is damaged.
+    """
+    said = read_json(run, HOME) if (run / IDENTITY).is_file() else None
+    if said is None or not isinstance(said.get("run"), str):
+        return run
+    found = run.absolute().parent / Path(said["run"]).name
+    return found if _rest_on(found) == _rest_on(run) else run
+
+
+def _rest_on(run: Path) -> tuple[Any, ...]:
+    """What the codes and statistics of a run directory rest on."""
+    signature = (read_identity(run) or {}).get("signature", {})
+    splits = read_json(run, SPLITS) or {}
+    return signature.get("model"), signature.get("numerics"), splits.get("calibration")
 
 
 def read_seconds(folder: Path) -> dict[str, float]:

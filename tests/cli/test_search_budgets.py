@@ -1,15 +1,17 @@
 """`autoquant search` under several budgets: one set of probes, and each run as if it were alone."""
 
 import json
+import re
 import shutil
 
 import pytest
 from click.testing import CliRunner
-from records import trials_of
+from records import forget_checksums, trials_of
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 import autoquant as package
 from autoquant.cli import cli
+from autoquant.store.run_directory import home_of
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +87,29 @@ def test_a_later_budget_rests_on_the_first_ones_statistics_also_after_a_kill(
     search("10,8.5", many)
     assert kept == {name: (many / "8.5bpe" / name).exists() for name in kept}
     assert outcome(many / "8.5bpe") == before
+
+
+def test_the_codes_of_a_later_budget_are_found_with_the_first_one(
+    autoquant, folder, search, searched, tmp_path
+):
+    many = shutil.copytree(searched[0], tmp_path / "many")
+    first, second = many / "10bpe", many / "8.5bpe"
+    assert home_of(second) == first
+    search("10,8.5", many, "--export")
+    verify = ("verify", second / "checkpoint", "--source", folder / "model")
+    said = " ".join(autoquant(*verify).stdout.split())
+    assert re.search(r" [1-9]\d* of them were held against .* and [1-9]\d* against the codes", said)
+    asked = ("--assignment", second / "assignment.yaml", "--out", tmp_path / "out")
+    done = autoquant(
+        *("export", folder / "model", "--calibrated", second / "calibration.json", *asked)
+    )
+    assert done.exit_code == 0, done.stderr
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (second / "checkpoint" / name).read_bytes()
+    splits = json.loads((first / "splits.json").read_text()) | {"calibration": "of other tokens"}
+    (first / "splits.json").write_text(json.dumps(splits))
+    forget_checksums(first)
+    assert home_of(second) == second
 
 
 def test_all_budgets_are_recorded_where_single_searches_are(autoquant, folder, tmp_path):

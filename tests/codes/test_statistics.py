@@ -11,12 +11,12 @@ from autoquant.codes import statistics_size
 from autoquant.codes.book import CodeBook
 from autoquant.codes.statistics import StatisticsStore
 from autoquant.codes.weights import FileWeights
-from autoquant.data.tokens import TokenPlan
+from autoquant.data.tokens import Split, TokenPlan
 from autoquant.errors import SourceError
 from autoquant.formats import CODES, Choice
 from autoquant.measure.session import open_session
 from autoquant.measure.statistics import moments, sums
-from autoquant.measure.statistics.chunks import Chunk, is_held_out
+from autoquant.measure.statistics.chunks import Chunk, is_held_out, why_unfitted
 from autoquant.measure.statistics.moments import collect_moments
 from autoquant.measure.statistics.taps import InputSetShape
 from autoquant.model.binding import DenseSlot
@@ -349,6 +349,15 @@ def test_a_disk_without_room_for_them_is_named(place, tmp_path, monkeypatch):
     (folder / "0.safetensors").write_bytes(bytes(100))
     left(needed - 100)
     statistics_size.require_disk(folder, groups)
+
+
+def test_text_that_codes_cannot_be_fitted_to_is_named():
+    def why(*batches):
+        return why_unfitted(Split.unrelated("calibration", [torch.zeros(b) for b in batches], ""))
+
+    assert "one sequence" in why((1, 512))
+    assert why((1, 32), (1, 31)) == "calibration has 63 tokens, fewer than 64"
+    assert why((1, 32), (1, 32)) is why((2, 32)) is None
 
 
 def test_every_fourth_sequence_is_held_out():

@@ -66,6 +66,15 @@ def test_the_model_is_the_one_that_was_scored(run):
     assert scorer.score(bf16, split).mean == 0.0
 
 
+def test_refitted_codes_need_a_run_whose_polish_made_them(run, evaluate, choices, tmp_path):
+    group = next(iter(read_json(run, "groups.json")["groups"]))["name"]
+    file = tmp_path / "refit.yaml"
+    file.write_text(f"{{schema_version: 1, groups: {{{group}: fp8/refit}}}}")
+    said = evaluate(run, "--tasks", choices, "--assignment", file, code=2)
+    assert f"names refitted codes ({group}: fp8/refit)" in said
+    assert not said.startswith("load")
+
+
 def test_scores_are_kept_in_the_run_its_report_and_mlflow(run, evaluate, choices):
     from mlflow.tracking import MlflowClient
 

@@ -134,9 +134,13 @@ def test_refitted_codes_are_exported_from_their_run_and_nowhere_else(searched, f
     call(*export, "--calibrated", run / "calibration.json")
     name = "model.safetensors"
     assert file_digests([tmp_path / "out" / name])[name] == said_of(run)["sha256"][name]
-    if won:
-        score = ("score", model, "--assignment", run / "assignment.yaml", *tokens)
-        assert "refitted codes of" in call(*score, code=4).stderr
+    if not won:
+        return
+    asked = ("--assignment", run / "assignment.yaml", *tokens)
+    for command in (("score", model), ("export", model, "--out", tmp_path / "other")):
+        done = call(*command, *asked, code=2)
+        assert "names refitted codes" in done.stderr
+        assert not done.stderr.startswith("load")
 
 
 def test_no_search_space_opens_refitted_codes(place, tmp_path):

@@ -1,16 +1,24 @@
 """Which of a winner and its polish is exported, and which assignments have one."""
 
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 
+from autoquant.errors import ConfigError
 from autoquant.formats import Choice
 from autoquant.plan.assignment import Assignment
 from autoquant.run import polishing
 from autoquant.run.config import SearchConfig
-from autoquant.run.polishing import Winner, polished_assignment, polished_winner
+from autoquant.run.polishing import (
+    Winner,
+    polished_assignment,
+    polished_winner,
+    require_polish,
+)
 from autoquant.search.confirm import Difference
+from autoquant.store.run_directory import ASSIGNMENT, RESULT, write_json
 
 
 def assignment(*choices):
@@ -81,6 +89,32 @@ def test_nothing_to_polish_and_a_polish_that_overflows_leave_the_winner(polished
     assert found.polish is None
     assert found.scores.mean == 1.0
     assert "overflows" in warnings[0]
+
+
+def require(assignment, run, **result):
+    """With what the result of a run says, whose winner this is."""
+    if run is not None:
+        run.mkdir(exist_ok=True)
+        write_json(run, RESULT, {"polish": None} | result)
+        winner = {"schema_version": 1, "groups": {"0": "fp8/gptq", "1": "nvfp4/mse", "2": "bf16"}}
+        (run / ASSIGNMENT).write_text(json.dumps(winner))
+    require_polish(assignment, run)
+
+
+def test_refitted_codes_are_those_of_the_winner_that_they_were_made_for(tmp_path):
+    run, polish = tmp_path / "run", {"key": "key"}
+    own = assignment("fp8/refit", "nvfp4/mse/refit")
+    require(own, run, polish=polish)
+    for anything in (None, run):
+        require(assignment("fp8/gptq", "bf16"), anything)
+    for missing in (None, run):
+        with pytest.raises(ConfigError, match="0: fp8/refit") as refused:
+            require(own, missing)
+        assert "gptq for refit" in refused.value.fix
+    for other in (("fp8/refit", "fp8/refit"), ("fp8/refit",), ("fp8/gptq", "nvfp4/mse/refit")):
+        with pytest.raises(ConfigError, match=r"is another: \d is") as refused:
+            require(assignment(*other), run, polish=polish)
+        assert str(run / ASSIGNMENT) in refused.value.fix
 
 
 def test_effort_max_alone_polishes():

@@ -97,7 +97,10 @@ def _print(
         )
     fields["probes"] = f"{plan.probes:,} (one group in one choice each)"
     if taken := _statistics(plan):
-        fields["on disk"] = f"{_size(taken)} of statistics for fitted codes; --effort fast has none"
+        fields["on disk"] = (
+            f"{_size(taken)} of statistics for fitted codes; --effort fast has none but for those "
+            "that the space names"
+        )
     if forecast is not None:
         fields["in memory"] = forecast.in_words()
         if passes := forecast.passes_in_words():

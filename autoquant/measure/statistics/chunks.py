@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from autoquant.data.tokens import Split
+from autoquant.formats.moments import FEWEST_TOKENS
 from autoquant.forward.flow import Flow, entered
 from autoquant.measure.scorer import Scorer
 from autoquant.model.binding import DenseSlot
@@ -95,6 +96,15 @@ def _most(scorer: Scorer, length: int) -> int:
 def states_bytes(scorer: Scorer, chunks: Sequence[Chunk]) -> int:
     """Of the states of chunks between two blocks."""
     return scorer.trunk.state_bytes(sum(own.tokens.numel() for own in chunks))
+
+
+def why_unfitted(split: Split) -> str | None:
+    """Why codes cannot be fitted to any input of the calibration tokens; None if they can."""
+    if not any(map(is_held_out, range(split.sequences))):
+        return "calibration has one sequence, and another has to be held out"
+    if split.tokens < FEWEST_TOKENS:
+        return f"calibration has {split.tokens} tokens, fewer than {FEWEST_TOKENS}"
+    return None
 
 
 def is_held_out(sequence: int) -> bool:

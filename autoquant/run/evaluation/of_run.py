@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoquant.codes.statistics import StatisticsStore
 from autoquant.errors import ConfigError
 from autoquant.evaluate.evaluated import BASELINE, WINNER, Candidate
 from autoquant.formats import Choice
@@ -11,14 +10,14 @@ from autoquant.forward.flow import BF16_MODEL
 from autoquant.plan.assignment import Assignment, require_legal
 from autoquant.report.record import RunRecord
 from autoquant.run.config import EvaluateConfig
-from autoquant.run.measuring import code_cache
+from autoquant.run.measuring import code_cache, statistics_store
 from autoquant.run.observer import Observer
 from autoquant.run.opening import open_model
-from autoquant.run.polishing import is_polished, make_polish
+from autoquant.run.polishing import is_polished, make_polish, require_polish
 from autoquant.run.subjects.assignments import collect_for
 from autoquant.run.subjects.finished import Reopened, config_of, placing, reopen, require_finished
 from autoquant.search.trials import Stage
-from autoquant.store.run_directory import ASSIGNMENT, STATISTICS
+from autoquant.store.run_directory import ASSIGNMENT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,20 +36,22 @@ def open_run(run: RunRecord, config: EvaluateConfig, observer: Observer) -> Open
         observer: told of progress.
 
     Raises:
-        ConfigError: the run is not finished, or has no such assignment.
+        ConfigError: the run is not finished, or has no such assignment, or not its refitted codes.
         SourceError: model or text missing or damaged.
         RunConflict: model or text are no longer those of the run.
     """
     result = require_finished(run)
     names = config.assignment or (BASELINE, WINNER)
     chosen = {name: _assignment(run, name) for name in names}
+    for assignment in chosen.values():
+        require_polish(assignment, run.path)
     settings = config_of(run, **placing(config))
     reopened = reopen(
         run,
         settings,
         observer,
         codes=code_cache(open_model(settings), run.path),
-        statistics=StatisticsStore(run.path / STATISTICS),
+        statistics=statistics_store(run.path),
     )
     session = reopened.session
     for assignment in chosen.values():

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from autoquant.codes.statistics import StatisticsStore
 from autoquant.codes.statistics_size import groups_with_moments
 from autoquant.environment import measuring_on
 from autoquant.errors import RunConflict, SourceError
@@ -33,6 +32,7 @@ from autoquant.run.measuring import (
     code_cache,
     collect_statistics,
     open_measuring,
+    statistics_store,
     use_calibration,
 )
 from autoquant.run.observer import Observer
@@ -46,7 +46,6 @@ from autoquant.store.run_directory import (
     SECONDS,
     SENSITIVITY,
     SPLITS,
-    STATISTICS,
     WORK,
     RunDirectory,
     read_identity,
@@ -254,7 +253,7 @@ def open_to_probe(
         observer,
         mode=config.mode,
         codes=code_cache(plan.source, folder),
-        statistics=StatisticsStore(folder / STATISTICS),
+        statistics=statistics_store(folder),
         ranks=ranks,
         work=work_bytes(config, plan.source, groups),
     )

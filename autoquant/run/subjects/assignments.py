@@ -25,6 +25,7 @@ from autoquant.run.measuring import (
     use_calibration,
 )
 from autoquant.run.observer import Observer
+from autoquant.run.polishing import require_polish
 from autoquant.run.text import with_text
 from autoquant.source.source import Source
 
@@ -85,11 +86,13 @@ def open_assignments(
 
     Raises:
         SourceError: model or text missing or damaged.
-        ConfigError: an assignment names a group or format that the model does not allow.
+        ConfigError: an assignment names a group or format that the model does not allow, or
+            refitted codes.
     """
     groups = find_groups(source)
     for assignment in assignments:
         groups = groups_of_assignment(source, assignment)
+        require_polish(assignment, None)
     quantized = [g for g in groups if any(own[g.name] != BF16 for own in assignments)]
     attention = cached_attention(config.kv_cache, groups)
     config = with_text(config, observer)
