@@ -17,7 +17,7 @@ from autoquant.codes.tensor_files import SUFFIX, TensorFile, read_tensors, write
 from autoquant.formats import Choice
 from autoquant.formats.packed import Packed
 
-VERSION = 2
+VERSION = 3
 """Raised when codes would be made otherwise from the same weights and statistics."""
 
 MOST_CODES_BYTES = 1 << 38

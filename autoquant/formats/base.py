@@ -91,15 +91,15 @@ class Coder(ABC):
         raise TypeError(f"{type(self).__name__} has no scales that weigh by inputs")
 
     @abstractmethod
-    def compensate(self, block: "Tensor", upper: "Tensor") -> "tuple[Parts, Tensor]":
-        """Round 16 columns, a column at a time, each error carried into the columns behind it.
+    def compensate(self, columns: "Tensor", upper: "Tensor") -> "tuple[Parts, Tensor]":
+        """Round C columns one after the other, each error carried into all columns behind it.
 
         Args:
-            block: what is left of the weights, float32 [M, N, 16].
-            upper: of the block, float32 [M, 16, 16]; see `compensated.Factor`.
+            columns: what is left of the weights, float32 [M, N, C], C a multiple of 16.
+            upper: of these columns, float32 [M, C, C]; see `compensated.Factor`.
 
         Returns:
-            Codes, and errors over the diagonal of `upper`, float32 [M, N, 16].
+            Codes, and errors over the diagonal of `upper`, float32 [M, N, C].
         """
 
     @abstractmethod

@@ -22,7 +22,7 @@ from autoquant.formats.moments import BLOCK
 from autoquant.formats.rounded import Rounded
 
 LAZY = 128
-"""Columns whose errors reach the rest of the matrix in one product."""
+"""Columns that a kernel rounds together; their errors reach the rest in one product."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +95,7 @@ def _factor(moments: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = damped.diagonal(dim1=1, dim2=2)
     diagonal += (damping.double() * diagonal.mean(dim=1))[:, None]
     lower, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
-    identity = torch.eye(damped.shape[-1]).to(damped)
+    identity = torch.eye(damped.shape[-1], dtype=damped.dtype, device=damped.device)
     has_factor = failed == 0
     lower = torch.where(has_factor[:, None, None], lower, identity)
     inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
@@ -103,19 +103,13 @@ def _factor(moments: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sweep(rest: Tensor, coder: Coder, upper: Tensor) -> Rounded:
-    """Round float32 [M, N, K] block by block; `rest` is overwritten."""
+    """Round the columns of float32 [M, N, K] from the first to the last; `rest` is overwritten."""
     codes = []
-    matrices, _, inputs = rest.shape
-    tiled = upper.view(matrices, inputs // BLOCK, BLOCK, inputs // BLOCK, BLOCK)
-    inner = tiled.diagonal(dim1=1, dim2=3).movedim(-1, 0).contiguous()
+    inputs = rest.shape[2]
     for first in range(0, inputs, LAZY):
         last = min(first + LAZY, inputs)
-        errors = []
-        for start in range(first, last, BLOCK):
-            own = slice(start, start + BLOCK)
-            parts, error = coder.compensate(rest[..., own].contiguous(), inner[start // BLOCK])
-            rest[..., own.stop : last] -= error @ upper[:, own, own.stop : last]
-            codes.append(Rounded(parts))
-            errors.append(error)
-        rest[..., last:] -= torch.cat(errors, dim=2) @ upper[:, first:last, last:]
+        parts, errors = coder.compensate(rest[..., first:last], upper[:, first:last, first:last])
+        codes.append(Rounded(parts))
+        if last < inputs:
+            rest[..., last:] -= errors @ upper[:, first:last, last:]
     return Rounded.of_columns(codes)

@@ -127,41 +127,45 @@ class _Task:
             found, after = self._weighted(ALL), held_out(self._weighted(FITTED))
             has_factor = torch.ones_like(usable)
         else:
-            damping, after = self._best_damping(held_out, self._aim(FITTED, refit))
-            factor = self._factor(damping, ALL)
+            dampings, after = self._best_damping(held_out, self._aim(FITTED, refit))
+            factor = self._factor(dampings, ALL)
             found = compensated(self._aim(ALL, refit), self.coder, factor)
             has_factor = factor.has_factor
         gains = after <= held_out(plain)
         gains &= every(found) <= every(plain)
         gains &= (usable & has_factor)[:, None]
-        of_rows = gains.repeat_interleave(torch.tensor(self.rows, device=gains.device), dim=1)
+        of_rows = torch.cat(
+            [own[:, None].expand(-1, n) for own, n in zip(gains.unbind(1), self.rows, strict=True)],
+            dim=1,
+        )
         reasons = [
             [None if gain else reason or (_DOES_HARM if factor else _NO_FACTOR) for gain in own]
             for own, reason, factor in zip(gains.tolist(), why, has_factor.tolist(), strict=True)
         ]
         return found.where(of_rows, plain), reasons
 
-    def _best_damping(self, held_out: _Judge, aim: Tensor) -> tuple[Tensor, Tensor]:
-        """The damping [M] of least harm to held-out inputs, and that harm [M, L].
+    def _best_damping(self, held_out: _Judge, aim: Tensor) -> tuple[list[float], Tensor]:
+        """The damping of least harm to held-out inputs of each matrix, and that harm [M, L].
 
         All are tried in one sweep: a GPU waits for each of its steps.
         """
         matrices, tries = len(self.weight), len(DAMPINGS)
-        dampings = torch.tensor(DAMPINGS, device=self.weight.device)
-        factors = [self._factor(one.expand(matrices), FITTED) for one in dampings]
+        factors = [self._factor([one] * matrices, FITTED) for one in DAMPINGS]
         codes = compensated(
             aim.repeat(tries, 1, 1), self.coder.repeated(tries), Factor.joined(factors)
         )
         harms = torch.stack([held_out(own) for own in codes.parted(tries)])
         best = harms.sum(dim=2).nan_to_num(torch.inf).argmin(dim=0)
-        return dampings[best], harms[best, torch.arange(matrices, device=best.device)]
+        least = harms[best, torch.arange(matrices, device=best.device)]
+        return [DAMPINGS[number] for number in best.tolist()], least
 
-    def _factor(self, damping: Tensor, tokens: slice) -> Factor:
+    def _factor(self, dampings: Sequence[float], tokens: slice) -> Factor:
         """Of the moments of these tokens, kept for other choices where it is small."""
-        key = (tokens.start, tokens.stop, *damping.tolist())
+        key = (tokens.start, tokens.stop, *dampings)
         kept: Factor | None = self.moments.kept.get(key)
         if kept is not None:
             return kept
+        damping = torch.tensor(dampings, device=self.weight.device)
         factor = Factor.of(known_or_identity(self.moments.mean(tokens)), damping)
         if factor.upper.numel() * factor.upper.element_size() <= KEPT_BYTES:
             self.moments.kept[key] = factor

@@ -40,11 +40,11 @@ class Fp8Coder(Coder):
 
         return {CODES: kernels.quantize_fp8(weight, self.scale)}
 
-    def compensate(self, block: "Tensor", upper: "Tensor") -> "tuple[Parts, Tensor]":
+    def compensate(self, columns: "Tensor", upper: "Tensor") -> "tuple[Parts, Tensor]":
         """See `autoquant_kernels.compensate_fp8`."""
         import autoquant_kernels as kernels
 
-        codes, errors = kernels.compensate_fp8(block, upper, self.scale)
+        codes, errors = kernels.compensate_fp8(columns, upper, self.scale)
         return {CODES: codes}, errors
 
     def decode(self, parts: Parts) -> "Tensor":

@@ -119,7 +119,8 @@ def known_or_identity(moments: Tensor) -> Tensor:
     """The means [M, K, K] of which a Cholesky factor may exist, the identity for the others."""
     known = moments.isfinite().flatten(1).all(dim=1)
     known &= moments.diagonal(dim1=1, dim2=2).sum(dim=1) > 0
-    return torch.where(known[:, None, None], moments, torch.eye(moments.shape[-1]).to(moments))
+    identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
+    return torch.where(known[:, None, None], moments, identity)
 
 
 def _mean(sums: Tensor, tokens: Tensor) -> Tensor:

@@ -56,11 +56,10 @@ RULE_WITHOUT_INPUTS = ScaleRule.MSE
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Nvfp4Coder(Coder):
-    """Codes and block scales; the latter are chosen when the turn of their block comes."""
+    """Codes and block scales."""
 
     rule: str
-    """How block scales are chosen; compensated, `hessian` takes those of least compensated
-    error."""
+    """How block scales are chosen."""
 
     def plain(self, weight: "Tensor") -> Parts:
         """Under the coder's rule, or under one that needs no inputs."""
@@ -70,19 +69,12 @@ class Nvfp4Coder(Coder):
         """Under the coder's rule."""
         return self._nearest(weight, self.rule, moments.of_blocks(self.rule, tokens))
 
-    def compensate(self, block: "Tensor", upper: "Tensor") -> "tuple[Parts, Tensor]":
-        """See `autoquant_kernels.compensate_nvfp4`."""
+    def compensate(self, columns: "Tensor", upper: "Tensor") -> "tuple[Parts, Tensor]":
+        """See `autoquant_kernels.compensate_nvfp4`: a block's scale is chosen at its turn."""
         import autoquant_kernels as kernels
 
-        searches = self.rule == ScaleRule.HESSIAN
-        weighs = None
-        if self.rule == ScaleRule.DIAGONAL:
-            weighs = upper.diagonal(dim1=1, dim2=2).square().reciprocal()[:, None]
-        first = self._nearest(block, ScaleRule.MAX if searches else self.rule, weighs)[SCALE]
-        codes, scales, errors = kernels.compensate_nvfp4(
-            block, upper, self.scale, first[..., 0], search=searches
-        )
-        return {CODES: codes, SCALE: scales[..., None]}, errors
+        codes, scales, errors = kernels.compensate_nvfp4(columns, upper, self.scale, rule=self.rule)
+        return {CODES: codes, SCALE: scales}, errors
 
     def decode(self, parts: Parts) -> "Tensor":
         """See `autoquant_kernels.dequantize_nvfp4`."""

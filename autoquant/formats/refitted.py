@@ -80,6 +80,7 @@ class Refit:
         diagonal += (ridge.double() * diagonal.mean(dim=1))[:, None]
         lower, failed = torch.linalg.cholesky_ex(damped)
         has_factor = (failed == 0)[:, None, None]
-        lower = torch.where(has_factor, lower, torch.eye(lower.shape[-1]).to(lower))
+        identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+        lower = torch.where(has_factor, lower, identity)
         step = torch.cholesky_solve(self.pull(tokens).double().mT, lower).mT.float()
         return torch.where(has_factor, step, 0.0)

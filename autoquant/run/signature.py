@@ -15,7 +15,7 @@ from autoquant.plan.plan import Plan
 from autoquant.run.config import ProbeConfig, SearchConfig
 from autoquant.search.samplers import OWN_SAMPLER
 
-NUMERICS_VERSION = 5
+NUMERICS_VERSION = 6
 """Raised when a search would measure or predict something else than before under the same settings:
 its stored probes and trials then mean something else too."""
 

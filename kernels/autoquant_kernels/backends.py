@@ -46,12 +46,12 @@ class Backend(Protocol):
         w: Tensor,
         upper: Tensor,
         scales: Sequence[float],
-        search: bool,
+        rule: str,
         codes: Tensor,
         block_scale: Tensor,
         errors: Tensor,
     ) -> None:
-        """NVFP4 codes, block scales and errors of a block of each row, `[P * N, 16]` float32."""
+        """NVFP4 codes, block scales and errors of float32 `[P * N, C]`; upper `[P, C, C]`."""
 
     def dequantize_nvfp4(
         self, codes: Tensor, block_scale: Tensor, scales: Sequence[float], out: Tensor
@@ -67,7 +67,7 @@ class Backend(Protocol):
     def compensate_fp8(
         self, w: Tensor, upper: Tensor, scales: Sequence[float], codes: Tensor, errors: Tensor
     ) -> None:
-        """FP8 codes and errors of a block of each row, `[P * N, 16]` float32."""
+        """FP8 codes and errors of float32 `[P * N, C]`; upper `[P, C, C]`."""
 
     def dequantize_fp8(self, codes: Tensor, scales: Sequence[float], out: Tensor) -> None:
         """FP8 codes to numbers."""

@@ -85,13 +85,13 @@ class CpuBackend:
         w: Tensor,
         upper: Tensor,
         scales: Sequence[float],
-        search: bool,
+        rule: str,
         codes: Tensor,
         block_scale: Tensor,
         errors: Tensor,
     ) -> None:
         outs = (codes, block_scale, errors)
-        self._run("compensate_nvfp4", (w,), outs, w, scales, RULES[-1] if search else "max", upper)
+        self._run("compensate_nvfp4", (w,), outs, w, scales, rule, upper)
 
     def dequantize_nvfp4(
         self, codes: Tensor, block_scale: Tensor, scales: Sequence[float], out: Tensor

@@ -45,13 +45,13 @@ def compensate_nvfp4(
     w: Tensor,
     upper: Tensor,
     scales: Sequence[float],
-    search: bool,
+    rule: str,
     codes: Tensor,
     block_scale: Tensor,
     errors: Tensor,
 ) -> None:
-    """NVFP4 codes, block scales and errors of one block of each row, `[P * N, 16]`."""
-    backend_for(w.device).compensate_nvfp4(w, upper, scales, search, codes, block_scale, errors)
+    """NVFP4 codes, block scales and errors of `[P * N, C]`, carried by `[P, C, C]`."""
+    backend_for(w.device).compensate_nvfp4(w, upper, scales, rule, codes, block_scale, errors)
 
 
 @torch.library.custom_op("autoquant::dequantize_nvfp4", mutates_args=("out",))
@@ -78,7 +78,7 @@ def quantize_fp8(x: Tensor, scales: Sequence[float], codes: Tensor) -> None:
 def compensate_fp8(
     w: Tensor, upper: Tensor, scales: Sequence[float], codes: Tensor, errors: Tensor
 ) -> None:
-    """FP8 codes and errors of one block of each row, `[P * N, 16]`."""
+    """FP8 codes and errors of `[P * N, C]`, carried by `[P, C, C]`."""
     backend_for(w.device).compensate_fp8(w, upper, scales, codes, errors)
 
 

@@ -104,40 +104,75 @@ def compensate_nvfp4(
     w: Tensor,
     upper: Tensor,
     scales: Sequence[float],
-    search: bool,
+    rule: str,
     codes: Tensor,
     block_scale: Tensor,
     errors: Tensor,
 ) -> None:
-    """Round a block of each row column by column, each error carried into the columns after it.
+    """Round each row column by column, each error carried into all columns after it.
 
-    Of `w` `[P * N, 16]` every N rows have one of the P `scales` and of `upper` `[P, 16, 16]`.
-    Overwrites the block scales `[P * N, 1]`, where it begins, if `search`.
+    Of `w` `[P * N, C]` every N rows have one of the P `scales` and of `upper` `[P, C, C]`. The
+    scale of a block is chosen from what is left of it when its turn comes.
     """
-    views = w, codes, block_scale, errors
+    packed, stored = codes.view(len(w), -1, BLOCK // 2), block_scale.view(len(w), -1, 1)
+    chunks = _compensated_chunks(scales, upper, w, packed, stored, errors)
+    for g, factor, rest, packs, stores, losses in chunks:
+        for number, own in enumerate(_column_blocks(factor)):
+            tried = _compensated_scales(rest[:, own], factor[own, own], g, rule)
+            q, before, error = _carried(
+                rest[:, own].expand(len(tried), -1, -1), factor[own, own], tried * g, round_e2m1
+            )
+            best = _first_least(error)
+            scale = _taken(tried, best)
+            sign = (_taken(before, best) < 0) & ~scale.isnan()
+            packs[:, number] = _packed(_taken(q, best), sign)
+            stores[:, number] = scale.to(torch.float8_e4m3fn)
+            losses[:, own] = _taken(error, best)
+            _carry_on(rest, factor, losses, own)
+
+
+def _compensated_chunks(
+    scales: Sequence[float], upper: Tensor, w: Tensor, *written: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """Chunks of rows of one matrix: its scale and factor, a copy of what is rounded, the rest."""
     size, at = len(w) // len(scales), 0
-    for g, rows, packed, stored, left in _scaled_chunks(scales, CHUNK_BLOCKS, *views):
-        start = stored.float()
-        tried = torch.stack([start, *_window(start)]) if search else start[None]
-        q, before, error = _carried(
-            rows.expand(len(tried), -1, -1), upper[at // size], tried * g, round_e2m1
-        )
-        best = _first_least(error)
-        stored.copy_(_taken(tried, best).to(torch.float8_e4m3fn))
-        sign = (_taken(before, best) < 0) & ~stored.float().isnan()
-        packed.copy_(_packed(_taken(q, best), sign))
-        left.copy_(_taken(error, best))
+    for scale, rows, *own in _scaled_chunks(scales, _rows_of(w.shape[1]), w, *written):
+        yield scale, upper[at // size], rows.clone(), *own
         at += len(rows)
+
+
+def _rows_of(columns: int) -> int:
+    return max(1, CHUNK_BLOCKS * BLOCK // columns)
+
+
+def _column_blocks(factor: Tensor) -> Iterator[slice]:
+    for start in range(0, len(factor), BLOCK):
+        yield slice(start, start + BLOCK)
+
+
+def _compensated_scales(blocks: Tensor, upper: Tensor, g: Tensor, rule: str) -> Tensor:
+    """The E4M3 scales `[C, N, 1]` of blocks `[N, 16]` of which that of least error is taken."""
+    if rule == "hessian":
+        start = _block_scales(blocks, g, "max", None)
+        return torch.stack([start, *_window(start)])
+    weights = upper.diagonal().square().reciprocal()[None] if rule == "diagonal" else None
+    return _block_scales(blocks, g, rule, weights)[None]
+
+
+def _carry_on(rest: Tensor, upper: Tensor, errors: Tensor, own: slice) -> None:
+    """Carry the errors of a block's columns into the columns behind it, one after the other."""
+    for column in range(own.start, own.stop):
+        rest[:, own.stop :] -= errors[:, column : column + 1] * upper[column, own.stop :]
 
 
 def _carried(
     w: Tensor, upper: Tensor, scale: Tensor, rounded: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers, what was rounded to them, and errors, of rows `[C, N, 16]`, and all of that shape.
+    """Numbers, what was rounded to them, and errors, of blocks `[C, N, 16]`, and all of that shape.
 
     Args:
-        w: the rows.
-        upper: of their matrix, `[16, 16]`.
+        w: what is left of the blocks.
+        upper: of their columns, `[16, 16]`.
         scale: `[C, N, 1]`, or one.
         rounded: to the numbers that codes stand for.
     """
@@ -206,16 +241,16 @@ def _e4m3_codes(q: Tensor, before: Tensor) -> Tensor:
 def compensate_fp8(
     w: Tensor, upper: Tensor, scales: Sequence[float], codes: Tensor, errors: Tensor
 ) -> None:
-    """Round a block of each row column by column, each error carried into the columns after it.
+    """Round each row column by column, each error carried into all columns after it.
 
-    Of `w` `[P * N, 16]` every N rows have one of the P `scales` and of `upper` `[P, 16, 16]`.
+    Of `w` `[P * N, C]` every N rows have one of the P `scales` and of `upper` `[P, C, C]`.
     """
-    size, at = len(w) // len(scales), 0
-    for s, rows, stored, left in _scaled_chunks(scales, CHUNK_BLOCKS, w, codes, errors):
-        q, before, error = _carried(rows, upper[at // size], s, round_e4m3)
-        stored.copy_(_e4m3_codes(q, before))
-        left.copy_(error)
-        at += len(rows)
+    chunks = _compensated_chunks(scales, upper, w, codes, errors)
+    for scale, factor, rest, stores, losses in chunks:
+        for own in _column_blocks(factor):
+            q, before, losses[:, own] = _carried(rest[:, own], factor[own, own], scale, round_e4m3)
+            stores[:, own] = _e4m3_codes(q, before)
+            _carry_on(rest, factor, losses, own)
 
 
 def dequantize_fp8(codes: Tensor, scales: Sequence[float], out: Tensor) -> None:

@@ -19,6 +19,8 @@ from rows import assert_equal, median, row, write
 from torch import Tensor
 
 SHAPE = (4096, 4096)
+LAZY = 128
+"""Columns that one call of compensated rounding takes."""
 ROUNDS = 21
 SLOW_ROUNDS = 3
 Timed = tuple[str, str, float, Callable[[], object]]
@@ -37,7 +39,7 @@ def main() -> None:
     check_bits(x[:256].contiguous())
     timed = ours(x)
     times = interleaved(timed, arguments.rounds)
-    slow = peers(x)
+    slow = compensations(x) + peers(x)
     times += interleaved(slow, SLOW_ROUNDS)
     copy_us = median(times[0])
     rows = [
@@ -88,6 +90,36 @@ def ours(x: Tensor) -> list[Timed]:
         ("weight four_over_six", name, 4, lambda: weight(x, g256, rule="four_over_six", out=out)),
         ("weight mse", name, 4, lambda: weight(x, g, rule="mse", out=out)),
     ]
+
+
+def compensations(x: Tensor) -> list[Timed]:
+    """Compensated rounding of the same elements as rows of `LAZY` columns."""
+    rows, name, amax = x.view(-1, LAZY).float(), ak.active_backend(), x.abs().max()
+    g, scale = ak.nvfp4_global_scale(amax), ak.fp8_scale(amax)
+    inputs = torch.randn(4 * LAZY, LAZY) @ (torch.randn(LAZY, LAZY) / LAZY**0.5 + torch.eye(LAZY))
+    inverse = torch.linalg.inv((inputs.mT @ inputs / len(inputs)).double())
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    check_compensated_bits(rows[:256], upper, float(g))
+    size = 8 + (8 + 1) / 16  # float32 weights and errors, and codes and a scale of every block
+
+    def nvfp4(rule: str) -> Callable[[], object]:
+        return lambda: ak.compensate_nvfp4(rows, upper, g, rule=rule)
+
+    return [
+        *((f"compensate {rule}", name, size, nvfp4(rule)) for rule in ("max", "mse", "hessian")),
+        ("compensate fp8", name, 9, lambda: ak.compensate_fp8(rows, upper, scale)),
+    ]
+
+
+def check_compensated_bits(w: Tensor, upper: Tensor, g: float) -> None:
+    """Raise unless compensated rounding returns the reference's bits."""
+    codes = torch.empty(len(w), LAZY // 2, dtype=torch.uint8)
+    scales = torch.empty(len(w), LAZY // 16, dtype=torch.float8_e4m3fn)
+    errors = torch.empty_like(w)
+    reference.compensate_nvfp4(w, upper[None], [g], "hessian", codes, scales, errors)
+    found = ak.compensate_nvfp4(w, upper, g, rule="hessian")
+    for expected, got in zip((codes, scales, errors), found, strict=True):
+        assert_equal(expected.view(torch.int32), got.view(torch.int32))
 
 
 def peers(x: Tensor) -> list[Timed]:

@@ -25,8 +25,10 @@ SHAPES = ((4096, 4096), (8192, 28672), (32768, 4096))
 REPEATS = 100
 FLUSH_BYTES = 1 << 30
 MATRICES = 128
-COMPENSATED_BYTES = 8 + (8 + 1 + 1) / 16
-"""An element: float32 weights and errors; a block: codes, and a scale that is read and written."""
+LAZY = 128
+"""Columns that one launch of compensated rounding takes."""
+COMPENSATED_BYTES = 8 + (8 + 1) / 16
+"""An element: float32 weights and errors; a block: codes, and a scale."""
 HEAD = (32768, 4096, 131072)
 SCALE_RULES = ("mse", "four_over_six")
 WEIGHTED_RULES = ("diagonal", "hessian")
@@ -74,7 +76,36 @@ def check_bits() -> None:
             assert_equal(expected, ak.fake_quant_nvfp4_weight(x.cuda(), g, rule=rule, moments=m))
             codes, scales = ak.quantize_nvfp4(x.cuda(), g, rule=rule, moments=m)
             assert_equal(expected, ak.dequantize_nvfp4(codes, scales, g, dtype=dtype))
+    check_compensated_bits()
     print("bits equal the reference's")
+
+
+def check_compensated_bits() -> None:
+    """Raise unless compensated rounding of three matrices returns the reference's bits."""
+    sizes = torch.randn(3, 500, 1).mul_(2).exp_()
+    w, upper = torch.randn(3, 500, LAZY).mul_(sizes), factor().expand(3, -1, -1).contiguous()
+    amax = w.abs().amax(dim=(1, 2))
+    rows, errors = w.view(-1, LAZY), torch.empty_like(w.view(-1, LAZY))
+    codes = torch.empty(len(rows), LAZY // 2, dtype=torch.uint8)
+    stored = torch.empty(len(rows), LAZY // 16, dtype=torch.float8_e4m3fn)
+    for rule in ("max", *SCALE_RULES, *WEIGHTED_RULES):
+        g = ak.nvfp4_global_scale(amax, rule)
+        reference.compensate_nvfp4(rows, upper, g.tolist(), rule, codes, stored, errors)
+        found = ak.compensate_nvfp4(w.cuda(), upper.cuda(), g, rule=rule)
+        for expected, got in zip((codes, stored, errors), found, strict=True):
+            assert_equal(expected.view(torch.int32), got.view(-1, got.shape[-1]).view(torch.int32))
+    scale, codes = ak.fp8_scale(amax), torch.empty(rows.shape, dtype=torch.float8_e4m3fn)
+    reference.compensate_fp8(rows, upper, scale.tolist(), codes, errors)
+    found = ak.compensate_fp8(w.cuda(), upper.cuda(), scale)
+    for expected, got in zip((codes, errors), found, strict=True):
+        assert_equal(expected.view(torch.int32), got.view(-1, LAZY).view(torch.int32))
+
+
+def factor() -> Tensor:
+    """The upper factor of inputs that depend on each other, float32 `[LAZY, LAZY]`."""
+    inputs = torch.randn(4 * LAZY, LAZY) @ (torch.randn(LAZY, LAZY) / LAZY**0.5 + torch.eye(LAZY))
+    inverse = torch.linalg.inv((inputs.mT @ inputs / len(inputs)).double())
+    return torch.linalg.cholesky(inverse, upper=True).float()
 
 
 def moments(columns: int) -> dict[str, Tensor]:
@@ -164,8 +195,7 @@ def operations(shape: tuple[int, int]) -> dict[str, tuple[str, float, Callable[[
     weighted = triton_backend.fake_quant_nvfp4_weight  # moments are not searched for NaN each time
     each = ak.nvfp4_global_scale(x.abs().view(MATRICES, -1).amax(dim=1))
     weighs = {rule: own.cuda()[None] for rule, own in moments(shape[1]).items()}
-    rows, first = x.view(-1, 16).float(), scales.view(-1)
-    carries = torch.linalg.cholesky(weighs["hessian"][0, 0].inverse(), upper=True)
+    rows, carries = x.view(-1, LAZY).float(), factor().cuda()
     return {
         "copy": ("torch", 4, lambda: out.copy_(x)),
         "fake_quant_nvfp4": ("triton", 4, lambda: ak.fake_quant_nvfp4(x, g, out=out)),
@@ -203,21 +233,22 @@ def operations(shape: tuple[int, int]) -> dict[str, tuple[str, float, Callable[[
             4,
             lambda: weighted(x, [g], "hessian", weighs["hessian"], out),
         ),
-        "compensate": (
+        "compensate max": (
             "triton",
             COMPENSATED_BYTES,
-            lambda: ak.compensate_nvfp4(rows, carries, g, first, search=False),
+            lambda: ak.compensate_nvfp4(rows, carries, g, rule="max"),
         ),
-        "compensate, scales searched": (
+        "compensate mse": (
             "triton",
             COMPENSATED_BYTES,
-            lambda: ak.compensate_nvfp4(rows, carries, g, first, search=True),
+            lambda: ak.compensate_nvfp4(rows, carries, g, rule="mse"),
         ),
-        "compensate fp8": (
+        "compensate hessian": (
             "triton",
-            9,
-            lambda: ak.compensate_fp8(rows, carries, scale),
+            COMPENSATED_BYTES,
+            lambda: ak.compensate_nvfp4(rows, carries, g, rule="hessian"),
         ),
+        "compensate fp8": ("triton", 9, lambda: ak.compensate_fp8(rows, carries, scale)),
     }
 
 

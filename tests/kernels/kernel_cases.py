@@ -116,27 +116,26 @@ def moments_of(rule: str, columns: int) -> Tensor | None:
     return moments if rule == "hessian" else moments.diagonal(dim1=1, dim2=2).contiguous()
 
 
-def upper_factor() -> Tensor:
-    """The upper Cholesky factor of the inverse of second moments, float32 `[16, 16]`."""
-    moments = moments_of("hessian", 16)
-    assert moments is not None
-    inverse = torch.linalg.inv(moments[0].double() + torch.eye(16))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+def upper_factor(columns: int) -> Tensor:
+    """The upper Cholesky factor of the inverse of second moments, float32 `[columns, columns]`."""
+    generator = torch.Generator().manual_seed(4)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
+    inputs = torch.randn(2 * columns, columns, generator=generator) @ (mixing + torch.eye(columns))
+    moments = (inputs.mT @ inputs / len(inputs)).double() + 0.05 * torch.eye(columns)
+    return torch.linalg.cholesky(torch.linalg.inv(moments), upper=True).float()
 
 
-def compensated(x: Tensor, amax: float | Tensor, *, search: bool) -> tuple[Tensor, ...]:
-    """The first block of every row of `x` `[..., N, K]` with its errors carried along."""
-    g = ak.nvfp4_global_scale(amax)
-    w = x[..., :16].float().contiguous()
-    _, start = ak.quantize_nvfp4(w, g)
-    upper = upper_factor().to(x.device).expand(*w.shape[:-2], 16, 16)
-    return ak.compensate_nvfp4(w, upper, g, start[..., 0], search=search)
+def compensated(x: Tensor, amax: float | Tensor, rule: str, most: int = 48) -> tuple[Tensor, ...]:
+    """Codes, scales and errors of the first columns of `x` `[..., N, K]`, errors carried along."""
+    w = x[..., :most].float()
+    upper = upper_factor(w.shape[-1]).to(x.device).expand(*w.shape[:-2], -1, -1)
+    return ak.compensate_nvfp4(w, upper, ak.nvfp4_global_scale(amax, rule), rule=rule)
 
 
-def compensated_fp8(x: Tensor, amax: float | Tensor) -> tuple[Tensor, Tensor]:
+def compensated_fp8(x: Tensor, amax: float | Tensor, most: int = 48) -> tuple[Tensor, Tensor]:
     """The same to E4M3 codes."""
-    w = x[..., :16].float().contiguous()
-    upper = upper_factor().to(x.device).expand(*w.shape[:-2], 16, 16)
+    w = x[..., :most].float()
+    upper = upper_factor(w.shape[-1]).to(x.device).expand(*w.shape[:-2], -1, -1)
     return ak.compensate_fp8(w, upper, ak.fp8_scale(amax))
 
 
@@ -158,9 +157,8 @@ def all_outputs(x: Tensor, amax: float | Tensor) -> dict[str, Tensor]:
         found[f"{rule} weight"] = ak.fake_quant_nvfp4_weight(x, g, rule=rule, moments=moments)
         found[f"{rule} codes"], found[f"{rule} scales"] = codes, scales
         found[f"{rule} numbers"] = ak.dequantize_nvfp4(codes, scales, g, dtype=x.dtype)
-    for search in (False, True):
-        parts = compensated(x, amax, search=search)
+        parts = compensated(x, amax, rule)
         for name, part in zip(("codes", "scales", "errors"), parts, strict=True):
-            found[f"compensated {name}, search {search}"] = part
+            found[f"{rule} compensated {name}"] = part
     found["compensated fp8 codes"], found["compensated fp8 errors"] = compensated_fp8(x, amax)
     return found

@@ -97,7 +97,34 @@ def main() -> None:
             "per_element": counts.total() * 32 * warps / elements,
             "exchanges": sum(counts[op] for op in ("SHFL", "STS", "LDS", "BAR")),
         }
-    print(json.dumps(found))
+    print(json.dumps(found | compensations()))
+
+
+def compensations() -> dict[str, dict[str, int]]:
+    """Of the kernels that round columns one after the other: what a thread must do without."""
+    from autoquant_kernels.gpu import backend, compensated
+
+    types = dict.fromkeys(("w_ptr", "upper_ptr", "over_ptr", "weights_ptr", "errors_ptr"), "*fp32")
+    types |= {"words_ptr": "*i32", "scales_ptr": "*u8", "codes_ptr": "*u8"}
+    types |= {"rows": "i32", "columns": "i32", "g": "*fp32", "scale": "*fp32"}
+    types |= {"sixth": "fp32", "reciprocal": "fp32"}
+    usual = {"DIVIDE": False, "ROWS": backend.ROWS, "MANY": True}
+    found = {}
+    for name, constants in (
+        ("compensate_nvfp4", {"RULE": "mse"}),
+        ("compensate_nvfp4", {"RULE": "hessian"}),
+        ("compensate_fp8", {}),
+    ):
+        kernel = getattr(compensated, name)
+        signature = {k: v for k, v in types.items() if k in kernel.arg_names}
+        counts = instructions(
+            kernel, signature, usual | constants, warps=backend.PACK_OPTIONS["num_warps"]
+        )
+        found[" ".join((name, *constants.values()))] = {
+            "exchanges": sum(counts[op] for op in ("SHFL", "STS", "LDS")),
+            "spilled": counts["LDL"] + counts["STL"],
+        }
+    return found
 
 
 if __name__ == "__main__":

@@ -118,32 +118,34 @@ class TestMoments:
 
 
 def test_compensation() -> None:
-    w, upper, start = torch.ones(4, 16), torch.eye(16), SCALES[:, 0]
-    for changed, message in (
+    w, upper = torch.ones(4, 32), torch.eye(32)
+    wrong = (
         ({"w": w.bfloat16()}, "w has dtype"),
+        ({"w": torch.ones(4, 24), "upper": torch.eye(24)}, "multiple of 16"),
+        ({"w": torch.ones(32)}, r"must be \[N, C\] and \[C, C\]"),
         ({"upper": upper.double()}, "upper has dtype"),
-        ({"block_scale": torch.ones(4)}, "block_scale has dtype"),
-        ({"w": torch.ones(4, 32)}, r"\(4, 32\).*must be \[N, 16\]"),
-        ({"upper": torch.eye(32)}, r"must be \[N, 16\] and \[16, 16\]"),
-        ({"block_scale": start[:3]}, r"needs \(4,\)"),
+        ({"upper": torch.eye(16)}, r"\(4, 32\) and upper \(16, 16\); they must be \[N, C\]"),
+        ({"upper": upper[None]}, r"must be \[N, C\] and \[C, C\]"),
+        ({"upper": upper.to("meta")}, "w is on cpu and upper on meta"),
+    )
+    for changed, message in (
+        *wrong,
         ({"global_scale": torch.ones(4)}, "global_scale has 4 values"),
         ({"global_scale": 0.0}, "positive and finite"),
+        ({"rule": "best"}, r"best.*max, mse, four_over_six"),
     ):
-        given = {"w": w, "upper": upper, "global_scale": G, "block_scale": start} | changed
+        given = {"w": w, "upper": upper, "global_scale": G, "rule": "max"} | changed
         with pytest.raises(ValueError, match=message):
-            ak.compensate_nvfp4(**given, search=False)
+            ak.compensate_nvfp4(**given)
     for changed, message in (
-        ({"w": w.bfloat16()}, "w has dtype"),
-        ({"upper": upper.double()}, "upper has dtype"),
-        ({"w": torch.ones(4, 32)}, r"\(4, 32\).*must be \[N, 16\]"),
-        ({"upper": torch.eye(16)[None]}, r"must be \[N, 16\] and \[16, 16\]"),
+        *wrong,
         ({"scale": torch.ones(4)}, "scale has 4 values"),
         ({"scale": torch.inf}, "positive and finite"),
     ):
         with pytest.raises(ValueError, match=message):
             ak.compensate_fp8(**{"w": w, "upper": upper, "scale": 1.0} | changed)
-    codes, errors = ak.compensate_fp8(torch.ones(2, 0, 16), upper.expand(2, 16, 16), torch.ones(2))
-    assert codes.shape == errors.shape == (2, 0, 16)
+    codes, errors = ak.compensate_fp8(torch.ones(2, 0, 32), upper.expand(2, -1, -1), torch.ones(2))
+    assert codes.shape == errors.shape == (2, 0, 32)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +188,9 @@ def test_empty_strided_and_many_dimensions() -> None:
     assert ak.fake_quant_nvfp4(torch.ones(0, 32), G).shape == (0, 32)
     assert ak.quantize_nvfp4(torch.ones(3, 0), G)[0].shape == (3, 0)
     assert ak.fake_quant_fp8(torch.ones(0), 1.0).shape == (0,)
+    none = torch.ones(0, 2, 32), torch.ones(0, 32, 32), torch.ones(0)
+    assert ak.compensate_nvfp4(*none, rule="max")[1].shape == (0, 2, 2)
+    assert ak.compensate_fp8(*none)[0].shape == (0, 2, 32)
     x = torch.randn(2, 32, 3, 16).transpose(1, 2)
     expected = ak.fake_quant_nvfp4(x.reshape(-1, 16), G).view(2, 3, 32, 16)
     assert torch.equal(ak.fake_quant_nvfp4(x, G), expected)
@@ -203,3 +208,7 @@ def test_operations_survive_torch_export_of_shapes() -> None:
         assert ak.fake_quant_nvfp4(x, 0.5).shape == (4, 32)
         codes, scales = ak.quantize_nvfp4(x, 0.5)
         assert (codes.shape, scales.shape) == ((4, 16), (4, 2))
+        found = ak.compensate_nvfp4(x.float(), torch.empty(32, 32), 0.5, rule="max")
+        assert [part.shape for part in found] == [(4, 16), (4, 2), (4, 32)]
+        found = ak.compensate_fp8(x.float(), torch.empty(32, 32), 0.5)
+        assert [part.shape for part in found] == [(4, 32), (4, 32)]

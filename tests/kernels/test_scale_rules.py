@@ -4,16 +4,7 @@ import autoquant_kernels as ak
 import pytest
 import torch
 from autoquant_kernels import reference
-from kernel_cases import (
-    assert_same_bits,
-    compensated,
-    edge_blocks,
-    five_distributions,
-    forced,
-    fused_backends,
-    moments_of,
-    upper_factor,
-)
+from kernel_cases import five_distributions, moments_of
 from torch import Tensor
 
 SHAPE = (256, 512)
@@ -124,70 +115,3 @@ def test_every_row_of_blocks_has_the_moments_of_its_columns() -> None:
         )
         assert torch.equal(own[0], codes[:, 8 * number : 8 * number + 8])
         assert torch.equal(own[1].float(), scales[:, number : number + 1].float())
-
-
-def test_without_moments_between_columns_nothing_is_carried() -> None:
-    w = DISTRIBUTIONS["normal"][:, :16].contiguous()
-    g = ak.nvfp4_global_scale(w.abs().max())
-    expected, start = ak.quantize_nvfp4(w, g)
-    codes, scales, errors = ak.compensate_nvfp4(w, torch.eye(16), g, start[:, 0], search=False)
-    assert torch.equal(codes, expected)
-    assert torch.equal(scales.float(), start.float()[:, 0])
-    assert torch.equal(errors, w - ak.dequantize_nvfp4(expected, start, g, dtype=torch.float32))
-
-
-@pytest.mark.parametrize("backend", ["reference", *fused_backends()])
-def test_fp8_without_moments_between_columns_has_the_codes_of_each_alone(backend: str) -> None:
-    """But for signs of zeros, which differences do not keep."""
-    w, scale = torch.cat((edge_blocks(), DISTRIBUTIONS["student_t"][:, :16])), ak.fp8_scale(3.0)
-    w = w[(w.abs() < 1e18).all(dim=1)]
-    expected = ak.quantize_fp8(w, scale)
-    with forced(backend) as device:
-        codes, errors = (
-            found.cpu()
-            for found in ak.compensate_fp8(w.to(device), torch.eye(16, device=device), scale)
-        )
-    assert_same_bits(expected.view(torch.uint8)[w != 0], codes.view(torch.uint8)[w != 0])
-    assert torch.equal(codes.float(), expected.float())
-    assert torch.equal(errors, w - ak.dequantize_fp8(expected, scale, dtype=torch.float32))
-
-
-def test_fp8_carries_errors_as_the_textbook_does() -> None:
-    """In float64, and every code the nearest E4M3 number to what is left of its column."""
-    w, upper = DISTRIBUTIONS["normal"][:, :16].contiguous(), upper_factor()
-    scale = ak.fp8_scale(w.abs().max() / 2)  # what is beyond half of the largest saturates
-    codes, errors = ak.compensate_fp8(w, upper, scale)
-    grid = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double() * scale
-    rest, u, found = w.double(), upper.double(), codes.double() * scale
-    nearest = 0
-    for column in range(16):
-        left = rest[:, column].clone()
-        distance = (left.abs()[:, None] - grid).abs().amin(dim=1)
-        error = left - found[:, column]
-        nearest += int(((error.abs() - distance).abs() < 1e-5).sum())
-        error /= u[column, column]
-        assert torch.allclose(errors[:, column].double(), error, rtol=1e-3, atol=1e-4)
-        rest[:, column + 1 :] -= error[:, None] * u[column, column + 1 :]
-    assert nearest == found.numel()
-    assert (codes.float().abs() == 448).any()
-    moments = torch.linalg.inv(u.mT @ u)[None]
-    plain = weighted_errors(w, ak.fake_quant_fp8(w, scale), moments)
-    carried = weighted_errors(w, found, moments)
-    assert torch.allclose(carried, errors.double().square().sum(dim=1), rtol=1e-3)
-    assert carried.sum() < 0.7 * plain.sum()
-
-
-def test_carrying_errors_lowers_what_they_do_to_the_product() -> None:
-    w = DISTRIBUTIONS["normal"][:, :16].contiguous()
-    g, upper = ak.nvfp4_global_scale(w.abs().max()), upper_factor()
-    moments = torch.linalg.inv(upper.double().mT @ upper.double())[None]
-    plain = weighted_errors(w, ak.fake_quant_nvfp4_weight(w, g), moments)
-    found = []
-    for search in (False, True):
-        codes, scales, errors = compensated(w, w.abs().max(), search=search)
-        decoded = ak.dequantize_nvfp4(codes, scales[:, None], g, dtype=torch.float32)
-        found.append(weighted_errors(w, decoded, moments))
-        assert torch.allclose(found[-1], errors.double().square().sum(dim=1), rtol=1e-3)
-    assert found[0].sum() < 0.7 * plain.sum()
-    assert (found[1] <= found[0] * 1.001).all()
-    assert found[1].sum() < 0.8 * found[0].sum()

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <omp.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -46,7 +47,7 @@ struct Job {
     int64_t elements;  // of one part
     int64_t parts;     // rows for TOKEN_KL, else matrices with a scale of their own
     const float* scales;
-    const float* moments;  // of the part that is worked on, for every block of a row
+    const float* moments;  // of the part that is worked on, for every block of a row; or its factor
     int64_t row_blocks;    // blocks of a row
     int64_t part_moments;  // floats from the moments of a part to those of the next
     int64_t first_block;   // of the tile that is worked on, within the part
@@ -165,8 +166,10 @@ extern "C" void autoquant_run(int32_t operation, int32_t level, const Job* job, 
     if (level == 3 && writes_bfloat16_subnormals(*job, operation)) level = 2;
     const Kernel kernel = LEVELS[level][operation];
     const bool by_row = operation == TOKEN_KL;
-    const int64_t units = job->parts * (by_row ? 1 : (job->elements + TILE - 1) / TILE);
-    const int64_t least = by_row ? 1 : 64;
+    const bool compensates = operation == COMPENSATE_NVFP4 || operation == COMPENSATE_FP8;
+    const int64_t blocks = compensates ? job->row_blocks : 1, unit = blocks * TILE;
+    const int64_t units = job->parts * (by_row ? 1 : (job->elements + unit - 1) / unit);
+    const int64_t least = by_row || blocks > 64 ? 1 : 64 / blocks;
     const int64_t share = units / (8 * int64_t(threads));
     const int64_t grain = share > least ? share : least;
     const int64_t grains = (units + grain - 1) / grain;

@@ -18,8 +18,8 @@ static void token_kl(const Job& job, int64_t first, int64_t last) {
 
 constexpr Kernel KERNELS[OPERATIONS] = {
     by_dtype<FakeQuantNvfp4>, by_dtype<FakeQuantNvfp4Weight>, by_dtype<QuantizeNvfp4>,
-    compensated_tiles<nvfp4_rows>, by_dtype<DequantizeNvfp4>, by_dtype<FakeQuantFp8>,
-    by_dtype<QuantizeFp8>, compensated_tiles<fp8_rows>, by_dtype<DequantizeFp8>, token_kl,
+    compensated_tiles<nvfp4_block>, by_dtype<DequantizeNvfp4>, by_dtype<FakeQuantFp8>,
+    by_dtype<QuantizeFp8>, compensated_tiles<fp8_block>, by_dtype<DequantizeFp8>, token_kl,
 };
 
 }  // namespace LEVEL_NAME

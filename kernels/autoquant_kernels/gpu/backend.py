@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from autoquant_kernels.gpu import fused
+from autoquant_kernels.gpu import compensated, fused
 
 BLOCK = 16
 BLOCKS = 128
@@ -104,19 +104,36 @@ def compensate_nvfp4(
     w: Tensor,
     upper: Tensor,
     scales: Sequence[float],
-    search: bool,
+    rule: str,
     codes: Tensor,
     block_scale: Tensor,
     errors: Tensor,
 ) -> None:
-    """NVFP4 codes, block scales and errors of one block of each row."""
-    rows = len(w) // len(scales)
-    size = INTERPRETED_BLOCKS if INTERPRETED else ROWS
+    """NVFP4 codes, block scales and errors of all columns of each row."""
+    rows, size = len(w) // len(scales), _blocks(ROWS)
     words, stored = codes.view(-1).view(torch.int32), block_scale.view(torch.uint8)
+    diagonal = upper.diagonal(dim1=1, dim2=2)
+    weights = diagonal.square().reciprocal().contiguous() if rule == "diagonal" else w
     g, many = _on_device(scales, w)
+    sixth, divide = _block_division(scales, SAFE_WEIGHT_SCALES)
     with _device(w):
-        fused.compensate_nvfp4[_grid(rows, size, scales)](
-            w, upper, words, stored, errors, rows, g, search, size, many, **PACK_OPTIONS
+        compensated.compensate_nvfp4[_grid(rows, size, scales)](
+            w,
+            upper,
+            diagonal.reciprocal().contiguous(),
+            weights,
+            words,
+            stored,
+            errors,
+            rows,
+            w.shape[1],
+            g,
+            sixth,
+            rule,
+            divide,
+            size,
+            many,
+            **PACK_OPTIONS,
         )
 
 
@@ -164,13 +181,25 @@ def quantize_fp8(x: Tensor, scales: Sequence[float], codes: Tensor) -> None:
 def compensate_fp8(
     w: Tensor, upper: Tensor, scales: Sequence[float], codes: Tensor, errors: Tensor
 ) -> None:
-    """FP8 codes and errors of one block of each row."""
-    rows, stored = len(w) // len(scales), codes.view(torch.uint8)
-    size = INTERPRETED_BLOCKS if INTERPRETED else ROWS
+    """FP8 codes and errors of all columns of each row."""
+    rows, size = len(w) // len(scales), _blocks(ROWS)
+    over = upper.diagonal(dim1=1, dim2=2).reciprocal().contiguous()
     scale, many = _on_device(scales, w)
+    division = _fp8_division(scales)
     with _device(w):
-        fused.compensate_fp8[_grid(rows, size, scales)](
-            w, upper, stored, errors, rows, scale, size, many, **PACK_OPTIONS
+        compensated.compensate_fp8[_grid(rows, size, scales)](
+            w,
+            upper,
+            over,
+            codes.view(torch.uint8),
+            errors,
+            rows,
+            w.shape[1],
+            scale,
+            *division,
+            size,
+            many,
+            **PACK_OPTIONS,
         )
 
 

@@ -21,9 +21,7 @@ from autoquant_kernels.gpu.parts import (
     _load,
     _load_pairs,
     _nearest,
-    _neighbour,
     _reciprocal,
-    _round_e2m1,
     _round_e4m3,
     _share,
     _sixths,
@@ -166,83 +164,6 @@ def quantize_nvfp4(
 
 
 @triton.jit
-def _column(v, COLUMN: tl.constexpr):
-    """Column COLUMN of `[ROWS, 16]`, `[ROWS, 1]`, signs of zeros included."""
-    own = tl.arange(0, 16)[None, :] == COLUMN
-    bits = tl.where(own, v.to(tl.int32, bitcast=True), 0)
-    return tl.sum(bits, axis=1, keep_dims=True).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _carried(rest, upper_ptr, scale, FP8: tl.constexpr):
-    """E2M1 numbers, or E4M3 with `FP8`, what was rounded to them, errors, and the sum of their
-    squares, all `[ROWS, 16]` but the sum.
-
-    Column by column, each error over the diagonal carried into the columns behind it.
-    """
-    largest: tl.constexpr = 448.0 if FP8 else 6.0
-    column = tl.arange(0, 16)[None, :]
-    safe = tl.where(scale == 0.0, 1.0, scale)
-    numbers, before = tl.zeros_like(rest), tl.zeros_like(rest)
-    errors, total = tl.zeros_like(rest), tl.zeros_like(scale)
-    for j in tl.static_range(16):
-        v = _column(rest, j)
-        quotient = tl.maximum(tl.div_rn(v, safe), -largest, propagate_nan=tl.PropagateNan.ALL)
-        quotient = tl.minimum(quotient, largest, propagate_nan=tl.PropagateNan.ALL)
-        q = _round_e4m3(quotient) if FP8 else _round_e2m1(quotient)
-        reciprocal = tl.div_rn(tl.full((1, 1), 1.0, tl.float32), tl.load(upper_ptr + j * 17))
-        error = (v - q * scale) * reciprocal
-        total = error * error if j == 0 else total + error * error
-        numbers = tl.where(column == j, q, numbers)
-        before = tl.where(column == j, v, before)
-        errors = tl.where(column == j, error, errors)
-        row = tl.load(upper_ptr + j * 16 + column)
-        rest = tl.where(column > j, rest - error * row, rest)
-    return numbers, before, errors, total
-
-
-@triton.jit
-def compensate_nvfp4(
-    w_ptr,
-    upper_ptr,
-    words_ptr,
-    scales_ptr,
-    errors_ptr,
-    rows,
-    g,
-    SEARCH: tl.constexpr,
-    ROWS: tl.constexpr,
-    MANY: tl.constexpr,
-):
-    """One block of each row with its errors carried from column to column."""
-    program = tl.program_id(0)
-    matrix = program // tl.cdiv(rows, ROWS)
-    g, row, exists = _blocks(g, rows, ROWS, MANY)
-    upper_ptr += matrix.to(tl.int64) * 256
-    column = tl.arange(0, 16)[None, :]
-    rest = tl.load(w_ptr + row * 16 + column, mask=exists, other=0.0)
-    start = _e4m3_number(tl.load(scales_ptr + row, mask=exists, other=1).to(tl.int32))
-    best = start
-    if SEARCH:
-        _, _, _, least = _carried(rest, upper_ptr, start * g, FP8=False)
-        for offset in range(-3, 9):
-            candidate = _neighbour(start, offset)
-            _, _, _, total = _carried(rest, upper_ptr, candidate * g, FP8=False)
-            better = total < least
-            best = tl.where(better, candidate, best)
-            least = tl.where(better, total, least)
-    numbers, before, errors, _ = _carried(rest, upper_ptr, best * g, FP8=False)
-    tl.store(errors_ptr + row * 16 + column, errors, mask=exists)
-    tl.store(scales_ptr + row, _e4m3_code(best).to(tl.uint8), mask=exists)
-    magnitude = tl.where(numbers != numbers, 0.0, tl.abs(numbers))
-    code = tl.minimum(magnitude * 2.0, tl.minimum(magnitude + 2.0, magnitude * 0.5 + 4.0))
-    sign = (before < 0.0) & (best == best)
-    code = code.to(tl.int32) + tl.where(sign, 8, 0)
-    words = tl.reshape(code, (ROWS, 2, 8)) << (4 * tl.arange(0, 8)[None, None, :])
-    tl.store(words_ptr + row * 2 + tl.arange(0, 2)[None, :], tl.sum(words, axis=2), mask=exists)
-
-
-@triton.jit
 def _e2m1_number(code):
     """Codes in the low 4 bits; the subnormal float32 with a code's bits is its number x 2^-126."""
     number = ((code & 7) << 22) | ((code & 8) << 28)
@@ -326,30 +247,6 @@ def quantize_fp8(
     )
     sign = (x.to(tl.int32, bitcast=True) >> 24) & tl.where(x != x, 0, 0x80)
     tl.store(codes_ptr + at, (code | sign).to(tl.uint8), mask=exists)
-
-
-@triton.jit
-def compensate_fp8(
-    w_ptr,
-    upper_ptr,
-    codes_ptr,
-    errors_ptr,
-    rows,
-    scale,
-    ROWS: tl.constexpr,
-    MANY: tl.constexpr,
-):
-    """One block of each row with its errors carried from column to column."""
-    matrix = tl.program_id(0) // tl.cdiv(rows, ROWS)
-    scale, row, exists = _blocks(scale, rows, ROWS, MANY)
-    upper_ptr += matrix.to(tl.int64) * 256
-    at = row * 16 + tl.arange(0, 16)[None, :]
-    rest = tl.load(w_ptr + at, mask=exists, other=0.0)
-    scale = tl.broadcast_to(scale, (ROWS, 1))
-    numbers, before, errors, _ = _carried(rest, upper_ptr, scale, FP8=True)
-    tl.store(errors_ptr + at, errors, mask=exists)
-    sign = (before.to(tl.int32, bitcast=True) >> 24) & tl.where(before != before, 0, 0x80)
-    tl.store(codes_ptr + at, (_e4m3_code(tl.abs(numbers)) | sign).to(tl.uint8), mask=exists)
 
 
 @triton.jit
