@@ -2,6 +2,7 @@
 
 `autoquant.search(...)` runs a search, `autoquant.search_budgets(...)` one for each of several
 budgets, and `autoquant.load_run(path)` opens what one has left; each gives an `autoquant.Run`.
+`autoquant.equalized_copy(...)` makes a model ready for 4-bit inputs.
 Nothing heavy is imported before they are called.
 """
 
@@ -14,11 +15,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from autoquant.api import Run as Run
+    from autoquant.api import equalized_copy as equalized_copy
     from autoquant.api import load_run as load_run
     from autoquant.api import search as search
     from autoquant.api import search_budgets as search_budgets
 
-_LAZY = frozenset({"Run", "load_run", "search_budgets"})
+_LAZY = frozenset({"Run", "equalized_copy", "load_run", "search_budgets"})
 
 
 def _of_api(name: str) -> Any:

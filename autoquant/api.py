@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _TRIAL_COLUMNS = tuple(field.name for field in fields(TrialRow))
 
-__all__ = ["Run", "load_run", "search", "search_budgets"]
+__all__ = ["Run", "equalized_copy", "load_run", "search", "search_budgets"]
 
 
 class Run:
@@ -332,6 +332,35 @@ def search_budgets(
         raise TypeError("search_budgets() takes budgets_bpe, not budget_bpe")
     observer = settings.pop("observer", None)
     return _search(settings | {"model": model, "budget_bpe": [*budgets_bpe]}, observer)
+
+
+def equalized_copy(model: str | Path | None = None, *, out: Path | str, **settings: Any) -> Path:
+    """Write a copy of a model that computes the same, and loses less with 4-bit inputs.
+
+    The same as the command `autoquant equalize`.
+
+    Args:
+        model: folder or hub id; the bundled reference model by default.
+        out: a new folder for the copy.
+        settings: `calibration`, `strength`, `parts`, and the arguments of `search` that say how a
+            model is loaded and which tokens calibrate; `observer` watches.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: there is no such argument.
+        ConfigError: the model has no such channels, or the folder cannot be written.
+        SourceError: model or text missing, or not understood.
+        RunConflict: the folder holds something.
+    """
+    from autoquant.equalize.config import EqualizeConfig
+    from autoquant.equalize.equalize import equalize
+    from autoquant.run.observer import Logged
+
+    observer = settings.pop("observer", None)
+    config = EqualizeConfig.of(settings | {"model": model, "out": out})
+    return equalize(config, observer or Logged()).path
 
 
 def _search(settings: Mapping[str, Any], observer: "Observer | None") -> list[Run]:

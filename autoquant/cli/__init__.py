@@ -13,6 +13,7 @@ MODULES = {
     "join": "autoquant.cli.commands.join",
     "plan": "autoquant.cli.commands.plan",
     "probe": "autoquant.cli.commands.probe",
+    "equalize": "autoquant.cli.commands.equalize",
     "score": "autoquant.cli.commands.score",
     "export": "autoquant.cli.commands.export",
     "verify": "autoquant.cli.commands.verify",

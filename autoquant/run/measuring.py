@@ -22,13 +22,13 @@ from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.linears import LayerGroup
 from autoquant.plan.plan import Plan
 from autoquant.progress import Progress
-from autoquant.run.config.parts import LoadedConfig
+from autoquant.run.config.parts import LoadedConfig, TextConfig
 from autoquant.source.source import Source
 from autoquant.store.run_directory import CODES, RESULT, STATISTICS, home_of, read_json
 
 
 def open_measuring(
-    config: LoadedConfig,
+    config: TextConfig,
     source: Source,
     groups: Iterable[LayerGroup],
     attention: Sequence[str],

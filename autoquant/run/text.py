@@ -7,10 +7,10 @@ from typing import TypeVar
 
 from autoquant.data.hub import MIXTURE, is_reachable
 from autoquant.data.text import STDLIB
-from autoquant.run.config.parts import LoadedConfig
+from autoquant.run.config.parts import TextConfig
 from autoquant.run.observer import Observer
 
-Loaded = TypeVar("Loaded", bound=LoadedConfig)
+Loaded = TypeVar("Loaded", bound=TextConfig)
 
 
 def with_text(config: Loaded, observer: Observer) -> Loaded:

@@ -88,6 +88,11 @@ SURFACE = {
     | TOKENS
     | {"--assignment", "--checkpoint", "--target", "--activation-mode", "--kv-cache", "--split"}
     | {"--report-by"},
+    "equalize": MODEL
+    | DEVICE
+    | (TOKENS - {"--calibrate-all-experts", "--input-headroom"})
+    - {"--search-tokens", "--report-tokens"}
+    | {"--strength", "--parts", "--out"},
     "evaluate": (MODEL - {"[MODEL]"})
     | DEVICE
     | TOKENS

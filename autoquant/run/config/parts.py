@@ -89,8 +89,8 @@ class MemoryConfig(ModelConfig):
         )
 
 
-class LoadedConfig(MemoryConfig):
-    """How the model is loaded, and the tokens that it is measured on."""
+class TextConfig(MemoryConfig):
+    """How the model is loaded, and the text that it sees."""
 
     calibration: Annotated[
         str | None,
@@ -117,6 +117,42 @@ class LoadedConfig(MemoryConfig):
     calibration_tokens: Annotated[
         Tokens, Setting("Data", "Tokens that input ranges are taken from.", "N")
     ] = 8_192
+
+    @property
+    def text(self) -> str:
+        """Where the text is from, as `load_corpus` takes it."""
+        if self.calibration is not None:
+            return self.calibration
+        from autoquant.data.hub import MIXTURE
+        from autoquant.data.text import STDLIB
+
+        return STDLIB if self.model is None else MIXTURE
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence, tokens."""
+        if self.sequence_length is not None:
+            return self.sequence_length
+        return 256 if self.model is None else 2_048
+
+    @property
+    def tokens(self) -> "TokenPlan":
+        """The tokens of each split: those of calibration, and one sequence of the others."""
+        from autoquant.data.tokens import TokenPlan
+
+        return TokenPlan(
+            calibration=self.calibration_tokens,
+            search=1,
+            report=1,
+            sequence_length=self.longest,
+            batch_tokens=self.batch_tokens,
+            seed=self.seed,
+        )
+
+
+class LoadedConfig(TextConfig):
+    """How the model is loaded, and the tokens that it is measured on."""
+
     calibrate_all_experts: Annotated[
         bool,
         Setting(
@@ -139,35 +175,10 @@ class LoadedConfig(MemoryConfig):
     ] = 16_384
 
     @property
-    def text(self) -> str:
-        """Where the text is from, as `load_corpus` takes it."""
-        if self.calibration is not None:
-            return self.calibration
-        from autoquant.data.hub import MIXTURE
-        from autoquant.data.text import STDLIB
-
-        return STDLIB if self.model is None else MIXTURE
-
-    @property
-    def longest(self) -> int:
-        """The longest sequence, tokens."""
-        if self.sequence_length is not None:
-            return self.sequence_length
-        return 256 if self.model is None else 2_048
-
-    @property
     def tokens(self) -> "TokenPlan":
         """The tokens of each split; one sequence to report on where nothing is reported."""
-        from autoquant.data.tokens import TokenPlan
-
-        return TokenPlan(
-            calibration=self.calibration_tokens,
-            search=self.search_tokens,
-            report=1,
-            sequence_length=self.longest,
-            batch_tokens=self.batch_tokens,
-            seed=self.seed,
-            all_experts=self.calibrate_all_experts,
+        return replace(
+            super().tokens, search=self.search_tokens, all_experts=self.calibrate_all_experts
         )
 
 
