@@ -10,6 +10,9 @@ Its codes are those of our kernels, on second moments in which all rows count al
 them. In its favour: its GPTQ has our damping and order of columns; of the assignments that its
 solver finds around a budget, the one that is best on the fresh tokens counts.
 
+With `--equalized` ours searches a copy that `autoquant equalize` makes from the same calibration
+tokens: it computes what the model computes, bit by bit, and has its size.
+
 With `--peers-of RESULT` ModelOpt does not search again: its best assignments of an earlier result
 with the same settings are measured again on the fresh tokens.
 """
@@ -47,7 +50,7 @@ from autoquant.store.run_directory import ASSIGNMENT
 from experiments.common import record
 from experiments.common.bench import Bench
 from experiments.common.processes import in_processes
-from experiments.common.subjects import add_arguments, add_token_arguments, subject
+from experiments.common.subjects import Subject, add_arguments, add_token_arguments, subject
 from experiments.vs_modelopt.run import contender, difference
 
 PRESETS = {
@@ -80,6 +83,7 @@ class Settings:
     seed: int
     mode: str
     effort: str
+    equalized: bool
     device: str
     budgets: tuple[float, ...]
     calibration_tokens: int
@@ -171,12 +175,12 @@ class _Cell:
 @lru_cache(maxsize=1)
 def _bench_of_peers(settings: Settings) -> Bench:
     """One for all peers of a process."""
-    return _bench(settings, settings.codes / str(os.getpid()), weighs_rows=False)
-
-
-def _bench(settings: Settings, folder: Path, *, weighs_rows: bool) -> Bench:
-    """The model and its tokens, with the codes and statistics of a folder."""
     chosen = subject(settings.subject, settings.models, settings.texts)
+    return _bench(settings, chosen, settings.codes / str(os.getpid()), weighs_rows=False)
+
+
+def _bench(settings: Settings, chosen: Subject, folder: Path, *, weighs_rows: bool) -> Bench:
+    """The model and its tokens, with the codes and statistics of a folder."""
     tokens = TokenPlan(
         calibration=settings.calibration_tokens,
         search=settings.search_tokens,
@@ -250,9 +254,12 @@ def _again(bench: Bench, fresh: Split, rows: Mapping[str, Any], name: str) -> Fo
 
 def _of_searches(settings: Settings) -> list[Found]:
     """What the searches of all budgets chose, polish included, on the fresh tokens."""
-    runs = _searched(settings)
+    chosen = subject(settings.subject, settings.models, settings.texts)
+    if settings.equalized:
+        chosen = replace(chosen, path=_equalized(settings, chosen))
+    runs = _searched(settings, chosen)
     gc.collect()  # their model, and what it kept of logits
-    bench = _bench(settings, runs[0].path, weighs_rows=True)  # which keeps the codes of all
+    bench = _bench(settings, chosen, runs[0].path, weighs_rows=True)  # which keeps codes of all
     calibration = Calibration.from_dict(RunRecord.read(runs[0].path).calibration or {})
     bench.session.quantized.set_input_scales(calibration.scales())
     for run in runs:
@@ -300,9 +307,22 @@ def _row(bench: Bench, problem: Problem, assignment: Assignment, kl: TokenKl) ->
     return contender(problem, assignment, kl) | {"checkpoint_bytes": size}
 
 
-def _searched(settings: Settings) -> list[Run]:
+def _equalized(settings: Settings, chosen: Subject) -> Path:
+    """A copy of the model with channels of like size, by the same calibration tokens."""
+    return autoquant.equalized_copy(
+        chosen.path,
+        out=settings.work / f"{settings.subject}-{settings.mode}-{settings.seed}-equalized",
+        calibration=str(chosen.text),
+        calibration_tokens=settings.calibration_tokens,
+        sequence_length=TokenPlan().sequence_length,
+        batch_tokens=settings.batch_tokens,
+        seed=settings.seed,
+        device=settings.device,
+    )
+
+
+def _searched(settings: Settings, chosen: Subject) -> list[Run]:
     """A search for each budget, which share their probes."""
-    chosen = subject(settings.subject, settings.models, settings.texts)
     return autoquant.search_budgets(
         chosen.path,
         budgets_bpe=settings.budgets,
@@ -328,6 +348,7 @@ def _arguments() -> argparse.Namespace:
     add_arguments(parser)
     parser.add_argument("--mode", choices=["w4a4", "w4a16"], default="w4a4")
     parser.add_argument("--effort", choices=["default", "max"], default="max")
+    parser.add_argument("--equalized", action="store_true", help="ours searches an equalized copy")
     parser.add_argument("--presets", nargs="*", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--peers-of", type=Path, help="an earlier result with the same settings")
     parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS))
