@@ -124,6 +124,12 @@ class StatisticsStore:
             return None
         return {name: RowWeights(**own) for name, own in file.entries.items()}
 
+    def unreached(self, sets: Collection[str]) -> list[str]:
+        """Those of these input sets that were weighed, and of which gradients say nothing."""
+        said = read_tensors(self._path_of_rows, ())
+        weighed = set() if said is None else _weighed(said)
+        return sorted((weighed & {*sets}) - {*names_in(self._path_of_rows)})
+
     def why_alike(self) -> str | None:
         """Why all rows count alike in the moments; None where they do not, or nothing is known."""
         said = read_tensors(self._path_of_rows, ())

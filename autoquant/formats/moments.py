@@ -108,8 +108,10 @@ class Moments:
 def _why_plain(is_finite: bool, fitted: int, held_out: int) -> str | None:
     if not is_finite:
         return "the second moments of its inputs are not finite"
+    if not fitted + held_out:
+        return "calibration showed it no tokens"
     if fitted + held_out < FEWEST_TOKENS:
-        return f"calibration showed it {fitted + held_out} tokens, fewer than {FEWEST_TOKENS}"
+        return f"calibration showed it fewer than {FEWEST_TOKENS} tokens"
     if not fitted or not held_out:
         return "its calibration tokens cannot be parted into some to fit and some held out"
     return None

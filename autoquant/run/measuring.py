@@ -18,6 +18,7 @@ from autoquant.measure.session import Session, open_session
 from autoquant.measure.statistics.chunks import why_unfitted
 from autoquant.measure.statistics.moments import keep_moments, steps_of
 from autoquant.measure.statistics.observed import use_scales
+from autoquant.measure.statistics.weighing import input_sets
 from autoquant.plan.activation_mode import ActivationMode
 from autoquant.plan.linears import LayerGroup
 from autoquant.plan.plan import Plan
@@ -145,6 +146,13 @@ def collect_statistics(
             observer.warn(f"no codes are fitted to inputs: {why}; more --calibration-tokens help.")
         observer.stage("statistics", steps_of(session.scorer, split))
         keep_moments(session.scorer, split, groups, advance=observer.step)
+        inside = input_sets(own for own in groups if own.layer is not None)
+        if unreached := session.statistics.unreached(inside):
+            observer.warn(
+                f"gradients say nothing of {len(unreached)} of {len(inside)} inputs, such as "
+                f"{unreached[0]}: codes that are fitted to these take all tokens as equally "
+                "important."
+            )
         if (why := session.statistics.why_alike()) is not None:
             observer.warn(
                 f"the model has no backward pass ({why}), so codes that are fitted to inputs take "

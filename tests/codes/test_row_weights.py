@@ -311,6 +311,18 @@ def test_gradients_that_end_halfway_weigh_nothing(session, tmp_path, step, monke
         assert store.digest(*own) == alike.digest(*own) is not None, group.name
 
 
+def test_sets_of_which_gradients_say_nothing_are_told_from_those_not_weighed(tmp_path):
+    store, own = StatisticsStore(tmp_path), RowWeights.of_squares([(torch.ones(2), (2,))])
+    assert store.unreached(["a", "b"]) == []
+    store.write_rows({"a": own}, ["a", "b"])
+    store.write_rows({}, ["c"])
+    assert store.unreached(["a", "b", "c", "d"]) == ["b", "c"]
+    assert store.rows(["a", "c"]).keys() == {"a"}
+    store.count_alike("no kernel")
+    assert store.unreached(["a", "b"]) == []
+    assert store.rows(["a", "d"]) == {}
+
+
 def test_matrices_that_no_gradient_reaches_have_no_weights():
     own = RowWeights.of_squares([(torch.ones(2), (2,)), (torch.ones(3), (3,))])
     assert [len(own.of(sequence, 0)) for sequence in (0, 1)] == [2, 3]

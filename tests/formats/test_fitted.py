@@ -65,10 +65,10 @@ def test_moments_without_a_factor_are_named(rule):
 
 USELESS = {
     "not finite": ("are not finite", lambda x: (x.index_fill(0, torch.tensor([3]), torch.inf), x)),
-    "one token": ("showed it 1 tokens", lambda x: (x[:1], x[:0])),
+    "one token": (f"fewer than {FEWEST_TOKENS} tokens", lambda x: (x[:1], x[:0])),
     "few tokens": (f"fewer than {FEWEST_TOKENS}", lambda x: (x[:40], x[40 : FEWEST_TOKENS - 1])),
     "none held out": ("some held out", lambda x: (x, x[:0])),
-    "never reached": ("showed it 0 tokens", lambda x: (x[:0], x[:0])),
+    "never reached": ("showed it no tokens", lambda x: (x[:0], x[:0])),
 }
 
 

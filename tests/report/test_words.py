@@ -70,10 +70,10 @@ def test_codes_that_were_not_fitted_are_named_by_their_reason():
     assert fitted_codes(RESULT) == fitted_codes(RESULT | {"fitted": None}) == ""
     every = {"linears": 7, "plain": {}}
     assert fitted_codes({"fitted": every}) == "7 of 7 linears have codes fitted to inputs"
-    plain = {f"e.{n}": "calibration showed it 3 tokens" for n in range(5)} | {"o": "of harm"}
+    plain = {f"e.{n}": "calibration showed it no tokens" for n in range(5)} | {"o": "of harm"}
     assert fitted_codes({"fitted": {"linears": 7, "plain": plain}}) == (
         "1 of 7 linears have codes fitted to inputs; codes of the weight alone have 5 because "
-        "calibration showed it 3 tokens (e.0, e.1, e.2, e.3, ...); 1 because of harm (o)"
+        "calibration showed it no tokens (e.0, e.1, e.2, e.3, ...); 1 because of harm (o)"
     )
 
 
