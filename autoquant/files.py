@@ -148,6 +148,21 @@ def is_full(error: OSError) -> bool:
     return error.errno in _NO_ROOM
 
 
+def link_files(source: Path, target: Path) -> None:
+    """Give a folder the files of another that it has not: links, where the file system has such.
+
+    Args:
+        source: of files that are replaced when they change, and never written into.
+        target: made if need be.
+    """
+    for file in sorted(source.iterdir()):
+        if file.is_symlink() or not file.is_file() or is_litter(file):
+            continue
+        with suppress(OSError):  # what is not there is made again
+            target.mkdir(parents=True, exist_ok=True)
+            os.link(file, target / file.name)
+
+
 def set_aside(path: Path) -> Path:
     """Rename `path` to its name with the time appended, which is returned."""
     aside = path.with_name(f"{path.name}.{datetime.now(UTC):%Y%m%dT%H%M%S.%f}")

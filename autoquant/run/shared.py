@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoquant.errors import ConfigError, RunConflict
+from autoquant.files import link_files
 from autoquant.measure.kl import TokenScores
 from autoquant.measure.ranks.ranks import ALONE, Ranks
 from autoquant.measure.session import Session
@@ -14,15 +15,18 @@ from autoquant.run.signature import probe_part
 from autoquant.search.trials import Trial
 from autoquant.store.run_directory import (
     CALIBRATION,
+    CODES,
     GRADIENT_LOG,
     INTERACTIONS,
     NOISE,
     SENSITIVITY,
     SENSITIVITY_LOG,
     SPLITS,
+    STATISTICS,
     RunDirectory,
     differences,
     environments_of,
+    home_of,
     read_identity,
     read_json,
 )
@@ -57,7 +61,9 @@ class Shared:
     """Of workers that join from other machines."""
 
     def adopt_probes(self, run: RunDirectory) -> None:
-        """Copy an earlier run's probes into a run that has none."""
+        """Copy an earlier run's probes into a run that has none, and let it have the statistics and
+        codes that they rest on; the runs after the first one find them there.
+        """
         donor = self.probes if self.probes is not None else next(iter(self.runs), None)
         if donor is None or run.read_json(SENSITIVITY) is not None:
             return
@@ -70,6 +76,10 @@ class Shared:
         for name in PROBES:
             if (donor / name).exists():
                 run.adopt(donor, name)
+        if not self.runs:
+            for name in (STATISTICS, CODES):
+                if (folder := home_of(donor) / name).is_dir():
+                    link_files(folder, run.path / name)
 
     def home(self, run: Path) -> Path:
         """The run directory with the statistics and codes of a run: the first one that shares them,

@@ -11,6 +11,7 @@ from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 from autoquant.cli import cli
 from autoquant.cli.terminal import Terminal
+from autoquant.codes.statistics import StatisticsStore
 from autoquant.forward.backward import Backward
 from autoquant.measure.scorer import Scorer
 
@@ -227,7 +228,14 @@ def test_a_search_with_given_probes_ends_as_one_that_made_them(
     exact, alone, search, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(Scorer, "probe", no_probe)
-    search("--sensitivity", exact[0], "--out", tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(StatisticsStore, "write", None)  # those of the probes are there
+        search("--sensitivity", exact[0], "--out", tmp_path / "run")
+    for name in ("statistics", "codes"):
+        theirs = {file.name: file.read_bytes() for file in (exact[0] / name).iterdir()}
+        ours = {file.name: file.read_bytes() for file in (tmp_path / "run" / name).iterdir()}
+        assert theirs.items() <= ours.items(), name
+        assert theirs
     assert outcome(tmp_path / "run") == outcome(alone)
     search("--sensitivity", alone, "--budget-bpe", 9, "--out", tmp_path / "other")
     assert sensitivities(tmp_path / "other") == sensitivities(exact[0])
