@@ -51,7 +51,8 @@ def make_result(
         "bpe": {str(scope): accounting.bpe(assignment, scope) for scope in Scope},
         "checkpoint_bytes": accounting.checkpoint_bytes(assignment),
         "cost": str(config.cost),
-        "limits": [limit.to_dict(assignment) for limit in problem.limits],
+        # a cost table need not know refitted codes, which cost what those that they replace do
+        "limits": [limit.to_dict(trial.assignment) for limit in problem.limits],
         "active": {
             "bytes_per_token": active[Scope.CHECKPOINT].total(assignment),
             "bpe": {str(scope): active[scope].number(assignment) for scope in Scope},

@@ -19,6 +19,17 @@ name: fp8
 rules: [{match: [qkv, o, experts], formats: [fp8, bf16]}]
 """
 
+TABLE = """\
+schema_version: 1
+unit: microseconds
+scale: 1
+rows:
+  - {role: "*", shape: "*", choice: fp8, cost: 2}
+  - {role: "*", shape: "*", choice: fp8/gptq, cost: 1}
+  - {role: "*", shape: "*", choice: bf16, cost: 3}
+"""
+"""Makers of tables know no refitted codes: those take the time of any others."""
+
 pytestmark = pytest.mark.slow
 
 
@@ -33,6 +44,7 @@ def searched(request, tmp_path_factory):
     """The model, its tokens, and a run whose polish has won; no test changes them."""
     folder = tmp_path_factory.mktemp("fp8")
     (folder / "space.yaml").write_text(SPACE)
+    (folder / "table.yaml").write_text(TABLE)
     model, text = save_searchable("qwen3_moe", folder / "model"), save_text(folder / "text")
     tokens = ("--calibration", text, *TOKEN_FLAGS, "--calibration-tokens", 1024)
     won = Difference(mean=-0.2, low=-0.3, high=-0.1)
@@ -41,7 +53,7 @@ def searched(request, tmp_path_factory):
         call(
             *("search", model, "--space", folder / "space.yaml", "--budget-bpe", 11.5, *tokens),
             *("--trials", 1, "--no-mlflow", "--effort", "max", "--layout", request.param),
-            *("--out", folder / "run"),
+            *("--cost-table", folder / "table.yaml", "--cost-limit", 30, "--out", folder / "run"),
         )
     return model, tokens, folder / "run"
 
@@ -54,6 +66,8 @@ def test_every_fp8_group_is_polished_and_scored_as_it_was_measured(searched):
     assert ": fp8/gptq" not in groups
     result = json.loads((run / "result.json").read_text())
     assert result["polish"]["exported"] == "polished"
+    for limit in result["limits"]:
+        assert 0 < limit["total"] <= limit["at_most"]
     assert result["polish"]["plain"]["kl"] != result["polish"]["polished"]["kl"]
     score = ("score", model, "--checkpoint", run / "checkpoint", "--split", "report", *tokens)
     command = [str(argument) for argument in (*score, "--format", "json")]
