@@ -75,6 +75,16 @@ def test_refitted_codes_need_a_run_whose_polish_made_them(run, evaluate, choices
     assert not said.startswith("load")
 
 
+def test_groups_that_the_space_of_a_run_closes_are_not_taken_for_bf16(
+    run, evaluate, choices, tmp_path
+):
+    file = tmp_path / "head.yaml"
+    file.write_text("{schema_version: 1, groups: {lm_head: fp8}}")
+    said = evaluate(run, "--tasks", choices, "--assignment", file, code=2)
+    assert "lm_head into fp8, and the space default of the run leaves it in BF16" in said
+    assert not said.startswith("load")
+
+
 def test_scores_are_kept_in_the_run_its_report_and_mlflow(run, evaluate, choices):
     from mlflow.tracking import MlflowClient
 

@@ -5,14 +5,15 @@ from pathlib import Path
 
 from autoquant.errors import ConfigError
 from autoquant.evaluate.evaluated import BASELINE, WINNER, Candidate
-from autoquant.formats import Choice
+from autoquant.formats import BF16, Choice
 from autoquant.forward.flow import BF16_MODEL
 from autoquant.plan.assignment import Assignment, require_legal
+from autoquant.plan.plan import Plan
 from autoquant.report.record import RunRecord
 from autoquant.run.config import EvaluateConfig
 from autoquant.run.measuring import code_cache, statistics_store
 from autoquant.run.observer import Observer
-from autoquant.run.opening import open_model
+from autoquant.run.opening import open_plan
 from autoquant.run.polishing import is_polished, make_polish, require_polish
 from autoquant.run.subjects.assignments import collect_for
 from autoquant.run.subjects.finished import Reopened, config_of, placing, reopen, require_finished
@@ -36,7 +37,8 @@ def open_run(run: RunRecord, config: EvaluateConfig, observer: Observer) -> Open
         observer: told of progress.
 
     Raises:
-        ConfigError: the run is not finished, or has no such assignment, or not its refitted codes.
+        ConfigError: the run is not finished, or has no such assignment, or not its refitted codes
+            or the input ranges that it needs.
         SourceError: model or text missing or damaged.
         RunConflict: model or text are no longer those of the run.
     """
@@ -46,16 +48,18 @@ def open_run(run: RunRecord, config: EvaluateConfig, observer: Observer) -> Open
     for assignment in chosen.values():
         require_polish(assignment, run.path)
     settings = config_of(run, **placing(config))
+    plan = open_plan(settings)
+    for assignment in chosen.values():
+        require_legal(assignment, plan.groups)
+        _require_calibrated(assignment, plan)
     reopened = reopen(
         run,
         settings,
         observer,
-        codes=code_cache(open_model(settings), run.path),
+        codes=code_cache(plan.source, run.path),
         statistics=statistics_store(run.path),
     )
     session = reopened.session
-    for assignment in chosen.values():
-        require_legal(assignment, reopened.plan.groups)
     collect_for(session, list(chosen.values()), observer)
     for assignment in chosen.values():
         if is_polished(assignment):
@@ -66,6 +70,21 @@ def open_run(run: RunRecord, config: EvaluateConfig, observer: Observer) -> Open
         session=session,
         candidates=tuple((_candidate(run, reopened, n, own), own) for n, own in chosen.items()),
     )
+
+
+def _require_calibrated(assignment: Assignment, plan: Plan) -> None:
+    """Return if the run has input ranges of every group that an assignment quantizes.
+
+    Raises:
+        ConfigError: its space leaves one in BF16.
+    """
+    for name, choice in assignment:
+        if choice != BF16 and plan.options.choices[name] == (BF16,):
+            raise ConfigError(
+                f"the assignment puts {name} into {choice}, and the space {plan.space.name} of the "
+                "run leaves it in BF16, so that the run has no range of its inputs.",
+                fix="name the model instead of the run: then it is calibrated for the assignment.",
+            )
 
 
 def _assignment(run: RunRecord, name: str) -> Assignment:
