@@ -107,7 +107,8 @@ class Run:
     def baselines(self) -> "pd.DataFrame":
         """The winner and the fixed recipes by KL on the report split.
 
-        Columns: name, bpe, kl, stderr, fits, search_kl. Empty before the search is finished.
+        Columns: name, bpe, kl, stderr, fits, search_kl, which is missing of a winner with refitted
+        codes. Empty before the search is finished.
         """
         columns = ("name", "bpe", "kl", "stderr", "fits", "search_kl")
         result = self._record.result
@@ -120,7 +121,9 @@ class Run:
                     "kl": result["kl"]["mean"],
                     "stderr": result["kl"]["stderr"],
                     "fits": True,
-                    "search_kl": result["winner"]["search_kl"],
+                    "search_kl": None
+                    if self._record.is_polished
+                    else result["winner"]["search_kl"],
                 }
             )
             rows += [{name: row[name] for name in columns} for row in result["baselines"]]

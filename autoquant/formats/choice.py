@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from autoquant.errors import ConfigError
-from autoquant.formats.base import A16, CAST, NEAREST, Format
+from autoquant.formats.base import A16, CAST, NEAREST, REFIT, Format
 from autoquant.formats.registry import all_formats, find_format
 
 
@@ -90,6 +90,15 @@ class Choice:
         if self.format.needs_moments(nearest):
             return replace(nearest, scale_rule=self.format.scale_rules[0])
         return nearest
+
+    @property
+    def refitted(self) -> Self:
+        """The choice of refitted codes in the place of these; itself where there are none.
+
+        Codes of the source stay: refitted ones would be others.
+        """
+        has_refit = REFIT in self.format.roundings and not self.is_cast
+        return replace(self, rounding=REFIT) if has_refit else self
 
     @property
     def input_bits(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Self
 from autoquant.errors import ConfigError, SourceError
 from autoquant.evaluate.evaluated import Evaluation
 from autoquant.files import read_number
-from autoquant.formats import all_formats
+from autoquant.formats import Choice, all_formats
 from autoquant.parsing import Unreadable, parse_yaml, read_text, why
 from autoquant.search.stage_table import stage_table
 from autoquant.store.records import SCHEMA_VERSION, OtherSchema
@@ -205,6 +205,12 @@ class RunRecord:
             return next((t for t in self.trials if t.number == winner), None)
         return min((t for t in self.trials if t.is_eligible), key=lambda t: t.kl, default=None)
 
+    @property
+    def is_polished(self) -> bool:
+        """Whether the polished winner is exported, which was not measured on the search tokens."""
+        polish = (self.result or {}).get("polish") or {}
+        return bool(polish.get("exported") == "polished")
+
     @cached_property
     def groups(self) -> tuple[GroupRow, ...]:
         """Every layer group in the order of the checkpoint."""
@@ -213,6 +219,9 @@ class RunRecord:
         for group in (self.plan or {}).get("groups", ()):
             sizes = group["choices"]
             choice = chosen.get(group["name"])
+            size = sizes[choice] if choice is not None else None
+            if choice is not None and self.is_polished:
+                choice = str(Choice.parse(choice).refitted)
             rows.append(
                 GroupRow(
                     name=group["name"],
@@ -220,7 +229,7 @@ class RunRecord:
                     layer=group["layer"],
                     elements=group["elements"],
                     choice=choice,
-                    bytes=sizes[choice] if choice is not None else None,
+                    bytes=size,
                     is_open=len(sizes) > 1,
                 )
             )

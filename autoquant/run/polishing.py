@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.errors import ConfigError
-from autoquant.formats import BF16, REFIT, Choice
+from autoquant.formats import BF16, REFIT
 from autoquant.measure.calibration import Calibration
 from autoquant.measure.kl import TokenScores
 from autoquant.measure.polish.visitor import use_polish
@@ -119,16 +119,8 @@ def make_polish(session: Session, assignment: Assignment, key: str, observer: Pr
 
 
 def polished_assignment(assignment: Assignment) -> Assignment:
-    """The same formats, scale rules and inputs with refitted codes wherever there are such.
-
-    Codes of the source stay: refitted ones would be others.
-    """
-    return Assignment.of({name: _refitted(choice) for name, choice in assignment})
-
-
-def _refitted(choice: Choice) -> Choice:
-    has_refit = REFIT in choice.format.roundings and not choice.is_cast
-    return replace(choice, rounding=REFIT) if has_refit else choice
+    """The same formats, scale rules and inputs with refitted codes wherever there are such."""
+    return Assignment.of({name: choice.refitted for name, choice in assignment})
 
 
 def is_polished(assignment: Assignment) -> bool:

@@ -3,13 +3,16 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
 from exported import change_tensors
 from searchable import TOKEN_FLAGS, save_searchable, save_text
 
+from autoquant.api import load_run
 from autoquant.cli import cli
+from autoquant.report.record import RunRecord
 from autoquant.run import polishing
 from autoquant.search.confirm import Difference
 
@@ -69,6 +72,10 @@ def test_every_fp8_group_is_polished_and_scored_as_it_was_measured(searched):
     for limit in result["limits"]:
         assert 0 < limit["total"] <= limit["at_most"]
     assert result["polish"]["plain"]["kl"] != result["polish"]["polished"]["kl"]
+    record = RunRecord.read(run)
+    assert {own.choice for own in record.groups} == {"fp8/refit", "bf16"}
+    assert sum(own.bytes for own in record.groups) < result["checkpoint_bytes"]
+    assert pd.isna(load_run(run).baselines().set_index("name")["search_kl"]["the winner"])
     score = ("score", model, "--checkpoint", run / "checkpoint", "--split", "report", *tokens)
     command = [str(argument) for argument in (*score, "--format", "json")]
     assert json.loads(CliRunner().invoke(cli, command).stdout)["kl"] == result["kl"]
