@@ -55,8 +55,8 @@ def check_forward(
         That, if measured.
 
     Raises:
-        SourceError: the model's own forward fails, or its logits are not the head applied to the
-            final hidden states, scaled or capped token by token.
+        SourceError: the model's own forward fails or gives NaN, or its logits are not the head
+            applied to the final hidden states, scaled or capped token by token.
     """
     measured = _measured(trunk, quantized, room, tokens, memory)
     if not trunk.is_whole and (
@@ -71,6 +71,13 @@ def check_forward(
     logits = _own_logits(trunk, tokens)
     flow = Flow(parts=(trunk.enter(tokens),))
     walk(trunk, quantized, room, [flow])
+    if logits.isnan().any():
+        raise SourceError(
+            f"the logits of {type(trunk.model).__name__} in BF16 hold NaN, so that nothing has a "
+            "KL to them.",
+            fix="repair or download the model again; one whose BF16 forward overflows cannot be "
+            "searched.",
+        )
     if not _is_output(trunk, flow.hidden, logits):
         raise SourceError(
             f"{type(trunk.model).__name__} does more to its logits behind the head than to scale "

@@ -122,3 +122,15 @@ def test_a_report_is_made_of_a_search_that_stopped_after_an_overflow(
     assert search().exit_code == 130
     done = autoquant("report", tmp_path / "run")
     assert done.exit_code == 0, done.stderr
+
+
+def test_a_noise_floor_that_overflows_is_none(search, monkeypatch):
+    measured = Scorer.noise
+    monkeypatch.setattr(
+        Scorer,
+        "noise",
+        lambda *given: replace(found := measured(*given), kl=found.kl * math.nan),
+    )
+    done = search("--trials", 0)
+    assert done.exit_code == 0, done.stderr
+    assert "noise floor  - nats per token" in done.stdout

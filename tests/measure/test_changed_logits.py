@@ -1,6 +1,7 @@
 """Models that scale or cap their logits behind the head: what is measured is what they give."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -89,6 +90,21 @@ def test_a_change_that_mixes_logits_is_refused(measured, monkeypatch):
     monkeypatch.setattr(type(model), "forward", mixing)
     with pytest.raises(SourceError, match="does more to its logits"):
         scorer.check(SPLIT)
+
+
+def test_logits_that_are_nan_are_named_as_such(measured, monkeypatch):
+    _, _, scorer = measured
+    head, trunk = scorer.trunk.head, scorer.trunk
+    monkeypatch.setattr(trunk, "is_whole", trunk.is_whole)
+    with torch.no_grad():
+        before = head.weight[0, 0].clone()
+        head.weight[0, 0] = math.nan
+    try:
+        with pytest.raises(SourceError, match="in BF16 hold NaN"):
+            scorer.check(SPLIT)
+    finally:
+        with torch.no_grad():
+            head.weight[0, 0] = before
 
 
 @pytest.mark.slow

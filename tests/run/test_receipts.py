@@ -1,7 +1,9 @@
 """Receipts: what is in them, and that nothing of it can be changed unseen."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -9,6 +11,7 @@ from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 from autoquant.cli import cli
 from autoquant.files import to_json
+from autoquant.measure.scorer import Scorer
 from autoquant.run.receipts.checking import compare
 from autoquant.run.receipts.receipt import Receipt, digest_of_code
 from autoquant.store.records import sealed
@@ -247,6 +250,24 @@ def test_a_run_without_a_checkpoint_has_no_receipt(run, tmp_path):
     done = run_command("receipt", copy)
     assert done.exit_code == 2
     assert "holds no checkpoint" in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["noise", "score_fully"])
+def test_figures_that_are_no_numbers_give_no_receipt(run, missing, tmp_path, monkeypatch):
+    measured = getattr(Scorer, missing)
+
+    def overflowing(*given, **options):
+        found = measured(*given, **options)
+        return (
+            replace(found, kl=found.kl * math.nan)
+            if missing == "noise"
+            else [replace(own, kl=own.kl * math.nan) for own in found]
+        )
+
+    monkeypatch.setattr(Scorer, missing, overflowing)
+    done = run_command("receipt", run, "--out", tmp_path / "receipt.json")
+    assert done.exit_code == 4, done.stderr
+    assert "no finite KL and noise floor" in done.stderr
 
 
 def test_a_receipt_of_nothing_is_refused():

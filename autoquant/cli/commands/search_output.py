@@ -48,7 +48,7 @@ def print_result(result: dict[str, Any], run: Path) -> None:
             "top-1": f"{result['top1_agreement']:.2%} agree",
             "perplexity": f"{result['perplexity']['bf16']:.3f} in BF16, "
             f"{result['perplexity']['quantized']:.3f} quantized",
-            "noise floor": f"{result['noise_floor']:.2g} nats per token",
+            "noise floor": f"{figure(result['noise_floor'], '.2g')} nats per token",
             "resolved": f"differences above {figure(result['resolution'], '.1%')} of the KL, "
             f"on {result['tokens']['report']['tokens']:,} tokens that the search did not see",
             "time": _times(result["seconds"]),

@@ -1,5 +1,6 @@
 """A checkpoint measured for its receipt: from a command's settings, or from another receipt's."""
 
+import math
 import platform
 import sys
 from pathlib import Path
@@ -115,6 +116,12 @@ def measured(
     (scores,) = opened.session.scorer.score_fully([assignment], split, with_noise=True)
     observer.step()
     noise = opened.session.scorer.noise(split).mean
+    if not math.isfinite(scores.mean + noise):
+        raise SourceError(
+            f"{checkpoint} has no finite KL and noise floor on these tokens: the model or the "
+            "checkpoint overflows in BF16.",
+            fix="a receipt needs both; measure on other text, or repair the model.",
+        )
     return Receipt(
         source=SourceFacts(
             model=source.model, revision=source.revision, digest=source.digest, files=files
