@@ -76,6 +76,22 @@ def test_codes_that_rest_on_inputs_are_timed_too(autoquant, model, read):
     assert set(read) <= {0, 1, LAYERS - 1}
 
 
+def test_a_space_of_fitted_codes_alone_has_a_time(autoquant, model, tmp_path, monkeypatch):
+    run, seen = bench.Bench._run, []
+    monkeypatch.setattr(
+        bench.Bench,
+        "_run",
+        lambda own, assignment, **how: seen.append(assignment) or run(own, assignment, **how),
+    )
+    space = tmp_path / "fitted.yaml"
+    space.write_text(
+        "schema_version: 1\nname: fitted\nrules: [{match: '*', formats: [fp8/gptq, bf16]}]"
+    )
+    timing = measured(autoquant, model, *FLAGS, "--space", space)["timing"]
+    assert all(seconds > 0 for seconds in timing["seconds"].values())
+    assert {str(choice) for own in seen for _, choice in own} == {"fp8"}
+
+
 def test_candidates_are_timed_behind_gradients_with_what_those_found_in_memory(
     autoquant, model, monkeypatch
 ):

@@ -172,7 +172,8 @@ class Bench:
             encoded = [self._timed(partial(self._coded, choice)) for choice in plain]
             pulled, backward = self._backward()
             forward = self._timed(partial(self._run, BF16_MODEL))
-            candidates = [self._timed(partial(self._run, self._all_in(own))) for own in plain]
+            tried = map(self._all_in, plain or costly)
+            candidates = [self._timed(partial(self._run, own)) for own in tried]
             brought = self._brought(read)
         return BlockSeconds(
             opened=self._opened,
@@ -184,7 +185,7 @@ class Bench:
             backward=backward,
             summed=summed,
             weighed=weighed,
-            encoded=float(np.mean(encoded)),
+            encoded=float(np.mean(encoded)) if encoded else 0.0,
             fitted=float(np.mean(fitted)) if fitted else 0.0,
             pulled=pulled,
             written_byte=_written_byte(),
@@ -275,7 +276,10 @@ class Bench:
         return [g for g in self._groups if choice in {own.of_weight for own in options[g.name]}]
 
     def _all_in(self, choice: Choice) -> Assignment:
-        return Assignment.of({group.name: choice for group in self._able(choice)})
+        """All groups that may take a choice in it; codes that are fitted take no other time to be
+        multiplied than the nearest.
+        """
+        return Assignment.of({group.name: choice.plain for group in self._able(choice)})
 
     def _coded(self, choice: Choice) -> None:
         """Encode and decode the block in a choice."""
