@@ -1,5 +1,6 @@
 """A search as seen on standard error: a live table on a terminal, a line now and then otherwise."""
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -155,8 +156,9 @@ class Terminal:
     def trial(self, trial: Trial, best: Trial | None) -> None:
         """Show the trial and the best candidate that keeps the budget."""
         is_due = self._stage.advance(1)
+        error = "" if math.isnan(trial.stderr) else f" +-{trial.stderr:.5f}"
         line = (
-            f"trial {trial.number:3d}  kl={trial.kl:.5f} +-{trial.stderr:.5f} bpe={trial.bpe:.3f}"
+            f"trial {trial.number:3d}  kl={trial.kl:.5f}{error} bpe={trial.bpe:.3f}"
             f"{'' if trial.fits else ' (over budget)'}"
             f"{' (stopped early)' if trial.is_stopped else ''}"
         )

@@ -124,13 +124,15 @@ def test_a_report_is_made_of_a_search_that_stopped_after_an_overflow(
     assert done.exit_code == 0, done.stderr
 
 
-def test_a_noise_floor_that_overflows_is_none(search, monkeypatch):
+def test_figures_that_are_not_known_are_none_or_left_out(search, tmp_path, monkeypatch):
     measured = Scorer.noise
     monkeypatch.setattr(
         Scorer,
         "noise",
         lambda *given: replace(found := measured(*given), kl=found.kl * math.nan),
     )
-    done = search("--trials", 0)
+    done = search("--trials", 0, "--report-tokens", 128)
     assert done.exit_code == 0, done.stderr
     assert "noise floor  - nats per token" in done.stdout
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["resolution"] is None
+    assert "differences above" not in done.stdout

@@ -146,3 +146,10 @@ def test_a_stage_of_few_steps_says_where_it_is_every_minute(monkeypatch):
         "calibrate 2/5",
         "calibrate 4/5",
     ]
+
+
+def test_an_error_that_is_not_known_is_left_out(capsys):
+    with Terminal() as terminal:
+        terminal.stage("refine", 2)
+        terminal.trial(trial(0, 0.5, stderr=float("nan")), None)
+    assert "kl=0.50000 bpe=4.986" in capsys.readouterr().err

@@ -49,8 +49,7 @@ def print_result(result: dict[str, Any], run: Path) -> None:
             "perplexity": f"{result['perplexity']['bf16']:.3f} in BF16, "
             f"{result['perplexity']['quantized']:.3f} quantized",
             "noise floor": f"{figure(result['noise_floor'], '.2g')} nats per token",
-            "resolved": f"differences above {figure(result['resolution'], '.1%')} of the KL, "
-            f"on {result['tokens']['report']['tokens']:,} tokens that the search did not see",
+            **({"resolved": _resolved(result)} if result["resolution"] is not None else {}),
             "time": _times(result["seconds"]),
         }
     )
@@ -74,6 +73,14 @@ def print_result(result: dict[str, Any], run: Path) -> None:
         click.echo(f"next:       autoquant verify {shlex.quote(result['checkpoint'])}")
     else:
         click.echo(f"next:       the same command with --export writes {run}/checkpoint")
+
+
+def _resolved(result: dict[str, Any]) -> str:
+    """What difference the report tokens tell from noise."""
+    return (
+        f"differences above {result['resolution']:.1%} of the KL, on "
+        f"{result['tokens']['report']['tokens']:,} tokens that the search did not see"
+    )
 
 
 def print_frontier(found: list[tuple[dict[str, Any], Path]]) -> None:
