@@ -60,6 +60,8 @@ PRESETS = {
 } | {"NVFP4_DEFAULT_CFG, gptq": replace(NVFP4, rounding="gptq")}
 """ModelOpt's presets for NVFP4, and the choice whose codes stand for each."""
 
+PEERS = {f"{preset} {method}": (preset, method) for preset in PRESETS for method in METHODS}
+
 BUDGETS = (4.75, 5.0, 5.5, 6.0)
 SPLITS = ("calibration", "search", "report", "fresh")
 NEAR = 0.05
@@ -112,8 +114,8 @@ def main() -> None:
                 earlier = _earlier(arguments.peers_of, settings)
                 table.put_all(pool.submit(_of_earlier, settings, earlier).result())
             else:
-                for preset, method in ((p, m) for p in arguments.presets for m in METHODS):
-                    tasks[pool.submit(_of_peer, settings, preset, method)] = f"{preset} {method}"
+                for name in arguments.peers:
+                    tasks[pool.submit(_of_peer, settings, *PEERS[name])] = name
             for done in as_completed(tasks):
                 table.put(tasks[done], done)
 
@@ -349,7 +351,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--mode", choices=["w4a4", "w4a16"], default="w4a4")
     parser.add_argument("--effort", choices=["default", "max"], default="max")
     parser.add_argument("--equalized", action="store_true", help="ours searches an equalized copy")
-    parser.add_argument("--presets", nargs="*", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--peers-of", type=Path, help="an earlier result with the same settings")
     parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS))
     parser.add_argument("--fresh-tokens", type=int, default=65_536)
