@@ -9,9 +9,9 @@ from torch import Tensor
 
 from autoquant.data.tokens import Split
 from autoquant.equalize.sites import Site
-from autoquant.forward.flow import Flow, loop
+from autoquant.forward.flow import Flow, loop, walk
 from autoquant.measure.scorer import Scorer
-from autoquant.measure.statistics.chunks import chunks_of
+from autoquant.measure.statistics.chunks import Chunk, chunks_of
 from autoquant.measure.statistics.taps import InputTaps
 from autoquant.measure.statistics.weighing import by_layer, layers_at
 from autoquant.plan.linears import LayerGroup
@@ -46,9 +46,8 @@ Seen = Mapping[tuple[str, int], Channels]
 @torch.no_grad()
 def seen_channels(
     scorer: Scorer, split: Split, groups: Collection[LayerGroup], advance: Callable[[], None]
-) -> tuple[Seen, Tensor]:
-    """The sizes of all inputs of `groups` in BF16, and the final hidden states [B, L, H] of the
-    first sequences, on the host.
+) -> Seen:
+    """The sizes of all inputs of `groups` in BF16.
 
     Args:
         scorer: all groups in BF16.
@@ -58,10 +57,17 @@ def seen_channels(
     """
     visitor = _Watch(scorer, split, groups, advance)
     loop(scorer.trunk, [visitor])
-    first = visitor.flows[0]
-    with torch.no_grad():
-        first.finish(scorer.trunk, scorer.room)
-    return visitor.seen, first.hidden.cpu()
+    return visitor.seen
+
+
+@torch.no_grad()
+def final_states(scorer: Scorer, split: Split) -> Tensor:
+    """The final hidden states [1, L, H] of the first sequence in BF16, on the host: alone, since
+    how many go together depends on the memory that is free.
+    """
+    flow = Chunk(split.batches[0][:1].to(scorer.device), 0).flow(scorer)
+    walk(scorer.trunk, scorer.quantized, scorer.room, [flow])
+    return flow.hidden.cpu()
 
 
 class _Watch:

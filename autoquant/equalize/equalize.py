@@ -7,15 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autoquant.equalize.channels import powers_of, seen_channels
+from autoquant.equalize.channels import final_states, powers_of, seen_channels
 from autoquant.equalize.config import EqualizeConfig
 from autoquant.equalize.copy import new_copy
 from autoquant.equalize.sites import Part, find_sites
 from autoquant.errors import ConfigError, SourceError
 from autoquant.export.target import require_free
-from autoquant.forward.flow import walk
 from autoquant.measure.session import Session
-from autoquant.measure.statistics.chunks import chunks_of
 from autoquant.plan.grouping import find_groups
 from autoquant.plan.linears import LayerGroup
 from autoquant.run.measuring import open_measuring
@@ -64,7 +62,8 @@ def equalize(config: EqualizeConfig, observer: Observer) -> Equalized:
     session = _open(config, source, groups, observer)
     split = session.splits["calibration"]
     observer.stage("channels", session.scorer.trunk.stages)
-    seen, hidden = seen_channels(session.scorer, split, groups, observer.step)
+    seen = seen_channels(session.scorer, split, groups, observer.step)
+    hidden = final_states(session.scorer, split)
     del session
     gc.collect()  # the copy is loaded where the model was
     powers = [powers_of(site, seen, config.strength) for site in sites]
@@ -100,16 +99,12 @@ def _require_plain(source: Source) -> None:
         )
 
 
-@torch.no_grad()
 def _require_same(folder: Path, config: EqualizeConfig, hidden: Tensor, observer: Observer) -> None:
     """Raise SourceError unless the copy gives the same final hidden states, bit by bit."""
     copy = open_model(config.model_copy(update={"model": str(folder), "revision": None}))
     groups = [group for group in find_groups(copy) if not group.closed]
-    scorer = (session := _open(config, copy, groups, observer)).scorer
-    flow = chunks_of(scorer, session.splits["calibration"])[0].flow(scorer)
-    walk(scorer.trunk, scorer.quantized, scorer.room, [flow])
-    again = flow.hidden.cpu()
-    if again.shape != hidden.shape or not torch.equal(again, hidden):
+    session = _open(config, copy, groups, observer)
+    if not torch.equal(final_states(session.scorer, session.splits["calibration"]), hidden):
         raise SourceError(
             f"a copy of {config.model} with scaled channels computes something else: not all that "
             "reads them is known here. Nothing was written.",
