@@ -250,10 +250,18 @@ def home_of(run: Path) -> Path:
         SourceError: a file that says so is damaged.
     """
     said = read_json(run, HOME) if (run / IDENTITY).is_file() else None
-    if said is None or not isinstance(said.get("run"), str):
+    if said is None:
         return run
-    found = run.absolute().parent / Path(said["run"]).name
+    found = next((other for other in _beside(run) if other.name == said.get("run")), run)
     return found if _rest_on(found) == _rest_on(run) else run
+
+
+def _beside(run: Path) -> list[Path]:
+    """What lies in the folder of a run directory, as far as that can be listed."""
+    try:
+        return [*run.absolute().parent.iterdir()]
+    except OSError:
+        return []
 
 
 def _rest_on(run: Path) -> tuple[Any, ...]:

@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from records import forget_checksums
 
 from autoquant.errors import ConfigError, RunConflict, SourceError
-from autoquant.store.run_directory import TRIALS, RunDirectory, Status
+from autoquant.store.run_directory import (
+    HOME,
+    TRIALS,
+    RunDirectory,
+    Status,
+    home_of,
+    write_json,
+)
 
 SIGNATURE = {"model": "sha256:ab", "budget_bpe": 5.0, "seed": 0, "space": {"rules": [1, 2]}}
 
@@ -34,6 +41,22 @@ def make(path: Path) -> None:
 
 def files(path: Path) -> set[str]:
     return {entry.name for entry in path.iterdir()}
+
+
+def test_codes_lie_beside_where_the_model_and_the_tokens_are_the_same(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for path in (one, other):
+        with RunDirectory.open(path, SIGNATURE | {"budget_bpe": len(path.name)}) as run:
+            run.write_json("splits.json", {"calibration": "ab", "report": path.name})
+    for name in (None, 7, "", ".", "..", "one/", "../one", "x\0y", "a" * 5000, "\ud800", "none"):
+        write_json(other, HOME, {"run": name})
+        forget_checksums(other)
+        assert home_of(other) == other, name
+    write_json(other, HOME, {"run": "one"})
+    assert home_of(other) == one
+    assert home_of(one) == one
+    write_json(one, "splits.json", {"calibration": "of other text"})
+    assert home_of(other) == other
 
 
 def test_a_new_directory_is_made_with_its_parents(path):
