@@ -146,18 +146,24 @@ def collect_statistics(
             observer.warn(f"no codes are fitted to inputs: {why}; more --calibration-tokens help.")
         observer.stage("statistics", steps_of(session.scorer, split))
         keep_moments(session.scorer, split, groups, advance=observer.step)
-        inside = input_sets(own for own in groups if own.layer is not None)
-        if unreached := session.statistics.unreached(inside):
-            observer.warn(
-                f"gradients say nothing of {len(unreached)} of {len(inside)} inputs, such as "
-                f"{unreached[0]}: codes that are fitted to these take all tokens as equally "
-                "important."
-            )
-        if (why := session.statistics.why_alike()) is not None:
-            observer.warn(
-                f"the model has no backward pass ({why}), so codes that are fitted to inputs take "
-                "all tokens as equally important."
-            )
+        warn_of_row_weights(session.statistics, groups, observer)
+
+
+def warn_of_row_weights(
+    statistics: StatisticsStore, groups: Iterable[LayerGroup], observer: Progress
+) -> None:
+    """Say which inputs of groups take all tokens as equally important, though they were weighed."""
+    inside = input_sets(own for own in groups if own.layer is not None)
+    if unreached := statistics.unreached(inside):
+        observer.warn(
+            f"gradients say nothing of {len(unreached)} of {len(inside)} inputs, such as "
+            f"{unreached[0]}: codes that are fitted to these take all tokens as equally important."
+        )
+    if (why := statistics.why_alike()) is not None:
+        observer.warn(
+            f"the model has no backward pass ({why}), so codes that are fitted to inputs take all "
+            "tokens as equally important."
+        )
 
 
 def use_calibration(session: Session, calibration: Calibration, observer: Progress) -> None:

@@ -14,9 +14,11 @@ from autoquant.measure.calibration import Calibration
 from autoquant.measure.kl import TokenScores
 from autoquant.measure.polish.visitor import use_polish
 from autoquant.measure.session import Session
+from autoquant.measure.statistics.weighing import input_sets
 from autoquant.plan.assignment import Assignment
 from autoquant.progress import Progress
 from autoquant.run.confirmation import Confirmed
+from autoquant.run.measuring import warn_of_row_weights
 from autoquant.search.confirm import Difference, paired_difference
 from autoquant.store.run_directory import ASSIGNMENT, RESULT, read_json
 
@@ -114,8 +116,13 @@ def make_polish(session: Session, assignment: Assignment, key: str, observer: Pr
     scorer, split = session.scorer, session.splits["calibration"]
     if session.quantized.book.polish not in (None, key):
         scorer.forget(session.splits["report"])  # states of other codes under the same choices
+    groups = [own for own in session.quantized.groups if assignment[own.name].rounding == REFIT]
+    statistics = session.statistics
+    is_said = statistics is None or statistics.rows(input_sets(groups)) is not None
     observer.stage("polish", scorer.trunk.stages)
     use_polish(scorer, split, assignment, key, advance=observer.step)
+    if statistics is not None and not is_said:
+        warn_of_row_weights(statistics, groups, observer)
 
 
 def polished_assignment(assignment: Assignment) -> Assignment:

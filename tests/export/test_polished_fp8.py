@@ -12,6 +12,7 @@ from searchable import TOKEN_FLAGS, save_searchable, save_text
 
 from autoquant.api import load_run
 from autoquant.cli import cli
+from autoquant.forward.backward import Backward
 from autoquant.report.record import RunRecord
 from autoquant.run import polishing
 from autoquant.search.confirm import Difference
@@ -97,3 +98,19 @@ def test_verify_holds_them_to_the_codes_that_the_search_kept(searched, tmp_path)
     change_tensors(run / "checkpoint", change)
     shown = call("verify", run / "checkpoint", "--source", model, code=4)
     assert f"{names[0]}: its codes are not those that its search measured and kept" in shown
+
+
+@pytest.mark.parametrize("choices", ["fp8/nearest, bf16", "fp8, bf16"])
+def test_a_polish_of_tokens_that_cannot_be_weighed_says_so_once(tmp_path, choices, monkeypatch):
+    def visit(backward, stage):
+        raise NotImplementedError("derivative for fused_scan is not implemented")
+
+    monkeypatch.setattr(Backward, "visit", visit)
+    model, text = save_searchable("llama", tmp_path / "model"), save_text(tmp_path / "text")
+    (tmp_path / "space.yaml").write_text(SPACE.replace("fp8, bf16", choices))
+    shown = call(
+        *("search", model, "--space", tmp_path / "space.yaml", "--budget-bpe", 15, "--no-export"),
+        *("--calibration", text, *TOKEN_FLAGS, "--calibration-tokens", 256, "--trials", 0),
+        *("--no-mlflow", "--effort", "max", "--out", tmp_path / "run"),
+    )
+    assert shown.count("codes that are fitted to inputs take all tokens as equally") == 1
