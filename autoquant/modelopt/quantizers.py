@@ -42,6 +42,7 @@ from autoquant.plan.grouping import Groups, find_groups
 from autoquant.plan.kv_cache import cached_attention
 from autoquant.plan.linears import LayerGroup, Linear
 from autoquant.run.measuring import book_of_run
+from autoquant.run.polishing import require_codes
 from autoquant.source.source import open_source
 from autoquant.store.run_directory import ASSIGNMENT, CALIBRATION, read_identity
 
@@ -65,6 +66,7 @@ def apply(model: Any, run: Run | Path | str) -> Any:
 
     Raises:
         ConfigError: the search is not finished, or ModelOpt is not installed.
+        RunConflict: this version would make other codes than the run's.
         SourceError: the run or its source is damaged, or `model` is another one.
     """
     run = run if isinstance(run, Run) else load_run(run)
@@ -76,6 +78,7 @@ def apply(model: Any, run: Run | Path | str) -> Any:
     source = open_source(run.result["model"], revision=run.result["source"]["revision"])
     groups = find_groups(source, shared_experts=_shared_experts(run.path))
     assignment = Assignment.read(run.path / ASSIGNMENT)
+    require_codes(assignment, run.path)
     quantized = [group for group in groups if assignment[group.name] != BF16]
     kv_cache = KvCache(run.result["kv_cache"])
     return set_quantizers(

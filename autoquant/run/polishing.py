@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autoquant.errors import ConfigError
+from autoquant.errors import ConfigError, RunConflict
 from autoquant.formats import BF16, REFIT
 from autoquant.measure.calibration import Calibration
 from autoquant.measure.kl import TokenScores
@@ -19,8 +19,15 @@ from autoquant.plan.assignment import Assignment
 from autoquant.progress import Progress
 from autoquant.run.confirmation import Confirmed
 from autoquant.run.measuring import warn_of_row_weights
+from autoquant.run.signature import NUMERICS_VERSION
 from autoquant.search.confirm import Difference, paired_difference
-from autoquant.store.run_directory import ASSIGNMENT, RESULT, read_json
+from autoquant.store.run_directory import (
+    ASSIGNMENT,
+    CHECKPOINT,
+    RESULT,
+    read_identity,
+    read_json,
+)
 
 VERSION = 4
 """Raised when a polish would make other codes from the same assignment and tokens."""
@@ -135,8 +142,8 @@ def is_polished(assignment: Assignment) -> bool:
     return any(choice.rounding == REFIT for _, choice in assignment)
 
 
-def require_polish(assignment: Assignment, run: Path | None) -> None:
-    """Return if an assignment has no refitted codes, or those of the winner of a run.
+def require_codes(assignment: Assignment, run: Path | None) -> None:
+    """Return if the codes of an assignment may be those of a run, and refitted ones its winner's.
 
     Args:
         assignment: to be measured or exported.
@@ -144,8 +151,11 @@ def require_polish(assignment: Assignment, run: Path | None) -> None:
 
     Raises:
         ConfigError: no polish has made its codes.
+        RunConflict: this version would make other codes than the run's.
         SourceError: a file of the run is damaged.
     """
+    if run is not None:
+        _require_numerics(assignment, run)
     if not is_polished(assignment):
         return
     group, choice = next((g, c) for g, c in assignment if c.rounding == REFIT)
@@ -172,6 +182,20 @@ def require_polish(assignment: Assignment, run: Path | None) -> None:
                 f"{belong}, and that of {run} is another: {name} is {other} there, and {own} here.",
                 fix=f"take {run / ASSIGNMENT} as it is, or write gptq for refit.",
             )
+
+
+def _require_numerics(assignment: Assignment, run: Path) -> None:
+    """Fitted codes of other numerics are not found, and would be made otherwise now."""
+    identity = read_identity(run)
+    theirs = None if identity is None else identity["signature"].get("numerics")
+    if identity is None or theirs == NUMERICS_VERSION:
+        return
+    if any(choice.format.is_costly(choice) for _, choice in assignment):
+        raise RunConflict(
+            f"{run} is of another version of AutoQuant (numerics {theirs} there, "
+            f"{NUMERICS_VERSION} here), whose codes fitted to inputs are others.",
+            fix=f"name its checkpoint ({run / CHECKPOINT}), which has them, or search anew.",
+        )
 
 
 def polish_key(session: Session, assignment: Assignment, calibration: Calibration) -> str:

@@ -24,7 +24,7 @@ from autoquant.run.independent import check_export, make_evidence
 from autoquant.run.measuring import book_of_run, open_measuring
 from autoquant.run.observer import Observer
 from autoquant.run.opening import open_model
-from autoquant.run.polishing import require_polish
+from autoquant.run.polishing import require_codes
 from autoquant.run.subjects.assignments import (
     Opened,
     calibrate_for,
@@ -95,7 +95,7 @@ def _export(
 ) -> ExportResult:
     require_free(target, source=source.path)
     groups = groups_of_assignment(source, assignment)
-    require_polish(assignment, None if config.calibrated is None else config.calibrated.parent)
+    require_codes(assignment, None if config.calibrated is None else config.calibrated.parent)
     quantized = [g for g in groups if assignment[g.name] != BF16]
     attention = cached_attention(config.kv_cache, groups)
     refused = refused_by(source.config, groups, assignment.quantized)

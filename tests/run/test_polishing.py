@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from autoquant.errors import ConfigError
+from autoquant.errors import ConfigError, RunConflict
 from autoquant.formats import Choice
 from autoquant.plan.assignment import Assignment
 from autoquant.run import polishing
@@ -15,10 +15,11 @@ from autoquant.run.polishing import (
     Winner,
     polished_assignment,
     polished_winner,
-    require_polish,
+    require_codes,
 )
+from autoquant.run.signature import NUMERICS_VERSION
 from autoquant.search.confirm import Difference
-from autoquant.store.run_directory import ASSIGNMENT, RESULT, write_json
+from autoquant.store.run_directory import ASSIGNMENT, IDENTITY, RESULT, write_json
 
 
 def assignment(*choices):
@@ -98,7 +99,7 @@ def require(assignment, run, **result):
         write_json(run, RESULT, {"polish": None} | result)
         winner = {"schema_version": 1, "groups": {"0": "fp8/gptq", "1": "nvfp4/mse", "2": "bf16"}}
         (run / ASSIGNMENT).write_text(json.dumps(winner))
-    require_polish(assignment, run)
+    require_codes(assignment, run)
 
 
 def test_refitted_codes_are_those_of_the_winner_that_they_were_made_for(tmp_path):
@@ -115,6 +116,19 @@ def test_refitted_codes_are_those_of_the_winner_that_they_were_made_for(tmp_path
         with pytest.raises(ConfigError, match=r"is another: \d is") as refused:
             require(assignment(*other), run, polish=polish)
         assert str(run / ASSIGNMENT) in refused.value.fix
+
+
+def test_fitted_codes_of_other_numerics_are_not_made_again_otherwise(tmp_path):
+    for numerics in (NUMERICS_VERSION, NUMERICS_VERSION - 1, None):
+        signature = {} if numerics is None else {"numerics": numerics}
+        write_json(tmp_path, IDENTITY, {"signature": signature, "status": "finished"})
+        require_codes(assignment("fp8", "nvfp4/mse", "bf16"), tmp_path)
+        if numerics == NUMERICS_VERSION:
+            require_codes(assignment("fp8/gptq"), tmp_path)
+            continue
+        with pytest.raises(RunConflict, match=f"numerics {numerics} there") as refused:
+            require_codes(assignment("fp8/gptq", "bf16"), tmp_path)
+        assert str(tmp_path / "checkpoint") in refused.value.fix
 
 
 def test_effort_max_alone_polishes():

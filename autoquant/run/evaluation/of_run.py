@@ -14,7 +14,7 @@ from autoquant.run.config import EvaluateConfig
 from autoquant.run.measuring import code_cache, statistics_store
 from autoquant.run.observer import Observer
 from autoquant.run.opening import open_plan
-from autoquant.run.polishing import is_polished, make_polish, require_polish
+from autoquant.run.polishing import is_polished, make_polish, require_codes
 from autoquant.run.subjects.assignments import collect_for
 from autoquant.run.subjects.finished import Reopened, config_of, placing, reopen, require_finished
 from autoquant.search.trials import Stage
@@ -46,7 +46,7 @@ def open_run(run: RunRecord, config: EvaluateConfig, observer: Observer) -> Open
     names = config.assignment or (BASELINE, WINNER)
     chosen = {name: _assignment(run, name) for name in names}
     for assignment in chosen.values():
-        require_polish(assignment, run.path)
+        require_codes(assignment, run.path)
     settings = config_of(run, **placing(config))
     plan = open_plan(settings)
     for assignment in chosen.values():

@@ -25,7 +25,7 @@ from autoquant.run.measuring import (
     use_calibration,
 )
 from autoquant.run.observer import Observer
-from autoquant.run.polishing import require_polish
+from autoquant.run.polishing import require_codes
 from autoquant.run.text import with_text
 from autoquant.source.source import Source
 
@@ -92,7 +92,7 @@ def open_assignments(
     groups = find_groups(source)
     for assignment in assignments:
         groups = groups_of_assignment(source, assignment)
-        require_polish(assignment, None)
+        require_codes(assignment, None)
     quantized = [g for g in groups if any(own[g.name] != BF16 for own in assignments)]
     attention = cached_attention(config.kv_cache, groups)
     config = with_text(config, observer)
