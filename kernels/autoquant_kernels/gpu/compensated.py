@@ -51,9 +51,9 @@ def _store_rows(first, v, exists):
 
 
 @triton.jit
-def _column(v, COLUMN: tl.constexpr):
-    """Column COLUMN of `[ROWS, 16]`, `[ROWS, 1]`, signs of zeros included."""
-    own = tl.arange(0, 16)[None, :] == COLUMN
+def _column(v, column):
+    """Column `column` of `[ROWS, 16]`, `[ROWS, 1]`, signs of zeros included."""
+    own = tl.arange(0, 16)[None, :] == column
     bits = tl.where(own, v.to(tl.int32, bitcast=True), 0)
     return tl.sum(bits, axis=1, keep_dims=True).to(tl.float32, bitcast=True)
 
@@ -69,11 +69,10 @@ def _carried_in(w_ptr, errors_ptr, upper_ptr, row, number, columns, exists):
     """What is left of block `number` of each row once all errors before it are carried in."""
     rest = _load_rows(w_ptr + row * columns + number * 16, exists)
     upper_ptr += number * 16
-    for before in range(number):
-        errors = _load_rows(errors_ptr + row * columns + before * 16, exists)
-        for j in tl.static_range(16):
-            rest -= _column(errors, j) * _shared_row(upper_ptr + j * columns)
-        upper_ptr += 16 * columns
+    errors_ptr += row * columns
+    for column in range(number * 16):
+        error = tl.load(errors_ptr + column, mask=exists, other=0.0)
+        rest -= error * _shared_row(upper_ptr + column * columns)
     return rest
 
 
@@ -113,10 +112,10 @@ def _carried(
     The error of each column, over the diagonal, is carried into the columns of the block behind it.
     """
     total = tl.zeros_like(scale)
-    for j in tl.static_range(16):
+    for j in range(16):  # unrolled it takes Triton many times as long to compile
         _, loss = _nearest_number(_column(rest, j), scale, safe, reciprocal, FP8, DIVIDE)
         error = loss * tl.load(over_ptr + j)
-        total = error * error if j == 0 else total + error * error
+        total += error * error
         behind = tl.arange(0, 16)[None, :] > j
         rest = tl.where(behind, rest - error * _shared_row(upper_ptr + j * columns), rest)
     return rest, total
