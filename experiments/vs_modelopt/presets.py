@@ -13,8 +13,8 @@ solver finds around a budget, the one that is best on the fresh tokens counts.
 With `--equalized` ours searches a copy that `autoquant equalize` makes from the same calibration
 tokens: it computes what the model computes, bit by bit, and has its size.
 
-With `--peers-of RESULT` ModelOpt does not search again: its best assignments of an earlier result
-with the same settings are measured again on the fresh tokens.
+With `--peers-of RESULT` ModelOpt does not search again, but where `--peers` names some: its best
+assignments of an earlier result with the same settings are measured again on the fresh tokens.
 """
 
 import argparse
@@ -113,9 +113,8 @@ def main() -> None:
             if arguments.peers_of is not None:
                 earlier = _earlier(arguments.peers_of, settings)
                 table.put_all(pool.submit(_of_earlier, settings, earlier).result())
-            else:
-                for name in arguments.peers:
-                    tasks[pool.submit(_of_peer, settings, *PEERS[name])] = name
+            for name in arguments.peers:
+                tasks[pool.submit(_of_peer, settings, *PEERS[name])] = name
             for done in as_completed(tasks):
                 table.put(tasks[done], done)
 
@@ -351,7 +350,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--mode", choices=["w4a4", "w4a16"], default="w4a4")
     parser.add_argument("--effort", choices=["default", "max"], default="max")
     parser.add_argument("--equalized", action="store_true", help="ours searches an equalized copy")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="that search; by default all")
     parser.add_argument("--peers-of", type=Path, help="an earlier result with the same settings")
     parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS))
     parser.add_argument("--fresh-tokens", type=int, default=65_536)
@@ -360,7 +359,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, default=1, help="contenders at a time, whose seconds are then more"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.peers is None:
+        arguments.peers = [] if arguments.peers_of else [*PEERS]
+    return arguments
 
 
 if __name__ == "__main__":

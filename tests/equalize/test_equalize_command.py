@@ -21,13 +21,15 @@ TOKENS = ("--calibration-tokens", 1024, "--sequence-length", 32, "--batch-tokens
 
 
 def with_large_channels(folder):
-    """Every 16th channel behind a norm is 32 times as large as the others, as in real models."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    for name, own in tensors.items():
-        if "layernorm" in name:
-            own[::16] *= 32
-    save_file(tensors, file, metadata={"format": "pt"})
+    """Every 16th channel behind a norm or an up projection is 32 times as large as the others."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, own in tensors.items():
+            if own.ndim == 1 and "norm" in name and "layers." in name:
+                own[::16] = own[::16] * 32 + 8  # some architectures add 1
+            elif "up_proj" in name and own.ndim == 2:
+                own[::16] *= 32
+        save_file(tensors, file, metadata={"format": "pt"})
     return folder
 
 
@@ -82,6 +84,29 @@ def test_transformers_computes_the_same_and_the_original_is_left_alone(
             old[name] = old[name] / scale
     assert all(torch.equal(old[name].to(own.dtype), own) for name, own in new.items())
     assert any(read_powers(site)[::16].lt(0).any() for site in said["sites"])
+
+
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "minimax_m2", "qwen2_moe", "deepseek_v3", "gpt_oss", "cohere"]
+)
+def test_architectures_whose_copies_compute_the_same(kind, text, tmp_path, autoquant):
+    folder, out = with_large_channels(save_searchable(kind, tmp_path / "model")), tmp_path / "copy"
+    result = autoquant("equalize", folder, "--calibration", text, *TOKENS, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "0 of" not in result.output
+    assert torch.equal(logits(folder), logits(out))
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "qwen3_next"])  # their norms multiply by 1 + weight
+def test_architectures_whose_copies_would_not_are_refused(kind, text, tmp_path, autoquant):
+    folder, out = with_large_channels(save_searchable(kind, tmp_path / "model")), tmp_path / "copy"
+    result = autoquant("equalize", folder, "--calibration", text, *TOKENS, "--out", out)
+    assert result.exit_code == 4
+    assert "computes something else" in result.output
+    assert not out.exists()
+    given = ("--calibration", text, *TOKENS, "--parts", "down", "--out", out)
+    assert autoquant("equalize", folder, *given).exit_code == 0
+    assert torch.equal(logits(folder), logits(out))
 
 
 def test_uniform_nvfp4_is_nearer_to_the_model(model, text, tmp_path, autoquant):
