@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from autoquant.equalize.channels import Powers, by_tensor
@@ -24,7 +23,7 @@ from autoquant.source.source import CONFIG_FILE, Source
 from autoquant.source.tensors import read_tensor
 
 EQUALIZATION = "equalization.json"
-"""Says what a copy was made from, and by which powers of two."""
+"""Says what a copy was made from, and by which powers of two: int8 exponents in base64."""
 
 _CARD = "README.md"
 
@@ -113,8 +112,3 @@ def _said_of(site: Site, powers: Tensor) -> dict[str, Any]:
         "columns": [*site.columns],
         "powers": base64.b64encode(powers.numpy().tobytes()).decode(),
     }
-
-
-def read_powers(entry: Mapping[str, Any]) -> Tensor:
-    """The exponents of a site in a copy's file, int8 [K]."""
-    return torch.frombuffer(bytearray(base64.b64decode(entry["powers"])), dtype=torch.int8)
