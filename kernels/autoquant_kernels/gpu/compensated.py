@@ -2,7 +2,7 @@
 """Rows rounded column by column in Triton: a thread goes through the blocks of a row in turn.
 
 A block is loaded as quarters `[ROWS, 4]`, each 16 bytes of one thread, and joined: a thread then
-holds all 16 columns of a row, picks one without an instruction, and exchanges nothing. Errors of
+holds all 16 columns of a row, picks one of them in its registers, and exchanges nothing. Errors of
 earlier blocks are read back from where they were written. `over` is one over the diagonal.
 """
 
