@@ -31,7 +31,7 @@ PAGES = (
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
 )
 
-DENSE = ("my-model", "MODEL", "BIG-MODEL")
+DENSE = ("my-model", "MODEL", "BIG-MODEL", "my-model-equalized")
 WITH_EXPERTS = ("my-moe", "Qwen/Qwen3-30B-A3B")
 RUNS = ("run", *(f"runs/{name}" for name in ("demo", "mine", "big", "a", "b", "A", "B", "NAME")))
 FLAGS = zip(TOKEN_FLAGS[::2], TOKEN_FLAGS[1::2], strict=True)
@@ -170,7 +170,7 @@ def test_a_line_that_a_reader_is_told_to_type_does_what_it_says(line, workspace)
     typed, _, target = line.partition(" > ")
     words = without_the_hub(shlex.split(typed))
     for name in [words[n + 1] for n, word in enumerate(words) if word == "--out"]:
-        if (workspace / name).is_dir() and words[1] == "export":
+        if (workspace / name).is_dir() and words[1] in ("equalize", "export"):
             shutil.rmtree(workspace / name)
     done = CliRunner().invoke(cli, [*words[1:], *quickly(words)])
     assert done.exit_code == 0, done.stderr

@@ -16,7 +16,7 @@ from autoquant.equalize.config import EqualizeConfig
     config=EqualizeConfig,
     examples=[
         (
-            "autoquant equalize ./my-model --calibration my-text.jsonl --out my-model-equalized",
+            "autoquant equalize ./my-model --calibration text.jsonl --out my-model-equalized",
             "A copy, which is then searched in place of the model:",
         ),
     ],
