@@ -76,7 +76,7 @@ def test_transformers_computes_the_same_and_the_original_is_left_alone(
     out = tmp_path / "copy"
     result = autoquant("equalize", model, "--calibration", text, *TOKENS, "--out", out)
     assert result.exit_code == 0, result.output
-    assert f"autoquant search {out}" in result.output
+    assert f"autoquant search {out} --budget-bpe 5.0 --calibration {text}" in result.output
     assert torch.equal(logits(model), logits(out))
     assert {file.name: file.read_bytes() for file in model.iterdir()} == before
     assert {file.name for file in out.iterdir()} == {*before, EQUALIZATION}

@@ -1,5 +1,6 @@
 """`autoquant equalize`: a copy of a model that loses less with 4-bit inputs."""
 
+import shlex
 from dataclasses import asdict
 
 import click
@@ -41,6 +42,14 @@ def command(config: EqualizeConfig, format: str) -> None:
             "channels": f"{result.scaled:,} of {result.channels:,} have another size, behind "
             f"{result.sites:,} norms and up projections",
             "checked": "the same final hidden states, bit by bit",
-            "next": f"autoquant search {result.path} --budget-bpe 5.0",
+            "next": _next(config),
         }
     )
+
+
+def _next(config: EqualizeConfig) -> str:
+    """The search of the copy, on the same text."""
+    words = ["autoquant", "search", str(config.out), "--budget-bpe", "5.0"]
+    if config.calibration is not None:
+        words += ["--calibration", config.calibration]
+    return shlex.join(words)
