@@ -9,6 +9,7 @@ from torch import Tensor
 
 from autoquant.data.tokens import Split
 from autoquant.equalize.sites import Site
+from autoquant.formats.moments import FEWEST_TOKENS
 from autoquant.forward.flow import Flow, loop, walk
 from autoquant.measure.scorer import Scorer
 from autoquant.measure.statistics.chunks import Chunk, chunks_of
@@ -18,9 +19,6 @@ from autoquant.plan.linears import LayerGroup
 
 MOST_POWERS = 8
 """Powers of two by which a channel is scaled, at most."""
-
-FEWEST_TOKENS = 64
-"""An expert that fewer were sent to keeps its channels."""
 
 _SMALLEST = 1e-3
 """Channels that are smaller than this share of the mean count as that: they may speak elsewhere."""
@@ -39,11 +37,10 @@ class Channels:
         return Channels(self.squares + other.squares, self.rows + other.rows)
 
 
-Seen = Mapping[tuple[str, int], Channels]
-"""By input set and matrix."""
+Seen = Mapping[str, Mapping[int, Channels]]
+"""By input set, and by its matrix."""
 
 
-@torch.no_grad()
 def seen_channels(
     scorer: Scorer, split: Split, groups: Collection[LayerGroup], advance: Callable[[], None]
 ) -> Seen:
@@ -60,7 +57,6 @@ def seen_channels(
     return visitor.seen
 
 
-@torch.no_grad()
 def final_states(scorer: Scorer, split: Split) -> Tensor:
     """The final hidden states [1, L, H] of the first sequence in BF16, on the host: alone, since
     how many go together depends on the memory that is free.
@@ -80,7 +76,7 @@ class _Watch:
         groups: Collection[LayerGroup],
         advance: Callable[[], None],
     ) -> None:
-        self.seen: dict[tuple[str, int], Channels] = {}
+        self.seen: dict[str, dict[int, Channels]] = {}
         self.flows: list[Flow] = [chunk.flow(scorer) for chunk in chunks_of(scorer, split)]
         self._scorer, self._advance = scorer, advance
         self._groups = by_layer(groups)
@@ -101,8 +97,8 @@ class _Watch:
 
     def _see(self, name: str, matrix: int, rows: Tensor, _: Tensor | None) -> None:
         own = Channels(rows.float().square().sum(dim=0).double().cpu(), len(rows))
-        before = self.seen.get((name, matrix))
-        self.seen[name, matrix] = own if before is None else before.plus(own)
+        of_set = self.seen.setdefault(name, {})
+        of_set[matrix] = of_set[matrix].plus(own) if matrix in of_set else own
 
 
 def powers_of(site: Site, seen: Seen, strength: float) -> Tensor:
@@ -112,11 +108,8 @@ def powers_of(site: Site, seen: Seen, strength: float) -> Tensor:
     A channel of root mean square r goes to 2^k r with 2^k near (m / r)^strength, m the geometric
     mean of all (SmoothQuant, arXiv 2211.10438, of inputs alone).
     """
-    own = [
-        each
-        for (name, matrix), each in seen.items()
-        if name == site.input_set and site.matrix in (None, matrix)
-    ]
+    of_set = seen.get(site.input_set, {})
+    own = [*of_set.values()] if site.matrix is None else [*filter(None, [of_set.get(site.matrix)])]
     nothing = torch.zeros(site.channels, dtype=torch.int8)
     if not own or sum(each.rows for each in own) < FEWEST_TOKENS:
         return nothing

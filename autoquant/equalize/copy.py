@@ -17,7 +17,7 @@ from autoquant.export.target import copy_file, new_folder
 from autoquant.export.writer import ShardWriter
 from autoquant.files import to_json, write_atomic
 from autoquant.progress import Progress, Unit
-from autoquant.source.headers import Headers, TensorHeader
+from autoquant.source.headers import TensorHeader, by_file
 from autoquant.source.shards import INDEX_FILE
 from autoquant.source.source import CONFIG_FILE, Source
 from autoquant.source.tensors import read_tensor
@@ -56,8 +56,8 @@ def new_copy(
     headers = source.headers
     progress.stage("write", sum(tensor.bytes for tensor in headers), Unit.BYTES)
     with new_folder(target, source=source.path) as folder:
-        for file in headers.files:
-            _write_file(folder / file.name, file, headers, scaled, progress)
+        for file, own in by_file(headers).items():
+            _write_file(folder / file.name, own, headers.metadata[file], scaled, progress)
         for name in _others(source.path):
             copy_file(source.path / name, folder / name)
         content = dict(said) | {"sites": [*map(_said_of, sites, powers)]}
@@ -67,17 +67,14 @@ def new_copy(
 
 def _write_file(
     path: Path,
-    file: Path,
-    headers: Headers,
+    tensors: Sequence[TensorHeader],
+    metadata: Mapping[str, str],
     scaled: Mapping[str, Powers],
     progress: Progress,
 ) -> None:
-    own = [tensor for tensor in headers if tensor.file == file]
-    stored = [
-        StoredTensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape) for tensor in own
-    ]
-    with ShardWriter(path, stored, headers.metadata[file]) as writer:
-        for tensor in own:
+    stored = [StoredTensor(name=own.name, dtype=own.dtype, shape=own.shape) for own in tensors]
+    with ShardWriter(path, stored, metadata) as writer:
+        for tensor in tensors:
             powers = scaled.get(tensor.name)
             if powers is None:
                 writer.copy(tensor)

@@ -13,7 +13,6 @@ from autoquant.equalize.copy import new_copy
 from autoquant.equalize.sites import Part, find_sites
 from autoquant.errors import ConfigError, SourceError
 from autoquant.export.target import require_free
-from autoquant.measure.session import Session
 from autoquant.plan.grouping import find_groups
 from autoquant.plan.linears import LayerGroup
 from autoquant.run.measuring import open_measuring
@@ -49,7 +48,7 @@ def equalize(config: EqualizeConfig, observer: Observer) -> Equalized:
     source = open_model(config)
     require_free(config.out, source=source.path)
     _require_plain(source)
-    groups = [group for group in find_groups(source) if not group.closed]
+    groups = _open_groups(source)
     parts = [*Part] if config.parts is None else config.parts
     sites = [own for own in find_sites(source.headers.tensors, groups) if own.part in parts]
     if not sites:
@@ -59,7 +58,7 @@ def equalize(config: EqualizeConfig, observer: Observer) -> Equalized:
             fix="search the model as it is.",
         )
     config = with_text(config, observer)
-    session = _open(config, source, groups, observer)
+    session = open_measuring(config, source, groups, (), observer)
     split = session.splits["calibration"]
     observer.stage("channels", session.scorer.trunk.stages)
     seen = seen_channels(session.scorer, split, groups, observer.step)
@@ -82,10 +81,8 @@ def equalize(config: EqualizeConfig, observer: Observer) -> Equalized:
     )
 
 
-def _open(
-    config: EqualizeConfig, source: Source, groups: list[LayerGroup], observer: Observer
-) -> Session:
-    return open_measuring(config, source, groups, (), observer)
+def _open_groups(source: Source) -> list[LayerGroup]:
+    return [group for group in find_groups(source) if not group.closed]
 
 
 def _require_plain(source: Source) -> None:
@@ -102,8 +99,7 @@ def _require_plain(source: Source) -> None:
 def _require_same(folder: Path, config: EqualizeConfig, hidden: Tensor, observer: Observer) -> None:
     """Raise SourceError unless the copy gives the same final hidden states, bit by bit."""
     copy = open_model(config.model_copy(update={"model": str(folder), "revision": None}))
-    groups = [group for group in find_groups(copy) if not group.closed]
-    session = _open(config, copy, groups, observer)
+    session = open_measuring(config, copy, _open_groups(copy), (), observer)
     if not torch.equal(final_states(session.scorer, session.splits["calibration"]), hidden):
         raise SourceError(
             f"a copy of {config.model} with scaled channels computes something else: not all that "

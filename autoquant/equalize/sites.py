@@ -65,12 +65,18 @@ def find_sites(tensors: Mapping[str, TensorHeader], groups: Iterable[LayerGroup]
     for group in groups:
         if group.layer is not None:
             blocks.setdefault(group.layer, []).append(group)
-    found = (site for own in blocks.values() for site in _sites_of(own, tensors))
+    linears = {own.tensor for part in blocks.values() for group in part for own in group.linears}
+    others = [own for own in tensors.values() if len(own.shape) == 2 and own.name not in linears]
+    found = (site for own in blocks.values() for site in _sites_of(own, tensors, others))
     return [site for site in found if _can_be_scaled(site, tensors)]
 
 
-def _sites_of(groups: Sequence[LayerGroup], tensors: Mapping[str, TensorHeader]) -> Iterator[Site]:
-    """Those of one block."""
+def _sites_of(
+    groups: Sequence[LayerGroup],
+    tensors: Mapping[str, TensorHeader],
+    others: Sequence[TensorHeader],
+) -> Iterator[Site]:
+    """Those of one block; `others` are matrices that take no format, such as routers."""
     linears = {own.name: own for group in groups for own in group.linears}
     match = LAYER.fullmatch(next(iter(linears)))
     if match is None:
@@ -85,8 +91,8 @@ def _sites_of(groups: Sequence[LayerGroup], tensors: Mapping[str, TensorHeader])
             (Part.FEED_FORWARD, second, wide),
         ):
             if readers and f"{layer}.{norm}.weight" in tensors:
-                others = _without_format(layer, readers, linears, tensors)
-                yield _behind_norm(part, f"{layer}.{norm}", readers, others, tensors)
+                beside = _beside(layer, readers, others)
+                yield _behind_norm(part, f"{layer}.{norm}", readers, beside, tensors)
     for own in linears.values():
         yield from _before_down(own, linears, tensors)
 
@@ -98,22 +104,12 @@ def _reads_the_norm(group: LayerGroup, linear: Linear) -> bool:
     return group.role == "experts" and linear.name.rpartition(".")[2] not in _DOWN
 
 
-def _without_format(
-    layer: str,
-    readers: Sequence[Linear],
-    linears: Mapping[str, Linear],
-    tensors: Mapping[str, TensorHeader],
-) -> list[str]:
-    """Matrices beside the readers of a norm that take no format and read it too: routers."""
-    known = {own.tensor for own in linears.values()}
-    parts = {own.name.removeprefix(f"{layer}.").partition(".")[0] for own in readers}
-    return [
-        tensor.name
-        for tensor in tensors.values()
-        if tensor.name not in known
-        and tensor.name.startswith(tuple(f"{layer}.{part}." for part in parts))
-        and tensor.shape[1:] == (readers[0].in_features,)
-    ]
+def _beside(layer: str, readers: Sequence[Linear], others: Sequence[TensorHeader]) -> list[str]:
+    """Those that stand beside the readers of a norm and are as wide: they read it too."""
+    names = {own.name.removeprefix(f"{layer}.").partition(".")[0] for own in readers}
+    prefixes = tuple(f"{layer}.{name}." for name in names)
+    width = readers[0].in_features
+    return [own.name for own in others if own.shape[1] == width and own.name.startswith(prefixes)]
 
 
 def _behind_norm(

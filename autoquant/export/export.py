@@ -30,7 +30,7 @@ from autoquant.plan.grouping import Groups
 from autoquant.plan.kv_cache import KvRange
 from autoquant.plan.linears import LayerGroup, Linear
 from autoquant.source.contents import file_digests
-from autoquant.source.headers import TensorHeader
+from autoquant.source.headers import TensorHeader, by_file
 from autoquant.source.shards import INDEX_FILE, SINGLE_FILE
 from autoquant.source.source import CONFIG_FILE, Source
 
@@ -193,11 +193,11 @@ def _write_shards(
     placed: dict[str, str] = {}
     size = 0
     streamed = ahead(_quantized_tensors(source, codes))
+    headers = by_file(source.headers.to_write(codes.linears))
     with ThreadPoolExecutor(1, thread_name_prefix="digests") as thread:
         written = []
         for file, parts in groupby(streamed, key=lambda part: part[0].file):
-            headers = [h for h in source.headers.to_write(codes.linears) if h.file == file]
-            stored = [t for header in headers for t in _announce(header, codes, added)]
+            stored = [t for header in headers[file] for t in _announce(header, codes, added)]
             metadata = source.headers.metadata[file]
             with ShardWriter(folder / file.name, stored, metadata) as shard:
                 for header, tensors in parts:

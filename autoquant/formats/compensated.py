@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from autoquant.formats.base import Coder
-from autoquant.formats.moments import BLOCK
+from autoquant.formats.moments import BLOCK, identity_like
 from autoquant.formats.rounded import Rounded
 
 LAZY = 128
@@ -95,7 +95,7 @@ def _factor(moments: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = damped.diagonal(dim1=1, dim2=2)
     diagonal += (damping.double() * diagonal.mean(dim=1))[:, None]
     lower, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
-    identity = torch.eye(damped.shape[-1], dtype=damped.dtype, device=damped.device)
+    identity = identity_like(damped)
     has_factor = failed == 0
     lower = torch.where(has_factor[:, None, None], lower, identity)
     inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)

@@ -121,8 +121,12 @@ def known_or_identity(moments: Tensor) -> Tensor:
     """The means [M, K, K] of which a Cholesky factor may exist, the identity for the others."""
     known = moments.isfinite().flatten(1).all(dim=1)
     known &= moments.diagonal(dim1=1, dim2=2).sum(dim=1) > 0
-    identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
-    return torch.where(known[:, None, None], moments, identity)
+    return torch.where(known[:, None, None], moments, identity_like(moments))
+
+
+def identity_like(matrices: Tensor) -> Tensor:
+    """[K, K] in the dtype and on the device of matrices [M, K, K]."""
+    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
 
 
 def _mean(sums: Tensor, tokens: Tensor) -> Tensor:

@@ -13,7 +13,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from autoquant.formats.moments import FITTED, HELD_OUT, Moments, known_or_identity
+from autoquant.formats.moments import (
+    FITTED,
+    HELD_OUT,
+    Moments,
+    identity_like,
+    known_or_identity,
+)
 
 RATES = (0.25, 0.5, 0.75, 1.0)
 """Parts of the step that are tried besides none."""
@@ -80,7 +86,6 @@ class Refit:
         diagonal += (ridge.double() * diagonal.mean(dim=1))[:, None]
         lower, failed = torch.linalg.cholesky_ex(damped)
         has_factor = (failed == 0)[:, None, None]
-        identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-        lower = torch.where(has_factor, lower, identity)
+        lower = torch.where(has_factor, lower, identity_like(lower))
         step = torch.cholesky_solve(self.pull(tokens).double().mT, lower).mT.float()
         return torch.where(has_factor, step, 0.0)

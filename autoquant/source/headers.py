@@ -121,6 +121,14 @@ def stored_bytes(tensors: Iterable[TensorHeader]) -> int:
     return sum(end - begin for _, begin, end in ranges)
 
 
+def by_file(tensors: Iterable[TensorHeader]) -> dict[Path, list[TensorHeader]]:
+    """Tensors of each file, in their order."""
+    found: dict[Path, list[TensorHeader]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.file, []).append(tensor)
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Headers:
     """Every tensor of a checkpoint by name, in the order of its files and byte ranges.

@@ -25,13 +25,13 @@ def shown(*sizes, rows=100):
 
 
 def test_half_of_the_distance_is_taken_away():
-    seen = {("down", 0): shown(1.0, 1.0, 32.0, 1.0)}
+    seen = {"down": {0: shown(1.0, 1.0, 32.0, 1.0)}}
     assert powers_of(site(), seen, 0.5).tolist() == [1, 1, -2, 1]
     assert powers_of(site(), seen, 1.0).tolist() == [1, 1, -4, 1]
 
 
 def test_all_experts_count_where_they_read_one_norm_and_one_alone_where_it_is_its_own():
-    seen = {("down", 0): shown(1.0, 1.0, 1.0, 1.0), ("down", 1): shown(1.0, 64.0, 1.0, 1.0)}
+    seen = {"down": {0: shown(1.0, 1.0, 1.0, 1.0), 1: shown(1.0, 64.0, 1.0, 1.0)}}
     assert powers_of(site(matrix=0), seen, 0.5).tolist() == [0, 0, 0, 0]
     assert powers_of(site(matrix=1), seen, 0.5).tolist() == [1, -2, 1, 1]
     assert powers_of(site(), seen, 0.5).tolist() == [1, -2, 1, 1]
@@ -41,11 +41,11 @@ def test_all_experts_count_where_they_read_one_norm_and_one_alone_where_it_is_it
     "seen",
     [
         {},
-        {("down", 0): shown(1.0, 2.0, 64.0, 1.0, rows=63)},
-        {("down", 0): shown(0.0, 0.0, 0.0, 0.0)},
-        {("down", 0): shown(1.0, float("inf"), 1.0, 1.0)},
-        {("down", 0): shown(1.0, float("nan"), 1.0, 1.0)},
-        {("another", 0): shown(1.0, 2.0, 64.0, 1.0)},
+        {"down": {0: shown(1.0, 2.0, 64.0, 1.0, rows=63)}},
+        {"down": {0: shown(0.0, 0.0, 0.0, 0.0)}},
+        {"down": {0: shown(1.0, float("inf"), 1.0, 1.0)}},
+        {"down": {0: shown(1.0, float("nan"), 1.0, 1.0)}},
+        {"another": {0: shown(1.0, 2.0, 64.0, 1.0)}},
     ],
 )
 def test_channels_of_which_too_little_is_known_stay(seen):
@@ -53,7 +53,7 @@ def test_channels_of_which_too_little_is_known_stay(seen):
 
 
 def test_a_dead_channel_is_not_blown_up():
-    own = powers_of(site(), {("down", 0): shown(1.0, 1.0, 1.0, 0.0)}, 1.0)
+    own = powers_of(site(), {"down": {0: shown(1.0, 1.0, 1.0, 0.0)}}, 1.0)
     assert own.max() <= 8
     assert own[3] == own.max()
 
